@@ -1,0 +1,77 @@
+"""Every error a caller can cause or meet; `easyspec/rpc/errors.py` maps them to status codes.
+
+EasyspecError
+├── InvalidRequestError      a value is not allowed; names field, value and what is
+│   ├── InvalidTreeError     draft tokens that do not form a tree
+│   └── PromptTooLongError   prompt (and output so far) do not fit the context
+├── UnknownModelError        no such model here
+├── StalePositionError       a message based on another committed length than the session's
+├── CapacityError            no KV memory or no free place; try again later
+├── UnavailableError         loading, draining or lost
+├── DeadlineError            not done in time
+└── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
+"""
+
+from __future__ import annotations
+
+
+class EasyspecError(Exception):
+    """Base of everything that is not a bug."""
+
+
+class InvalidRequestError(EasyspecError):
+    """A field of a request has a value that is not allowed.
+
+    `field` is the path a client would recognise (`sampling.temperature`), `value` what it sent and
+    `allowed` what it may send.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        super().__init__(f"{field} is {shown}; allowed: {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class InvalidTreeError(InvalidRequestError):
+    """Draft tokens that do not form a tree."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The tokens do not fit the model's context."""
+
+
+class UnknownModelError(EasyspecError):
+    """No model of that name is served."""
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__(f"model {model!r} is not served here; served: {served}")
+
+
+class StalePositionError(EasyspecError):
+    """A message is based on another committed length than the session's; nothing was changed."""
+
+    def __init__(self, base_length: int, committed_length: int) -> None:
+        super().__init__(f"base_length is {base_length}; the session stands at {committed_length}")
+
+
+class CapacityError(EasyspecError):
+    """No room at present; `retry_after_s` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(EasyspecError):
+    """The service is loading, draining or lost."""
+
+
+class DeadlineError(EasyspecError):
+    """The caller's time ran out."""
+
+
+class ConfigurationError(EasyspecError):
+    """Settings, checkpoint or tokenizer do not fit; raised at start-up only."""

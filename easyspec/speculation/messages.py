@@ -1,0 +1,117 @@
+"""What the roles say to each other, as plain data; `easyspec/rpc/convert.py` knows the wire form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from easyspec.speculation.parameters import (
+    FinishReason,
+    LayerPlanRequest,
+    SamplingParameters,
+    StopConditions,
+    TreeBudget,
+)
+from easyspec.speculation.token_tree import TokenTree
+
+
+@dataclass(frozen=True)
+class OpenVerification:
+    """Opens a session at the verifier. `output_token_ids` were emitted before (by whichever replica)."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParameters
+    stop: StopConditions
+    output_token_ids: tuple[int, ...] = ()
+    model: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the base model says to a tree: accepted tokens, then the bonus token unless a stop came first.
+
+    `token_ids` is never empty; the first `num_accepted` of them were draft tokens and stand at
+    `accepted_rows` of the tree.
+    """
+
+    base_length: int
+    token_ids: tuple[int, ...]
+    accepted_rows: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    matched_stop_token_id: int | None = None
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.accepted_rows)
+
+
+@dataclass(frozen=True)
+class VerifyTimings:
+    """Cost of a verdict; `compute_ns` is shared with the sessions of the same step."""
+
+    queue_ns: int
+    compute_ns: int
+    num_batch_rows: int
+    num_batch_sessions: int
+
+
+@dataclass(frozen=True)
+class OpenSpeculation:
+    """Opens a session at the drafter with every token committed so far."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParameters
+    layer_plan: LayerPlanRequest = LayerPlanRequest()
+    model: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Commits `token_ids` (accepted + bonus) on top of `base_length` tokens and asks for a tree."""
+
+    base_length: int
+    token_ids: tuple[int, ...]
+    budget: TreeBudget
+
+
+@dataclass(frozen=True)
+class DraftTimings:
+    """Cost of a tree; the passes are shared with the sessions of the same step."""
+
+    queue_ns: int = 0
+    calibrate_ns: int = 0
+    fuzzy_ns: int = 0
+    num_fuzzy_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The drafter's answer: guesses on top of `base_length` committed tokens; may be empty."""
+
+    base_length: int
+    tree: TokenTree
+    timings: DraftTimings = DraftTimings()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model behind a service."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    tokenizer_fingerprint: str
+    num_parameters: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class KvUsage:
+    """KV memory in token slots, and the sessions that hold them."""
+
+    num_slots: int
+    num_used_slots: int
+    num_sessions: int

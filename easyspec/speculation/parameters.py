@@ -1,0 +1,112 @@
+"""What a request asks for: plain data, validated where it enters."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from easyspec.errors import InvalidRequestError
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How the next token is chosen from the base model's logits; `types.proto` states every range."""
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if the choice depends on which tokens came before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def check(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError for the first value out of range, NaN and infinity included."""
+        _check_range("sampling.seed", self.seed, 0, MAX_SEED)
+        _check_range("sampling.temperature", self.temperature, 0.0, 100.0)
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidRequestError("sampling.top_k", self.top_k, "at least 1, or unset for all")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError("sampling.top_p", self.top_p, "above 0, up to 1")
+        _check_range("sampling.min_p", self.min_p, 0.0, 1.0)
+        if not (0.0 < self.repetition_penalty <= 100.0):
+            raise InvalidRequestError("sampling.repetition_penalty", self.repetition_penalty, "above 0, up to 100")
+        _check_range("sampling.presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("sampling.frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for token_id, bias in self.logit_bias.items():
+            _check_range("sampling.logit_bias token id", token_id, 0, vocab_size - 1)
+            _check_range(f"sampling.logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if math.isnan(value) or not low <= value <= high:
+        raise InvalidRequestError(name, value, f"{low} to {high}")
+
+
+@dataclass(frozen=True)
+class StopConditions:
+    """When decoding ends; a stop token beats `max_tokens`. None: whatever fits the context."""
+
+    max_tokens: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+    def check(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError for the first value out of range."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidRequestError("stop.max_tokens", self.max_tokens, "at least 1, or unset")
+        for token_id in sorted(self.stop_token_ids):
+            _check_range("stop.stop_token_ids", token_id, 0, vocab_size - 1)
+
+
+class FinishReason(enum.Enum):
+    """Why the output ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class TreeBudget:
+    """How large a draft tree may be: levels, nodes expanded per level, nodes in all (root excluded)."""
+
+    num_levels: int
+    width: int
+    num_nodes: int
+
+    def check(self, max_nodes: int) -> None:
+        """Raise InvalidRequestError for the first value out of range."""
+        _check_range("budget.num_levels", self.num_levels, 1, 64)
+        _check_range("budget.width", self.width, 1, 64)
+        _check_range("budget.num_nodes", self.num_nodes, 1, max_nodes)
+
+
+class MlpPlacement(enum.Enum):
+    """Where the MLPs of a layer group run (DESIGN: EasySpec drafting)."""
+
+    SEQUENTIAL = "sequential"
+    STAGED = "staged"
+
+
+@dataclass(frozen=True)
+class LayerPlanRequest:
+    """A request's wish for the drafter's layer plan; None takes the service's default."""
+
+    layer_parallel_size: int | None = None
+    mlp: MlpPlacement | None = None
+    calibration: bool = True

@@ -1,0 +1,102 @@
+"""Draft trees: plain data, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from easyspec.errors import InvalidTreeError
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Guesses for what follows the committed tokens.
+
+    Row 0 is the root: the last committed token, not stored here. Node `i` is row `i + 1`.
+    `parent_rows[i] <= i` is the row of node i's parent, so parents come before children and the
+    columns of a pass are in topological order.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    parent_rows: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def row_depths(self) -> tuple[int, ...]:
+        """Depth of every row, root included: `[0, ...]`, one more entry than nodes."""
+        depths = [0]
+        for parent_row in self.parent_rows:
+            depths.append(depths[parent_row] + 1)
+        return tuple(depths)
+
+    @property
+    def num_levels(self) -> int:
+        """Levels below the root."""
+        return max(self.row_depths)
+
+    @cached_property
+    def children(self) -> tuple[dict[int, int], ...]:
+        """For every row, its children's rows by token id."""
+        children: list[dict[int, int]] = [{} for _ in range(len(self) + 1)]
+        for node, (token_id, parent_row) in enumerate(zip(self.token_ids, self.parent_rows, strict=True)):
+            children[parent_row][token_id] = node + 1
+        return tuple(children)
+
+    def path_rows(self, row: int) -> tuple[int, ...]:
+        """Rows from the root's child down to `row`; empty for the root itself."""
+        path = []
+        while row > 0:
+            path.append(row)
+            row = self.parent_rows[row - 1]
+        return tuple(reversed(path))
+
+    def check(self, vocab_size: int, max_nodes: int) -> None:
+        """Raise InvalidTreeError unless this is a tree over the vocabulary with distinct siblings."""
+        if len(self.token_ids) != len(self.parent_rows):
+            raise InvalidTreeError(
+                "tree.parent_rows", f"{len(self.parent_rows)} entries", f"{len(self.token_ids)}, one per token"
+            )
+        if len(self) > max_nodes:
+            raise InvalidTreeError("tree.token_ids", f"{len(self)} nodes", f"at most {max_nodes}")
+        siblings: set[tuple[int, int]] = set()
+        for node, (token_id, parent_row) in enumerate(zip(self.token_ids, self.parent_rows, strict=True)):
+            if not 0 <= parent_row <= node:
+                raise InvalidTreeError(f"tree.parent_rows[{node}]", parent_row, f"0 to {node}, parents first")
+            if not 0 <= token_id < vocab_size:
+                raise InvalidTreeError(f"tree.token_ids[{node}]", token_id, f"0 to {vocab_size - 1}")
+            if (parent_row, token_id) in siblings:
+                raise InvalidTreeError(f"tree.token_ids[{node}]", token_id, "siblings with distinct tokens")
+            siblings.add((parent_row, token_id))
+
+
+EMPTY_TREE = TokenTree()
+
+
+@dataclass(frozen=True)
+class ScoredTree:
+    """A tree whose nodes carry the estimated log-probability that the node is accepted.
+
+    `log_values[i]` never exceeds the parent's, so any threshold keeps a tree.
+    """
+
+    tree: TokenTree
+    log_values: tuple[float, ...]
+
+    def pruned(self, num_nodes: int) -> TokenTree:
+        """The `num_nodes` most valuable nodes; ties go to the earlier node."""
+        order = sorted(range(len(self.tree)), key=lambda node: (-self.log_values[node], node))[:num_nodes]
+        return _subtree(self.tree, sorted(order))
+
+
+def _subtree(tree: TokenTree, nodes: Sequence[int]) -> TokenTree:
+    new_row = {0: 0}
+    token_ids, parent_rows = [], []
+    for node in nodes:
+        parent_row = tree.parent_rows[node]
+        token_ids.append(tree.token_ids[node])
+        parent_rows.append(new_row[parent_row])
+        new_row[node + 1] = len(token_ids)
+    return TokenTree(tuple(token_ids), tuple(parent_rows))
