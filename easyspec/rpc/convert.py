@@ -1,0 +1,327 @@
+"""Protobuf messages <-> the plain data of `easyspec.speculation`.
+
+`..._from_pb` checks what the wire form alone can tell (a missing seed, tree or budget, an unknown enum value) and
+raises InvalidRequestError; ranges are checked by whoever knows the model, with the `check` methods of the plain data.
+Sampling parameters are float32 on the wire: a Python float is rounded once, by `sampling_to_pb`, and every later hop
+reproduces the rounded value exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from easyspec.errors import InvalidRequestError
+from easyspec.speculation.messages import (
+    Calibration,
+    Draft,
+    DraftTimings,
+    KvUsage,
+    ModelInfo,
+    OpenSpeculation,
+    OpenVerification,
+    Verdict,
+    VerifyTimings,
+)
+from easyspec.speculation.parameters import (
+    MAX_SEED,
+    FinishReason,
+    LayerPlanRequest,
+    MlpPlacement,
+    SamplingParameters,
+    StopConditions,
+    TreeBudget,
+)
+from easyspec.speculation.token_tree import TokenTree
+from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
+
+_FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
+    {
+        FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+        FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    }
+)
+_FINISH_REASON_FROM_PB = MappingProxyType({value: key for key, value in _FINISH_REASON_TO_PB.items()})
+_MLP_TO_PB: Mapping[MlpPlacement, types_pb2.LayerPlan.MlpPlacement.ValueType] = MappingProxyType(
+    {
+        MlpPlacement.SEQUENTIAL: types_pb2.LayerPlan.MLP_PLACEMENT_SEQUENTIAL,
+        MlpPlacement.STAGED: types_pb2.LayerPlan.MLP_PLACEMENT_STAGED,
+    }
+)
+_MLP_FROM_PB = MappingProxyType({value: key for key, value in _MLP_TO_PB.items()})
+
+
+# --- parameters -------------------------------------------------------------------------------------------------
+
+
+def sampling_from_pb(message: types_pb2.SamplingParameters, default_seed: int | None = None) -> SamplingParameters:
+    """Unset fields take the defaults documented in `types.proto`.
+
+    `default_seed` stands in for an unset seed; without one (at the services behind the gateway) an unset seed is an
+    InvalidRequestError.
+    """
+    seed = message.seed if message.HasField("seed") else default_seed
+    if seed is None:
+        raise InvalidRequestError("sampling.seed", None, f"0 to {MAX_SEED}, and it must be set")
+    present = {field.name: value for field, value in message.ListFields() if field.name not in ("seed", "logit_bias")}
+    return SamplingParameters(seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), **present)
+
+
+def sampling_to_pb(sampling: SamplingParameters) -> types_pb2.SamplingParameters:
+    return types_pb2.SamplingParameters(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        seed=sampling.seed,
+    )
+
+
+def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
+    return StopConditions(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
+    return types_pb2.StopConditions(
+        max_tokens=stop.max_tokens, stop_token_ids=sorted(stop.stop_token_ids), ignore_eos=stop.ignore_eos
+    )
+
+
+def finish_reason_from_pb(value: types_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """None while decoding goes on."""
+    if value == types_pb2.FINISH_REASON_UNSPECIFIED:
+        return None
+    if value not in _FINISH_REASON_FROM_PB:
+        raise InvalidRequestError("finish_reason", value, "a FinishReason")
+    return _FINISH_REASON_FROM_PB[value]
+
+
+def finish_reason_to_pb(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
+    return types_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASON_TO_PB[reason]
+
+
+def budget_from_pb(message: types_pb2.TreeBudget) -> TreeBudget:
+    return TreeBudget(num_levels=message.num_levels, width=message.width, num_nodes=message.num_nodes)
+
+
+def budget_to_pb(budget: TreeBudget) -> types_pb2.TreeBudget:
+    return types_pb2.TreeBudget(num_levels=budget.num_levels, width=budget.width, num_nodes=budget.num_nodes)
+
+
+def layer_plan_from_pb(message: types_pb2.LayerPlan) -> LayerPlanRequest:
+    mlp: MlpPlacement | None = None
+    if message.mlp != types_pb2.LayerPlan.MLP_PLACEMENT_UNSPECIFIED:
+        if message.mlp not in _MLP_FROM_PB:
+            raise InvalidRequestError("layer_plan.mlp", message.mlp, "an MlpPlacement: sequential, staged or unset")
+        mlp = _MLP_FROM_PB[message.mlp]
+    return LayerPlanRequest(
+        layer_parallel_size=message.layer_parallel_size if message.HasField("layer_parallel_size") else None,
+        mlp=mlp,
+        calibration=message.calibration if message.HasField("calibration") else True,
+    )
+
+
+def layer_plan_to_pb(plan: LayerPlanRequest) -> types_pb2.LayerPlan:
+    return types_pb2.LayerPlan(
+        layer_parallel_size=plan.layer_parallel_size,
+        mlp=types_pb2.LayerPlan.MLP_PLACEMENT_UNSPECIFIED if plan.mlp is None else _MLP_TO_PB[plan.mlp],
+        calibration=plan.calibration,
+    )
+
+
+# --- trees ------------------------------------------------------------------------------------------------------
+
+
+def tree_from_pb(message: types_pb2.TokenTree) -> TokenTree:
+    """The tree as sent; whether it is one is for `TokenTree.check` to say."""
+    return TokenTree(token_ids=tuple(message.token_ids), parent_rows=tuple(message.parent_rows))
+
+
+def tree_to_pb(tree: TokenTree) -> types_pb2.TokenTree:
+    return types_pb2.TokenTree(token_ids=tree.token_ids, parent_rows=tree.parent_rows)
+
+
+# --- verifier ---------------------------------------------------------------------------------------------------
+
+
+def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVerification:
+    return OpenVerification(
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_pb(message.sampling),
+        stop=stop_from_pb(message.stop),
+        output_token_ids=tuple(message.output_token_ids),
+        model=message.model,
+        request_id=message.request_id,
+    )
+
+
+def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerification:
+    return verifier_pb2.OpenVerification(
+        model=request.model,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        sampling=sampling_to_pb(request.sampling),
+        stop=stop_to_pb(request.stop),
+        request_id=request.request_id,
+    )
+
+
+def verify_tree_from_pb(message: verifier_pb2.VerifyTree) -> tuple[int, TokenTree]:
+    """(base length, tree); an unset tree is an InvalidRequestError, the empty one is a request for one token."""
+    if not message.HasField("tree"):
+        raise InvalidRequestError("tree.tree", None, "a tree, which may be empty but must be set")
+    return message.base_length, tree_from_pb(message.tree)
+
+
+def verify_tree_to_pb(base_length: int, tree: TokenTree) -> verifier_pb2.VerifyTree:
+    return verifier_pb2.VerifyTree(base_length=base_length, tree=tree_to_pb(tree))
+
+
+def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
+    return Verdict(
+        base_length=message.base_length,
+        token_ids=tuple(message.token_ids),
+        accepted_rows=tuple(message.accepted_rows),
+        finish_reason=finish_reason_from_pb(message.finish_reason),
+        matched_stop_token_id=message.matched_stop_token_id if message.HasField("matched_stop_token_id") else None,
+    )
+
+
+def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
+    return verifier_pb2.Verdict(
+        base_length=verdict.base_length,
+        token_ids=verdict.token_ids,
+        num_accepted=verdict.num_accepted,
+        finish_reason=finish_reason_to_pb(verdict.finish_reason),
+        matched_stop_token_id=verdict.matched_stop_token_id,
+        accepted_rows=verdict.accepted_rows,
+    )
+
+
+def verify_timings_from_pb(message: verifier_pb2.VerifyTimings) -> VerifyTimings:
+    return VerifyTimings(
+        queue_ns=message.queue_ns,
+        compute_ns=message.compute_ns,
+        num_batch_rows=message.num_batch_rows,
+        num_batch_sessions=message.num_batch_sessions,
+    )
+
+
+def verify_timings_to_pb(timings: VerifyTimings) -> verifier_pb2.VerifyTimings:
+    return verifier_pb2.VerifyTimings(
+        queue_ns=timings.queue_ns,
+        compute_ns=timings.compute_ns,
+        num_batch_rows=timings.num_batch_rows,
+        num_batch_sessions=timings.num_batch_sessions,
+    )
+
+
+# --- drafter ----------------------------------------------------------------------------------------------------
+
+
+def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpeculation:
+    return OpenSpeculation(
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_pb(message.sampling),
+        layer_plan=layer_plan_from_pb(message.layer_plan),
+        model=message.model,
+        request_id=message.request_id,
+    )
+
+
+def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculation:
+    return drafter_pb2.OpenSpeculation(
+        model=request.model,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_to_pb(request.sampling),
+        layer_plan=layer_plan_to_pb(request.layer_plan),
+        request_id=request.request_id,
+    )
+
+
+def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
+    """An unset budget is an InvalidRequestError."""
+    if not message.HasField("budget"):
+        raise InvalidRequestError("calibration.budget", None, "a tree budget, and it must be set")
+    return Calibration(
+        base_length=message.base_length,
+        token_ids=tuple(message.token_ids),
+        budget=budget_from_pb(message.budget),
+    )
+
+
+def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
+    return drafter_pb2.Calibration(
+        base_length=calibration.base_length,
+        token_ids=calibration.token_ids,
+        budget=budget_to_pb(calibration.budget),
+    )
+
+
+def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
+    timings = DraftTimings(
+        queue_ns=message.timings.queue_ns,
+        calibrate_ns=message.timings.calibrate_ns,
+        fuzzy_ns=message.timings.fuzzy_ns,
+        num_fuzzy_steps=message.timings.num_fuzzy_steps,
+    )
+    return Draft(base_length=message.base_length, tree=tree_from_pb(message.tree), timings=timings)
+
+
+def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
+    timings = drafter_pb2.DraftTimings(
+        queue_ns=draft.timings.queue_ns,
+        calibrate_ns=draft.timings.calibrate_ns,
+        fuzzy_ns=draft.timings.fuzzy_ns,
+        num_fuzzy_steps=draft.timings.num_fuzzy_steps,
+    )
+    return drafter_pb2.SpeculateResponse(base_length=draft.base_length, tree=tree_to_pb(draft.tree), timings=timings)
+
+
+# --- information ------------------------------------------------------------------------------------------------
+
+
+def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
+    return ModelInfo(
+        name=message.name,
+        vocab_size=message.vocab_size,
+        max_model_len=message.max_model_len,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        num_parameters=message.num_parameters,
+        dtype=message.dtype,
+        eos_token_ids=tuple(message.eos_token_ids),
+        num_layers=message.num_layers,
+    )
+
+
+def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
+    return types_pb2.ModelInfo(
+        name=info.name,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        num_parameters=info.num_parameters,
+        dtype=info.dtype,
+        eos_token_ids=info.eos_token_ids,
+        num_layers=info.num_layers,
+    )
+
+
+def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:
+    return KvUsage(
+        num_slots=message.num_slots, num_used_slots=message.num_used_slots, num_sessions=message.num_sessions
+    )
+
+
+def kv_usage_to_pb(usage: KvUsage) -> types_pb2.KvUsage:
+    return types_pb2.KvUsage(
+        num_slots=usage.num_slots, num_used_slots=usage.num_used_slots, num_sessions=usage.num_sessions
+    )
