@@ -1,0 +1,66 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUF := @bufbuild/buf@1.75.0
+PROMPT ?= def fibonacci(n):
+
+PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
+PROTO_FILES = protos/easyspec/v1/*.proto
+stubs_into = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTO_FILES)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run serve up test test-slow check check-protos format protos bench bench-pair train-models
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the pinned dependencies (only when they changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: install ## stream one completion from the bundled models through all three services
+	$(BIN)/easyspec generate "$(PROMPT)" --show-speculation --max-tokens 128 --temperature 0
+
+serve: install ## start drafter, verifier and gateway; Ctrl-C drains and stops them
+	$(BIN)/easyspec up
+
+up: serve ## the same as serve
+
+test: install ## the tests without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: install ## every test
+	$(BIN)/python -m pytest -m ''
+
+check: install check-protos ## lint, format, types, protos and their committed stubs; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check-protos: install
+	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && $(call stubs_into,"$$stubs") \
+	  && diff -r --exclude=__init__.py --exclude=__pycache__ "$$stubs/easyspec/v1" easyspec/v1 \
+	  && echo "stubs match the protos" || { echo "stubs differ from the protos: run 'make protos'"; exit 1; }
+	@if npx --yes $(BUF) --version >/dev/null 2>&1; then npx --yes $(BUF) lint && echo "buf lint: clean"; \
+	  else echo "buf lint: SKIPPED, npx cannot get $(BUF) here"; fi
+
+format: install ## format the code and apply safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: install ## regenerate the committed stubs in easyspec/v1
+	$(call stubs_into,.)
+
+bench: install ## measure decoding with the bundled pair and render docs/benchmarks.md
+	$(BIN)/easyspec bench decode --pair bundled --json docs/benchmarks/decode-bundled.json
+	$(BIN)/python -m bench.report
+
+bench-pair: install ## widen the bundled base model to a realistic cost (into .bench/)
+	$(BIN)/python -m models.widen
+
+train-models: install ## train the bundled models again from the standard library (about 90 minutes)
+	$(BIN)/python -m models.train
