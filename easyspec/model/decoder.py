@@ -1,0 +1,98 @@
+"""The decoder: embeddings, layer groups, final norm and head.
+
+Dimensions: `T` rows of a pass (segments x padded rows), `E` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from easyspec.model.attention import blockwise_attention, flat_attention
+from easyspec.model.config import ModelConfig
+from easyspec.model.kv_cache import KVPool
+from easyspec.model.layers import AttentionFunction, LayerGroup, LayerWeights, PassState, load_layer, unit_rms
+from easyspec.model.linear import Linear
+from easyspec.model.rope import rotation_table
+from easyspec.model.row_layout import RowLayout, Segment, lay_out
+from easyspec.model.weights import Checkpoint
+from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
+from easyspec.speculation.parameters import MlpPlacement
+
+
+class Decoder:
+    """A model of the Llama family over a KV pool, executed by a layer plan.
+
+    `is_exact` chooses the attention whose bits for a row do not depend on the other rows (the base model needs
+    it, a draft does not). Not thread-safe: one thread owns the device.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device, *, is_exact: bool) -> None:
+        """Raises ConfigurationError for a missing or corrupt checkpoint."""
+        self.config = config
+        self.device = device
+        self.sequential_plan = sequential_plan(config.num_layers)
+        self._attention: AttentionFunction = blockwise_attention if is_exact else flat_attention
+        self._rotations = rotation_table(config, device)
+        with Checkpoint(folder) as checkpoint:
+            self._layers = [load_layer(checkpoint, config, layer, device) for layer in range(config.num_layers)]
+            self._load_ends(checkpoint)
+        self._groups: dict[tuple[range, MlpPlacement], LayerGroup] = {}
+
+    def _load_ends(self, checkpoint: Checkpoint) -> None:
+        c = self.config
+        shape = (c.vocab_size, c.hidden_size)
+        embeddings = checkpoint.tensor("model.embed_tokens.weight", shape)
+        head = embeddings if c.tie_word_embeddings else checkpoint.tensor("lm_head.weight", shape)
+        final_norm = checkpoint.tensor("model.norm.weight", (c.hidden_size,)).float()
+        self._embeddings = embeddings.to(device=self.device, dtype=c.dtype)
+        self._head = Linear((head.float() * final_norm).to(device=self.device, dtype=c.dtype))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, norms left out (they are folded), tied embeddings counted once."""
+        tensors = [
+            value for layer in self._layers for value in vars(layer).values() if isinstance(value, torch.Tensor)
+        ]
+        num_ends = self._embeddings.numel() * (1 if self.config.tie_word_embeddings else 2)
+        return sum(tensor.numel() for tensor in tensors) + num_ends
+
+    def lay_out(self, segments: Sequence[Segment]) -> RowLayout:
+        """The layout of a pass over `segments`."""
+        return lay_out(segments, self.config.num_queries_per_kv, self.device)
+
+    def forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan | None = None) -> torch.Tensor:
+        """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
+        state = PassState(
+            layout=layout,
+            rotation=self._rotations[layout.positions][:, None, None],
+            pool=pool,
+            read_entries=pool.entries(layout.columns),
+            write_entries=pool.entries(layout.slots),
+        )
+        hidden = self._embeddings[layout.token_ids]
+        for group in self._plan_groups(plan or self.sequential_plan):
+            hidden = group(hidden, state)
+        return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head: hidden states [R, E] -> float32 logits [R, V]."""
+        return self._head(hidden).float()
+
+    def linears(self) -> list[Linear]:
+        """Every weight product of the sequential plan, the head included."""
+        groups = self._plan_groups(self.sequential_plan)
+        return [*(linear for group in groups for linear in group.linears), self._head]
+
+    def _plan_groups(self, plan: LayerPlan) -> list[LayerGroup]:
+        return [self._group(layers, plan.mlp) for layers in plan.groups]
+
+    def _group(self, layers: range, mlp: MlpPlacement) -> LayerGroup:
+        """Groups are built when a plan first needs them; a group of one layer is the same in every plan."""
+        key = (layers, mlp if len(layers) > 1 else MlpPlacement.SEQUENTIAL)
+        if key not in self._groups:
+            weights: list[LayerWeights] = self._layers[layers.start : layers.stop]
+            self._groups[key] = LayerGroup(self.config, layers, weights, mlp, self._attention)
+        return self._groups[key]

@@ -1,0 +1,265 @@
+"""Decoder layers in groups whose attention runs at the same time.
+
+Dimensions: `T` rows of the pass (B segments x M padded rows), `N` layers in the group, `H` KV heads,
+`G` query heads per KV head, `D` head size, `E` hidden size, `F` MLP size, `C` columns read per segment.
+
+One code path serves the ordinary decoder (every group has one layer) and EasySpec's fuzzy steps (arXiv
+2502.02493, algorithm 2): inside a group every attention reads the hidden state at the group's entrance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from easyspec.model.config import ModelConfig
+from easyspec.model.kv_cache import KVPool
+from easyspec.model.linear import Linear
+from easyspec.model.rope import interleave_heads, rotate
+from easyspec.model.row_layout import RowLayout
+from easyspec.model.weights import Checkpoint
+from easyspec.speculation.parameters import MlpPlacement
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassState:
+    """What all layers of a pass share: layout, rotation [T, 1, 1, D / 2], and table rows of the KV pool.
+
+    read_entries: [L * H, B * C]; write_entries: [L * H, T].
+    """
+
+    layout: RowLayout
+    rotation: torch.Tensor
+    pool: KVPool
+    read_entries: torch.Tensor
+    write_entries: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer, its two norm weights folded into the projections behind them.
+
+    qkv: [(H * G + 2 * H) * D, E], queries and keys in interleaved order, queries scaled by 1 / sqrt(D) unless
+    they are normed; output: [E, H * G * D]; gate_up: [2 * F, E]; down: [E, F].
+    """
+
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    output: torch.Tensor
+    output_bias: torch.Tensor | None
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+
+
+def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: torch.device) -> LayerWeights:
+    """Read one layer; folding is done in float32 and rounded once to the model's type."""
+    c, prefix = config, f"model.layers.{layer}"
+    heads_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def weight(name: str, rows: int, columns: int) -> torch.Tensor:
+        return checkpoint.tensor(f"{prefix}.{name}.weight", (rows, columns)).float()
+
+    def bias(name: str, rows: int) -> torch.Tensor | None:
+        found = checkpoint.optional_tensor(f"{prefix}.{name}.bias", (rows,))
+        return None if found is None else found.float()
+
+    def norm(name: str, size: int) -> torch.Tensor:
+        return checkpoint.tensor(f"{prefix}.{name}.weight", (size,)).float()
+
+    def finish(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=c.dtype).contiguous()
+
+    scale = c.head_dim**-0.5
+    q, k, v = (
+        weight(f"self_attn.{name}_proj", rows, c.hidden_size)
+        for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
+    )
+    q_bias, k_bias, v_bias = (
+        bias(f"self_attn.{name}_proj", rows) for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
+    )
+    query_scale = 1.0 if c.has_qk_norm else scale
+    qkv = torch.cat([interleave_heads(q, c.head_dim) * query_scale, interleave_heads(k, c.head_dim), v])
+    qkv = qkv * norm("input_layernorm", c.hidden_size)
+    qkv_bias = None
+    if q_bias is not None and k_bias is not None and v_bias is not None:
+        qkv_bias = torch.cat(
+            [interleave_heads(q_bias, c.head_dim) * query_scale, interleave_heads(k_bias, c.head_dim), v_bias]
+        )
+    gate_up = torch.cat([weight(f"mlp.{name}_proj", c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
+    gate_up = gate_up * norm("post_attention_layernorm", c.hidden_size)
+    gate_bias, up_bias = bias("mlp.gate_proj", c.intermediate_size), bias("mlp.up_proj", c.intermediate_size)
+    output_bias, down_bias = bias("self_attn.o_proj", c.hidden_size), bias("mlp.down_proj", c.hidden_size)
+    head_norms: list[torch.Tensor | None] = [None, None]
+    if c.has_qk_norm:
+        norms = [norm(f"self_attn.{name}_norm", c.head_dim) for name in ("q", "k")]
+        norms[0] = norms[0] * scale
+        head_norms = [interleave_heads(head_norm, c.head_dim).to(device) for head_norm in norms]
+    return LayerWeights(
+        qkv=finish(qkv),
+        qkv_bias=None if qkv_bias is None else finish(qkv_bias),
+        output=finish(weight("self_attn.o_proj", c.hidden_size, heads_dim)),
+        output_bias=None if output_bias is None else finish(output_bias),
+        gate_up=finish(gate_up),
+        gate_up_bias=None if gate_bias is None or up_bias is None else finish(torch.cat([gate_bias, up_bias])),
+        down=finish(weight("mlp.down_proj", c.hidden_size, c.intermediate_size)),
+        down_bias=None if down_bias is None else finish(down_bias),
+        query_norm=head_norms[0],
+        key_norm=head_norms[1],
+    )
+
+
+def unit_rms(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    """`hidden` divided by its root mean square over the last dimension, in float32; no weight."""
+    hidden = hidden.float()
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    mean_square = norm.square_().mul_(1.0 / hidden.shape[-1]).add_(eps)
+    return hidden * mean_square.rsqrt_()
+
+
+class LayerGroup:
+    """N consecutive layers as one wide layer.
+
+    All queries, keys and values of the group come from one product, one attention call serves N x H
+    heads, one batched product applies the output projections. MLPs run one after the other on the running
+    residual, or (staged) all at once, each on the attention accumulated up to its place.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        weights: Sequence[LayerWeights],
+        mlp: MlpPlacement,
+        attention: AttentionFunction,
+    ) -> None:
+        self._config = config
+        self._layers = layers
+        self._attention = attention
+        self._eps = config.rms_norm_eps
+        self._qkv = Linear(torch.cat([w.qkv for w in weights]), _cat([w.qkv_bias for w in weights]))
+        self._head_norms = _head_norms(config, weights)
+        self._is_staged = mlp is MlpPlacement.STAGED and len(layers) > 1
+        if len(layers) == 1:
+            self._output = Linear(weights[0].output, weights[0].output_bias)
+        else:
+            self._outputs = torch.stack([w.output.T for w in weights])  # [N, H * G * D, E]
+            self._output_biases = _stack([w.output_bias for w in weights])  # [N, 1, E]
+        if self._is_staged:
+            self._gate_ups = torch.stack([w.gate_up.T for w in weights])  # [N, E, 2 * F]
+            self._gate_up_biases = _stack([w.gate_up_bias for w in weights])
+            self._downs = torch.stack([w.down.T for w in weights])  # [N, F, E]
+            self._down_biases = _stack([w.down_bias for w in weights])
+        else:
+            self._mlps = [(Linear(w.gate_up, w.gate_up_bias), Linear(w.down, w.down_bias)) for w in weights]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Prepacked products of a single-layer group, for the start-up probe."""
+        return [self._qkv, self._output, *(linear for mlp in self._mlps for linear in mlp)]
+
+    def __call__(self, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
+        """[T, E] -> [T, E]; writes the group's keys and values of all rows into the pool."""
+        attended = self._attend(hidden, state)  # [N, T, H * G * D]
+        if len(self._layers) == 1:
+            hidden = hidden + self._output(attended[0])
+            return hidden + self._mlp(0, hidden)
+        outputs = torch.bmm(attended, self._outputs)  # [N, T, E]
+        if self._output_biases is not None:
+            outputs += self._output_biases
+        if self._is_staged:
+            return self._staged_mlps(hidden, outputs)
+        for layer, output in enumerate(outputs):
+            hidden = hidden + output
+            hidden = hidden + self._mlp(layer, hidden)
+        return hidden
+
+    def _attend(self, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
+        """Attention of every layer of the group on the same hidden state: [T, E] -> [N, T, H * G * D]."""
+        c, layout, num_layers = self._config, state.layout, len(self._layers)
+        num_queries, num_kv = c.num_heads, c.num_kv_heads
+        qkv = self._qkv(unit_rms(hidden, self._eps).to(c.dtype))
+        qkv = qkv.view(-1, num_layers, num_queries + 2 * num_kv, c.head_dim)  # [T, N, H * G + 2 * H, D]
+        rotated = qkv[:, :, : num_queries + num_kv].float()
+        if self._head_norms is not None:
+            rotated = unit_rms(rotated, self._eps) * self._head_norms
+        rotated = rotate(rotated, state.rotation)
+        self._store(rotated[:, :, num_queries:], qkv[:, :, num_queries + num_kv :], state)
+        queries = rotated[:, :, :num_queries].view(
+            layout.num_segments, layout.padded_rows, num_layers, num_kv, c.num_queries_per_kv, c.head_dim
+        )
+        queries = queries.permute(2, 3, 0, 1, 4, 5)  # [N, H, B, M, G, D]
+        queries = queries.reshape(-1, layout.padded_rows * c.num_queries_per_kv, c.head_dim)
+        keys, values = self._load(state)
+        mask = layout.mask_for_heads(num_layers * num_kv)
+        attended = self._attention(queries, keys, values, mask, layout.num_blocks)  # [N * H * B, M * G, D]
+        attended = attended.view(
+            num_layers, num_kv, layout.num_segments, layout.padded_rows, c.num_queries_per_kv, c.head_dim
+        )
+        attended = attended.permute(0, 2, 3, 1, 4, 5)  # [N, B, M, H, G, D]
+        return attended.reshape(num_layers, -1, num_queries * c.head_dim).to(c.dtype)
+
+    def _entries(self, entries: torch.Tensor) -> torch.Tensor:
+        """This group's part of the pool's table rows, flattened in the order layer, head, token."""
+        num_kv = self._config.num_kv_heads
+        return entries[self._layers.start * num_kv : self._layers.stop * num_kv].view(-1)
+
+    def _store(self, keys: torch.Tensor, values: torch.Tensor, state: PassState) -> None:
+        """Write keys and values [T, N, H, D]; the constant last column of the values stays."""
+        entries = self._entries(state.write_entries)
+        head_dim, pool = self._config.head_dim, state.pool
+        pool.keys.index_copy_(0, entries, keys.permute(1, 2, 0, 3).reshape(-1, head_dim).to(pool.keys.dtype))
+        pool.values[:, :head_dim].index_copy_(0, entries, values.permute(1, 2, 0, 3).reshape(-1, head_dim))
+
+    def _load(self, state: PassState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [N * H * B, C, D] and values [N * H * B, C, D + 1] of the pass's columns, float32."""
+        entries, pool = self._entries(state.read_entries), state.pool
+        num_columns = state.layout.columns.shape[0] // state.layout.num_segments
+        keys = pool.keys.index_select(0, entries).view(-1, num_columns, self._config.head_dim)
+        values = pool.values.index_select(0, entries).view(-1, num_columns, self._config.head_dim + 1)
+        return keys.float(), values.float()
+
+    def _mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up, down = self._mlps[layer]
+        gate, up = gate_up(unit_rms(hidden, self._eps).to(self._config.dtype)).chunk(2, dim=-1)  # [T, F] each
+        return down(functional.silu(gate) * up)
+
+    def _staged_mlps(self, hidden: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """All MLPs at once: M_i = MLP_i(h + A_1 + ... + A_i); returns h + sum of A + sum of M."""
+        residuals = hidden + outputs.cumsum(dim=0)  # [N, T, E]
+        gate_up = torch.bmm(unit_rms(residuals, self._eps).to(self._config.dtype), self._gate_ups)  # [N, T, 2 * F]
+        if self._gate_up_biases is not None:
+            gate_up += self._gate_up_biases
+        gate, up = gate_up.chunk(2, dim=-1)
+        downs = torch.bmm(functional.silu(gate) * up, self._downs)  # [N, T, E]
+        if self._down_biases is not None:
+            downs += self._down_biases
+        return residuals[-1] + downs.sum(dim=0)
+
+
+def _cat(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
+def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present)[:, None] if present else None
+
+
+def _head_norms(config: ModelConfig, weights: Sequence[LayerWeights]) -> torch.Tensor | None:
+    """Norm weights of all query and key heads of the group, [N, H * G + H, D], or None."""
+    rows = [
+        torch.cat([w.query_norm.expand(config.num_heads, -1), w.key_norm.expand(config.num_kv_heads, -1)])
+        for w in weights
+        if w.query_norm is not None and w.key_norm is not None
+    ]
+    return torch.stack(rows) if rows else None

@@ -1,0 +1,77 @@
+"""Tensors of a checkpoint folder, one safetensors file or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from easyspec.errors import ConfigurationError
+
+
+class Checkpoint:
+    """Opens the safetensors files of a folder and hands out tensors by name, lazily.
+
+    Raises ConfigurationError for a missing or corrupt file, a missing tensor or an unexpected shape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._file_of_tensor: dict[str, Any] = {}
+        for path in _files(folder):
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ConfigurationError(f"cannot read {path}: {error}") from error
+            self._file_of_tensor.update(dict.fromkeys(file.keys(), file))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of_tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of_tensor)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor `name`, which must have `shape`."""
+        if name not in self._file_of_tensor:
+            raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
+        try:
+            tensor: torch.Tensor = self._file_of_tensor[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigurationError(f"cannot read {name!r} in {self._folder}: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise ConfigurationError(f"{name!r} in {self._folder} has shape {tuple(tensor.shape)}; expected {shape}")
+        return tensor
+
+    def optional_tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The tensor `name`, or None if the checkpoint has none (say, a bias)."""
+        return self.tensor(name, shape) if name in self else None
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigurationError(f"corrupt {index}: {error}") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for path in files:
+        if not path.is_file():
+            raise ConfigurationError(f"missing checkpoint file {path}")
+    return files
