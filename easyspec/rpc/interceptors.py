@@ -1,0 +1,142 @@
+"""What stands between the wire and every RPC of ours: admission, request id, errors to statuses, one log event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from easyspec.errors import InvalidRequestError, UnavailableError
+from easyspec.rpc.channels import REQUEST_ID_KEY
+from easyspec.rpc.errors import INTERNAL, abort, mapping_of
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_MAX_REQUEST_ID_CHARS = 128
+
+_log = structlog.get_logger(__name__)
+
+
+class RpcBoundary(grpc.aio.ServerInterceptor):
+    """Interceptor of one server; health and reflection pass untouched.
+
+    Servicers behind it raise exceptions of `easyspec.errors` and write streaming methods as async generators, which
+    are closed in the RPC's own task however the RPC ends. While `refuse` is in force, new RPCs get UNAVAILABLE.
+    """
+
+    def __init__(self, refusal: str) -> None:
+        self._refusal: str | None = refusal
+        self._num_active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def admit(self) -> None:
+        """Let new RPCs in."""
+        self._refusal = None
+
+    def refuse(self, reason: str) -> None:
+        """Answer new RPCs with UNAVAILABLE and `reason`; running ones go on."""
+        self._refusal = reason
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """True once no RPC is running, False if `timeout_s` passed before."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        return self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
+
+    def _unary(self, handler: _Handler, method: str) -> _Handler:
+        behavior: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def respond(request: Any, context: _Context) -> Any:
+            async with self._rpc(method, context):
+                return await behavior(request, context)
+
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make(respond, handler.request_deserializer, handler.response_serializer)
+
+    def _streaming(self, handler: _Handler, method: str) -> _Handler:
+        behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        # A coroutine that writes, not a generator that yields: a cancelled RPC would leave a generator suspended
+        # until it is collected, and what its `finally` frees along with it.
+        async def respond(request: Any, context: _Context) -> None:
+            async with self._rpc(method, context), aclosing(behavior(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return make(respond, handler.request_deserializer, handler.response_serializer)
+
+    @asynccontextmanager
+    async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=_request_id(context))
+        started_ns = time.monotonic_ns()
+        outcome = {"code": "OK"}
+        self._num_active += 1
+        self._idle.clear()
+        try:
+            if self._refusal is not None:
+                raise UnavailableError(self._refusal)
+            yield
+        except asyncio.CancelledError:
+            outcome = {"code": "CANCELLED"}
+            raise
+        except Exception as raised:
+            error = _bad_bytes() if isinstance(raised, DecodeError) else raised
+            outcome = _outcome(error)
+            if mapping_of(error) is INTERNAL:
+                _log.exception("rpc_bug", method=method)
+            await abort(context, error, structlog.contextvars.get_contextvars()["request_id"])
+        finally:
+            duration_ms = (time.monotonic_ns() - started_ns) / 1e6
+            _log.info("rpc_finished", method=method, duration_ms=round(duration_ms, 3), **outcome)
+            self._num_active -= 1
+            if self._num_active == 0:
+                self._idle.set()
+
+
+def _bad_bytes() -> InvalidRequestError:
+    return InvalidRequestError("message", "bytes that do not parse", "a protobuf message of this method's type")
+
+
+def _outcome(error: Exception) -> dict[str, str]:
+    # Reason and field, not the message: it may show a token id.
+    row = mapping_of(error)
+    outcome = {"code": row.code.name, "reason": row.reason}
+    if isinstance(error, InvalidRequestError):
+        outcome["field"] = error.field
+    return outcome
+
+
+def _request_id(context: _Context) -> str:
+    """The caller's request id if it is fit for a log, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and value.isprintable():
+            return value[:_MAX_REQUEST_ID_CHARS] or uuid.uuid4().hex
+    return uuid.uuid4().hex

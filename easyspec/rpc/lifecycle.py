@@ -1,0 +1,180 @@
+"""The life of a serving process: listen, load, serve, drain, stop. The same for every role."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from easyspec.errors import ConfigurationError
+from easyspec.rpc.channels import MAX_MESSAGE_BYTES
+from easyspec.rpc.interceptors import RpcBoundary
+from easyspec.rpc.settings import ServerSettings, load_settings
+from easyspec.telemetry.logs import configure_logging
+
+EXIT_CONFIGURATION = 2
+
+# After the last RPC: time for its status to reach the client, while health watchers hold their streams open.
+_FLUSH_GRACE_S = 0.2
+# A cancelled RPC frees what it holds at once; one that does not in this time is a bug, and no reason to hang.
+_CANCEL_GRACE_S = 5.0
+_SERVER_OPTIONS = (
+    # Two servers must not share a port by accident, which is gRPC's default.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 30 s, also during a long prefill; the default rules answer that with GOAWAY.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+_SettingsT = TypeVar("_SettingsT", bound=ServerSettings)
+_log = structlog.get_logger(__name__)
+
+
+class Application(Protocol):
+    """What a process serves; all of it runs in the process's one event loop."""
+
+    @property
+    def service_name(self) -> str:
+        """Full protobuf name, for health and reflection."""
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Register the servicer."""
+
+    async def start(self) -> None:
+        """Return when ready for requests; raises ConfigurationError. The port is open by then and says NOT_SERVING."""
+
+    async def stop(self) -> None:
+        """Free everything. Called once, after the last RPC, also if `start` failed or was cancelled."""
+
+
+class RpcServer:
+    """One gRPC server with health, reflection and our RpcBoundary; made and used inside the running event loop."""
+
+    def __init__(self, application: Application, address: str) -> None:
+        self._application = application
+        self._address = address
+        self._boundary = RpcBoundary(refusal="loading: try again later")
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
+
+    async def listen(self) -> int:
+        """Open the port and return it; health says NOT_SERVING. Raises ConfigurationError if it cannot be had."""
+        _check_bindable(self._address)
+        # The health servicer starts out as SERVING.
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._application.add_to_server(self._server)
+        names = (self._application.service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise ConfigurationError(f"address is {self._address!r}: cannot listen there: {error}") from None
+        await self._server.start()
+        return port
+
+    async def start(self) -> None:
+        """Start the application, then let RPCs in and say SERVING."""
+        await self._application.start()
+        self._boundary.admit()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, grace_s: float) -> None:
+        """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application."""
+        await self._health.enter_graceful_shutdown()
+        self._boundary.refuse("draining: this replica is going away")
+        # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
+        is_idle = await self._boundary.wait_idle(grace_s)
+        await self._server.stop(_FLUSH_GRACE_S if is_idle else 0)
+        if not await self._boundary.wait_idle(_CANCEL_GRACE_S):
+            _log.error("rpc_ignores_cancellation")
+        await self._application.stop()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in ("", self._application.service_name):
+            await self._health.set(name, status)
+
+
+async def serve(application: Application, settings: ServerSettings, stopping: asyncio.Event) -> None:
+    """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises."""
+    server = RpcServer(application, settings.address)
+    port = await server.listen()
+    host = settings.address.rpartition(":")[0]
+    _log.info("listening", address=f"{host}:{port}", port=port)
+    starting = asyncio.ensure_future(server.start())
+    stop_waiter = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((starting, stop_waiter), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            _log.info("serving", address=f"{host}:{port}", port=port)
+            await stop_waiter
+        _log.info("draining", grace_s=settings.drain_grace_s)
+    finally:
+        await _cancelled(starting, stop_waiter)
+        await server.drain(settings.drain_grace_s)
+    _log.info("stopped")
+
+
+def run_role(
+    role: str,
+    settings_type: type[_SettingsT],
+    build: Callable[[_SettingsT], Application],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """A whole process: settings, logs, application, service until SIGTERM or SIGINT. Returns the exit code.
+
+    A ConfigurationError is one line on stderr and exit code 2. A second signal ends the process without draining.
+    """
+    try:
+        settings = load_settings(settings_type, sys.argv[1:] if arguments is None else arguments)
+        configure_logging(role, settings.log_format)
+        uvloop.run(_serve_until_signal(build(settings), settings))
+    except ConfigurationError as error:
+        print(f"{role}: {error}", file=sys.stderr)
+        return EXIT_CONFIGURATION
+    return 0
+
+
+async def _serve_until_signal(application: Application, settings: ServerSettings) -> None:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def stop_once() -> None:
+        stopping.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop_once)
+    await serve(application, settings, stopping)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_bindable(address: str) -> None:
+    """Raise ConfigurationError with the system's reason; gRPC's own attempt says less, and prints to stderr."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen()
+    except OSError as error:
+        raise ConfigurationError(f"address is {address!r}: cannot listen there: {error.strerror or error}") from None

@@ -1,0 +1,1 @@
+"""The verifier: owns the base model and decides every token."""

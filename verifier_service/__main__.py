@@ -1,0 +1,20 @@
+"""`python -m verifier_service`: wiring only."""
+
+from __future__ import annotations
+
+import sys
+
+from easyspec.rpc.lifecycle import run_role
+from verifier_service.config import VerifierSettings
+from verifier_service.server import VerifierServer
+
+
+def build(settings: VerifierSettings) -> VerifierServer:
+    # Imported here: torch takes seconds, and --help and bad settings need none of it.
+    from verifier_service.engine import VerifierEngine
+
+    return VerifierServer(VerifierEngine(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(run_role("verifier", VerifierSettings, build))

@@ -1,0 +1,107 @@
+"""The verifier's wire: protobuf in, engine calls, protobuf out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from easyspec import __version__
+from easyspec.errors import InvalidRequestError
+from easyspec.rpc import convert
+from easyspec.rpc.sessions import open_session
+from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.token_tree import TokenTree
+from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
+
+
+class VerifierEngine(Protocol):
+    """What the server needs of an engine. Coroutines run in the server's event loop and never block it."""
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The base model; valid after `start`."""
+
+    @property
+    def max_tree_nodes(self) -> int: ...
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a token's logits are bit-identical however its row is batched; valid after `start`."""
+
+    async def start(self) -> None:
+        """Load weights and warm up on the engine's thread; raises ConfigurationError."""
+
+    async def stop(self) -> None:
+        """End the engine's thread; also after a `start` that failed or was cancelled."""
+
+    def kv_usage(self) -> KvUsage: ...
+
+    async def open(self, request: OpenVerification) -> int:
+        """A new session's id; raises EasyspecError subclasses, and then nothing is held."""
+
+    async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
+        """The verdict on `tree`; raises EasyspecError subclasses, and then nothing has changed."""
+
+    def close(self, session_id: int) -> None:
+        """Free the session; idempotent, returns at once, also while `verify` of this session is under way."""
+
+
+class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
+    """VerifierService over an engine; an Application of `easyspec.rpc.lifecycle`."""
+
+    service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
+
+    def __init__(self, engine: VerifierEngine) -> None:
+        self._engine = engine
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        await self._engine.stop()
+
+    async def Verify(  # noqa: N802
+        self, request_iterator: AsyncIterator[verifier_pb2.VerifyRequest], context: Any
+    ) -> AsyncIterator[verifier_pb2.VerifyResponse]:
+        request = await _opening(request_iterator)
+        async with open_session(self._engine.open(request), self._engine.close) as session_id:
+            async for message in request_iterator:
+                base_length, tree = _tree(message)
+                verdict, timings = await self._engine.verify(session_id, base_length, tree)
+                yield verifier_pb2.VerifyResponse(
+                    verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
+                )
+
+    async def GetVerifierInfo(  # noqa: N802
+        self, request: verifier_pb2.GetVerifierInfoRequest, context: Any
+    ) -> verifier_pb2.GetVerifierInfoResponse:
+        return verifier_pb2.GetVerifierInfoResponse(
+            model=convert.model_info_to_pb(self._engine.model_info),
+            kv=convert.kv_usage_to_pb(self._engine.kv_usage()),
+            max_tree_nodes=self._engine.max_tree_nodes,
+            row_invariant=self._engine.row_invariant,
+            version=__version__,
+        )
+
+
+async def _opening(messages: AsyncIterator[verifier_pb2.VerifyRequest]) -> OpenVerification:
+    async for message in messages:
+        if not message.HasField("open"):
+            raise InvalidRequestError("message", message.WhichOneof("message"), "open, as the first message")
+        request = convert.open_verification_from_pb(message.open)
+        if request.request_id:
+            structlog.contextvars.bind_contextvars(request_id=request.request_id)
+        return request
+    raise InvalidRequestError("message", None, "open, as the first message")
+
+
+def _tree(message: verifier_pb2.VerifyRequest) -> tuple[int, TokenTree]:
+    if not message.HasField("tree"):
+        raise InvalidRequestError("message", message.WhichOneof("message"), "tree, as every message after the first")
+    return convert.verify_tree_from_pb(message.tree)
