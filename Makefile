@@ -60,7 +60,7 @@ bench: install ## measure decoding with the bundled pair and render docs/benchma
 	$(BIN)/python -m bench.report
 
 bench-pair: install ## widen the bundled base model to a realistic cost (into .bench/)
-	$(BIN)/python -m models.widen
+	$(BIN)/python -m models.recipe widen
 
 train-models: install ## train the bundled models again from the standard library (about 90 minutes)
-	$(BIN)/python -m models.train
+	$(BIN)/python -m models.recipe train
