@@ -1,0 +1,1 @@
+"""The gateway: tokenizer, request, client connection; no model."""

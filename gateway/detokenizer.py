@@ -1,0 +1,135 @@
+"""Token ids to text, as they come: never half a character, never text past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"
+# A character takes at most four bytes, so at most three replacement characters at the end may still become one.
+_MAX_UNDECIDED = 3
+
+
+class TokenDecoder(Protocol):
+    """What detokenization needs of a tokenizer."""
+
+    @property
+    def special_token_ids(self) -> frozenset[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class TokenTextStream:
+    """Turns tokens into text one by one; all texts joined are the decode of all tokens, special tokens left out.
+
+    Decoding a token alone is not enough: a character may span tokens, and some tokenizers drop the blank of a first
+    word. So a window is decoded that begins with the tokens already finished (prefix offset technique).
+    """
+
+    def __init__(self, tokenizer: TokenDecoder) -> None:
+        self._tokenizer = tokenizer
+        self._special_token_ids = tokenizer.special_token_ids
+        self._window: list[int] = []
+        self._num_finished_tokens = 0  # of the window; their text ends on a character boundary
+        self._num_emitted_chars = 0  # of the window's text
+
+    def push(self, token_id: int) -> str:
+        """Text that became final with this token."""
+        if token_id in self._special_token_ids:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        num_final_chars = _num_final_chars(text)
+        final_text = text[self._num_emitted_chars : num_final_chars]
+        self._num_emitted_chars = max(self._num_emitted_chars, num_final_chars)
+        if num_final_chars == len(text) and final_text:
+            self._slide()
+        return final_text
+
+    def flush(self) -> str:
+        """What was held back; an incomplete character is U+FFFD, as in a decode of everything."""
+        text = self._tokenizer.decode(self._window)[self._num_emitted_chars :]
+        self._num_emitted_chars += len(text)
+        return text
+
+    def _slide(self) -> None:
+        self._window = self._window[self._num_finished_tokens :]
+        self._num_finished_tokens = len(self._window)
+        self._num_emitted_chars = len(self._tokenizer.decode(self._window))
+
+
+def _num_final_chars(text: str) -> int:
+    num_chars = len(text)
+    while num_chars > 0 and text[num_chars - 1] == REPLACEMENT and len(text) - num_chars < _MAX_UNDECIDED:
+        num_chars -= 1
+    return num_chars
+
+
+class StopMatcher:
+    """Finds the stop string that is complete first; holds back text that may be the beginning of one."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """Text that can no longer belong to a stop string; with `matched` set, all that came before it."""
+        text = self._held + text
+        # Of several matches the one that ends first counts, and of those the longest: what one would find
+        # reading character by character, however the text was cut into pieces.
+        matches = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        if matches:
+            _, start, self.matched = min(matches)
+            self._held = ""
+            return text[:start]
+        num_held = self._num_held(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def flush(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def _num_held(self, text: str) -> int:
+        longest = max((len(stop) for stop in self._stop_strings), default=1) - 1
+        for num_chars in range(min(longest, len(text)), 0, -1):
+            tail = text[len(text) - num_chars :]
+            if any(stop.startswith(tail) for stop in self._stop_strings):
+                return num_chars
+        return 0
+
+
+@dataclass(frozen=True)
+class DetokenizedRound:
+    """Final text of a round, how many of its tokens stand, and the stop string that cut the rest."""
+
+    text: str
+    num_tokens: int
+    matched_stop: str | None
+
+
+class Detokenizer:
+    """One request's output, from tokens to text. Takes several tokens per round and treats them one by one, so the
+    text does not depend on how the tokens were cut into rounds."""
+
+    def __init__(self, tokenizer: TokenDecoder, stop_strings: Sequence[str]) -> None:
+        self._stream = TokenTextStream(tokenizer)
+        self._matcher = StopMatcher(stop_strings)
+
+    def push(self, token_ids: Sequence[int], is_last: bool) -> DetokenizedRound:
+        """Take a round's tokens; `is_last` flushes what was held back.
+
+        The token that completes a stop string is the last one that counts; the stop string is not part of the text.
+        """
+        pieces = []
+        for index, token_id in enumerate(token_ids):
+            pieces.append(self._matcher.push(self._stream.push(token_id)))
+            if self._matcher.matched is not None:
+                return DetokenizedRound("".join(pieces), index + 1, self._matcher.matched)
+        if is_last:
+            pieces.append(self._matcher.push(self._stream.flush()))
+            pieces.append(self._matcher.flush())
+        return DetokenizedRound("".join(pieces), len(token_ids), self._matcher.matched)

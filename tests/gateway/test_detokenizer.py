@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.detokenizer import Detokenizer, StopMatcher
+from gateway.tokenizer import Tokenizer
+from tests.gateway.tiny_tokenizer import END_OF_TEXT, write_metaspace_tokenizer, write_tokenizer
+
+VOCAB_SIZE = 340
+
+
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_metaspace_tokenizer(tmp_path_factory.mktemp("metaspace")))
+
+
+def run(tokenizer: Tokenizer, token_ids: list[int], cuts: list[int], stops: list[str]) -> tuple[list[str], int]:
+    """Texts of the rounds that `cuts` make of the tokens, and how many tokens stood."""
+    detokenizer = Detokenizer(tokenizer, stops)
+    edges = [0, *sorted(cut % len(token_ids) for cut in cuts), len(token_ids)]
+    texts, num_tokens = [], 0
+    for start, end in itertools.pairwise(edges):
+        taken = detokenizer.push(token_ids[start:end], is_last=end == len(token_ids))
+        texts.append(taken.text)
+        num_tokens += taken.num_tokens
+        if taken.matched_stop is not None or end == len(token_ids):
+            break
+    return texts, num_tokens
+
+
+def first_stop(text: str, stops: list[str]) -> int:
+    """Where to cut: at the stop that is complete first, and of those that end together the longest."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return min(ends)[1] if ends else len(text)
+
+
+# Bytes of multi-byte characters are the first 256 entries after the special token: make them frequent.
+token_lists = st.lists(st.one_of(st.integers(1, VOCAB_SIZE - 1), st.integers(150, 256)), min_size=1, max_size=40)
+cut_lists = st.lists(st.integers(0, 60), max_size=8)
+
+
+@pytest.fixture(scope="module")
+def module_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_joined_texts_are_the_decode_of_everything(module_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    token_ids = data.draw(token_lists)
+    texts, num_tokens = run(module_tokenizer, token_ids, data.draw(cut_lists), [])
+    assert "".join(texts) == module_tokenizer.decode(token_ids)
+    assert num_tokens == len(token_ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_stop_strings_cut_the_same_place_for_any_split(module_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    text = data.draw(st.text(alphabet="abST OP\né中😀", min_size=1, max_size=30))
+    token_ids = list(module_tokenizer.encode(text))
+    stops = data.draw(st.lists(st.text(alphabet="abST OP\né中😀", min_size=1, max_size=4), min_size=1, max_size=3))
+    texts, num_tokens = run(module_tokenizer, token_ids, data.draw(cut_lists), stops)
+    whole, num_whole = run(module_tokenizer, token_ids, [], stops)
+    cut = first_stop(text, stops)
+    assert "".join(texts) == text[:cut] == "".join(whole)
+    assert num_tokens == num_whole
+    if cut < len(text):
+        kept = module_tokenizer.decode(token_ids[:num_tokens])
+        shorter = module_tokenizer.decode(token_ids[: num_tokens - 1])
+        assert any(stop in kept for stop in stops)
+        assert not any(stop in shorter for stop in stops)
+
+
+@pytest.mark.parametrize("offset", range(6))
+def test_a_stop_string_at_every_offset_of_a_block_cuts_text_and_tokens(tokenizer: Tokenizer, offset: int) -> None:
+    word = tokenizer.encode("!")
+    stop = tokenizer.encode("#")
+    assert len(word) == len(stop) == 1
+    block = list(word) * offset + list(stop) + list(word) * (5 - offset)
+    taken = Detokenizer(tokenizer, ["#"]).push(block, is_last=False)
+    assert (taken.text, taken.num_tokens, taken.matched_stop) == ("!" * offset, offset + 1, "#")
+
+
+def test_never_half_a_character(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("🙈")
+    assert len(token_ids) == 4
+    detokenizer = Detokenizer(tokenizer, [])
+    texts = [detokenizer.push([token_id], is_last=False).text for token_id in token_ids]
+    assert texts == ["", "", "", "🙈"]
+
+
+def test_an_incomplete_character_at_the_end_is_flushed_as_a_full_decode_would(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("a😀")[:-1]
+    taken = Detokenizer(tokenizer, []).push(token_ids, is_last=True)
+    assert taken.text == tokenizer.decode(token_ids) == "a\ufffd"
+
+
+def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    (end,) = tokenizer.special_token_ids
+    assert tokenizer.decode([end]) == END_OF_TEXT
+    taken = Detokenizer(tokenizer, []).push([*tokenizer.encode("a"), end], is_last=True)
+    assert (taken.text, taken.num_tokens) == ("a", 2)
+
+
+def test_text_that_could_begin_a_stop_string_is_held_back_until_it_cannot(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, ["STOP!"])
+    texts = [detokenizer.push(tokenizer.encode(text), is_last=False).text for text in ("x S", "TO", "P", "?")]
+    assert texts == ["x ", "", "", "STOP?"]
+    held = Detokenizer(tokenizer, ["STOP!"])
+    assert held.push(tokenizer.encode("a STOP"), is_last=True).text == "a STOP"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([3, 4], "Hello world"), ([4, 5, 3], "worldwide Hello"), ([6, 7], "ab")]
+)
+def test_a_tokenizer_that_drops_the_first_blank_keeps_the_others(
+    metaspace: Tokenizer, words: list[int], expected: str
+) -> None:
+    detokenizer = Detokenizer(metaspace, [])
+    texts = [detokenizer.push([word], is_last=word == words[-1]).text for word in words]
+    assert "".join(texts) == expected == metaspace.decode(words)
+
+
+def test_of_two_stop_strings_the_one_complete_first_counts() -> None:
+    matcher = StopMatcher(["bcd", "c"])
+    assert matcher.push("a") + matcher.push("b") == "a"
+    assert matcher.push("cd") == "b"
+    assert matcher.matched == "c"
+
+
+def test_of_two_stop_strings_that_end_together_the_longer_counts() -> None:
+    matcher = StopMatcher(["c", "bc"])
+    assert matcher.push("abc") == "a"
+    assert matcher.matched == "bc"

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+from gateway.tokenizer import ChatTurn, Tokenizer
+from tests.gateway.tiny_tokenizer import write_metaspace_tokenizer, write_tokenizer
+
+
+@pytest.mark.parametrize("text", ["def f(n):\n    return n", " leading", "über 中文 😀", "a"])
+def test_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_conversation_is_rendered_with_the_template(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode_chat([ChatTurn("system", "be brief"), ChatTurn("user", "hi")])
+    assert tokenizer.decode(token_ids) == "[system] be brief\n[user] hi\n[assistant] "
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [([], "prompt.chat.messages"), ([ChatTurn("tool", "x")], "prompt.chat.messages[0].role")],
+)
+def test_a_conversation_that_cannot_be_rendered_is_refused(
+    tokenizer: Tokenizer, turns: list[ChatTurn], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        tokenizer.encode_chat(turns)
+    assert caught.value.field == field
+
+
+def test_a_model_without_template_refuses_conversations(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        Tokenizer.load(folder).encode_chat([ChatTurn("user", "hi")])
+
+
+def test_fingerprints_differ_with_the_vocabulary_only(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    same = write_tokenizer(tmp_path / "same")
+    (same / "chat_template.jinja").write_text("{{ messages }}")
+    content = json.loads((same / "tokenizer.json").read_text())
+    content["truncation"] = {"max_length": 7, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    (same / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer_fingerprint(same) == tokenizer.fingerprint()
+    assert tokenizer_fingerprint(write_tokenizer(tmp_path / "smaller", vocab_size=330)) != tokenizer.fingerprint()
+    assert len(tokenizer.fingerprint()) == 64
+
+
+def test_swapped_ids_change_the_fingerprint(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = write_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer_fingerprint(folder) != tokenizer.fingerprint()
+
+
+def test_every_kind_of_vocabulary_has_a_fingerprint(tmp_path: Path) -> None:
+    unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram))
+    assert len(tokenizer_fingerprint(tmp_path)) == 64
+    assert tokenizer_fingerprint(write_metaspace_tokenizer(tmp_path / "m")) != tokenizer_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"model": {"vocab": 3}}'])
+def test_a_folder_without_tokenizer_fails_at_start_up(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
