@@ -1,0 +1,166 @@
+"""Sessions at the verifier and the drafter as gRPC streams: one message each way per round."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+
+from easyspec.errors import EasyspecError, UnavailableError
+from easyspec.rpc.channels import request_metadata
+from easyspec.rpc.convert import (
+    calibration_to_pb,
+    draft_from_pb,
+    model_info_from_pb,
+    open_speculation_to_pb,
+    open_verification_to_pb,
+    verdict_from_pb,
+    verify_timings_from_pb,
+    verify_tree_to_pb,
+)
+from easyspec.rpc.errors import error_from_rpc
+from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation, OpenVerification
+from easyspec.speculation.token_tree import TokenTree
+from easyspec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+from gateway.decode_loop import TimedVerdict
+from gateway.peers import PeerInfo
+
+_VerifyCall: TypeAlias = "grpc.aio.StreamStreamCall[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]"
+_SpeculateCall: TypeAlias = "grpc.aio.StreamStreamCall[drafter_pb2.SpeculateRequest, drafter_pb2.SpeculateResponse]"
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
+
+
+class VerifierClient:
+    """Talks to the verifier over `channel`, which the caller owns."""
+
+    def __init__(self, channel: grpc.aio.Channel, info_timeout_s: float) -> None:
+        self._stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        self._info_timeout_s = info_timeout_s
+
+    async def info(self) -> PeerInfo:
+        """Who answers; EasyspecError if nobody does in time."""
+        try:
+            response = await self._stub.GetVerifierInfo(
+                verifier_pb2.GetVerifierInfoRequest(), timeout=self._info_timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes)
+
+    @contextlib.asynccontextmanager
+    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[VerifierStream]:
+        """A session that must be over in `timeout_s` seconds; it is cancelled on exit."""
+        call = self._stub.Verify(timeout=timeout_s, metadata=request_metadata(opening.request_id))
+        try:
+            await _write(call, verifier_pb2.VerifyRequest(open=open_verification_to_pb(opening)))
+            yield VerifierStream(call)
+        finally:
+            call.cancel()
+
+
+class VerifierStream:
+    """An open session at the verifier."""
+
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
+    ) -> None:
+        self._call = call
+
+    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+        started_ns = time.monotonic_ns()
+        await _write(self._call, verifier_pb2.VerifyRequest(tree=verify_tree_to_pb(base_length, tree)))
+        response = await _read(self._call)
+        return TimedVerdict(
+            verdict_from_pb(response.verdict),
+            verify_timings_from_pb(response.timings),
+            time.monotonic_ns() - started_ns,
+        )
+
+
+class DrafterClient:
+    """Talks to the drafter over `channel`, which the caller owns; no session outlives `session_timeout_s` seconds."""
+
+    def __init__(self, channel: grpc.aio.Channel, info_timeout_s: float, session_timeout_s: float) -> None:
+        self._stub: drafter_pb2_grpc.DrafterServiceAsyncStub = drafter_pb2_grpc.DrafterServiceStub(channel)
+        self._info_timeout_s = info_timeout_s
+        self._session_timeout_s = session_timeout_s
+
+    async def info(self) -> PeerInfo:
+        """Who answers; EasyspecError if nobody does in time."""
+        try:
+            response = await self._stub.GetDrafterInfo(
+                drafter_pb2.GetDrafterInfoRequest(), timeout=self._info_timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes)
+
+    def open(self, opening: OpenSpeculation) -> DrafterStream:
+        """A session; returns at once, while the drafter is told the prompt in the background."""
+        call = self._stub.Speculate(timeout=self._session_timeout_s, metadata=request_metadata(opening.request_id))
+        return DrafterStream(call, opening)
+
+
+class DrafterStream:
+    """An open session at the drafter; see `gateway.draft_session.DraftStream`."""
+
+    def __init__(
+        self,
+        call: _SpeculateCall,
+        opening: OpenSpeculation,
+    ) -> None:
+        self._call = call
+        self._committed_length = len(opening.prompt_token_ids)
+        request = drafter_pb2.SpeculateRequest(open=open_speculation_to_pb(opening))
+        self._opened = asyncio.create_task(_write(call, request))
+        # Nobody may ask for a draft any more, and an error nobody saw is noise in the log.
+        self._opened.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @property
+    def committed_length(self) -> int:
+        return self._committed_length
+
+    async def draft(self, calibration: Calibration) -> Draft:
+        await self._opened
+        await _write(self._call, drafter_pb2.SpeculateRequest(calibration=calibration_to_pb(calibration)))
+        draft = draft_from_pb(await _read(self._call))
+        self._committed_length += len(calibration.token_ids)
+        return draft
+
+    def cancel(self) -> None:
+        self._opened.cancel()
+        self._call.cancel()
+
+
+async def _write(call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT], request: _RequestT) -> None:
+    try:
+        await call.write(request)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    except asyncio.InvalidStateError:  # the peer has ended the stream
+        raise await _end_of(call) from None
+
+
+async def _read(call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT]) -> _ResponseT:
+    try:
+        response = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    if response is grpc.aio.EOF:
+        raise await _end_of(call)
+    return response  # type: ignore[return-value]
+
+
+async def _end_of(call: grpc.aio.StreamStreamCall[Any, Any]) -> EasyspecError:
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        return UnavailableError("the service ended the session")
+    error = grpc.aio.AioRpcError(
+        code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
+    return error_from_rpc(error)

@@ -1,0 +1,116 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from easyspec.rpc.settings import ServerSettings, address_field
+from easyspec.speculation.parameters import TreeBudget
+
+
+class GatewaySettings(ServerSettings):
+    """Coordinates verifier and drafter, and serves clients. Flags win over EASYSPEC_GATEWAY_... variables."""
+
+    model_config = SettingsConfigDict(env_prefix="EASYSPEC_GATEWAY_", cli_prog_name="python -m gateway")
+
+    address: str = address_field("127.0.0.1:50051")
+    tokenizer: Path = Field(
+        description="Folder with the base model's tokenizer.json, usually its checkpoint. "
+        "No default: it must fit the verifier's model.",
+    )
+    verifier_address: str = Field(
+        default="127.0.0.1:50053",
+        min_length=1,
+        description="host:port of the verifier, or dns:///name:port for several replicas. Default: the verifier's own.",
+    )
+    drafter_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="host:port of the drafter, or dns:///name:port for several replicas. Unset: plain decoding.",
+    )
+    num_draft_levels: int = Field(
+        default=5,
+        ge=1,
+        le=64,
+        description="Levels of a draft tree where a request names none, 1 to 64. 5 is the paper's choice.",
+    )
+    tree_width: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Nodes expanded per level where a request names none, 1 to 64. 4 is the lower end of the paper's "
+        "range; small models gain little beyond.",
+    )
+    num_tree_nodes: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Nodes of a draft tree where a request names none, 1 to 4096. Up to 16 rows a pass of the base "
+        "model costs about as much as one.",
+    )
+    draft_deadline_ms: int = Field(
+        default=1000,
+        ge=1,
+        le=600_000,
+        description="Milliseconds a round waits for its draft before it goes on without, 1 to 600000. "
+        "1000 suits a CPU, where a draft may share its cores with the verifier; a GPU needs far less.",
+    )
+    reopen_deadline_s: float = Field(
+        default=30.0,
+        gt=0.0,
+        le=3600.0,
+        description="Seconds a re-opened drafting session gets to read all tokens so far, up to 3600. "
+        "Nothing waits for it, so it may be generous.",
+    )
+    request_timeout_s: float = Field(
+        default=600.0,
+        gt=0.0,
+        le=86_400.0,
+        description="Most seconds a request may take where the client sets no earlier deadline, up to 86400. "
+        "600 is what OpenAI's clients wait.",
+    )
+    max_concurrent_requests: int = Field(
+        default=64,
+        ge=1,
+        le=65_536,
+        description="Requests decoded at the same time, 1 to 65536. 64 is beyond what one pair of models serves well.",
+    )
+    max_waiting_requests: int = Field(
+        default=256,
+        ge=0,
+        le=65_536,
+        description="Requests that may wait for a place, 0 to 65536; more are refused at once.",
+    )
+    admission_timeout_s: float = Field(
+        default=10.0,
+        gt=0.0,
+        le=3600.0,
+        description="Seconds a request waits for a place before it is refused, up to 3600. "
+        "After 10 a client does better to try another replica.",
+    )
+    probe_interval_s: float = Field(
+        default=2.0,
+        gt=0.0,
+        le=3600.0,
+        description="Seconds between two looks at a service that answers, up to 3600.",
+    )
+    retry_first_ms: int = Field(
+        default=100,
+        ge=1,
+        le=600_000,
+        description="Milliseconds until a lost service is tried again, 1 to 600000; doubles with every failure.",
+    )
+    retry_max_ms: int = Field(
+        default=2000,
+        ge=1,
+        le=600_000,
+        description="Most milliseconds between two tries, 1 to 600000. 2000 finds a restarted drafter soon and costs "
+        "one short RPC.",
+    )
+
+    @property
+    def default_budget(self) -> TreeBudget:
+        return TreeBudget(self.num_draft_levels, self.tree_width, self.num_tree_nodes)

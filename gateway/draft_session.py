@@ -1,0 +1,158 @@
+"""Drafting that may fail: the request goes on without a guess, and the drafter is taken up again when it is back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import structlog
+
+from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError, UnknownModelError
+from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
+from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.token_tree import EMPTY_TREE
+from gateway.decode_loop import NOTHING_DRAFTED, TimedDraft
+from gateway.peers import Backoff, Peer
+
+_log = structlog.get_logger()
+
+# What a re-opened session is asked for while it catches up: the answer is not used.
+_CATCH_UP_BUDGET = TreeBudget(num_levels=1, width=1, num_nodes=1)
+
+
+class DraftStream(Protocol):
+    """One session at the drafter; raises EasyspecError once it is lost. `committed_length` is where it stands."""
+
+    @property
+    def committed_length(self) -> int: ...
+
+    async def draft(self, calibration: Calibration) -> Draft: ...
+
+    def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DraftLimits:
+    """How long to wait for a tree, how long for a session to catch up after re-opening (seconds), and how long to
+    leave the drafter alone after a session's failures."""
+
+    deadline_s: float
+    reopen_deadline_s: float
+    backoff: Backoff
+
+
+class DrafterPool:
+    """The drafter as all requests share it: its state, and how to open a session."""
+
+    def __init__(self, peer: Peer, connect: Callable[[OpenSpeculation], DraftStream], limits: DraftLimits) -> None:
+        self.peer = peer
+        self._connect = connect
+        self._limits = limits
+
+    @contextlib.asynccontextmanager
+    async def session(self, opening: OpenSpeculation, vocab_size: int) -> AsyncIterator[ResilientDraftSession]:
+        """A session for one request, freed at the drafter on exit. Never fails and never waits."""
+        session = ResilientDraftSession(self.peer, self._connect, self._limits, opening, vocab_size)
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+class ResilientDraftSession:
+    """A DraftSession that outlives the drafter.
+
+    It either has a stream or has none. A failure or a late answer drops the stream for good, so that answers never
+    get out of step, and the round goes on with the empty tree. Without a stream every round is plain, at once, while
+    a new stream is opened in the background from all committed tokens, as soon as the drafter is known to be back.
+    `num_failures` counts streams lost.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        connect: Callable[[OpenSpeculation], DraftStream],
+        limits: DraftLimits,
+        opening: OpenSpeculation,
+        vocab_size: int,
+    ) -> None:
+        self._peer = peer
+        self._connect = connect
+        self._limits = limits
+        self._opening = opening
+        self._vocab_size = vocab_size
+        self._history = list(opening.prompt_token_ids)
+        self._stream = connect(opening) if peer.is_ready else None
+        self._reopening: asyncio.Task[None] | None = None
+        self._retry_at_s = 0.0
+        self._is_given_up = False
+        self.num_failures = 0
+
+    async def draft(self, calibration: Calibration) -> TimedDraft:
+        self._history.extend(calibration.token_ids)
+        stream = self._stream
+        if stream is None:
+            self._reopen_in_background()
+            return NOTHING_DRAFTED
+        started_ns = time.monotonic_ns()
+        # After re-opening the stream stands behind by the tokens of the rounds that went without it.
+        missing = self._history[stream.committed_length :]
+        try:
+            draft = await self._ask(stream, missing, calibration.budget, self._limits.deadline_s)
+        except (EasyspecError, TimeoutError) as error:
+            self._lose(stream, error)
+            return TimedDraft(EMPTY_TREE, elapsed_ns=time.monotonic_ns() - started_ns)
+        self._peer.report_success()
+        return TimedDraft(draft.tree, draft.timings, time.monotonic_ns() - started_ns)
+
+    def close(self) -> None:
+        """Free the session at the drafter."""
+        if self._reopening is not None:
+            self._reopening.cancel()
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def _ask(self, stream: DraftStream, token_ids: Sequence[int], budget: TreeBudget, deadline_s: float) -> Draft:
+        base_length = stream.committed_length
+        async with asyncio.timeout(deadline_s):
+            draft = await stream.draft(Calibration(base_length, tuple(token_ids), budget))
+        if draft.base_length != base_length + len(token_ids):
+            raise StalePositionError(draft.base_length, base_length + len(token_ids))
+        draft.tree.check(self._vocab_size, budget.num_nodes)
+        return draft
+
+    def _reopen_in_background(self) -> None:
+        may_try = self._peer.is_ready and not self._is_given_up and time.monotonic() >= self._retry_at_s
+        if may_try and self._reopening is None:
+            self._reopening = asyncio.create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        history = tuple(self._history)
+        stream = self._connect(replace(self._opening, prompt_token_ids=history[:-1]))
+        try:
+            await self._ask(stream, history[-1:], _CATCH_UP_BUDGET, self._limits.reopen_deadline_s)
+        except (EasyspecError, TimeoutError) as error:
+            self._lose(stream, error)
+        except BaseException:
+            stream.cancel()
+            raise
+        else:
+            self._stream = stream
+        finally:
+            self._reopening = None
+
+    def _lose(self, stream: DraftStream, error: Exception) -> None:
+        stream.cancel()
+        self._stream = None
+        self.num_failures += 1
+        self._retry_at_s = time.monotonic() + self._limits.backoff(self.num_failures)
+        reason = str(error) or "late"
+        _log.warning("draft_session_lost", request_id=self._opening.request_id, reason=reason)
+        if isinstance(error, InvalidRequestError | UnknownModelError):
+            self._is_given_up = True  # the answer would be the same again
+        elif not isinstance(error, CapacityError | StalePositionError):
+            self._peer.report_failure(reason)

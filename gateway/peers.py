@@ -1,0 +1,136 @@
+"""What the gateway knows about the services behind it: who answers, who must not be used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from easyspec.errors import EasyspecError
+from easyspec.speculation.messages import ModelInfo
+
+_log = structlog.get_logger()
+
+
+class PeerState(enum.Enum):
+    """Whether a service can be used."""
+
+    UNREACHABLE = "unreachable"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class PeerInfo:
+    """The model behind a service, and the most nodes it takes in a tree."""
+
+    model: ModelInfo
+    max_tree_nodes: int
+
+
+class Backoff(Protocol):
+    """How long to wait after so many failures in a row."""
+
+    def __call__(self, num_failures: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class ExponentialBackoff:
+    """Doubles from `first_s` up to `max_s`, in seconds."""
+
+    first_s: float
+    max_s: float
+
+    def __call__(self, num_failures: int) -> float:
+        return min(self.max_s, self.first_s * 2.0 ** min(num_failures - 1, 30)) if num_failures else 0.0
+
+
+@dataclass(frozen=True)
+class PeerPolicy:
+    """How a peer is watched: seconds between probes of a ready one, and pauses while it fails."""
+
+    probe_interval_s: float
+    backoff: Backoff
+
+
+class Peer:
+    """One service behind the gateway. All requests share what one of them, or a probe, has learned about it.
+
+    `fetch_info` asks the service who it is and raises EasyspecError if it does not answer. A peer whose tokenizer
+    differs from `fingerprint` is refused; probing goes on, for it may be replaced by one that fits.
+    """
+
+    def __init__(
+        self, role: str, fetch_info: Callable[[], Awaitable[PeerInfo]], fingerprint: str, policy: PeerPolicy
+    ) -> None:
+        self._role = role
+        self._fetch_info = fetch_info
+        self._fingerprint = fingerprint
+        self._policy = policy
+        self._num_failures = 0
+        self._failed = asyncio.Event()
+        self.state = PeerState.UNREACHABLE
+        self.info: PeerInfo | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is PeerState.READY
+
+    async def probe(self) -> None:
+        """Ask once, and set `state` and `info` by the answer."""
+        try:
+            info = await self._fetch_info()
+        except EasyspecError as error:
+            self._num_failures += 1
+            self._become(PeerState.UNREACHABLE, reason=str(error))
+            return
+        self.info = info
+        if info.model.tokenizer_fingerprint != self._fingerprint:
+            self._num_failures += 1
+            reason = f"tokenizer {info.model.tokenizer_fingerprint}, the gateway's is {self._fingerprint}"
+            self._become(PeerState.REFUSED, reason=reason)
+        else:
+            self._failed.clear()
+            self._become(PeerState.READY, reason="answers")
+
+    async def wait_for_answer(self) -> None:
+        """Probe until the peer answers, whether it can be used or not."""
+        await self.probe()
+        while self.state is PeerState.UNREACHABLE:
+            await self._pause()
+            await self.probe()
+
+    async def watch(self) -> None:
+        """Keep `state` true until cancelled: probe now and then, and soon after a failure."""
+        while True:
+            if self.is_ready:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._failed.wait(), self._policy.probe_interval_s)
+            if not self.is_ready:
+                await self._pause()
+            await self.probe()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(self._policy.backoff(self._num_failures))
+
+    def report_failure(self, reason: str) -> None:
+        """A session was lost: nobody opens another one until a probe, after a pause, has found the peer again."""
+        if self.is_ready:
+            self._num_failures += 1
+            self._become(PeerState.UNREACHABLE, reason=reason)
+            self._failed.set()
+
+    def report_success(self) -> None:
+        """A session got its answer in time."""
+        self._num_failures = 0
+
+    def _become(self, state: PeerState, reason: str) -> None:
+        if state is not self.state:
+            log = _log.info if state is PeerState.READY else _log.warning
+            log("peer_state", peer=self._role, state=state.value, reason=reason)
+        self.state = state

@@ -1,0 +1,233 @@
+"""The gateway's wire: GenerationService, and the process behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import structlog
+
+from easyspec import __version__
+from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.rpc import convert
+from easyspec.rpc.channels import open_channel
+from easyspec.v1 import generation_pb2, generation_pb2_grpc
+from gateway.admission import Admission
+from gateway.clients import DrafterClient, VerifierClient
+from gateway.config import GatewaySettings
+from gateway.draft_session import DrafterPool, DraftLimits
+from gateway.generation import (
+    Completion,
+    Conversation,
+    GenerationChunk,
+    GenerationRequest,
+    Generator,
+    SpeculationMode,
+    SpeculationWish,
+    TokenIds,
+)
+from gateway.peers import ExponentialBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.statistics import RoundTimings, SpeculationStatistics
+from gateway.tokenizer import ChatTurn, Tokenizer
+
+# A peer that is loading does not answer at all; one that answers does so in milliseconds.
+_INFO_TIMEOUT_S = 2.0
+
+_Mode = generation_pb2.SpeculationParameters
+_PeerState = generation_pb2.GetServerInfoResponse
+_MODES: Mapping[int, SpeculationMode] = MappingProxyType(
+    {
+        _Mode.MODE_UNSPECIFIED: SpeculationMode.AUTO,
+        _Mode.MODE_AUTO: SpeculationMode.AUTO,
+        _Mode.MODE_ON: SpeculationMode.ON,
+        _Mode.MODE_OFF: SpeculationMode.OFF,
+    }
+)
+_PEER_STATES: Mapping[PeerState, _PeerState.PeerState.ValueType] = MappingProxyType(
+    {
+        PeerState.READY: _PeerState.PEER_STATE_READY,
+        PeerState.UNREACHABLE: _PeerState.PEER_STATE_UNREACHABLE,
+        PeerState.REFUSED: _PeerState.PEER_STATE_REFUSED,
+    }
+)
+
+
+class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
+    """GenerationService over a Generator; an Application of `easyspec.rpc.lifecycle`."""
+
+    service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._channels: list[grpc.aio.Channel] = []
+        self._watches: list[asyncio.Task[None]] = []
+        self._generator: Generator | None = None
+
+    @property
+    def generator(self) -> Generator:
+        """Valid after `start`."""
+        assert self._generator is not None, "RPCs are refused until start has returned"
+        return self._generator
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        """Wait for the verifier; the drafter may come whenever it likes."""
+        tokenizer = await asyncio.to_thread(Tokenizer.load, self._settings.tokenizer)
+        generator = self._build(tokenizer)
+        await generator.verifier_peer.wait_for_answer()
+        _check_tokenizer("verifier", generator.verifier_peer, tokenizer)
+        peers = [generator.verifier_peer]
+        if generator.drafter_peer is not None:
+            await generator.drafter_peer.probe()
+            _check_tokenizer("drafter", generator.drafter_peer, tokenizer)
+            peers.append(generator.drafter_peer)
+        self._watches = [asyncio.create_task(peer.watch()) for peer in peers]
+        self._generator = generator
+
+    async def stop(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
+
+    def _build(self, tokenizer: Tokenizer) -> Generator:
+        settings = self._settings
+        backoff = ExponentialBackoff(settings.retry_first_ms / 1000, settings.retry_max_ms / 1000)
+        policy = PeerPolicy(settings.probe_interval_s, backoff)
+        fingerprint = tokenizer.fingerprint()
+        verifier = VerifierClient(self._channel(settings.verifier_address), _INFO_TIMEOUT_S)
+        drafters = None
+        if settings.drafter_address is not None:
+            channel = self._channel(settings.drafter_address)
+            drafter = DrafterClient(channel, _INFO_TIMEOUT_S, settings.request_timeout_s)
+            limits = DraftLimits(settings.draft_deadline_ms / 1000, settings.reopen_deadline_s, backoff)
+            drafters = DrafterPool(Peer("drafter", drafter.info, fingerprint, policy), drafter.open, limits)
+        return Generator(
+            tokenizer,
+            verifier,
+            Peer("verifier", verifier.info, fingerprint, policy),
+            drafters,
+            Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
+            settings.default_budget,
+        )
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = open_channel(address)
+        self._channels.append(channel)
+        return channel
+
+    async def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
+        request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
+        async with aclosing(self.generator.generate(_request_from_pb(request, request_id), timeout_s)) as chunks:
+            async for chunk in chunks:
+                yield _chunk_to_pb(chunk)
+
+    async def ListModels(  # noqa: N802
+        self, request: generation_pb2.ListModelsRequest, context: Any
+    ) -> generation_pb2.ListModelsResponse:
+        info = self.generator.verifier_peer.info
+        return generation_pb2.ListModelsResponse(models=[convert.model_info_to_pb(info.model)] if info else [])
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: generation_pb2.GetServerInfoRequest, context: Any
+    ) -> generation_pb2.GetServerInfoResponse:
+        generator = self.generator
+        drafter = generator.drafter_peer
+        base_info, draft_info = generator.verifier_peer.info, drafter.info if drafter is not None else None
+        return generation_pb2.GetServerInfoResponse(
+            version=__version__,
+            models=[convert.model_info_to_pb(base_info.model)] if base_info else [],
+            draft_model=convert.model_info_to_pb(draft_info.model) if draft_info else None,
+            drafter_state=_PEER_STATES[drafter.state] if drafter else _PeerState.PEER_STATE_UNSPECIFIED,
+            verifier_state=_PEER_STATES[generator.verifier_peer.state],
+            num_running_requests=generator.num_running,
+            default_budget=convert.budget_to_pb(generator.default_budget),
+        )
+
+
+def _check_tokenizer(role: str, peer: Peer, tokenizer: Tokenizer) -> None:
+    info: PeerInfo | None = peer.info
+    if peer.state is PeerState.REFUSED and info is not None:
+        raise ConfigurationError(
+            f"the {role}'s tokenizer has fingerprint {info.model.tokenizer_fingerprint}, the gateway's has "
+            f"{tokenizer.fingerprint()}: their token ids are not interchangeable"
+        )
+
+
+def _request_from_pb(message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=_prompt_from_pb(message),
+        sampling=convert.sampling_from_pb(message.sampling, default_seed=secrets.randbits(64)),
+        stop=convert.stop_from_pb(message.stop),
+        stop_strings=tuple(message.stop_strings),
+        speculation=_speculation_from_pb(message.speculation),
+        model=message.model,
+        request_id=request_id,
+    )
+
+
+def _prompt_from_pb(message: generation_pb2.GenerateRequest) -> str | TokenIds | Conversation:
+    kind = message.WhichOneof("prompt")
+    if kind == "text":
+        return message.text
+    if kind == "token_ids":
+        return TokenIds(tuple(message.token_ids.ids))
+    if kind == "chat":
+        return Conversation(tuple(ChatTurn(turn.role, turn.content) for turn in message.chat.messages))
+    raise InvalidRequestError("prompt", None, "text, token_ids or chat")
+
+
+def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> SpeculationWish:
+    if message.mode not in _MODES:
+        raise InvalidRequestError("speculation.mode", message.mode, "a Mode: auto, on, off or unset")
+    return SpeculationWish(
+        mode=_MODES[message.mode],
+        budget=convert.budget_from_pb(message.budget) if message.HasField("budget") else None,
+        layer_plan=convert.layer_plan_from_pb(message.layer_plan),
+    )
+
+
+def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        num_accepted=chunk.num_accepted,
+        token_texts=chunk.token_texts,
+        timings=_timings_to_pb(chunk.timings),
+        completion=_completion_to_pb(chunk.completion) if chunk.completion is not None else None,
+    )
+
+
+def _timings_to_pb(timings: RoundTimings) -> generation_pb2.RoundTimings:
+    return generation_pb2.RoundTimings(**vars(timings))
+
+
+def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
+    message = generation_pb2.Completion(
+        finish_reason=convert.finish_reason_to_pb(completion.finish_reason),
+        usage=generation_pb2.Usage(
+            num_prompt_tokens=completion.num_prompt_tokens, num_output_tokens=completion.num_output_tokens
+        ),
+        speculation=_statistics_to_pb(completion.statistics),
+        seed=completion.seed,
+    )
+    if completion.matched_token_id is not None:
+        message.token_id = completion.matched_token_id
+    if completion.matched_stop_string is not None:
+        message.stop_string = completion.matched_stop_string
+    return message
+
+
+def _statistics_to_pb(statistics: SpeculationStatistics) -> generation_pb2.SpeculationStatistics:
+    return generation_pb2.SpeculationStatistics(**vars(statistics))

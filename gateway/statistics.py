@@ -1,0 +1,97 @@
+"""What one request cost and what speculation did for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from gateway.decode_loop import Round
+
+
+@dataclass(frozen=True)
+class RoundTimings:
+    """Cost of one round as the gateway saw it; `generation.proto` states each field."""
+
+    draft_ns: int
+    calibrate_ns: int
+    fuzzy_ns: int
+    verify_ns: int
+    compute_ns: int
+    round_ns: int
+    num_draft_tokens: int
+    num_draft_levels: int
+
+
+@dataclass(frozen=True)
+class SpeculationStatistics:
+    """What speculation did for one request; `generation.proto` states each field."""
+
+    num_rounds: int
+    num_draft_rounds: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_drafted_by_level: tuple[int, ...]
+    num_accepted_by_level: tuple[int, ...]
+    mean_acceptance_length: float
+    num_drafter_failures: int
+    total_ns: int
+    time_to_first_token_ns: int
+
+
+class StatisticsRecorder:
+    """Counts the rounds of one request; `arrival_ns` is when it came, by the monotonic clock."""
+
+    def __init__(self, arrival_ns: int) -> None:
+        self._arrival_ns = arrival_ns
+        self._first_ns: int | None = None
+        self._previous_ns = time.monotonic_ns()
+        self._num_rounds = 0
+        self._num_draft_rounds = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
+        self._num_drafted_by_level: list[int] = []
+        self._num_accepted_by_level: list[int] = []
+
+    def record(self, round_: Round, num_accepted: int) -> RoundTimings:
+        """Count a round that has just ended, of whose draft tokens `num_accepted` were emitted."""
+        now_ns = time.monotonic_ns()
+        round_ns, self._previous_ns = now_ns - self._previous_ns, now_ns
+        self._first_ns = self._first_ns or now_ns
+        tree = round_.draft.tree
+        self._num_rounds += 1
+        self._num_draft_rounds += len(tree) > 0
+        self._num_draft_tokens += len(tree)
+        self._num_accepted_tokens += num_accepted
+        missing_levels = tree.num_levels - len(self._num_drafted_by_level)
+        self._num_drafted_by_level.extend([0] * missing_levels)
+        self._num_accepted_by_level.extend([0] * missing_levels)
+        for level in range(tree.num_levels):
+            self._num_drafted_by_level[level] += 1
+            self._num_accepted_by_level[level] += level < num_accepted
+        return RoundTimings(
+            draft_ns=round_.draft.elapsed_ns,
+            calibrate_ns=round_.draft.timings.calibrate_ns,
+            fuzzy_ns=round_.draft.timings.fuzzy_ns,
+            verify_ns=round_.answer.elapsed_ns,
+            compute_ns=round_.answer.timings.compute_ns,
+            round_ns=round_ns,
+            num_draft_tokens=len(tree),
+            num_draft_levels=tree.num_levels,
+        )
+
+    def finish(self, num_drafter_failures: int) -> SpeculationStatistics:
+        """The counts so far, and the time."""
+        mean = 1 + self._num_accepted_tokens / self._num_draft_rounds if self._num_draft_rounds else 0.0
+        first_ns = self._first_ns or time.monotonic_ns()
+        return SpeculationStatistics(
+            num_rounds=self._num_rounds,
+            num_draft_rounds=self._num_draft_rounds,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
+            num_drafted_by_level=tuple(self._num_drafted_by_level),
+            num_accepted_by_level=tuple(self._num_accepted_by_level),
+            mean_acceptance_length=mean,
+            num_drafter_failures=num_drafter_failures,
+            total_ns=time.monotonic_ns() - first_ns,
+            time_to_first_token_ns=first_ns - self._arrival_ns,
+        )
