@@ -1,0 +1,253 @@
+"""The choice rule: which token the base model says at a row, given its logits and the request's parameters.
+
+Dimension key: `R` rows, `F` rows of a group, `V` vocabulary, `U` distinct tokens a penalty may touch, `N` noise rows.
+
+A row's logits are processed in this order: logit bias, penalties, temperature, top-k, top-p, min-p. Then
+the argmax wins; with a temperature, the argmax of processed logits + noise (the Gumbel-max trick).
+
+* Repetition penalty: tokens seen in prompt, output or path. Presence and frequency penalty: output and path.
+* Temperature divides the distance to the row's best logit, so processed logits are at most 0 and nothing overflows.
+* What the filters keep, and how they treat ties, stands in `filters.py`.
+* Of several best tokens the lowest id wins. Filters cannot change a greedy choice and are skipped there.
+
+A row's result is the same bits whichever rows share the call: arithmetic is element by element, and the one sum
+(top-p) is taken over integers, where order does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyspec.speculation.coupling import MIN_GUMBEL_NOISE, gumbel_noise, gumbel_of_bits, signed_seed, uniform_bits
+from easyspec.speculation.filters import filter_scores_, has_filters
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.transfer import moved, to_device
+
+# From this vocabulary on, ruling tokens out is cheaper on a CPU than making their noise.
+_MIN_PRUNED_VOCAB_SIZE = 2**14
+# Far above the rounding of a sum of score and noise, far below what would keep more tokens.
+_PRUNING_SLACK = 1e-3
+# The smallest normal float32: what is below would be flushed to zero by some devices.
+_MIN_TEMPERATURE = 2.0**-126
+
+
+class TokenHistory:
+    """The committed tokens of a session, counted: what penalties look at.
+
+    `token_ids` (int64 [U], each token once) and `output_counts` (float32 [U], occurrences in the output) live on
+    the CPU.
+    """
+
+    def __init__(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int] = ()) -> None:
+        self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_token_ids))}
+        self._token_ids = torch.tensor(list(self._slots), dtype=torch.int64)
+        self._output_counts = torch.zeros(len(self._slots))
+        self.commit(output_token_ids)
+
+    @property
+    def token_ids(self) -> Tensor:
+        return self._token_ids[: len(self._slots)]
+
+    @property
+    def output_counts(self) -> Tensor:
+        return self._output_counts[: len(self._slots)]
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Index into the tensors by token id."""
+        return self._slots
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """Append output tokens."""
+        self._reserve(len(self._slots) + len(token_ids))
+        for token_id in token_ids:
+            slot = self._slots.setdefault(token_id, len(self._slots))
+            self._token_ids[slot] = token_id
+            self._output_counts[slot] += 1
+
+    def _reserve(self, num_slots: int) -> None:
+        missing = num_slots - len(self._token_ids)
+        if missing > 0:
+            spare = max(missing, len(self._token_ids))
+            self._token_ids = torch.cat([self._token_ids, self._token_ids.new_zeros(spare)])
+            self._output_counts = torch.cat([self._output_counts, self._output_counts.new_zeros(spare)])
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """Where a token is to be chosen: `position` is its absolute position (the prompt begins at 0), `path_token_ids`
+    are the draft tokens between the committed ones in `history` and it; none at the root.
+    """
+
+    sampling: SamplingParameters
+    position: int
+    path_token_ids: tuple[int, ...]
+    history: TokenHistory
+
+
+def tree_choice_rows(
+    tree: TokenTree, base_length: int, sampling: SamplingParameters, history: TokenHistory
+) -> list[ChoiceRow]:
+    """One row per row of the tree, root first; `base_length` is the number of committed tokens."""
+    paths: list[tuple[int, ...]] = [()]
+    for token_id, parent_row in zip(tree.token_ids, tree.parent_rows, strict=True):
+        paths.append((*paths[parent_row], token_id))
+    return [ChoiceRow(sampling, base_length + len(path), path, history) for path in paths]
+
+
+def choose_tokens(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
+    """The token chosen at each row of `base_logits` (float32 [R, V], not modified; NaN is not allowed).
+
+    On an accelerator the host waits for the device once, for the result.
+    """
+    assert base_logits.shape[0] == len(rows), f"{base_logits.shape[0]} rows of logits for {len(rows)} rows"
+    if not rows:
+        return []
+    adjusted = _adjusted(base_logits, rows)
+    sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
+    if not sampled:
+        return _tolist(adjusted.argmax(-1))
+    if len(sampled) == len(rows):
+        return _tolist(_argmax_with_noise(_scores(adjusted, rows), rows))
+    choices = adjusted.argmax(-1)
+    sampled_rows = [rows[index] for index in sampled]
+    index = to_device(sampled, torch.int64, base_logits.device)
+    choices[index] = _argmax_with_noise(_scores(adjusted[index], sampled_rows), sampled_rows)
+    return _tolist(choices)
+
+
+def processed_logits(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
+    """The logits the choice is made from, without noise: float32 [R, V], a new tensor, -inf where filtered out.
+
+    At rows with a temperature they are relative to the row's best (0); greedy rows are biased and penalised only.
+    """
+    processed = _adjusted(base_logits, rows).clone()
+    sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
+    if sampled:
+        index = to_device(sampled, torch.int64, base_logits.device)
+        processed[index] = _scores(processed[index], [rows[i] for i in sampled])
+    return processed
+
+
+def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
+    """Logits after bias and penalties; `base_logits` itself where no row has any."""
+    biased = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.logit_bias)
+    penalised = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.has_penalties)
+    if not biased and not penalised:
+        return base_logits
+    adjusted = base_logits.clone()
+    for group in biased:
+        _add_bias_(adjusted, group, rows[group[0]].sampling)
+    for group in penalised:
+        _penalise_(adjusted, group, [rows[index] for index in group])
+    return adjusted
+
+
+def _grouped(rows: Iterable[tuple[int, ChoiceRow]]) -> list[list[int]]:
+    """Indices of rows by session, that is by the very objects they share."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, row in rows:
+        groups.setdefault((id(row.history), id(row.sampling)), []).append(index)
+    return list(groups.values())
+
+
+def _add_bias_(logits: Tensor, group: list[int], sampling: SamplingParameters) -> None:
+    row_index = to_device(group, torch.int64, logits.device).unsqueeze(1)  # [F, 1]
+    token_ids = to_device(list(sampling.logit_bias), torch.int64, logits.device)  # [U]
+    logits[row_index, token_ids] += to_device(list(sampling.logit_bias.values()), torch.float32, logits.device)
+
+
+def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> None:
+    sampling, history = rows[0].sampling, rows[0].history
+    slots, num_committed = history.slots, len(history.slots)
+    path_only = dict.fromkeys(token_id for row in rows for token_id in row.path_token_ids if token_id not in slots)
+    column = {token_id: num_committed + extra for extra, token_id in enumerate(path_only)}
+    num_columns = num_committed + len(column)
+    device = logits.device
+    token_ids = torch.cat([history.token_ids, torch.tensor(list(column), dtype=torch.int64)])
+    token_ids = moved(token_ids, device)  # [U]
+    counts = torch.zeros(len(rows), num_columns, device=device)
+    counts[:, :num_committed] = moved(history.output_counts, device)
+    on_path = [
+        num_columns * index + slots.get(token_id, column.get(token_id, 0))
+        for index, row in enumerate(rows)
+        for token_id in row.path_token_ids
+    ]
+    if on_path:
+        cells = to_device(on_path, torch.int64, device)
+        counts.view(-1).scatter_add_(0, cells, torch.ones(len(on_path), device=device))
+    row_index = to_device(group, torch.int64, device).unsqueeze(1)  # [F, 1]
+    values = logits[row_index, token_ids]  # [F, U]
+    repeated = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+    seen = counts > 0
+    seen_before = seen.clone()
+    seen_before[:, :num_committed] = True
+    values = torch.where(seen_before, repeated, values)
+    values -= counts * sampling.frequency_penalty
+    values -= seen * sampling.presence_penalty
+    logits[row_index, token_ids] = values
+
+
+def _scores(adjusted: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
+    """Temperature and filters: a new tensor, 0 at a row's best token."""
+    temperatures = [[max(row.sampling.temperature, _MIN_TEMPERATURE)] for row in rows]
+    scores = adjusted - adjusted.amax(-1, keepdim=True)
+    scores.div_(to_device(temperatures, torch.float32, adjusted.device))
+    vocab_size = adjusted.shape[1]
+    filtered = [index for index, row in enumerate(rows) if has_filters(row.sampling, vocab_size)]
+    if len(filtered) == len(rows):
+        filter_scores_(scores, [row.sampling for row in rows])
+    elif filtered:
+        index = to_device(filtered, torch.int64, adjusted.device)
+        part = scores[index]
+        filter_scores_(part, [rows[i].sampling for i in filtered])
+        scores[index] = part
+    return scores
+
+
+def _argmax_with_noise(scores: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
+    """Argmax of scores + noise, int64 [R]; overwrites `scores`. Rows at one place of a request share their noise."""
+    noise_rows: dict[tuple[int, int], list[int]] = {}
+    for index, row in enumerate(rows):
+        noise_rows.setdefault((signed_seed(row.sampling.seed), row.position), []).append(index)
+    device, vocab_size = scores.device, scores.shape[1]
+    if not scores.is_cuda and vocab_size >= _MIN_PRUNED_VOCAB_SIZE:
+        return _pruned_argmax_with_noise(scores, noise_rows)
+    seeds = to_device([seed for seed, _ in noise_rows], torch.int64, device)
+    positions = to_device([position for _, position in noise_rows], torch.int64, device)
+    noise = gumbel_noise(seeds, positions, torch.arange(vocab_size, device=device))  # [N, V]
+    noise_index = [0] * len(rows)
+    for noise_row, group in enumerate(noise_rows.values()):
+        for index in group:
+            noise_index[index] = noise_row
+    scores += noise[to_device(noise_index, torch.int64, device)]
+    return scores.argmax(-1)
+
+
+def _pruned_argmax_with_noise(scores: Tensor, noise_rows: dict[tuple[int, int], list[int]]) -> Tensor:
+    """The same argmax, taking logarithms only for tokens that can win.
+
+    A row's best score is 0, so its winner has at least the least noise there is; a token that stays below that with
+    the largest noise of this noise row cannot win. Rounding is monotonic: hence the slack is only
+    for the cutoff's own rounding.
+    """
+    choices = torch.empty(len(scores), dtype=torch.int64)
+    token_ids = torch.arange(scores.shape[1])
+    for (seed, position), group in noise_rows.items():
+        bits = uniform_bits(torch.tensor([seed]), torch.tensor([position]), token_ids).squeeze(0)  # [V]
+        cutoff = MIN_GUMBEL_NOISE - float(gumbel_of_bits(bits.max())) - _PRUNING_SLACK
+        for index in group:
+            candidates = (scores[index] >= cutoff).nonzero().squeeze(1)  # [K]
+            noisy = scores[index, candidates] + gumbel_of_bits(bits[candidates])
+            choices[index] = candidates[noisy.argmax()]
+    return choices
+
+
+def _tolist(choices: Tensor) -> list[int]:
+    token_ids: list[int] = choices.tolist()
+    return token_ids
