@@ -1,0 +1,57 @@
+"""The model pairs a benchmark can run on, and the services that run them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.cosine import CosineRow, cosine_table
+from bench.machine import REPOSITORY
+from bench.measurement import LAYER_PARALLEL_SIZES
+from models.heldout import held_out_prompts
+
+_COSINE_PROMPTS = 16
+_COSINE_PROMPT_CHARS = 800
+_COSINE_POSITIONS = 40
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A base and a draft checkpoint folder; `remedy` says how to make a missing one."""
+
+    name: str
+    base: Path
+    draft: Path
+    remedy: str
+
+    def check(self) -> None:
+        """Raise FileNotFoundError naming the missing folder and the remedy."""
+        for folder in (self.base, self.draft):
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError(f"no checkpoint in {folder}; make it with `{self.remedy}`")
+
+
+_MODELS = REPOSITORY / "models"
+
+PAIRS = {
+    "bundled": ModelPair("bundled", _MODELS / "base", _MODELS / "draft", "make train-models"),
+    "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", _MODELS / "draft", "make bench-pair"),
+}
+
+
+@asynccontextmanager
+async def start_services(pair: ModelPair) -> AsyncIterator[str]:
+    """Run drafter, verifier and gateway as real processes and yield the gateway's address."""
+    from easyspec.cli.processes import ServiceStack
+
+    pair.check()
+    async with ServiceStack(base_model=pair.base, draft_model=pair.draft) as stack:
+        yield stack.gateway_address
+
+
+def cosine_rows(pair: ModelPair) -> list[CosineRow]:
+    """Cosine table of the pair's draft model at the last positions of held-out texts."""
+    texts = held_out_prompts(_COSINE_PROMPTS, seed=0, max_chars=_COSINE_PROMPT_CHARS)
+    return cosine_table(pair.draft, texts, LAYER_PARALLEL_SIZES, _COSINE_POSITIONS)

@@ -1,0 +1,61 @@
+"""Results as tables: for the terminal and for Markdown, from the same columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+RESULT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("mode", lambda row: row["mode"]),
+    ("T", lambda row: f"{row['temperature']:g}"),
+    ("tokens/s", lambda row: _number(row["tokens_per_s"], 1)),
+    ("x plain", lambda row: _number(row["speedup_vs_plain"], 2)),
+    ("draft ms", lambda row: _number(row["draft_ms_per_round"], 2)),
+    ("calibrate ms", lambda row: _number(row["calibrate_ms_per_round"], 2)),
+    ("fuzzy ms", lambda row: _number(row["fuzzy_ms_per_round"], 2)),
+    ("ms/fuzzy step", lambda row: _number(row["fuzzy_ms_per_step"], 2)),
+    ("verify ms", lambda row: _number(row["verify_ms_per_round"], 2)),
+    ("overhead ms", lambda row: _number(row["overhead_ms_per_round"], 2)),
+    ("rate", lambda row: _number(row["acceptance_rate"], 3)),
+    ("rate by level", lambda row: " ".join(f"{rate:.2f}" for rate in row["acceptance_by_level"]) or "-"),
+    ("length", lambda row: _number(row["mean_acceptance_length"], 2)),
+    ("differ", lambda row: str(row["num_differing_completions"])),
+)
+
+COSINE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("N", lambda row: str(row["layer_parallel_size"])),
+    ("MLPs", lambda row: row["mlp"]),
+    ("h", lambda row: _number(row["h"], 3)),
+    ("q", lambda row: _number(row["q"], 3)),
+    ("k", lambda row: _number(row["k"], 3)),
+    ("v", lambda row: _number(row["v"], 3)),
+    ("attention out", lambda row: _number(row["attention_output"], 3)),
+)
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """Every result as one row, for the terminal."""
+    table = Table(title="decode phase, medians over prompts; times per round")
+    for index, (heading, _) in enumerate(RESULT_COLUMNS):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in RESULT_COLUMNS))
+    return table
+
+
+def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = [
+        "| " + " | ".join(heading for heading, _ in columns) + " |",
+        "|---" + "|---:" * (len(columns) - 1) + "|",
+    ]
+    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,38 @@
+"""Hand-made samples with figures that are easy to check by head."""
+
+from __future__ import annotations
+
+from bench.measurement import Mode, Round, Sample
+
+MS = 1_000_000
+
+
+def make_round(arrival_s: float, num_tokens: int, num_levels: int = 0, draft_ms: int = 0, fuzzy_ms: int = 0) -> Round:
+    return Round(
+        arrival_s=arrival_s,
+        num_tokens=num_tokens,
+        num_accepted=num_tokens - 1,
+        num_draft_tokens=2 * num_levels,
+        num_draft_levels=num_levels,
+        draft_ns=draft_ms * MS,
+        calibrate_ns=(draft_ms - fuzzy_ms) * MS,
+        fuzzy_ns=fuzzy_ms * MS,
+        verify_ns=20 * MS,
+        compute_ns=18 * MS,
+        round_ns=(draft_ms + 21) * MS,
+    )
+
+
+def plain_sample(mode: Mode, prompt_index: int, seconds_per_token: float, token_ids: tuple[int, ...]) -> Sample:
+    rounds = tuple(make_round(1.0 + i * seconds_per_token, 1) for i in range(len(token_ids)))
+    return Sample(mode, 0.0, prompt_index, token_ids, rounds, (), (), 0, 1.0)
+
+
+def drafted_sample(mode: Mode, prompt_index: int, round_s: float, token_ids: tuple[int, ...]) -> Sample:
+    """One token at first, then three tokens a round from trees of five levels."""
+    num_rounds, rest = divmod(len(token_ids) - 1, 3)
+    assert rest == 0
+    rounds = [make_round(1.0, 1)]
+    rounds += [make_round(1.0 + (i + 1) * round_s, 3, 5, draft_ms=10, fuzzy_ms=8) for i in range(num_rounds)]
+    drafted, accepted = (num_rounds,) * 5, (num_rounds, num_rounds)
+    return Sample(mode, 0.0, prompt_index, token_ids, tuple(rounds), drafted, accepted, 0, 1.0)
