@@ -124,6 +124,7 @@ def _round_from_pb(message: pb.GenerateResponse, arrival_s: float) -> Round:
         num_accepted=message.num_accepted,
         num_draft_tokens=timings.num_draft_tokens,
         num_draft_levels=timings.num_draft_levels,
+        num_fuzzy_steps=timings.num_fuzzy_steps,
         draft_ns=timings.draft_ns,
         calibrate_ns=timings.calibrate_ns,
         fuzzy_ns=timings.fuzzy_ns,

@@ -61,6 +61,7 @@ class Round:
     num_accepted: int
     num_draft_tokens: int
     num_draft_levels: int
+    num_fuzzy_steps: int
     draft_ns: int
     calibrate_ns: int
     fuzzy_ns: int
@@ -85,8 +86,13 @@ class Sample:
 
     @property
     def decode_rounds(self) -> tuple[Round, ...]:
-        """All rounds but the first, whose cost is the prompt's."""
+        """All rounds but the first, in which the verifier reads the prompt."""
         return self.rounds[1:]
+
+    @property
+    def steady_rounds(self) -> tuple[Round, ...]:
+        """All rounds but the first two: the second may wait until the drafter has read the prompt."""
+        return self.rounds[2:]
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -15,7 +15,7 @@ _NS_PER_MS = 1e6
 class Result:
     """One mode at one temperature.
 
-    Times are milliseconds per round: the mean over a completion's rounds after the first, then the median over
+    Times are milliseconds per round: the mean over a completion's rounds after the second, then the median over
     prompts. Speeds are medians over prompts, ratios medians of per-prompt ratios. Acceptance is pooled over all
     rounds. None: does not apply to plain decoding, or nothing was measured.
     """
@@ -99,16 +99,15 @@ def _ratios(own: Sequence[Sample], plain: dict[int, Sample]) -> list[float]:
 
 def _ms(samples: Iterable[Sample], cost_ns: Callable[[Round], int]) -> float | None:
     return _median(
-        statistics.fmean(cost_ns(item) for item in sample.decode_rounds) / _NS_PER_MS
+        statistics.fmean(cost_ns(item) for item in sample.steady_rounds) / _NS_PER_MS
         for sample in samples
-        if sample.decode_rounds
+        if sample.steady_rounds
     )
 
 
 def _fuzzy_ms_per_step(sample: Sample) -> float | None:
-    """The first level comes out of the calibration pass, every further one is a fuzzy step."""
-    num_steps = sum(max(item.num_draft_levels - 1, 0) for item in sample.decode_rounds)
-    fuzzy_ns = sum(item.fuzzy_ns for item in sample.decode_rounds)
+    num_steps = sum(item.num_fuzzy_steps for item in sample.steady_rounds)
+    fuzzy_ns = sum(item.fuzzy_ns for item in sample.steady_rounds)
     return fuzzy_ns / num_steps / _NS_PER_MS if num_steps else None
 
 

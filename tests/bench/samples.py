@@ -14,6 +14,7 @@ def make_round(arrival_s: float, num_tokens: int, num_levels: int = 0, draft_ms:
         num_accepted=num_tokens - 1,
         num_draft_tokens=2 * num_levels,
         num_draft_levels=num_levels,
+        num_fuzzy_steps=max(num_levels - 1, 0),
         draft_ns=draft_ms * MS,
         calibrate_ns=(draft_ms - fuzzy_ms) * MS,
         fuzzy_ns=fuzzy_ms * MS,

@@ -94,6 +94,7 @@ def test_main_writes_a_file_that_the_report_renders(monkeypatch: pytest.MonkeyPa
     assert [row["mode"] for row in content["results"]][:2] == ["plain", "sequential"]
     sequential = content["results"][1]
     assert sequential["overhead_ms_per_round"] == pytest.approx(2.0)
+    assert sequential["fuzzy_ms_per_step"] == pytest.approx(0.5)
     assert sequential["acceptance_rate"] == pytest.approx(3 / 5)
     assert sequential["num_differing_completions"] == 0
     text = render({path.name: content})

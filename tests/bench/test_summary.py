@@ -35,7 +35,7 @@ def test_times_are_per_round_and_per_fuzzy_step() -> None:
     assert staged.draft_ms_per_round == pytest.approx(10)
     assert staged.calibrate_ms_per_round == pytest.approx(2)
     assert staged.fuzzy_ms_per_round == pytest.approx(8)
-    assert staged.fuzzy_ms_per_step == pytest.approx(2)  # five levels: calibration and four fuzzy steps
+    assert staged.fuzzy_ms_per_step == pytest.approx(2)  # four steps a round
     assert staged.verify_ms_per_round == pytest.approx(20)
     assert staged.overhead_ms_per_round == pytest.approx(1)
 

@@ -30,6 +30,8 @@ class ScriptedGateway(generation_pb2_grpc.GenerationServiceServicer):
             message.timings.verify_ns = 4_000_000
             if drafted and index:
                 message.timings.draft_ns = 3_000_000
+                message.timings.fuzzy_ns = 2_000_000
+                message.timings.num_fuzzy_steps = 4
                 message.timings.num_draft_levels = 3
             if index == len(self.rounds) - 1:
                 message.completion.speculation.num_drafted_by_level.extend([2, 2, 1])
