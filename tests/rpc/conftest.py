@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import pytest
+import structlog
+
+from easyspec.telemetry.logs import configure_logging
+
+Events: TypeAlias = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    """Reads back every event logged so far."""
+    stream = io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    configure_logging("tested", "json", stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
