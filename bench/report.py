@@ -29,7 +29,8 @@ KV entries (the ablation).
 
 def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole document; `reports` by file name, in the order they are to appear."""
-    return "\n".join([_HEAD, *(_section(name, report) for name, report in reports.items())])
+    sections = [_section(name, report) for name, report in reports.items()]
+    return "\n".join([_HEAD, *(sections or ["No results yet: `make bench` makes some.\n"])])
 
 
 def main() -> int:
