@@ -19,6 +19,7 @@ from easyspec.rpc.errors import INTERNAL, abort, mapping_of
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Parser: TypeAlias = Callable[[Any], Any]
 _MAX_REQUEST_ID_CHARS = 128
 
 _log = structlog.get_logger(__name__)
@@ -67,34 +68,36 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
 
     def _unary(self, handler: _Handler, method: str) -> _Handler:
         behavior: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        deserialize, parse = _parsers(handler)
 
         async def respond(request: Any, context: _Context) -> Any:
             async with self._rpc(method, context):
-                return await behavior(request, context)
+                return await behavior(parse(request), context)
 
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return make(respond, handler.request_deserializer, handler.response_serializer)
+        return make(respond, deserialize, handler.response_serializer)
 
     def _streaming(self, handler: _Handler, method: str) -> _Handler:
         behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        deserialize, parse = _parsers(handler)
 
         # A coroutine that writes, not a generator that yields: a cancelled RPC would leave a generator suspended
         # until it is collected, and what its `finally` frees along with it.
         async def respond(request: Any, context: _Context) -> None:
-            async with self._rpc(method, context), aclosing(behavior(request, context)) as responses:
+            async with self._rpc(method, context), aclosing(behavior(parse(request), context)) as responses:
                 async for response in responses:
                     await context.write(response)
 
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return make(respond, handler.request_deserializer, handler.response_serializer)
+        return make(respond, deserialize, handler.response_serializer)
 
     @asynccontextmanager
     async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
-        structlog.contextvars.clear_contextvars()
+        # gRPC runs every RPC in a task of its own, so this binds it for this RPC alone.
         structlog.contextvars.bind_contextvars(request_id=_request_id(context))
         started_ns = time.monotonic_ns()
         outcome = {"code": "OK"}
@@ -119,6 +122,17 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             self._num_active -= 1
             if self._num_active == 0:
                 self._idle.set()
+
+
+def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:
+    """What gRPC parses messages with, and what we parse the request with.
+
+    gRPC parses a single request before we are asked and answers bytes that do not parse with UNKNOWN; so that one is
+    ours. The messages of a stream are parsed while the servicer waits for them, inside the boundary.
+    """
+    if handler.request_streaming or handler.request_deserializer is None:
+        return handler.request_deserializer, lambda request: request
+    return None, handler.request_deserializer
 
 
 def _bad_bytes() -> InvalidRequestError:

@@ -8,8 +8,13 @@ from typing import Any, TypeAlias
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from easyspec.telemetry.logs import configure_logging
+
+# Property tests here take microseconds an example; a busy machine must not fail them by its clock.
+settings.register_profile("rpc", deadline=None)
+settings.load_profile("rpc")
 
 Events: TypeAlias = Callable[[], list[dict[str, Any]]]
 

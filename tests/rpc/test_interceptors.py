@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel, request_metadata
+from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc
@@ -99,11 +101,52 @@ async def test_events_name_the_refused_field_but_no_token_id(channel: grpc.aio.C
     assert "987654" not in str(event)
 
 
-async def test_bytes_that_do_not_parse_are_the_callers_fault(channel: grpc.aio.Channel, events: Events) -> None:
-    call = channel.stream_stream(METHOD)(iter([b"\xff\xff\xff"]), timeout=5)
+async def test_bytes_that_do_not_parse_are_the_callers_fault(channel: grpc.aio.Channel) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
-        _ = [response async for response in call]
+        _ = [response async for response in channel.stream_stream(METHOD)(iter([b"\xff\xff\xff"]), timeout=5)]
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await channel.unary_unary(INFO_METHOD)(b"\xff\xff\xff", timeout=5)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_rpcs_side_by_side_keep_their_own_request_ids(channel: grpc.aio.Channel, events: Events) -> None:
+    ids = [f"request-{number}" for number in range(20)]
+    await asyncio.gather(*(info(channel, *request_metadata(request_id)) for request_id in ids))
+    await eventually(lambda: len(events()) == 20)
+    assert sorted(event["request_id"] for event in events()) == sorted(ids)
+
+
+async def test_a_stream_cancelled_while_it_writes_has_freed_everything_when_it_ends() -> None:
+    freed: list[str] = []
+
+    async def behavior(request: object, context: object) -> AsyncIterator[bytes]:
+        try:
+            yield b"more than the client reads"
+        finally:
+            freed.append("session")
+
+    class Context:
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        async def write(self, response: bytes) -> None:
+            raise asyncio.CancelledError
+
+    class Details:
+        method = METHOD
+        invocation_metadata = ()
+
+    async def continuation(details: object) -> grpc.RpcMethodHandler:
+        return grpc.unary_stream_rpc_method_handler(behavior)
+
+    boundary = RpcBoundary(refusal="loading")
+    boundary.admit()
+    handler = await boundary.intercept_service(continuation, Details())
+    with pytest.raises(asyncio.CancelledError):
+        await handler.unary_stream(b"", Context())
+    assert freed == ["session"]
+    assert await boundary.wait_idle(0)
 
 
 async def test_a_cancelled_rpc_has_its_event(
