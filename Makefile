@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
+NPX := npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npx --yes
 PROMPT ?= def fibonacci(n):
 
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
@@ -43,9 +44,9 @@ check: install check-protos ## lint, format, types, protos and their committed s
 
 check-protos: install
 	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && $(call stubs_into,"$$stubs") \
-	  && diff -r --exclude=__init__.py --exclude=__pycache__ "$$stubs/easyspec/v1" easyspec/v1 \
+	  && diff -rq --exclude=__init__.py --exclude=__pycache__ "$$stubs/easyspec/v1" easyspec/v1 \
 	  && echo "stubs match the protos" || { echo "stubs differ from the protos: run 'make protos'"; exit 1; }
-	@if npx --yes $(BUF) --version >/dev/null 2>&1; then npx --yes $(BUF) lint && echo "buf lint: clean"; \
+	@if $(NPX) $(BUF) --version >/dev/null 2>&1; then $(NPX) $(BUF) lint && echo "buf lint: clean"; \
 	  else echo "buf lint: SKIPPED, npx cannot get $(BUF) here"; fi
 
 format: install ## format the code and apply safe lint fixes
