@@ -29,6 +29,10 @@ from easyspec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb
 from gateway.decode_loop import TimedVerdict
 from gateway.peers import PeerInfo
 
+_NO_STATUS_YET = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+_STATUS_POLL_S = 0.01
+_MAX_STATUS_POLLS = 50
+
 _VerifyCall: TypeAlias = "grpc.aio.StreamStreamCall[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]"
 _SpeculateCall: TypeAlias = "grpc.aio.StreamStreamCall[drafter_pb2.SpeculateRequest, drafter_pb2.SpeculateResponse]"
 _RequestT = TypeVar("_RequestT")
@@ -140,27 +144,34 @@ class DrafterStream:
 async def _write(call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT], request: _RequestT) -> None:
     try:
         await call.write(request)
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
-    except asyncio.InvalidStateError:  # the peer has ended the stream
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter if the peer had ended the stream before
         raise await _end_of(call) from None
 
 
 async def _read(call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT]) -> _ResponseT:
     try:
         response = await call.read()
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
+    except grpc.aio.AioRpcError:
+        raise await _end_of(call) from None
     if response is grpc.aio.EOF:
         raise await _end_of(call)
     return response  # type: ignore[return-value]
 
 
 async def _end_of(call: grpc.aio.StreamStreamCall[Any, Any]) -> EasyspecError:
-    code = await call.code()
+    """Why the session is over, as the peer said it.
+
+    gRPC gives a message that meets a dying stream a status of its own making, and puts the peer's in its place as
+    soon as that has arrived: worth waiting for, as it tells a refused prompt from a lost connection.
+    """
+    for _ in range(_MAX_STATUS_POLLS):
+        code, details = await call.code(), await call.details()
+        if (code, details) != _NO_STATUS_YET:
+            break
+        await asyncio.sleep(_STATUS_POLL_S)
+    else:
+        return UnavailableError("the connection to the service was lost")
     if code is grpc.StatusCode.OK:
         return UnavailableError("the service ended the session")
-    error = grpc.aio.AioRpcError(
-        code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
-    return error_from_rpc(error)
+    metadata = await call.initial_metadata(), await call.trailing_metadata()
+    return error_from_rpc(grpc.aio.AioRpcError(code, *metadata, details))

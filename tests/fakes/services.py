@@ -113,10 +113,13 @@ class FakeVerifierEngine(FakeEngine):
         super().__init__(language, "toy-base")
         self.delay_s = 0.0
         self.error: Exception | None = None
+        self.open_error: Exception | None = None
         self.row_invariant = True
         self.trees: list[TokenTree] = []
 
     async def open(self, request: OpenVerification) -> int:
+        if self.open_error is not None:
+            raise self.open_error
         return self._open(request)
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:

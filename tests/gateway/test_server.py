@@ -423,6 +423,14 @@ async def test_a_verifier_error_reaches_the_client_as_it_is(client: Client) -> N
     assert error.retry_after_s == 3.0
 
 
+async def test_a_session_the_verifier_refuses_is_refused_in_its_words(client: Client) -> None:
+    client.pair.verifier.open_error = CapacityError("no KV memory", 3.0)
+    for _ in range(20):  # the refusal races with the first tree
+        error = await client.refusal()
+        assert isinstance(error, CapacityError)
+        assert error.retry_after_s == 3.0
+
+
 async def test_too_many_requests_are_refused_with_a_hint(pair: FakePair, tokenizer_folder: Path) -> None:
     pair.verifier.delay_s = 0.05
     async with gateway(
