@@ -5,6 +5,7 @@ STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 NPX := npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npx --yes
 PROMPT ?= def fibonacci(n):
+PAIR ?= bundled
 
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 PROTO_FILES = protos/easyspec/v1/*.proto
@@ -56,8 +57,8 @@ format: install ## format the code and apply safe lint fixes
 protos: install ## regenerate the committed stubs in easyspec/v1
 	$(call stubs_into,.)
 
-bench: install ## measure decoding with the bundled pair and render docs/benchmarks.md
-	$(BIN)/easyspec bench decode --pair bundled --json docs/benchmarks/decode-bundled.json
+bench: install ## measure decoding and render docs/benchmarks.md (PAIR=bench after make bench-pair)
+	$(BIN)/easyspec bench decode --pair $(PAIR) --json docs/benchmarks/decode-$(PAIR).json
 	$(BIN)/python -m bench.report
 
 bench-pair: install ## widen the bundled base model to a realistic cost (into .bench/)

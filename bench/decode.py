@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
         command = shlex.join(["easyspec", "bench", "decode", *argv])
         write_report(arguments.json, report(command, pair, settings, models, results, cosine))
         console.print(f"written to {arguments.json}")
+    num_failures = sum(result.num_drafter_failures for result in results)
+    if num_failures:
+        console.print(f"{num_failures} drafts failed or came late; their rounds were plain, so the figures mislead")
     num_differing = sum(result.num_differing_completions for result in results)
     console.print(f"{num_differing} of {len(samples)} completions differ from plain decoding (expected 0)")
     return 1 if num_differing else 0
