@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterServer
 from easyspec.errors import PromptTooLongError, StalePositionError
-from easyspec.rpc.lifecycle import Application, RpcServer
+from easyspec.rpc.lifecycle import Application, RpcServer, run_role
+from easyspec.rpc.settings import EngineSettings
 from easyspec.speculation.messages import (
     Calibration,
     Draft,
@@ -28,10 +33,12 @@ from easyspec.speculation.messages import (
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, SamplingParameters
 from easyspec.speculation.token_tree import TokenTree
+from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer
 
 NUM_SLOTS = 4096
 MAX_TREE_NODES = 64
+TOY_TEXT = "the quick brown fox; 😀 über 中文 STOP here.\n"
 
 
 @dataclass(frozen=True)
@@ -260,3 +267,30 @@ async def running_pair(language: ToyLanguage, draft_language: ToyLanguage | None
         running(DrafterServer(drafter)) as drafter_service,
     ):
         yield FakePair(language, verifier, drafter, verifier_service, drafter_service)
+
+
+def _build(settings: EngineSettings, engine_type: type[FakeEngine], server_type: Callable[[Any], Application]) -> Any:
+    from gateway.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(Path(settings.model))
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    return server_type(engine_type(language))  # type: ignore[call-arg]
+
+
+def main(role: str, arguments: Sequence[str]) -> int:
+    """A fake as a process: `python -m tests.fakes.services verifier|drafter --model FOLDER ...`, FOLDER's tokenizer
+    being all that is needed of it; `python -m tests.fakes.services crash` ends at once."""
+    if role == "verifier":
+        return run_role(
+            role, VerifierSettings, lambda settings: _build(settings, FakeVerifierEngine, VerifierServer), arguments
+        )
+    if role == "drafter":
+        return run_role(
+            role, DrafterSettings, lambda settings: _build(settings, FakeDrafterEngine, DrafterServer), arguments
+        )
+    print(f"{role}: no weights in this folder", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.tokenizer import Tokenizer
-from tests.gateway.tiny_tokenizer import write_tokenizer
+from tests.fakes.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gateway.detokenizer import Detokenizer, StopMatcher
 from gateway.tokenizer import Tokenizer
-from tests.gateway.tiny_tokenizer import END_OF_TEXT, write_metaspace_tokenizer, write_tokenizer
+from tests.fakes.tiny_tokenizer import END_OF_TEXT, write_metaspace_tokenizer, write_tokenizer
 
 VOCAB_SIZE = 340
 

@@ -20,9 +20,8 @@ from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
-from tests.fakes.services import FakePair, ToyLanguage, running, running_pair
+from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
 
-TEXT = "the quick brown fox; 😀 über 中文 STOP here.\n"
 PROMPT = "def f(n):"
 Mode = generation_pb2.SpeculationParameters
 ServerInfo = generation_pb2.GetServerInfoResponse
@@ -87,7 +86,7 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> f
 
 @pytest.fixture
 def language(tokenizer: Tokenizer) -> ToyLanguage:
-    token_ids = tokenizer.encode(TEXT)
+    token_ids = tokenizer.encode(TOY_TEXT)
     return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint())
 
 

@@ -8,7 +8,7 @@ import pytest
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.tokenizer import ChatTurn, Tokenizer
-from tests.gateway.tiny_tokenizer import write_metaspace_tokenizer, write_tokenizer
+from tests.fakes.tiny_tokenizer import write_metaspace_tokenizer, write_tokenizer
 
 
 @pytest.mark.parametrize("text", ["def f(n):\n    return n", " leading", "über 中文 😀", "a"])

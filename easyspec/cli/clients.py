@@ -1,0 +1,152 @@
+"""The command's side of the wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from easyspec.errors import EasyspecError, UnavailableError
+from easyspec.rpc import convert
+from easyspec.rpc.channels import open_channel
+from easyspec.rpc.errors import error_from_rpc
+from easyspec.speculation.parameters import LayerPlanRequest, StopConditions, TreeBudget
+from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+
+GenerateResponse = generation_pb2.GenerateResponse
+Completion = generation_pb2.Completion
+
+_PROBE_TIMEOUT_S = 2.0
+_Mode = generation_pb2.SpeculationParameters
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """Sampling as given on the command line; None takes the service's default."""
+
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """A request as given on the command line."""
+
+    prompt: str
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    stop: StopConditions = field(default_factory=StopConditions)
+    stop_strings: tuple[str, ...] = ()
+    is_chat: bool = False
+    is_drafting: bool = True
+    num_draft_levels: int | None = None
+    tree_width: int | None = None
+    num_nodes: int | None = None
+    layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
+
+
+class GatewayClient:
+    """Talks to the gateway at `address`; every failure is an EasyspecError."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def __aenter__(self) -> Self:
+        self._channel = open_channel(self._address)
+        self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(
+            self._channel
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def info(self) -> generation_pb2.GetServerInfoResponse:
+        """State of the gateway and the services behind it."""
+        try:
+            return await self._stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._named(error_from_rpc(error)) from error
+
+    async def generate(self, flags: GenerateFlags) -> AsyncGenerator[GenerateResponse, None]:
+        """Yield the completion round by round."""
+        request = request_of(flags, convert.budget_from_pb((await self.info()).default_budget))
+        call = self._stub.Generate(request)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise self._named(error_from_rpc(error)) from error
+        finally:
+            call.cancel()
+
+    def _named(self, error: EasyspecError) -> EasyspecError:
+        return UnavailableError(f"gateway {self._address}: {error}") if type(error) is UnavailableError else error
+
+
+def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_pb2.GenerateRequest:
+    """The request; `default_budget` completes a tree size that was given in part."""
+    budget = TreeBudget(
+        _given(flags.num_draft_levels, default_budget.num_levels),
+        _given(flags.tree_width, default_budget.width),
+        _given(flags.num_nodes, default_budget.num_nodes),
+    )
+    request = generation_pb2.GenerateRequest(
+        sampling=types_pb2.SamplingParameters(**vars(flags.sampling)),
+        stop=convert.stop_to_pb(flags.stop),
+        stop_strings=flags.stop_strings,
+        speculation=generation_pb2.SpeculationParameters(
+            mode=_Mode.MODE_AUTO if flags.is_drafting else _Mode.MODE_OFF,
+            budget=convert.budget_to_pb(budget),
+            layer_plan=convert.layer_plan_to_pb(flags.layer_plan),
+        ),
+    )
+    if flags.is_chat:
+        request.chat.messages.add(role="user", content=flags.prompt)
+    else:
+        request.text = flags.prompt
+    return request
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def finish_reason_name(completion: Completion) -> str:
+    """The finish reason in a word, and what matched."""
+    if completion.finish_reason == types_pb2.FINISH_REASON_LENGTH:
+        return "length"
+    if completion.HasField("stop_string"):
+        return f"stop string {completion.stop_string!r}"
+    return f"stop token {completion.token_id}"
+
+
+async def is_serving(address: str) -> bool:
+    """Whether the service at `address` says SERVING."""
+    async with open_channel(address) as channel:
+        try:
+            response = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=_PROBE_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def is_drafter_ready(gateway_address: str) -> bool:
+    """Whether the gateway at `gateway_address` has found its drafter."""
+    async with open_channel(gateway_address) as channel:
+        stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+        try:
+            info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(info.drafter_state == generation_pb2.GetServerInfoResponse.PEER_STATE_READY)

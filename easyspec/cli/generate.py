@@ -1,0 +1,89 @@
+"""`easyspec generate`: the completion to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import aclosing
+from typing import TextIO
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+
+from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, GenerateResponse, finish_reason_name
+
+_ACCEPTED_STYLE = Style(color="green")
+_BONUS_STYLE = Style(color="yellow", bold=True)
+
+
+async def stream_completion(gateway_address: str, flags: GenerateFlags, is_coloured: bool) -> None:
+    """Print the completion as it comes, then a table of statistics on stderr; raises EasyspecError."""
+    rounds: list[GenerateResponse] = []
+    async with GatewayClient(gateway_address) as client, aclosing(client.generate(flags)) as responses:
+        async for response in responses:
+            _write(_coloured(response) if is_coloured else response.text, sys.stdout)
+            rounds.append(response)
+    is_line_open = not (rounds and rounds[-1].text.endswith("\n"))
+    _write("\n" if is_line_open and sys.stdout.isatty() else "", sys.stderr)
+    if rounds and rounds[-1].HasField("completion"):
+        Console(stderr=True).print(_table(rounds, rounds[-1].completion))
+
+
+def _write(text: str, stream: TextIO) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+def _coloured(response: GenerateResponse) -> str:
+    """The round's text, accepted draft tokens and the bonus token each in their colour."""
+    token_texts = list(response.token_texts)
+    if "".join(token_texts) != response.text:
+        # A character or a stop string spans rounds: the text has no one-to-one relation to this round's tokens.
+        style = _ACCEPTED_STYLE if response.num_accepted == len(response.token_ids) else _BONUS_STYLE
+        return style.render(response.text)
+    styles = [_ACCEPTED_STYLE if i < response.num_accepted else _BONUS_STYLE for i in range(len(token_texts))]
+    return "".join(style.render(text) for style, text in zip(styles, token_texts, strict=True))
+
+
+def _table(rounds: list[GenerateResponse], completion: Completion) -> Table:
+    statistics = completion.speculation
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
+    rows = {
+        "finish reason": finish_reason_name(completion),
+        "tokens": f"{completion.usage.num_prompt_tokens} in, {completion.usage.num_output_tokens} out",
+        "time to first token": f"{statistics.time_to_first_token_ns / 1e6:.1f} ms",
+        "tokens/s after it": _ratio(num_later_tokens * 1e9, statistics.total_ns, "{:.1f}"),
+        "rounds": f"{statistics.num_rounds}, {statistics.num_draft_rounds} of them drafted",
+        "acceptance rate": _ratio(statistics.num_accepted_tokens, statistics.num_draft_tokens, "{:.1%}")
+        + f" ({statistics.num_accepted_tokens} of {statistics.num_draft_tokens} draft tokens)",
+        "mean acceptance length": f"{statistics.mean_acceptance_length:.2f}",
+        "acceptance by level": _by_level(completion),
+        "per round": _per_round(rounds),
+        "drafter failures": str(statistics.num_drafter_failures),
+        "seed": str(completion.seed),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _by_level(completion: Completion) -> str:
+    statistics = completion.speculation
+    levels = zip(statistics.num_accepted_by_level, statistics.num_drafted_by_level, strict=True)
+    return " ".join(_ratio(accepted, drafted, "{:.0%}") for accepted, drafted in levels) or "-"
+
+
+def _per_round(rounds: list[GenerateResponse]) -> str:
+    # The first round holds the prompt.
+    timings = [response.timings for response in rounds[1:]]
+    if not timings:
+        return "-"
+    draft_ns, verify_ns = (sum(t.draft_ns for t in timings), sum(t.verify_ns for t in timings))
+    total_ns = sum(t.round_ns for t in timings)
+    parts = {"draft": draft_ns, "verify": verify_ns, "gateway": total_ns - draft_ns - verify_ns}
+    return ", ".join(f"{name} {value / len(timings) / 1e6:.2f} ms" for name, value in parts.items())
+
+
+def _ratio(numerator: float, denominator: float, form: str) -> str:
+    return form.format(numerator / denominator) if denominator else "-"

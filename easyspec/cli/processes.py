@@ -1,0 +1,302 @@
+"""The three services as child processes: start, wait until healthy, watch, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import easyspec
+from easyspec.cli.clients import is_drafter_ready, is_serving
+from easyspec.errors import ConfigurationError, EasyspecError
+
+FREE_PORT = "127.0.0.1:0"
+VERIFIER, DRAFTER, GATEWAY = "verifier", "drafter", "gateway"
+
+_CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
+DEFAULT_BASE = _CHECKOUT / "models" / "base"
+DEFAULT_DRAFT = _CHECKOUT / "models" / "draft"
+
+_NUM_KEPT_LINES = 20
+_MAX_LINE_BYTES = 1 << 20
+_POLL_S = 0.05
+# The gateway looks at a drafter that was not there at first every second or two.
+_DRAFTER_SEEN_TIMEOUT_S = 5.0
+_RESTART_FIRST_S, _RESTART_MAX_S = 0.5, 30.0
+
+LogSink = Callable[[str, str], None]
+
+
+class ServiceFailedError(EasyspecError):
+    """A service ended, or did not become healthy."""
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """Which services to start, and how.
+
+    `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one.
+    `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
+    follows the Python interpreter for a role. `ready_timeout_s` bounds loading, `stop_grace_s` draining.
+    """
+
+    base: Path = DEFAULT_BASE
+    draft: Path | None = DEFAULT_DRAFT
+    gateway_address: str = FREE_PORT
+    verifier_address: str = FREE_PORT
+    drafter_address: str = FREE_PORT
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ready_timeout_s: float = 300.0
+    stop_grace_s: float = 10.0
+
+    def check(self) -> None:
+        """Raise ConfigurationError for a folder that is no checkpoint."""
+        for name, folder in (("base", self.base), ("draft", self.draft)):
+            if folder is not None and not (folder / "config.json").is_file():
+                raise ConfigurationError(f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json")
+
+
+class ServiceProcess:
+    """One child process with a health service at `address`. Its output goes line by line to `on_log(role, line)`."""
+
+    def __init__(self, role: str, arguments: Sequence[str], address: str, on_log: LogSink) -> None:
+        self.role = role
+        self.address = address
+        self._arguments = tuple(arguments)
+        self._on_log = on_log
+        self._process: asyncio.subprocess.Process | None = None
+        self._pump: asyncio.Task[None] | None = None
+        self._last_lines: collections.deque[str] = collections.deque(maxlen=_NUM_KEPT_LINES)
+
+    @property
+    def pid(self) -> int:
+        """Process id; valid after `start`."""
+        assert self._process is not None, "start comes first"
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        python_path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *self._arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
+            limit=_MAX_LINE_BYTES,
+            process_group=0,  # Ctrl-C in the terminal reaches us alone; we drain the children in order
+        )
+        self._pump = asyncio.create_task(self._pump_log(self._process))
+
+    async def wait_serving(self, timeout_s: float) -> None:
+        """Return when healthy; ServiceFailedError if the process ends first or `timeout_s` seconds pass."""
+        deadline = time.monotonic() + timeout_s
+        while not await is_serving(self.address):
+            if not self.is_running:
+                raise await self.failure("before it was ready")
+            if time.monotonic() > deadline:
+                raise ServiceFailedError(f"the {self.role} at {self.address} was not ready after {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
+
+    async def wait(self) -> None:
+        """Return when the process has ended."""
+        if self._process is not None:
+            await self._process.wait()
+
+    async def failure(self, when: str) -> ServiceFailedError:
+        """What to say about a process that ended: exit code, and its last words."""
+        assert self._process is not None
+        code = await self._process.wait()
+        if self._pump is not None:
+            await self._pump
+        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last_words = self._last_lines[-1] if self._last_lines else "it said nothing"
+        return ServiceFailedError(f"the {self.role} {ending} {when}: {last_words}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after `grace_s` seconds; returns when the process is gone. Idempotent."""
+        if self._process is None:
+            return
+        self._signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self._signal(signal.SIGKILL)
+            await self._process.wait()
+        if self._pump is not None:
+            await self._pump
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def _pump_log(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while True:
+            try:
+                raw = await process.stdout.readline()
+            except ValueError:  # a line beyond the limit; the stream goes on after it
+                continue
+            if not raw:
+                return
+            line = raw.decode("utf-8", errors="replace").rstrip("\n")
+            if line.strip():
+                self._last_lines.append(line)
+            self._on_log(self.role, line)
+
+
+class ServiceStack:
+    """Verifier, drafter (if there is a draft model) and gateway; `async with` starts, waits until healthy and stops.
+
+    Raises ConfigurationError for folders that are no checkpoints and ServiceFailedError if a service does not come
+    up; whatever was started is stopped again.
+    """
+
+    def __init__(self, settings: StackSettings, on_log: LogSink) -> None:
+        settings.check()
+        self._settings = settings
+        self.verifier = self._process(VERIFIER, settings.verifier_address, ["--model", str(settings.base)], on_log)
+        wiring = ["--tokenizer", str(settings.base), "--verifier-address", self.verifier.address]
+        self.drafter: ServiceProcess | None = None
+        if settings.draft is not None:
+            self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
+            wiring += ["--drafter-address", self.drafter.address]
+        self.gateway = self._process(GATEWAY, settings.gateway_address, wiring, on_log)
+
+    @property
+    def gateway_address(self) -> str:
+        return self.gateway.address
+
+    @property
+    def processes(self) -> tuple[ServiceProcess, ...]:
+        """All of them, the gateway last."""
+        return (*self._roles, self.gateway)
+
+    @property
+    def _roles(self) -> tuple[ServiceProcess, ...]:
+        return (self.verifier,) if self.drafter is None else (self.verifier, self.drafter)
+
+    async def __aenter__(self) -> Self:
+        try:
+            for process in self.processes:
+                await process.start()
+            await _all(process.wait_serving(self._settings.ready_timeout_s) for process in self.processes)
+            if self.drafter is not None:
+                await self._wait_drafter_seen()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Drain the gateway, then the services behind it; also when the caller is being cancelled."""
+        await _uninterrupted(self._stop())
+
+    async def _stop(self) -> None:
+        await self.gateway.stop(self._settings.stop_grace_s)
+        await asyncio.gather(*(process.stop(self._settings.stop_grace_s) for process in self._roles))
+
+    async def kill_drafter(self) -> None:
+        """SIGKILL the drafter and wait until it is gone."""
+        assert self.drafter is not None, "there is no drafter"
+        self.drafter.kill()
+        await self.drafter.wait()
+
+    async def restart_drafter(self) -> None:
+        """Start the drafter again, at the same address, and wait until it is healthy."""
+        assert self.drafter is not None, "there is no drafter"
+        await self.drafter.start()
+        await self.drafter.wait_serving(self._settings.ready_timeout_s)
+
+    async def watch(self) -> None:
+        """Restart the drafter whenever it ends; raises ServiceFailedError when another service does."""
+        watches = [self._watch_vital(self.verifier), self._watch_vital(self.gateway)]
+        await _all([*watches, self._keep_drafter()] if self.drafter is not None else watches)
+
+    async def _watch_vital(self, process: ServiceProcess) -> None:
+        await process.wait()
+        raise await process.failure("while serving")
+
+    async def _keep_drafter(self) -> None:
+        assert self.drafter is not None
+        pause_s = _RESTART_FIRST_S
+        while True:
+            started_s = time.monotonic()
+            await self.drafter.wait()
+            if time.monotonic() - started_s > _RESTART_MAX_S:
+                pause_s = _RESTART_FIRST_S
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RESTART_MAX_S)
+            await self.drafter.start()
+
+    async def _wait_drafter_seen(self) -> None:
+        """The gateway works without a drafter: not worth failing for, but the first request should have it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAFTER_SEEN_TIMEOUT_S):
+                while not await is_drafter_ready(self.gateway.address):  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+
+    def _process(self, role: str, address: str, arguments: Sequence[str], on_log: LogSink) -> ServiceProcess:
+        address = _with_port(address)
+        module = role if role == GATEWAY else f"{role}_service"
+        command = self._settings.commands.get(role, ("-m", module))
+        flags = self._settings.flags.get(role, ())
+        return ServiceProcess(role, [*command, "--address", address, *arguments, *flags], address, on_log)
+
+
+def _with_port(address: str) -> str:
+    """The address, a port 0 replaced by one that is free at present."""
+    host, _, port = address.rpartition(":")
+    if port != "0":
+        return address
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+async def _all(waits: collections.abc.Iterable[Awaitable[None]]) -> None:
+    """Await all; the first error ends the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _uninterrupted(work: Awaitable[None]) -> None:
+    """Await to the end even if cancelled meanwhile; the cancellation comes after."""
+    task = asyncio.ensure_future(work)
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            is_cancelled = True
+    task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError

@@ -1,0 +1,37 @@
+"""`easyspec up`: all services in one terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from rich.console import Console
+from rich.text import Text
+
+from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
+
+_ROLE_STYLES: Mapping[str, str] = MappingProxyType({VERIFIER: "cyan", DRAFTER: "magenta", GATEWAY: "green"})
+
+
+class RoleLog:
+    """Writes the services' log lines to stderr, each behind its role in the role's colour."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def __call__(self, role: str, line: str) -> None:
+        prefix = Text(f"{role:<8} | ", style=_ROLE_STYLES.get(role, "white"))
+        self._console.print(prefix + Text.from_ansi(line))
+
+
+async def serve_until_cancelled(settings: StackSettings) -> None:
+    """Start the services, say where the gateway is, restart a lost drafter; raises ServiceFailedError."""
+    async with ServiceStack(settings, RoleLog()) as stack:
+        drafting = f"drafter {stack.drafter.address}" if stack.drafter is not None else "no drafter"
+        print(
+            f"ready: gateway {stack.gateway_address}, verifier {stack.verifier.address}, {drafting}",
+            file=sys.stderr,
+            flush=True,
+        )
+        await stack.watch()

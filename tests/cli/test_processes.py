@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, is_serving
+from easyspec.cli.processes import ServiceFailedError, ServiceStack, StackSettings
+from easyspec.errors import ConfigurationError
+from easyspec.speculation.parameters import StopConditions
+from tests.cli.conftest import CHECKOUT
+
+FAKES = {role: ("-m", "tests.fakes.services", role) for role in ("verifier", "drafter")}
+FLAGS = GenerateFlags("def f(n):", SamplingFlags(temperature=0.0), StopConditions(max_tokens=40))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def settings(checkpoint: Path) -> StackSettings:
+    return StackSettings(base=checkpoint, draft=checkpoint, commands=FAKES)
+
+
+async def generate(address: str) -> tuple[str, int]:
+    """Text, and how many rounds were drafted."""
+    async with GatewayClient(address) as client:
+        responses = [response async for response in client.generate(FLAGS)]
+    return "".join(r.text for r in responses), responses[-1].completion.speculation.num_draft_rounds
+
+
+async def test_a_stack_starts_serves_survives_its_drafter_and_stops(settings: StackSettings) -> None:
+    lines: list[tuple[str, str]] = []
+    async with ServiceStack(settings, lambda role, line: lines.append((role, line))) as stack:
+        assert stack.drafter is not None
+        text, num_draft_rounds = await generate(stack.gateway_address)
+        assert num_draft_rounds > 0
+        await stack.kill_drafter()
+        assert not stack.drafter.is_running
+        assert (await generate(stack.gateway_address))[0] == text
+        await stack.restart_drafter()
+        assert await is_serving(stack.drafter.address)
+        pids = [process.pid for process in stack.processes]
+        assert all(is_alive(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
+    assert {role for role, _ in lines} == {"verifier", "drafter", "gateway"}
+
+
+async def test_watching_restarts_a_drafter_and_reports_a_lost_verifier(settings: StackSettings) -> None:
+    async with ServiceStack(settings, lambda role, line: None) as stack:
+        assert stack.drafter is not None
+        watch = asyncio.create_task(stack.watch())
+        old = stack.drafter.pid
+        await stack.kill_drafter()
+        await until(lambda: stack.drafter is not None and stack.drafter.is_running and stack.drafter.pid != old)
+        assert not watch.done()
+        stack.verifier.kill()
+        with pytest.raises(ServiceFailedError, match="verifier was killed by SIGKILL while serving"):
+            await asyncio.wait_for(watch, 10)
+
+
+async def test_no_drafter_process_without_a_draft_model(settings: StackSettings) -> None:
+    async with ServiceStack(replace(settings, draft=None), lambda role, line: None) as stack:
+        assert stack.drafter is None
+        assert len(stack.processes) == 2
+        assert (await generate(stack.gateway_address))[1] == 0
+
+
+async def test_a_service_that_ends_at_start_up_stops_the_others(settings: StackSettings) -> None:
+    broken = replace(settings, commands=FAKES | {"drafter": ("-m", "tests.fakes.services", "crash")})
+    stack = ServiceStack(broken, lambda role, line: None)
+    with pytest.raises(ServiceFailedError, match="drafter ended with exit code 2 before it was ready: crash: no wei"):
+        await stack.__aenter__()
+    assert not any(process.is_running for process in stack.processes)
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"draft is .* allowed: a checkpoint folder"):
+        StackSettings(base=tmp_path, draft=tmp_path / "x").check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_drains_and_stops_all(checkpoint: Path, number: signal.Signals) -> None:
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from easyspec.cli.processes import StackSettings
+        from easyspec.cli.signals import run_until_signal
+        from easyspec.cli.up import serve_until_cancelled
+        folder = Path({str(checkpoint)!r})
+        sys.exit(run_until_signal(serve_until_cancelled(StackSettings(folder, folder, commands={FAKES!r}))))
+    """)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, cwd=CHECKOUT, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    seen = []
+    while not (line := (await process.stderr.readline()).decode()).startswith("ready: "):
+        assert line, seen
+        seen.append(line)
+    addresses = [word.strip(",") for word in line.split() if ":" in word.strip(":")]
+    assert [await is_serving(address) for address in addresses] == [True, True, True]
+    process.send_signal(number)
+    rest = (await process.stderr.read()).decode()
+    assert await process.wait() == 128 + number
+    assert [await is_serving(address) for address in addresses] == [False, False, False]
+    for role in ("verifier", "drafter", "gateway"):
+        assert any(text.startswith(role) and "stopped" in text for text in rest.splitlines())
+    assert "Traceback" not in rest
