@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import grpc
+
 from bench.measurement import Mode, Round, Sample
+from easyspec.errors import UnavailableError
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.convert import budget_to_pb, layer_plan_to_pb
+from easyspec.rpc.convert import budget_from_pb, budget_to_pb, layer_plan_to_pb
+from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.v1 import generation_pb2 as pb
 from easyspec.v1 import generation_pb2_grpc, types_pb2
@@ -40,7 +44,7 @@ class ServedModels:
 
 
 class GatewayClient:
-    """Async context manager; call it inside the event loop that uses it."""
+    """Async context manager; make it inside the event loop that uses it. Every failure is an EasyspecError."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self._channel = open_channel(address)
@@ -56,33 +60,33 @@ class GatewayClient:
         await self._channel.close()
 
     async def models(self) -> ServedModels:
-        """Describe base and draft model; raises RuntimeError if the gateway has no drafter it may use."""
-        info = await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=self._timeout_s)
+        """Describe base and draft model; raises UnavailableError if the gateway has no drafter it may use."""
+        try:
+            info = await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
         if info.drafter_state != pb.GetServerInfoResponse.PEER_STATE_READY:
             state = pb.GetServerInfoResponse.PeerState.Name(info.drafter_state)
-            raise RuntimeError(f"the drafter is {state}; a decode benchmark needs it READY")
-        budget = info.default_budget
+            raise UnavailableError(f"the drafter is {state}; a decode benchmark needs it READY")
         return ServedModels(
             base=_describe(info.models[0]),
             draft=_describe(info.draft_model),
-            default_budget=TreeBudget(budget.num_levels, budget.width, budget.num_nodes),
+            default_budget=budget_from_pb(info.default_budget),
         )
 
     async def complete(self, task: Task) -> Sample:
         """Run one completion to its end and return everything it told."""
         rounds: list[Round] = []
         token_ids: list[int] = []
-        completion: pb.Completion | None = None
+        completion = pb.Completion()
         start_s = time.perf_counter()
-        async for message in self._stub.Generate(_request(task), timeout=self._timeout_s):
-            rounds.append(_round_from_pb(message, time.perf_counter() - start_s))
-            token_ids.extend(message.token_ids)
-            if message.HasField("completion"):
+        try:
+            async for message in self._stub.Generate(_request(task), timeout=self._timeout_s):
+                rounds.append(_round_from_pb(message, time.perf_counter() - start_s))
+                token_ids.extend(message.token_ids)
                 completion = message.completion
-        if completion is None:
-            raise RuntimeError(
-                f"the gateway ended {task.mode.name!r} of prompt {task.prompt_index} without a completion"
-            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
         speculation = completion.speculation
         return Sample(
             mode=task.mode,

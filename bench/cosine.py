@@ -151,7 +151,9 @@ def cosine_table(
 ) -> list[CosineRow]:
     """Compare exact and fuzzy steps at the last `num_positions` positions of every text."""
     from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     token_ids = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import datetime
 import json
@@ -21,7 +20,9 @@ from bench.machine import current_commit, describe_machine
 from bench.measurement import Mode, Sample, select_modes
 from bench.pairs import PAIRS, ModelPair, cosine_rows, start_services
 from bench.summary import Result, summarize
-from bench.tables import results_table
+from bench.tables import print_results
+from easyspec.cli.signals import run_until_signal
+from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import TreeBudget
 from models.heldout import held_out_prompts
 
@@ -42,14 +43,25 @@ class DecodeSettings:
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark; returns 0, or 1 if a completion differed from plain decoding's."""
+    """Run the benchmark; returns 0, or 1 if a completion differed from plain decoding's, or 128 + a signal's number.
+
+    Raises EasyspecError if the services do not come up or fail.
+    """
     arguments = _parser().parse_args(argv)
     settings = _settings(arguments)
     pair = PAIRS[arguments.pair]
     console = Console()
-    models, samples = asyncio.run(_measure(pair, settings, console))
+    measured: list[tuple[ServedModels, list[Sample]]] = []
+
+    async def run() -> None:
+        measured.append(await _measure(pair, settings, console))
+
+    interrupted = run_until_signal(run())
+    if interrupted:
+        return interrupted
+    models, samples = measured[0]
     results = summarize(samples)
-    console.print(results_table([dataclasses.asdict(result) for result in results]))
+    print_results([dataclasses.asdict(result) for result in results], console)
     if arguments.json is not None:
         cosine = [dataclasses.asdict(row) for row in cosine_rows(pair)]
         command = shlex.join(["easyspec", "bench", "decode", *argv])
@@ -129,7 +141,10 @@ async def measure(
 
 
 async def _measure(pair: ModelPair, settings: DecodeSettings, console: Console) -> tuple[ServedModels, list[Sample]]:
-    prompts = held_out_prompts(settings.num_prompts, settings.seed, settings.max_prompt_chars)
+    try:
+        prompts = held_out_prompts(settings.num_prompts, settings.seed, settings.max_prompt_chars)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
     async with start_services(pair) as address, GatewayClient(address, timeout_s=600.0) as client:
         models = await client.models()
         console.print(f"base:  {models.base}\ndraft: {models.draft}")
@@ -141,7 +156,7 @@ def _settings(arguments: argparse.Namespace) -> DecodeSettings:
     default_modes = ["sequential", "n4-*"] if arguments.quick else ["*"]
     default_prompts, default_tokens = (3, 48) if arguments.quick else (8, 96)
     return DecodeSettings(
-        modes=select_modes(arguments.modes or default_modes),
+        modes=arguments.modes or select_modes(default_modes),
         temperatures=tuple(arguments.temperature or (0.0, 0.8)),
         num_prompts=arguments.num_prompts or default_prompts,
         max_tokens=arguments.max_tokens or default_tokens,
@@ -161,10 +176,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-prompts", type=_positive, metavar="N", help="held-out prompts (default: 8, quick 3)")
     add("--max-tokens", type=_positive, metavar="N", help="tokens per completion (default: 96, quick 48)")
     add("--max-prompt-chars", type=_positive, default=600, metavar="N", help="longest prompt (default: 600)")
-    add("--modes", nargs="+", metavar="PATTERN", help="shell patterns of mode names, say 'n4-*' (default: all)")
+    add(
+        "--modes",
+        type=_modes,
+        metavar="PATTERNS",
+        help="mode names or shell patterns, say 'sequential,n4-*' (default: all)",
+    )
     add("--seed", type=int, default=7, metavar="N", help="chooses prompts and noise (default: 7)")
     add("--budget", type=_positive, nargs=3, metavar=("LEVELS", "WIDTH", "NODES"), help="tree (default: gateway's)")
     return parser
+
+
+def _modes(text: str) -> tuple[Mode, ...]:
+    try:
+        return select_modes(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

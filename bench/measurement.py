@@ -47,7 +47,7 @@ def select_modes(patterns: Sequence[str]) -> tuple[Mode, ...]:
     names = [mode.name for mode in all_modes()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"--modes {pattern!r} matches none of {', '.join(names)}")
+            raise ValueError(f"{pattern!r} matches none of {', '.join(names)}")
     chosen = [mode for mode in all_modes() if any(fnmatch.fnmatch(mode.name, pattern) for pattern in patterns)]
     return (PLAIN, *(mode for mode in chosen if mode != PLAIN))
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from bench.cosine import CosineRow, cosine_table
 from bench.machine import REPOSITORY
 from bench.measurement import LAYER_PARALLEL_SIZES
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, GATEWAY, ServiceStack, StackSettings
+from easyspec.errors import ConfigurationError
 from models.heldout import held_out_prompts
 
 _COSINE_PROMPTS = 16
 _COSINE_PROMPT_CHARS = 800
 _COSINE_POSITIONS = 40
+# A draft that is dropped for being late would turn a slow mode into plain decoding.
+_GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
 
 
 @dataclass(frozen=True)
@@ -27,27 +31,24 @@ class ModelPair:
     remedy: str
 
     def check(self) -> None:
-        """Raise FileNotFoundError naming the missing folder and the remedy."""
+        """Raise ConfigurationError naming the missing folder and the remedy."""
         for folder in (self.base, self.draft):
             if not (folder / "config.json").is_file():
-                raise FileNotFoundError(f"no checkpoint in {folder}; make it with `{self.remedy}`")
+                raise ConfigurationError(f"no checkpoint in {str(folder)!r}; make it with `{self.remedy}`")
 
-
-_MODELS = REPOSITORY / "models"
 
 PAIRS = {
-    "bundled": ModelPair("bundled", _MODELS / "base", _MODELS / "draft", "make train-models"),
-    "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", _MODELS / "draft", "make bench-pair"),
+    "bundled": ModelPair("bundled", DEFAULT_BASE, DEFAULT_DRAFT, "make train-models"),
+    "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", DEFAULT_DRAFT, "make bench-pair"),
 }
 
 
 @asynccontextmanager
 async def start_services(pair: ModelPair) -> AsyncIterator[str]:
     """Run drafter, verifier and gateway as real processes and yield the gateway's address."""
-    from easyspec.cli.processes import ServiceStack
-
     pair.check()
-    async with ServiceStack(base_model=pair.base, draft_model=pair.draft) as stack:
+    settings = StackSettings(base=pair.base, draft=pair.draft, flags={GATEWAY: _GATEWAY_FLAGS})
+    async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
         yield stack.gateway_address
 
 

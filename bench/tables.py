@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -37,14 +39,20 @@ COSINE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """Every result as one row, for the terminal."""
-    table = Table(title="decode phase, medians over prompts; times per round")
-    for index, (heading, _) in enumerate(RESULT_COLUMNS):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+# What a terminal of common width has no room for is in the file.
+_TERMINAL_HEADINGS = [heading for heading, _ in RESULT_COLUMNS if heading not in ("calibrate ms", "rate by level")]
+_MIN_WIDTH = 112
+
+
+def print_results(rows: Sequence[Row], console: Console) -> None:
+    """Every result as one row; a narrow terminal breaks lines rather than cutting figures off."""
+    columns = [column for column in RESULT_COLUMNS if column[0] in _TERMINAL_HEADINGS]
+    table = Table(title="decode phase, medians over prompts; times per round", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for index, (heading, _) in enumerate(columns):
+        table.add_column(heading, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(cell(row) for _, cell in RESULT_COLUMNS))
-    return table
+        table.add_row(*(cell(row) for _, cell in columns))
+    Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
 
 
 def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> str:

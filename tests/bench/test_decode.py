@@ -15,6 +15,7 @@ from bench.decode import DecodeSettings, interleaved_tasks, measure
 from bench.measurement import select_modes
 from bench.pairs import ModelPair
 from bench.report import render
+from easyspec.errors import ConfigurationError, UnavailableError
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.v1 import generation_pb2 as pb
 from easyspec.v1 import types_pb2
@@ -69,7 +70,7 @@ async def test_a_sample_is_what_the_stream_said() -> None:
 async def test_without_a_drafter_the_benchmark_refuses() -> None:
     state = pb.GetServerInfoResponse.PEER_STATE_UNREACHABLE
     async with serve_scripted_gateway(ROUNDS, state) as (_, address), GatewayClient(address, 10.0) as client:
-        with pytest.raises(RuntimeError, match="PEER_STATE_UNREACHABLE"):
+        with pytest.raises(UnavailableError, match="PEER_STATE_UNREACHABLE"):
             await client.models()
 
 
@@ -124,5 +125,27 @@ def test_main_fails_if_a_mode_changes_the_tokens(monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     pair = ModelPair("bench", tmp_path / "base", tmp_path / "draft", "make bench-pair")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'base'}.*make bench-pair"):
+    with pytest.raises(ConfigurationError, match=f"{tmp_path / 'base'}.*make bench-pair"):
         pair.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--modes", "n5-*"], "'n5-*' matches none of plain"),
+        (["--num-prompts", "0"], "0 is not at least 1"),
+        (["--budget", "5", "4"], "expected 3 arguments"),
+        (["--pair", "other"], "invalid choice: 'other'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        decode.main(arguments)
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+async def test_a_gateway_that_is_gone_is_an_error_of_ours() -> None:
+    async with GatewayClient("127.0.0.1:1", 10.0) as client:
+        with pytest.raises(UnavailableError):
+            await client.complete(next(interleaved_tasks(["a"], SETTINGS)))
