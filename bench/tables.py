@@ -40,8 +40,10 @@ COSINE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 
 # What a terminal of common width has no room for is in the file.
-_TERMINAL_HEADINGS = [heading for heading, _ in RESULT_COLUMNS if heading not in ("calibrate ms", "rate by level")]
-_MIN_WIDTH = 112
+_TERMINAL_HEADINGS = [
+    heading for heading, _ in RESULT_COLUMNS if heading not in ("calibrate ms", "fuzzy ms", "rate by level")
+]
+_MIN_WIDTH = 120
 
 
 def print_results(rows: Sequence[Row], console: Console) -> None:
@@ -49,7 +51,7 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     columns = [column for column in RESULT_COLUMNS if column[0] in _TERMINAL_HEADINGS]
     table = Table(title="decode phase, medians over prompts; times per round", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for index, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns))
     Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
