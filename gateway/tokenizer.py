@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
@@ -38,6 +36,9 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Read the tokenizer of a checkpoint folder; ConfigurationError if there is none that fits."""
         fingerprint = tokenizer_fingerprint(folder)
+        # Imported here: it takes seconds, as it brings torch along, and the port should be open meanwhile.
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the library raises a dozen types here

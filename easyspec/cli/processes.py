@@ -28,7 +28,7 @@ DEFAULT_DRAFT = _CHECKOUT / "models" / "draft"
 
 _NUM_KEPT_LINES = 20
 _MAX_LINE_BYTES = 1 << 20
-_POLL_S = 0.05
+_POLL_S = 0.1
 # The gateway looks at a drafter that was not there at first every second or two.
 _DRAFTER_SEEN_TIMEOUT_S = 5.0
 _RESTART_FIRST_S, _RESTART_MAX_S = 0.5, 30.0

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterServer
 from easyspec.errors import PromptTooLongError, StalePositionError
@@ -33,6 +35,7 @@ from easyspec.speculation.messages import (
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, SamplingParameters
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer
 
@@ -270,10 +273,10 @@ async def running_pair(language: ToyLanguage, draft_language: ToyLanguage | None
 
 
 def _build(settings: EngineSettings, engine_type: type[FakeEngine], server_type: Callable[[Any], Application]) -> Any:
-    from gateway.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(Path(settings.model))
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    # Not our own Tokenizer, which takes seconds to import.
+    folder = Path(settings.model)
+    token_ids = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode(TOY_TEXT).ids
+    language = ToyLanguage(tuple(token_ids), 352, tokenizer_fingerprint(folder))
     return server_type(engine_type(language))  # type: ignore[call-arg]
 
 
