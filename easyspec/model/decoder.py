@@ -53,9 +53,7 @@ class Decoder:
     @property
     def num_parameters(self) -> int:
         """Weights, norms left out (they are folded), tied embeddings counted once."""
-        tensors = [
-            value for layer in self._layers for value in vars(layer).values() if isinstance(value, torch.Tensor)
-        ]
+        tensors = [value for layer in self._layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         num_ends = self._embeddings.numel() * (1 if self.config.tie_word_embeddings else 2)
         return sum(tensor.numel() for tensor in tensors) + num_ends
 

@@ -121,8 +121,9 @@ def unit_rms(hidden: torch.Tensor, eps: float) -> torch.Tensor:
     """`hidden` divided by its root mean square over the last dimension, in float32; no weight."""
     hidden = hidden.float()
     norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-    mean_square = norm.square_().mul_(1.0 / hidden.shape[-1]).add_(eps)
-    return hidden * mean_square.rsqrt_()
+    mean_square: torch.Tensor = norm.square_().mul_(1.0 / hidden.shape[-1]).add_(eps)
+    inverse: torch.Tensor = mean_square.rsqrt_()
+    return hidden * inverse
 
 
 class LayerGroup:

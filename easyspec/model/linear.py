@@ -35,7 +35,7 @@ class Linear:
             return self._multiply(x)
         num_rows, tile = x.shape[0], self.tile_rows
         padded = functional.pad(x, (0, 0, 0, -num_rows % tile))
-        return torch.cat([self._multiply(rows) for rows in padded.split(tile)])[:num_rows]
+        return torch.cat([self._multiply(rows) for rows in torch.split(padded, tile)])[:num_rows]
 
     def is_row_invariant(self, row_counts: tuple[int, ...]) -> bool:
         """True if a row's bits are the same in products of each of `row_counts` rows."""
@@ -46,11 +46,10 @@ class Linear:
         return all(torch.equal(self(rows[:count]), whole[:count]) for count in row_counts)
 
 
-def _packed_product(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """oneDNN's product with a prepacked copy of `weight`, or None where it has no kernel."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    has_onednn = torch.backends.mkldnn.is_available()
+    if weight.device.type != "cpu" or not has_onednn:
         return None
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)

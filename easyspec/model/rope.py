@@ -43,5 +43,5 @@ def interleave_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotate [T, ..., D] float32 by `rotation` [T, 1, ..., D / 2] complex64."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation).flatten(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def paper_plan(num_layers: int, layer_parallel_size: int, mlp: MlpPlacement) -> 
         return sequential_plan(num_layers)
     borders = [0, 1, *range(layer_parallel_size, num_layers - 1, layer_parallel_size), num_layers - 1, num_layers]
     borders = sorted(set(borders))
-    groups = tuple(range(start, stop) for start, stop in zip(borders, borders[1:], strict=False))
+    groups = tuple(range(start, stop) for start, stop in itertools.pairwise(borders))
     return LayerPlan(groups, mlp)
 
 

@@ -234,6 +234,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
         layer_plan=layer_plan_from_pb(message.layer_plan),
         model=message.model,
         request_id=message.request_id,
+        max_total_length=message.max_total_length if message.HasField("max_total_length") else None,
     )
 
 
@@ -244,6 +245,7 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
         sampling=sampling_to_pb(request.sampling),
         layer_plan=layer_plan_to_pb(request.layer_plan),
         request_id=request.request_id,
+        max_total_length=request.max_total_length,
     )
 
 

@@ -57,11 +57,16 @@ class VerifyTimings:
 
 @dataclass(frozen=True)
 class OpenSpeculation:
-    """Opens a session at the drafter with every token committed so far."""
+    """Opens a session at the drafter with every token committed so far.
+
+    `max_total_length` is the most tokens the session can come to hold (None: the draft model's context); KV memory is
+    budgeted by it.
+    """
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParameters
     layer_plan: LayerPlanRequest = LayerPlanRequest()
+    max_total_length: int | None = None
     model: str = ""
     request_id: str = ""
 

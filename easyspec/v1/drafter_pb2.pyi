@@ -62,10 +62,13 @@ class OpenSpeculation(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MAX_TOTAL_LENGTH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Draft model name; empty means the only one served."""
     request_id: _builtins.str
     """For logs and traces."""
+    max_total_length: _builtins.int
+    """Most tokens the session can come to hold; KV memory is budgeted by it. Unset: the draft model's context."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token committed so far (prompt, and output when a session is re-opened), at least one."""
@@ -86,12 +89,15 @@ class OpenSpeculation(_message.Message):
         sampling: _types_pb2.SamplingParameters | None = ...,
         layer_plan: _types_pb2.LayerPlan | None = ...,
         request_id: _builtins.str = ...,
+        max_total_length: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layer_plan", b"layer_plan", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_plan", b"layer_plan", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_total_length: _TypeAlias = _typing.Literal["max_total_length"]  # noqa: Y015
+    _WhichOneofArgType__max_total_length: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_total_length) -> _WhichOneofReturnType__max_total_length | None: ...
 
 Global___OpenSpeculation: _TypeAlias = OpenSpeculation  # noqa: Y015
 

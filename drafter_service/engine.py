@@ -1,0 +1,106 @@
+"""The drafter's engine: the event loop's side of the device thread."""
+
+from __future__ import annotations
+
+import torch
+
+from drafter_service.config import DrafterSettings
+from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.sources.layer_parallel import LayerParallelSource
+from easyspec.device_thread import DeviceThread
+from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.model.loading import LoadedModel, load_model
+from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
+from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
+from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+
+
+class DrafterEngine:
+    """Loads the draft model on its own thread and hands sessions' tasks to it."""
+
+    def __init__(self, settings: DrafterSettings) -> None:
+        self._settings = settings
+        self._thread = DeviceThread("drafter-device")
+        self._loaded: LoadedModel | None = None
+        self._drafter: Drafter | None = None
+        self._plan: LayerPlan | None = None
+        self.max_tree_nodes = settings.max_tree_nodes
+
+    async def start(self) -> None:
+        """Load the weights and draft once for warm-up; raises ConfigurationError."""
+        await self._thread.start(self._build)
+
+    async def stop(self) -> None:
+        """End after the step in progress; waiting requests fail as unavailable."""
+        await self._thread.stop()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The draft model; valid after `start`."""
+        assert self._loaded is not None, "started"
+        return self._loaded.info
+
+    @property
+    def layer_groups(self) -> str:
+        """The default plan's groups, as "0 | 1-3 | 4-7 | 8"."""
+        return str(self._plan)
+
+    @property
+    def layer_plan(self) -> LayerPlanRequest:
+        """The default plan."""
+        assert self._plan is not None, "started"
+        size = max(len(group) for group in self._plan.groups)
+        return LayerPlanRequest(size, self._plan.mlp, calibration=True)
+
+    def kv_usage(self) -> KvUsage:
+        """KV memory as it is now."""
+        assert self._drafter is not None, "started"
+        return self._drafter.usage()
+
+    async def open(self, request: OpenSpeculation) -> int:
+        """Open a session and return its id; raises the EasyspecError that the request deserves."""
+        return await self._thread.submit(OpenTask(request))
+
+    async def draft(self, session_id: int, calibration: Calibration) -> Draft:
+        """The next tree; raises StalePositionError or InvalidRequestError and then changes nothing."""
+        return await self._thread.submit(DraftTask(session_id, calibration))
+
+    def close(self, session_id: int) -> None:
+        """Free a session; idempotent, returns at once."""
+        self._thread.post(CloseTask(session_id))
+
+    def _build(self) -> Drafter:
+        settings = self._settings
+        self._loaded = loaded = load_model(settings, is_exact=False)
+        self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
+        source = LayerParallelSource(loaded.decoder, loaded.pool, settings.prefill_chunk, settings.max_tree_nodes)
+        limits = DrafterLimits(settings.served_model_name, settings.max_tree_nodes)
+        self._drafter = Drafter(loaded.decoder.config, loaded.pool, source, self._plan, limits)
+        _warm_up(self._drafter)
+        return self._drafter
+
+
+def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:
+    """The plan of the settings; raises ConfigurationError if it does not fit the draft model."""
+    mlp = MlpPlacement(settings.mlp)
+    try:
+        if settings.layer_groups is not None:
+            return parse_plan(settings.layer_groups, num_layers, mlp)
+        return paper_plan(num_layers, min(settings.layer_parallel_size, num_layers), mlp)
+    except InvalidRequestError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _warm_up(drafter: Drafter) -> None:
+    """Draft twice for a two-token prompt, so that kernels are chosen before the first request."""
+    sampling = SamplingParameters(seed=0)
+    opening = OpenTask(OpenSpeculation((0, 0), sampling, max_total_length=16))
+    drafter.accept(opening)
+    session_id = opening.future.result()
+    for base_length in (2, 3):
+        task = DraftTask(session_id, Calibration(base_length, (0,), TreeBudget(3, 4, 8)))
+        drafter.accept(task)
+        with torch.inference_mode():
+            while not task.future.done():
+                drafter.step()
+    drafter.accept(CloseTask(session_id))

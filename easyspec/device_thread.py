@@ -1,0 +1,118 @@
+"""One thread that owns the device: it takes everything that is ready and steps over the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import structlog
+
+from easyspec.errors import UnavailableError
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(eq=False)
+class Task(Generic[ResultT]):
+    """Something asked of the device; its future is resolved on the device thread."""
+
+    future: Future[ResultT] = field(default_factory=Future, init=False)
+    arrived_ns: int = field(default_factory=time.monotonic_ns, init=False)
+
+    def finish(self, result: ResultT) -> None:
+        """Answer, unless the asker has gone."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless the asker has gone."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class Core(Protocol):
+    """What runs on the device thread. Only `step` computes; errors of one task are given to that task."""
+
+    def accept(self, task: Any, /) -> None:
+        """Take a task up; quick."""
+
+    def step(self) -> bool:
+        """Compute one batch of what is ready; True if more is waiting."""
+
+    def abandon(self, error: BaseException) -> None:
+        """A bug broke `step`: fail every task that is waiting, so that nobody hangs."""
+
+
+class DeviceThread:
+    """Runs a core on its own thread; the event loop submits tasks and awaits their futures."""
+
+    def __init__(self, name: str) -> None:
+        self._inbox: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._name = name
+        self._is_stopped = False
+
+    async def start(self, build: Callable[[], Core]) -> None:
+        """Build the core on the thread, which may take long, and begin to step; raises what `build` raises."""
+        built: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, built), name=self._name, daemon=True)
+        self._thread.start()
+        await asyncio.wrap_future(built)
+
+    async def stop(self) -> None:
+        """End after the step in progress; tasks still waiting fail with UnavailableError. Idempotent."""
+        self._is_stopped = True
+        self._inbox.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def submit(self, task: Task[ResultT]) -> asyncio.Future[ResultT]:
+        """Queue a task; its result or error arrives in the returned future of the running loop."""
+        if self._is_stopped:
+            task.fail(UnavailableError("the engine has stopped"))
+        else:
+            self._inbox.put(task)
+        return asyncio.wrap_future(task.future)
+
+    def post(self, task: Task[Any]) -> None:
+        """Queue a task nobody waits for; needs no event loop."""
+        self._inbox.put(task)
+
+    def _run(self, build: Callable[[], Core], built: Future[None]) -> None:
+        try:
+            core = build()
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(None)
+        is_busy = False
+        while not self._is_stopped:
+            for task in self._take(wait=not is_busy):
+                core.accept(task)
+            try:
+                is_busy = core.step()
+            except Exception as error:
+                structlog.get_logger().exception("engine_step_failed", thread=self._name)
+                core.abandon(error)
+                is_busy = False
+        core.abandon(UnavailableError("the engine has stopped"))
+        for task in self._take(wait=False):
+            task.fail(UnavailableError("the engine has stopped"))
+
+    def _take(self, *, wait: bool) -> list[Task[Any]]:
+        """Everything in the inbox; waits for the first if told to."""
+        tasks: list[Task[Any]] = []
+        with contextlib.suppress(queue.Empty):
+            task = self._inbox.get(block=wait)
+            while True:
+                if task is not None:
+                    tasks.append(task)
+                task = self._inbox.get_nowait()
+        return tasks

@@ -1,0 +1,72 @@
+"""From settings to a model ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from easyspec.errors import ConfigurationError
+from easyspec.model.config import checkpoint_folder, load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KVPool
+from easyspec.speculation.messages import ModelInfo
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+
+
+class ModelSettings(Protocol):
+    """The settings that loading needs; the services' settings have them."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def served_model_name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def num_threads(self) -> int | None: ...
+    @property
+    def num_kv_slots(self) -> int: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder, its KV pool and how it introduces itself."""
+
+    decoder: Decoder
+    pool: KVPool
+    info: ModelInfo
+
+
+def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
+    """Read checkpoint and tokenizer onto the device; raises ConfigurationError."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = _device(settings.device)
+    folder = checkpoint_folder(settings.model)
+    config = load_config(folder, settings.dtype, settings.max_model_len)
+    decoder = Decoder(folder, config, device, is_exact=is_exact)
+    info = ModelInfo(
+        name=settings.served_model_name,
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_model_len,
+        tokenizer_fingerprint=tokenizer_fingerprint(folder),
+        num_parameters=decoder.num_parameters,
+        dtype=str(config.dtype).removeprefix("torch."),
+        eos_token_ids=config.eos_token_ids,
+        num_layers=config.num_layers,
+    )
+    return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device is 'cuda'; allowed here: cpu, as torch finds no GPU")
+    return torch.device(name)

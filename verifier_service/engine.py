@@ -1,0 +1,74 @@
+"""The verifier's engine: the event loop's side of the device thread."""
+
+from __future__ import annotations
+
+import torch
+
+from easyspec.device_thread import DeviceThread
+from easyspec.errors import ConfigurationError
+from easyspec.model.loading import LoadedModel, load_model
+from easyspec.model.row_layout import MAX_TREE_COLUMNS
+from easyspec.model.row_probe import make_row_invariant
+from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.token_tree import TokenTree
+from verifier_service.config import VerifierSettings
+from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
+
+
+class VerifierEngine:
+    """Loads the base model on its own thread and hands sessions' tasks to it."""
+
+    def __init__(self, settings: VerifierSettings) -> None:
+        if settings.max_tree_nodes > MAX_TREE_COLUMNS:
+            raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
+        self._settings = settings
+        self._thread = DeviceThread("verifier-device")
+        self._loaded: LoadedModel | None = None
+        self._verifier: Verifier | None = None
+        self.max_tree_nodes = settings.max_tree_nodes
+        self.row_invariant = False
+
+    async def start(self) -> None:
+        """Load the weights and run the start-up probe, which also warms the kernels up; raises ConfigurationError."""
+        await self._thread.start(self._build)
+
+    async def stop(self) -> None:
+        """End after the step in progress; waiting requests fail as unavailable."""
+        await self._thread.stop()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The base model; valid after `start`."""
+        assert self._loaded is not None, "started"
+        return self._loaded.info
+
+    def kv_usage(self) -> KvUsage:
+        """KV memory as it is now."""
+        assert self._verifier is not None, "started"
+        return self._verifier.usage()
+
+    async def open(self, request: OpenVerification) -> int:
+        """Open a session and return its id; raises the EasyspecError that the request deserves."""
+        return await self._thread.submit(OpenTask(request))
+
+    async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
+        """The verdict on a tree; raises StalePositionError or InvalidTreeError and then changes nothing."""
+        return await self._thread.submit(VerifyTask(session_id, base_length, tree))
+
+    def close(self, session_id: int) -> None:
+        """Free a session; idempotent, returns at once."""
+        self._thread.post(CloseTask(session_id))
+
+    def _build(self) -> Verifier:
+        settings = self._settings
+        self._loaded = loaded = load_model(settings, is_exact=True)
+        with torch.inference_mode():
+            self.row_invariant = make_row_invariant(loaded.decoder, loaded.pool)
+        self._verifier = Verifier(
+            loaded.decoder,
+            loaded.pool,
+            VerifierLimits(
+                settings.served_model_name, settings.max_tree_nodes, settings.max_batch_rows, settings.prefill_chunk
+            ),
+        )
+        return self._verifier

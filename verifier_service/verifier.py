@@ -1,0 +1,265 @@
+"""The verifier's core: sessions of the base model, prefilled in chunks and verified in batches.
+
+Runs on the device thread. A session's tokens are committed one verdict at a time; K and V exist for all of
+them but the last, which is the root of the next tree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from easyspec.device_thread import Task
+from easyspec.errors import (
+    EasyspecError,
+    InvalidRequestError,
+    PromptTooLongError,
+    StalePositionError,
+    UnknownModelError,
+)
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KVPool, SessionSlots
+from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
+from easyspec.speculation.acceptance import StopLimits, judge, stop_limits
+from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.sampling import ChoiceRow, TokenHistory, choose_tokens, tree_choice_rows
+from easyspec.speculation.token_tree import TokenTree
+
+
+@dataclass(eq=False)
+class OpenTask(Task[int]):
+    """Open a session; the result is its id."""
+
+    request: OpenVerification
+
+
+@dataclass(eq=False)
+class VerifyTask(Task[tuple[Verdict, VerifyTimings]]):
+    """Judge a tree."""
+
+    session_id: int
+    base_length: int
+    tree: TokenTree
+
+
+@dataclass(eq=False)
+class CloseTask(Task[None]):
+    """Free a session's memory."""
+
+    session_id: int
+
+
+@dataclass(frozen=True)
+class VerifierLimits:
+    """What one session and one step may take, in tokens and rows."""
+
+    served_model_name: str
+    max_tree_nodes: int
+    max_batch_rows: int
+    prefill_chunk: int
+
+
+class VerifierSession:
+    """One request at the verifier: its tokens, their slots, and the tree it waits for."""
+
+    def __init__(self, request: OpenVerification, limits: StopLimits, slots: SessionSlots) -> None:
+        self.sampling = request.sampling
+        self.limits = limits
+        self.slots = slots
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.history = TokenHistory(request.prompt_token_ids, request.output_token_ids)
+        self.waiting: VerifyTask | None = None
+        self.is_finished = False
+
+    @property
+    def num_uncached(self) -> int:
+        """Committed tokens without K and V; 1 (the root) once the prompt is prefilled."""
+        return len(self.token_ids) - self.slots.num_cached
+
+    def chain_segment(self, num_tokens: int) -> Segment:
+        """Rows for the next uncached tokens, each seeing what comes before it and itself."""
+        start = self.slots.num_cached
+        positions = range(start, start + num_tokens)
+        slots = self.slots.extend(num_tokens)
+        visible = [position + 1 for position in positions]
+        return Segment(self.token_ids[start : start + num_tokens], positions, slots, visible, self.slots.by_position)
+
+    def tree_segment(self, tree: TokenTree, tree_slots: Sequence[int]) -> Segment:
+        """Rows for every uncached token, the last one being the root, and for the nodes behind it."""
+        chain = self.chain_segment(self.num_uncached)
+        if not tree.token_ids:
+            return chain
+        root_position = len(self.token_ids) - 1
+        last_position = self.limits.max_total_length - 1  # deeper nodes can never be emitted
+        positions = [min(root_position + depth, last_position) for depth in tree.row_depths[1:]]
+        num_chain, num_nodes = len(chain), len(tree)
+        visible = np.zeros((num_chain + num_nodes, num_nodes), dtype=np.bool_)
+        for node, parent_row in enumerate(tree.parent_rows):
+            if parent_row > 0:
+                visible[num_chain + node] = visible[num_chain + parent_row - 1]
+            visible[num_chain + node, node] = True
+        return Segment(
+            token_ids=[*chain.token_ids, *tree.token_ids],
+            positions=[*chain.positions, *positions],
+            slots=[*chain.slots, *tree_slots],
+            num_visible=[*chain.num_visible, *([root_position + 1] * num_nodes)],
+            slots_by_position=chain.slots_by_position,
+            tree=TreeColumns(tree_slots, positions, visible),
+        )
+
+
+class Verifier:
+    """Steps over batches of sessions: all trees that are ready at once, then one chunk of one prompt."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool, limits: VerifierLimits) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._limits = limits
+        self._sessions: dict[int, VerifierSession] = {}
+        self._session_ids = itertools.count(1)
+        self._ready: list[VerifierSession] = []
+        self._prefilling: list[VerifierSession] = []
+
+    def usage(self) -> KvUsage:
+        """KV memory as it is now; may be read from another thread."""
+        return KvUsage(self._pool.num_slots, self._pool.num_used_slots, len(self._sessions))
+
+    def accept(self, task: Task[Any]) -> None:
+        """Open, queue or close; an error that the caller made is the answer to that task alone."""
+        try:
+            if isinstance(task, OpenTask):
+                task.finish(self._open(task.request))
+            elif isinstance(task, VerifyTask):
+                self._enqueue(task)
+            elif isinstance(task, CloseTask):
+                self._close(task.session_id)
+        except EasyspecError as error:
+            task.fail(error)
+
+    def step(self) -> bool:
+        """One pass over every tree that is ready, then one prompt chunk; True if something is still waiting."""
+        with torch.inference_mode():
+            if self._ready:
+                self._verify(self._next_batch())
+            if self._prefilling:
+                self._advance(self._prefilling.pop(0))
+        return bool(self._ready or self._prefilling)
+
+    def abandon(self, error: BaseException) -> None:
+        """Fail every waiting task and end its session, whose KV may be half written."""
+        for session in [*self._sessions.values()]:
+            if session.waiting is not None:
+                session.waiting.fail(error)
+                session.waiting, session.is_finished = None, True
+        self._ready.clear()
+        self._prefilling.clear()
+
+    def _open(self, request: OpenVerification) -> int:
+        config, name = self._decoder.config, self._limits.served_model_name
+        if request.model not in ("", name):
+            raise UnknownModelError(request.model, name)
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("prompt_token_ids", [], "at least one token")
+        for token_id in (*request.prompt_token_ids, *request.output_token_ids):
+            if not 0 <= token_id < config.vocab_size:
+                raise InvalidRequestError("prompt_token_ids", token_id, f"0 to {config.vocab_size - 1}")
+        request.sampling.check(config.vocab_size)
+        request.stop.check(config.vocab_size)
+        num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
+        limits = stop_limits(request.stop, num_prompt, config.eos_token_ids, config.max_model_len)
+        if num_prompt >= config.max_model_len:
+            raise PromptTooLongError("prompt_token_ids", f"{num_prompt} tokens", f"below {config.max_model_len}")
+        if num_prompt + num_output >= limits.max_total_length:
+            raise InvalidRequestError("output_token_ids", f"{num_output} tokens", "fewer than max_tokens")
+        slots = SessionSlots(self._pool, limits.max_total_length + self._limits.max_tree_nodes, BLOCK_SIZE)
+        session_id = next(self._session_ids)
+        self._sessions[session_id] = VerifierSession(request, limits, slots)
+        return session_id
+
+    def _enqueue(self, task: VerifyTask) -> None:
+        session = self._sessions.get(task.session_id)
+        if session is None or session.is_finished:
+            raise InvalidRequestError("session", task.session_id, "an open session that has not finished")
+        assert session.waiting is None, "one tree at a time per session"
+        if task.base_length != len(session.token_ids):
+            raise StalePositionError(task.base_length, len(session.token_ids))
+        task.tree.check(self._decoder.config.vocab_size, self._limits.max_tree_nodes)
+        session.waiting = task
+        (self._ready if session.num_uncached == 1 else self._prefilling).append(session)
+
+    def _close(self, session_id: int) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            session.slots.release()
+            self._ready = [other for other in self._ready if other is not session]
+            self._prefilling = [other for other in self._prefilling if other is not session]
+
+    def _next_batch(self) -> list[VerifierSession]:
+        """As many ready sessions as fit a step, first come first served."""
+        batch: list[VerifierSession] = []
+        num_rows = 0
+        while self._ready:
+            waiting = self._ready[0].waiting
+            assert waiting is not None, "a ready session waits for a verdict"
+            num_rows += len(waiting.tree) + 1
+            if batch and num_rows > self._limits.max_batch_rows:
+                break
+            batch.append(self._ready.pop(0))
+        return batch
+
+    def _advance(self, session: VerifierSession) -> None:
+        """Prefill one chunk; the last chunk carries the tree too."""
+        if session.num_uncached > self._limits.prefill_chunk:
+            layout = self._decoder.lay_out([session.chain_segment(self._limits.prefill_chunk)])
+            self._decoder.forward(layout, self._pool)
+            self._prefilling.append(session)
+        else:
+            self._verify([session])
+
+    def _verify(self, batch: Sequence[VerifierSession]) -> None:
+        """One pass over the batch, then a verdict for each session."""
+        started_ns = time.monotonic_ns()
+        trees: list[TokenTree] = []
+        tree_slots: list[list[int]] = []
+        segments: list[Segment] = []
+        choice_rows: list[ChoiceRow] = []
+        rows: list[int] = []
+        for session in batch:
+            assert session.waiting is not None, "a batched session waits for a verdict"
+            tree = session.waiting.tree
+            slots = self._pool.allocate(len(tree))
+            trees.append(tree)
+            tree_slots.append(slots)
+            segments.append(session.tree_segment(tree, slots))
+            choice_rows += tree_choice_rows(tree, len(session.token_ids), session.sampling, session.history)
+        layout = self._decoder.lay_out(segments)
+        hidden = self._decoder.forward(layout, self._pool)
+        for index, (segment, tree) in enumerate(zip(segments, trees, strict=True)):
+            first = layout.flat_row(index, len(segment) - len(tree) - 1)
+            rows += range(first, first + len(tree) + 1)
+        logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        choices = choose_tokens(logits, choice_rows)
+        compute_ns = time.monotonic_ns() - started_ns
+        for session, tree, slots in zip(batch, trees, tree_slots, strict=True):
+            session_choices, choices = choices[: len(tree) + 1], choices[len(tree) + 1 :]
+            verdict = judge(tree, session_choices, len(session.token_ids), session.limits)
+            self._commit(session, verdict, slots)
+            task, session.waiting = session.waiting, None
+            assert task is not None, "still the same task"
+            timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, len(rows), len(batch))
+            task.finish((verdict, timings))
+
+    def _commit(self, session: VerifierSession, verdict: Verdict, tree_slots: Sequence[int]) -> None:
+        """Accepted nodes keep their slots as committed positions; the others are freed. Nothing is copied."""
+        kept = [tree_slots[row - 1] for row in verdict.accepted_rows]
+        self._pool.free(sorted(set(tree_slots) - set(kept)))
+        session.slots.append(kept)
+        session.token_ids.extend(verdict.token_ids)
+        session.history.commit(verdict.token_ids)
+        session.is_finished = verdict.finish_reason is not None
