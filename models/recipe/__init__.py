@@ -1,0 +1,1 @@
+"""How the bundled pair is made: corpus, tokenizer, pre-training, distillation, evaluation."""

@@ -1,0 +1,91 @@
+"""ChatML examples derived from documented functions and classes of the corpus."""
+
+from __future__ import annotations
+
+import ast
+import random
+import textwrap
+from collections.abc import Iterator
+
+from models.recipe.settings import CorpusSettings
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SYSTEM = "You are a helpful Python programmer."
+_SYSTEM_SHARE = 0.2
+_EXPLAIN_SHARE = 0.25
+_WRITE = (
+    "Write a Python {kind} `{head}`. {doc}",
+    "Implement `{head}` in Python. {doc}",
+    "Please write the {kind} `{name}`. {doc}",
+    "I need a Python {kind} called `{name}`. {doc}",
+    "{doc}\n\nWrite this as a Python {kind} named `{name}`.",
+    "Complete this Python {kind}:\n\n{head}",
+)
+_EXPLAIN = (
+    "What does this Python {kind} do?\n\n{source}",
+    "Explain this code:\n\n{source}",
+    "Write a docstring for `{name}`:\n\n{source}",
+)
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def chat_documents(name: str, text: str, settings: CorpusSettings) -> Iterator[tuple[str, str]]:
+    """Yield (name, ChatML text) for each documented definition of one source file.
+
+    `name` seeds the choice of template, so a file's examples do not depend on other files.
+    Yields nothing for a file that does not parse.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    choose = random.Random(f"{settings.seed}:{name}")
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if isinstance(node, _Definition):
+            turn = _turn(node, lines, choose, settings)
+            if turn is not None:
+                yield f"{name}#{node.name}@{node.lineno}", _chat_ml(*turn, choose)
+
+
+def _turn(
+    node: _Definition, lines: list[str], choose: random.Random, settings: CorpusSettings
+) -> tuple[str, str] | None:
+    """Return (question, answer), or None where the definition is undocumented or too long."""
+    doc = (ast.get_docstring(node) or "").strip()
+    source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).strip()
+    paragraph = doc.split("\n\n")[0]
+    too_long = len(source) > settings.max_chat_source_chars
+    if not doc or too_long or len(paragraph) > settings.max_chat_docstring_chars:
+        return None
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    if choose.random() < _EXPLAIN_SHARE and len(node.body) > 1:
+        bare = textwrap.dedent(_without_docstring(node, lines)).strip()
+        question = choose.choice(_EXPLAIN).format(kind=kind, name=node.name, source=bare)
+        return question, doc
+    fields = {"kind": kind, "name": node.name, "head": _head(node), "doc": paragraph}
+    return choose.choice(_WRITE).format(**fields).strip(), source
+
+
+def _head(node: _Definition) -> str:
+    if isinstance(node, ast.ClassDef):
+        return f"class {node.name}"
+    return f"def {node.name}({ast.unparse(node.args)})"
+
+
+def _without_docstring(node: _Definition, lines: list[str]) -> str:
+    first = node.body[0]
+    head = lines[node.lineno - 1 : first.lineno - 1]
+    return "".join([*head, *lines[first.end_lineno or first.lineno : node.end_lineno]])
+
+
+def _chat_ml(question: str, answer: str, choose: random.Random) -> str:
+    system = f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n"
+    prefix = system if choose.random() < _SYSTEM_SHARE else ""
+    user = f"<|im_start|>user\n{question}<|im_end|>\n"
+    return f"{prefix}{user}<|im_start|>assistant\n{answer}<|im_end|>\n"
