@@ -1,0 +1,150 @@
+"""Figures of the shipped pair on held-out modules and on the base's own continuations.
+
+Dimensions: B rows, T tokens, H hidden size, V vocabulary, E exits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.heldout import held_out_texts
+from models.recipe.distil import base_hidden, exit_hidden
+from models.recipe.llama import load_model
+from models.recipe.own_text import continue_text
+from models.recipe.tokenizer import load_tokenizer
+from models.recipe.tokens import Stream, encode_documents
+
+_WINDOW = 512
+_NUM_PROMPTS = 64
+_PROMPT_TOKENS = 128
+_NEW_TOKENS = 128
+_ROWS_AT_ONCE = 2
+_REPEAT_TOKENS = 8
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class ExitFigures:
+    """One exit against the base, means over positions; losses in nats a token."""
+
+    loss: float
+    divergence: float
+    top1_agreement: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """The pair on one kind of text; `overlap` of an exit is the sum of min(base, draft)."""
+
+    num_tokens: int
+    base_loss: float
+    repeated_share: float
+    exits: dict[str, ExitFigures]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Base and draft in float32, and the layers after which the draft can stop."""
+
+    base: LlamaForCausalLM
+    draft: LlamaForCausalLM
+    exit_layers: tuple[int, ...]
+
+
+def evaluate_pair(folder: Path, exit_layers: tuple[int, ...]) -> dict[str, TextFigures]:
+    """Return the figures of `folder`/base and `folder`/draft on three kinds of text."""
+    pair = Pair(load_model(folder / "base", "cpu"), load_model(folder / "draft", "cpu"), exit_layers)
+    stream = held_out_stream(load_tokenizer(folder / "base"))
+    figures = {"held_out": text_figures(pair, _windows(stream), 0)}
+    for name, temperature in (("own_greedy", 0.0), ("own_temperature_0.8", 0.8)):
+        own = continue_text(
+            pair.base,
+            _prompts(stream),
+            _NEW_TOKENS,
+            torch.full((_NUM_PROMPTS,), temperature),
+            _SEED,
+        )
+        figures[name] = text_figures(pair, own.token_ids, _PROMPT_TOKENS - 1)
+    return figures
+
+
+def held_out_stream(tokenizer: PreTrainedTokenizerFast) -> Stream:
+    """Return the held-out modules as token ids, each ended by the separator."""
+    return encode_documents(tokenizer, list(held_out_texts().values()))
+
+
+@torch.inference_mode()
+def text_figures(pair: Pair, windows: Tensor, first: int) -> TextFigures:
+    """Return the means over the predictions made at positions `first`.. of windows [B, T + 1]."""
+    sums: dict[str, Tensor] = {}
+    base_sum = torch.zeros(())
+    for rows in windows.split(_ROWS_AT_ONCE):
+        targets = rows[:, first + 1 :].flatten()
+        hidden = base_hidden(pair.base, rows[:, :-1])[:, first:]
+        base_logprobs = log_softmax(pair.base.lm_head(hidden.flatten(0, 1)), dim=-1)
+        base_sum += cross_entropy(base_logprobs, targets, reduction="sum")
+        exits = exit_hidden(pair.draft, rows[:, :-1], pair.exit_layers)
+        for layer, states in zip(pair.exit_layers, exits, strict=True):
+            logits = pair.draft.lm_head(states[:, first:].flatten(0, 1))
+            found = _exit_sums(log_softmax(logits, dim=-1), base_logprobs, targets)
+            sums[str(layer)] = sums.get(str(layer), torch.zeros(4)) + found
+    num_tokens = windows[:, first + 1 :].numel()
+    return TextFigures(
+        num_tokens=num_tokens,
+        base_loss=round(base_sum.item() / num_tokens, 4),
+        repeated_share=repeated_share(windows[:, first + 1 :].tolist()),
+        exits={
+            layer: ExitFigures(*(round(value / num_tokens, 4) for value in total.tolist()))
+            for layer, total in sums.items()
+        },
+    )
+
+
+def _exit_sums(draft_logprobs: Tensor, base_logprobs: Tensor, targets: Tensor) -> Tensor:
+    """Return the sums over rows of ExitFigures' fields, in their order, [4]."""
+    base_probs = base_logprobs.exp()
+    return torch.stack(
+        [
+            cross_entropy(draft_logprobs, targets, reduction="sum"),
+            (base_probs * (base_logprobs - draft_logprobs)).sum(),
+            (draft_logprobs.argmax(-1) == base_logprobs.argmax(-1)).sum(),
+            torch.minimum(base_probs, draft_logprobs.exp()).sum(),
+        ]
+    )
+
+
+def repeated_share(rows: Iterable[list[int]]) -> float:
+    """Return the share of tokens that end an 8-token run already seen in their own row.
+
+    Agreement on loops is cheap, so greedy figures are to be read beside this one.
+    """
+    num_repeated = num_all = 0
+    for row in rows:
+        seen: set[tuple[int, ...]] = set()
+        for end in range(_REPEAT_TOKENS, len(row) + 1):
+            run = tuple(row[end - _REPEAT_TOKENS : end])
+            num_repeated += run in seen
+            num_all += 1
+            seen.add(run)
+    return round(num_repeated / max(1, num_all), 4)
+
+
+def _windows(stream: Stream) -> Tensor:
+    num_windows = (len(stream) - 1) // _WINDOW
+    starts = [index * _WINDOW for index in range(num_windows)]
+    return torch.tensor([stream[start : start + _WINDOW + 1].tolist() for start in starts])
+
+
+def _prompts(stream: Stream) -> Tensor:
+    choose = random.Random(_SEED)
+    starts = [choose.randrange(len(stream) - _PROMPT_TOKENS) for _ in range(_NUM_PROMPTS)]
+    return torch.tensor([stream[start : start + _PROMPT_TOKENS].tolist() for start in starts])

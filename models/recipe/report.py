@@ -1,0 +1,144 @@
+"""EVALUATION.json and the model cards, written from measured figures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from models.recipe.evaluate import TextFigures
+from models.recipe.settings import ModelShape, RecipeSettings
+from models.recipe.trainer import Effort
+
+_EFFORTS = "TRAINING.json"
+_LICENCE = """\
+## Licence
+
+The weights were trained on the standard library of CPython, which is under the PSF licence. The
+folder holds no text of it. The models are small and may nevertheless repeat short passages.
+"""
+
+
+def write_report(
+    settings: RecipeSettings,
+    command: str,
+    num_params: dict[str, int],
+    figures: dict[str, TextFigures],
+) -> None:
+    """Write `EVALUATION.json` and both cards below `settings.out`."""
+    efforts = json.loads((settings.out / _EFFORTS).read_text(encoding="utf-8"))
+    record: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "num_params": num_params,
+        "training": efforts,
+        "figures": {name: asdict(value) for name, value in figures.items()},
+    }
+    path = settings.out / "EVALUATION.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (settings.out / "base" / "README.md").write_text(
+        base_card(settings, num_params["base"], Effort(**efforts["base"]), figures), encoding="utf-8"
+    )
+    (settings.out / "draft" / "README.md").write_text(
+        draft_card(settings, num_params["draft"], Effort(**efforts["draft"]), figures), encoding="utf-8"
+    )
+
+
+def record_effort(out: Path, name: str, effort: Effort) -> None:
+    """Add one model's effort to `TRAINING.json`, which a later evaluation reads."""
+    path = out / _EFFORTS
+    efforts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    efforts[name] = asdict(effort)
+    path.write_text(json.dumps(efforts, indent=2) + "\n", encoding="utf-8")
+
+
+def base_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:
+    """Return the base's model card."""
+    optim = settings.base_optim
+    return f"""\
+# easyspec bundled base
+
+A Llama-shaped language model of {num_params:,} parameters that continues Python. It exists so that
+the service can be run, tested and measured without a download. It is not a useful assistant.
+
+{_shape(settings.base_shape)}
+
+## Data and recipe
+
+Source and docstrings of CPython {platform.python_version()}'s standard library, its tests seen
+{settings.corpus.passes_per_test} times as rarely as the rest, the topics of `help()`, and
+{settings.corpus.chat_share:.0%} ChatML exchanges derived from documented functions. The modules in
+`models/heldout.txt` and their tests were left out.
+
+{effort.num_tokens / 1e6:.2f} M tokens in {effort.num_steps} steps of {optim.tokens_per_step} tokens,
+windows of {optim.short_tokens} and, for the last {optim.long_share:.0%} of the steps,
+{optim.long_tokens} tokens; Muon and AdamW; {effort.seconds / 60:.0f} minutes on 2 shared CPU cores in float32, stored
+as bfloat16.
+`python -m models.recipe train` makes it again.
+
+## Figures
+
+Loss on the held-out modules: **{figures["held_out"].base_loss:.3f} nats a token** over
+{figures["held_out"].num_tokens:,} tokens, after rounding (`models/EVALUATION.json`).
+Trained on windows of at most {optim.long_tokens} tokens: quality beyond is not measured.
+
+{_LICENCE}"""
+
+
+def draft_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:
+    """Return the draft's model card."""
+    own = settings.distil.own_text
+    return f"""\
+# easyspec bundled draft
+
+A Llama-shaped draft model of {num_params:,} parameters for the bundled base, same tokenizer. Layers
+{", ".join(map(str, settings.distil.exit_layers))} are exits: the final norm and LM head may be
+applied after any of them (`exit_layers` in `config.json`).
+
+{_shape(settings.draft_shape)}
+
+## Data and recipe
+
+Distilled from the base: mean over the exits of KL(base || draft) at temperature 1, on
+{effort.num_tokens / 1e6:.2f} M tokens in {effort.num_steps} steps and {effort.seconds / 60:.0f} minutes;
+{settings.distil.own_share:.0%} of
+the windows are {own.prompt_tokens} corpus tokens continued by the base ({own.greedy_share:.0%} of them
+greedily, the others at temperature {own.temperature}), the rest is the base's corpus. The embedding
+starts from the base's principal directions. Made on 2 CPU cores in float32, stored as bfloat16.
+
+## Figures
+
+| text | tokens | exit | loss | KL to base | top-1 agreement | overlap |
+|---|---|---|---|---|---|---|
+{_rows(figures)}
+
+Loss and KL in nats a token; overlap is the sum of min(base, draft). The first row group is text of
+held-out modules, the others are continuations by the base of held-out prompts; of the greedy ones,
+{figures["own_greedy"].repeated_share:.0%} of the tokens end an 8-token run that occurred before in
+the same continuation. (`models/EVALUATION.json`)
+
+{_LICENCE}"""
+
+
+def _rows(figures: dict[str, TextFigures]) -> str:
+    return "\n".join(
+        f"| {name} | {text.num_tokens:,} | {layer} | {found.loss:.3f} | {found.divergence:.3f} "
+        f"| {found.top1_agreement:.3f} | {found.overlap:.3f} |"
+        for name, text in figures.items()
+        for layer, found in text.exits.items()
+    )
+
+
+def _shape(shape: ModelShape) -> str:
+    return (
+        f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads of "
+        f"{shape.head_dim}, {shape.num_kv_heads} KV heads, MLP {shape.mlp_size}, vocabulary "
+        f"{shape.vocab_size}, tied embeddings."
+    )
