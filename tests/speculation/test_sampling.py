@@ -83,6 +83,12 @@ def test_rows_of_many_sessions_follow_the_literal_rule(batch: list) -> None:
     assert torch.equal(tensor, before)
 
 
+def test_sessions_that_share_parameters_keep_their_own_history() -> None:
+    sampling = SamplingParameters(seed=0, temperature=0.0, presence_penalty=1.0)
+    rows = [ChoiceRow(sampling, 2, (), TokenHistory([0], [token_id])) for token_id in (1, 2)]
+    assert processed_logits(torch.zeros(2, 3), rows).tolist() == [[0, -1, 0], [0, 0, -1]]
+
+
 def test_no_rows() -> None:
     assert choose_tokens(torch.zeros(0, V), []) == []
 
@@ -219,6 +225,18 @@ def test_pruning_never_changes_a_choice(kind: str, temperature: float) -> None:
     noise = gumbel_noise(seeds, torch.tensor([row.position for row in rows]), torch.arange(20_011))
     expected = (processed_logits(base_logits, rows) + noise).argmax(-1).tolist()
     assert choose_tokens(base_logits, rows) == expected
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_pruning_keeps_a_winner_from_far_below(position: int) -> None:
+    """The best token has the least noise of the row, and the one with the most lies just within or beyond its reach."""
+    noise = gumbel_noise(torch.tensor([3]), torch.tensor([position]), torch.arange(20_011))[0]
+    best, contender = int(noise.argmin()), int(noise.argmax())
+    reach = float(noise[contender] - noise[best])
+    base_logits = torch.full((2, 20_011), -1e4)
+    base_logits[:, best] = 0.0
+    base_logits[:, contender] = torch.tensor([-reach + 1e-3, -reach - 1e-3])
+    assert choose_tokens(base_logits, [row(PLAIN, position)] * 2) == [contender, best]
 
 
 def test_history_counts_and_grows() -> None:
