@@ -197,7 +197,16 @@ class Generator:
         if self._drafters is None or wish.mode is SpeculationMode.OFF:
             yield NoDraft()
             return
-        opening = OpenSpeculation(prompt, request.sampling, wish.layer_plan, request_id=request.request_id)
+        max_total_length = model.max_model_len
+        if request.stop.max_tokens is not None:
+            max_total_length = min(max_total_length, len(prompt) + request.stop.max_tokens)
+        opening = OpenSpeculation(
+            prompt,
+            request.sampling,
+            wish.layer_plan,
+            max_total_length=max_total_length,
+            request_id=request.request_id,
+        )
         async with self._drafters.session(opening, model.vocab_size) as session:
             yield session
 

@@ -20,6 +20,7 @@ class RoundTimings:
     round_ns: int
     num_draft_tokens: int
     num_draft_levels: int
+    num_fuzzy_steps: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class StatisticsRecorder:
             round_ns=round_ns,
             num_draft_tokens=len(tree),
             num_draft_levels=tree.num_levels,
+            num_fuzzy_steps=round_.draft.timings.num_fuzzy_steps,
         )
 
     def finish(self, num_drafter_failures: int) -> SpeculationStatistics:

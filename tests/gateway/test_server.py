@@ -163,9 +163,22 @@ async def test_statistics_and_timings_tell_what_happened(client: Client) -> None
     assert statistics.time_to_first_token_ns > 0
     second = chunks[1].timings
     assert (second.calibrate_ns, second.fuzzy_ns, second.compute_ns, second.num_draft_levels) == (200, 300, 2000, 5)
+    assert second.num_fuzzy_steps == 4
     assert second.round_ns >= second.draft_ns + second.verify_ns > 0
     assert chunks[0].timings.draft_ns == 0
     assert len(chunks[1].token_texts) == len(chunks[1].token_ids) > 1
+
+
+async def test_the_drafter_is_told_how_long_a_session_can_get(client: Client) -> None:
+    client.pair.verifier.delay_s = 0.02
+    for max_tokens, total in ((60, 66), (5000, 2048)):
+        stream = client.stub.Generate(request_of(max_tokens=max_tokens), timeout=20)
+        await anext(aiter(stream))
+        await eventually(lambda: bool(client.pair.drafter.sessions))
+        (session,) = client.pair.drafter.sessions.values()
+        assert session.opening.max_total_length == total
+        stream.cancel()
+        await eventually(lambda: not client.pair.drafter.sessions)
 
 
 async def test_plain_decoding_has_the_same_tokens_and_asks_no_drafter(client: Client) -> None:
