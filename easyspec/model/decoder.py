@@ -65,7 +65,7 @@ class Decoder:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
         state = PassState(
             layout=layout,
-            rotation=self._rotations[layout.positions][:, None, None],
+            rotation=self._head_rotations(layout.positions),
             pool=pool,
             read_entries=pool.entries(layout.columns),
             write_entries=pool.entries(layout.slots),
@@ -74,6 +74,13 @@ class Decoder:
         for group in self._plan_groups(plan or self.sequential_plan):
             hidden = group(hidden, state)
         return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+
+    def _head_rotations(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotation of every head of a projection, [T, 1, H * G + 2 * H, D / 2]; values are not turned."""
+        c = self.config
+        rotation = self._rotations[positions][:, None, None]  # [T, 1, 1, D / 2]
+        pair = torch.cat([rotation, torch.ones_like(rotation)], dim=2)
+        return torch.cat([rotation.expand(-1, -1, c.num_heads, -1), pair.repeat(1, 1, c.num_kv_heads, 1)], dim=2)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head: hidden states [R, E] -> float32 logits [R, V]."""

@@ -19,11 +19,11 @@ TRASH_SLOT = 0
 
 
 class KVPool:
-    """Keys [L * H * S, D] and values [L * H * S, D + 1] of every session of the process.
+    """Keys and values of every session of the process: `table` [L * H * S, D + D + 1], a row being key, value, 1.
 
-    One flat table each, so that reading any layers, heads and slots is a single gather of rows.
+    One flat table, so that reading any layers, heads and slots is a single gather of rows.
 
-    The extra value column is constantly 1: weighting it sums the attention weights in exactly the order
+    The last column is constantly 1: weighting it sums the attention weights in exactly the order
     in which the values are summed, which is what makes the softmax denominator reproducible
     (attention.py). Slots are promised first (`reserve`, so that a session once admitted never runs out) and
     taken later (`allocate`).
@@ -33,9 +33,9 @@ class KVPool:
         self._num_planes = config.num_layers * config.num_kv_heads
         self._plane_size = num_slots + 1
         num_entries = self._num_planes * self._plane_size
-        self.keys = torch.zeros(num_entries, config.head_dim, dtype=config.dtype, device=device)
-        self.values = torch.zeros(num_entries, config.head_dim + 1, dtype=config.dtype, device=device)
-        self.values[..., -1] = 1.0
+        self.table = torch.zeros(num_entries, 2 * config.head_dim + 1, dtype=config.dtype, device=device)
+        self.table[:, -1] = 1.0
+        self.writable = self.table[:, :-1]
         self.num_slots = num_slots
         self._free = list(range(num_slots, 0, -1))
         self._num_reserved = 0

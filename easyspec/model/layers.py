@@ -23,12 +23,14 @@ from easyspec.model.row_layout import RowLayout
 from easyspec.model.weights import Checkpoint
 from easyspec.speculation.parameters import MlpPlacement
 
-AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class PassState:
-    """What all layers of a pass share: layout, rotation [T, 1, 1, D / 2], and table rows of the KV pool.
+    """What all layers of a pass share: layout, rotation and table rows of the KV pool.
+
+    rotation: [T, 1, H * G + 2 * H, D / 2], which is 1 for values, so that one product turns the whole projection.
 
     read_entries: [L * H, B * C]; write_entries: [L * H, T].
     """
@@ -44,8 +46,9 @@ class PassState:
 class LayerWeights:
     """One layer, its two norm weights folded into the projections behind them.
 
-    qkv: [(H * G + 2 * H) * D, E], queries and keys in interleaved order, queries scaled by 1 / sqrt(D) unless
-    they are normed; output: [E, H * G * D]; gate_up: [2 * F, E]; down: [E, F].
+    qkv: [(H * G + 2 * H) * D, E]: all queries, then key and value of each KV head; queries and keys with their
+    dimensions interleaved, queries scaled by 1 / sqrt(D) unless they are normed; output: [E, H * G * D];
+    gate_up: [2 * F, E]; down: [E, F].
     """
 
     qkv: torch.Tensor
@@ -87,13 +90,14 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
         bias(f"self_attn.{name}_proj", rows) for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
     )
     query_scale = 1.0 if c.has_qk_norm else scale
-    qkv = torch.cat([interleave_heads(q, c.head_dim) * query_scale, interleave_heads(k, c.head_dim), v])
+    k = interleave_heads(k, c.head_dim)
+    qkv = torch.cat([interleave_heads(q, c.head_dim) * query_scale, _pair_heads(k, v, c.head_dim)])
     qkv = qkv * norm("input_layernorm", c.hidden_size)
     qkv_bias = None
     if q_bias is not None and k_bias is not None and v_bias is not None:
-        qkv_bias = torch.cat(
-            [interleave_heads(q_bias, c.head_dim) * query_scale, interleave_heads(k_bias, c.head_dim), v_bias]
-        )
+        k_bias = interleave_heads(k_bias, c.head_dim)
+        q_bias = interleave_heads(q_bias, c.head_dim) * query_scale
+        qkv_bias = torch.cat([q_bias, _pair_heads(k_bias, v_bias, c.head_dim)])
     gate_up = torch.cat([weight(f"mlp.{name}_proj", c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
     gate_up = gate_up * norm("post_attention_layernorm", c.hidden_size)
     gate_bias, up_bias = bias("mlp.gate_proj", c.intermediate_size), bias("mlp.up_proj", c.intermediate_size)
@@ -148,6 +152,7 @@ class LayerGroup:
         self._eps = config.rms_norm_eps
         self._qkv = Linear(torch.cat([w.qkv for w in weights]), _cat([w.qkv_bias for w in weights]))
         self._head_norms = _head_norms(config, weights)
+        self._is_normed = _is_normed(config, weights[0].qkv.device)
         self._is_staged = mlp is MlpPlacement.STAGED and len(layers) > 1
         if len(layers) == 1:
             self._output = Linear(weights[0].output, weights[0].output_bias)
@@ -187,21 +192,19 @@ class LayerGroup:
         """Attention of every layer of the group on the same hidden state: [T, E] -> [N, T, H * G * D]."""
         c, layout, num_layers = self._config, state.layout, len(self._layers)
         num_queries, num_kv = c.num_heads, c.num_kv_heads
-        qkv = self._qkv(unit_rms(hidden, self._eps).to(c.dtype))
-        qkv = qkv.view(-1, num_layers, num_queries + 2 * num_kv, c.head_dim)  # [T, N, H * G + 2 * H, D]
-        rotated = qkv[:, :, : num_queries + num_kv].float()
+        qkv = self._qkv(unit_rms(hidden, self._eps).to(c.dtype)).float()
+        heads = qkv.view(-1, num_layers, num_queries + 2 * num_kv, c.head_dim)  # [T, N, H * G + 2 * H, D]
         if self._head_norms is not None:
-            rotated = unit_rms(rotated, self._eps) * self._head_norms
-        rotated = rotate(rotated, state.rotation)
-        self._store(rotated[:, :, num_queries:], qkv[:, :, num_queries + num_kv :], state)
-        queries = rotated[:, :, :num_queries].view(
+            heads = torch.where(self._is_normed, unit_rms(heads, self._eps) * self._head_norms, heads)
+        heads = rotate(heads, state.rotation)
+        self._store(heads[:, :, num_queries:], state)
+        queries = heads[:, :, :num_queries].view(
             layout.num_segments, layout.padded_rows, num_layers, num_kv, c.num_queries_per_kv, c.head_dim
         )
         queries = queries.permute(2, 3, 0, 1, 4, 5)  # [N, H, B, M, G, D]
         queries = queries.reshape(-1, layout.padded_rows * c.num_queries_per_kv, c.head_dim)
-        keys, values = self._load(state)
         mask = layout.mask_for_heads(num_layers * num_kv)
-        attended = self._attention(queries, keys, values, mask, layout.num_blocks)  # [N * H * B, M * G, D]
+        attended = self._attention(queries, self._load(state), mask, layout.num_blocks)  # [N * H * B, M * G, D]
         attended = attended.view(
             num_layers, num_kv, layout.num_segments, layout.padded_rows, c.num_queries_per_kv, c.head_dim
         )
@@ -213,20 +216,22 @@ class LayerGroup:
         num_kv = self._config.num_kv_heads
         return entries[self._layers.start * num_kv : self._layers.stop * num_kv].view(-1)
 
-    def _store(self, keys: torch.Tensor, values: torch.Tensor, state: PassState) -> None:
-        """Write keys and values [T, N, H, D]; the constant last column of the values stays."""
+    def _store(self, pairs: torch.Tensor, state: PassState) -> None:
+        """Write the rows' keys and values, [T, N, 2 * H, D], key and value of a head side by side."""
+        num_rows, num_heads, writable = (
+            pairs.shape[0],
+            len(self._layers) * self._config.num_kv_heads,
+            state.pool.writable,
+        )
+        pairs = pairs.reshape(num_rows, num_heads, -1).transpose(0, 1)  # [N * H, T, 2 * D]
         entries = self._entries(state.write_entries)
-        head_dim, pool = self._config.head_dim, state.pool
-        pool.keys.index_copy_(0, entries, keys.permute(1, 2, 0, 3).reshape(-1, head_dim).to(pool.keys.dtype))
-        pool.values[:, :head_dim].index_copy_(0, entries, values.permute(1, 2, 0, 3).reshape(-1, head_dim))
+        writable.index_copy_(0, entries, pairs.reshape(-1, pairs.shape[2]).to(writable.dtype))
 
-    def _load(self, state: PassState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [N * H * B, C, D] and values [N * H * B, C, D + 1] of the pass's columns, float32."""
-        entries, pool = self._entries(state.read_entries), state.pool
-        num_columns = state.layout.columns.shape[0] // state.layout.num_segments
-        keys = pool.keys.index_select(0, entries).view(-1, num_columns, self._config.head_dim)
-        values = pool.values.index_select(0, entries).view(-1, num_columns, self._config.head_dim + 1)
-        return keys.float(), values.float()
+    def _load(self, state: PassState) -> torch.Tensor:
+        """Key, value and one of every column of the pass, [N * H * B, C, D + D + 1] float32."""
+        table, layout = state.pool.table, state.layout
+        cached = table.index_select(0, self._entries(state.read_entries))
+        return cached.view(-1, layout.columns.shape[0] // layout.num_segments, table.shape[1]).float()
 
     def _mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, down = self._mlps[layer]
@@ -256,11 +261,24 @@ def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack(present)[:, None] if present else None
 
 
+def _pair_heads(keys: torch.Tensor, values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of the key and value projections [H * D, ...] as key, value of head 0, key, value of head 1, ..."""
+    heads = [part.view(-1, 1, head_dim, *part.shape[1:]) for part in (keys, values)]
+    return torch.cat(heads, dim=1).reshape(-1, *keys.shape[1:])
+
+
 def _head_norms(config: ModelConfig, weights: Sequence[LayerWeights]) -> torch.Tensor | None:
-    """Norm weights of all query and key heads of the group, [N, H * G + H, D], or None."""
-    rows = [
-        torch.cat([w.query_norm.expand(config.num_heads, -1), w.key_norm.expand(config.num_kv_heads, -1)])
-        for w in weights
-        if w.query_norm is not None and w.key_norm is not None
-    ]
-    return torch.stack(rows) if rows else None
+    """Norm weights of all heads of the group's projections, [N, H * G + 2 * H, D] (1 for values), or None."""
+    rows = []
+    for w in weights:
+        if w.query_norm is None or w.key_norm is None:
+            return None
+        pair = torch.stack([w.key_norm, torch.ones_like(w.key_norm)])  # key, value
+        rows.append(torch.cat([w.query_norm.expand(config.num_heads, -1), pair.repeat(config.num_kv_heads, 1)]))
+    return torch.stack(rows)
+
+
+def _is_normed(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Which heads of a projection are normed where there are head norms: [H * G + 2 * H, 1]."""
+    pairs = [True, False] * config.num_kv_heads
+    return torch.tensor([True] * config.num_heads + pairs, device=device)[:, None]
