@@ -8,11 +8,13 @@ from typing import Protocol
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import checkpoint_folder, load_config
+from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+
+_MIN_SHARED_WEIGHTS = 2**20
 
 
 class ModelSettings(Protocol):
@@ -45,11 +47,12 @@ class LoadedModel:
 
 def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
     """Read checkpoint and tokenizer onto the device; raises ConfigurationError."""
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
     device = _device(settings.device)
     folder = checkpoint_folder(settings.model)
     config = load_config(folder, settings.dtype, settings.max_model_len)
+    num_threads = settings.num_threads or _num_threads(config)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     decoder = Decoder(folder, config, device, is_exact=is_exact)
     info = ModelInfo(
         name=settings.served_model_name,
@@ -62,6 +65,12 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
         num_layers=config.num_layers,
     )
     return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info)
+
+
+def _num_threads(config: ModelConfig) -> int | None:
+    """1 where the largest matrix of a layer is too small to share; otherwise torch's own choice."""
+    largest = config.hidden_size * max(2 * config.intermediate_size, config.num_heads * config.head_dim)
+    return 1 if largest < _MIN_SHARED_WEIGHTS else None
 
 
 def _device(name: str) -> torch.device:

@@ -89,7 +89,8 @@ class EngineSettings(ServerSettings):
         default=None,
         ge=1,
         le=1024,
-        description="CPU threads of the model's computation, 1 to 1024. Unset leaves torch's choice, one a core.",
+        description="CPU threads of the model's computation, 1 to 1024. Unset is one a core, and 1 for a model whose "
+        "matrices are so small that threads would wait for each other longer than they compute.",
     )
     num_kv_slots: int = Field(
         default=16_384,
