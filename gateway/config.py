@@ -45,11 +45,11 @@ class GatewaySettings(ServerSettings):
         "range; small models gain little beyond.",
     )
     num_tree_nodes: int = Field(
-        default=16,
+        default=15,
         ge=1,
         le=4096,
-        description="Nodes of a draft tree where a request names none, 1 to 4096. Up to 16 rows a pass of the base "
-        "model costs about as much as one.",
+        description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, a size that "
+        "passes are padded to; a pass of 16 rows costs little more than one of a single row.",
     )
     draft_deadline_ms: int = Field(
         default=1000,

@@ -500,7 +500,7 @@ async def test_info_and_models(client: Client) -> None:
     info = await client.info()
     assert (info.models[0].name, info.draft_model.name) == ("toy-base", "toy-draft")
     assert (info.verifier_state, info.drafter_state) == (ServerInfo.PEER_STATE_READY, ServerInfo.PEER_STATE_READY)
-    assert info.default_budget == types_pb2.TreeBudget(num_levels=5, width=4, num_nodes=16)
+    assert info.default_budget == types_pb2.TreeBudget(num_levels=5, width=4, num_nodes=15)
     models = await client.stub.ListModels(generation_pb2.ListModelsRequest())
     assert [model.name for model in models.models] == ["toy-base"]
 
