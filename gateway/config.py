@@ -48,8 +48,8 @@ class GatewaySettings(ServerSettings):
         default=15,
         ge=1,
         le=4096,
-        description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, a size that "
-        "passes are padded to; a pass of 16 rows costs little more than one of a single row.",
+        description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, which "
+        "is a size that passes are padded to and costs little more than a single row.",
     )
     draft_deadline_ms: int = Field(
         default=1000,
