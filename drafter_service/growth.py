@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from easyspec.speculation.coupling import gumbel_noise
+from easyspec.speculation.coupling import gumbel_noise, signed_seed
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
-# Above this many entries only the likeliest tokens get noise; the rest hardly ever wins.
-MAX_NOISED_TOKENS = 8192
+# Only the likeliest tokens of a row get noise: one further down hardly ever wins, and guesses may be wrong.
+NUM_NOISED_TOKENS = 256
 _INITIAL_SHARPNESS = 1.0
 _SHARPNESS_RANGE = (0.25, 4.0)
 _LEARNING_RATE = 0.02
@@ -69,54 +69,31 @@ def rank_candidates(
 
     `positions` are those of the tokens to be chosen, `samplings` the rows' requests.
     """
-    scores = _perturbed_scores(draft_logits, positions, samplings)
-    best = scores.topk(min(num_candidates, scores.shape[-1]), dim=-1)
-    packed = torch.stack([best.values.double(), best.indices.double()]).tolist()  # exact: ids are far below 2**53
+    is_any_sampled = not all(sampling.is_greedy for sampling in samplings)
+    num_ranked = min(NUM_NOISED_TOKENS if is_any_sampled else num_candidates, draft_logits.shape[-1])
+    likeliest = draft_logits.topk(num_ranked, dim=-1)
+    scores = likeliest.values
+    if is_any_sampled:
+        scores = _perturbed(likeliest.values, likeliest.indices, positions, samplings)
+    best = scores.topk(min(num_candidates, num_ranked), dim=-1)
+    token_ids = likeliest.indices.gather(1, best.indices)
+    packed = torch.stack([best.values.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
     return [
-        Candidates(tuple(int(token_id) for token_id in token_ids), tuple(row_scores))
-        for row_scores, token_ids in zip(packed[0], packed[1], strict=True)
+        Candidates(tuple(int(token_id) for token_id in row_token_ids), tuple(row_scores))
+        for row_scores, row_token_ids in zip(packed[0], packed[1], strict=True)
     ]
 
 
-def _perturbed_scores(
-    draft_logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters]
+def _perturbed(
+    logits: torch.Tensor, token_ids: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters]
 ) -> torch.Tensor:
-    """log q / T + noise for sampled rows, log q for greedy ones (up to a constant per row), [R, V]."""
-    sampled = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
-    if not sampled:
-        return draft_logits
-    scores = draft_logits.clone()
-    device = draft_logits.device
-    for sampling_row_group in _by_noise(sampled, positions, samplings):
-        first = sampling_row_group[0]
-        rows = torch.tensor(sampling_row_group, device=device)
-        scaled = draft_logits[rows] / samplings[first].temperature
-        seed = torch.tensor([_as_int64(samplings[first].seed)], device=device)
-        position = torch.tensor([positions[first]], device=device)
-        if scaled.shape[-1] <= MAX_NOISED_TOKENS:
-            noised = scaled + gumbel_noise(seed, position, torch.arange(scaled.shape[-1], device=device))
-        else:
-            top = scaled.topk(MAX_NOISED_TOKENS // 8, dim=-1)
-            count = len(sampling_row_group)
-            noise = gumbel_noise(seed.expand(count), position.expand(count), top.indices)
-            noised = torch.full_like(scaled, -torch.inf).scatter_(1, top.indices, top.values + noise)
-        scores[rows] = noised
-    return scores
-
-
-def _by_noise(
-    rows: Sequence[int], positions: Sequence[int], samplings: Sequence[SamplingParameters]
-) -> list[list[int]]:
-    """Rows that share seed, position and temperature (the nodes of one level of one session) share their noise."""
-    groups: dict[tuple[int, int, float], list[int]] = {}
-    for row in rows:
-        key = (samplings[row].seed, positions[row], samplings[row].temperature)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
-def _as_int64(seed: int) -> int:
-    return seed - 2**64 if seed >= 2**63 else seed
+    """logits / T + noise for sampled rows and logits as they are for greedy ones, [R, NUM_NOISED_TOKENS]."""
+    device = logits.device
+    seeds = torch.tensor([signed_seed(sampling.seed) for sampling in samplings], device=device)
+    noise = gumbel_noise(seeds, torch.tensor(positions, device=device), token_ids)
+    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], device=device)[:, None]
+    is_sampled = torch.tensor([not sampling.is_greedy for sampling in samplings], device=device)[:, None]
+    return logits / temperatures + noise * is_sampled
 
 
 class GrowingTree:
