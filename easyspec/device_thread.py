@@ -86,6 +86,8 @@ class DeviceThread:
         self._inbox.put(task)
 
     def _run(self, build: Callable[[], Core], built: Future[None]) -> None:
+        if not built.set_running_or_notify_cancel():  # from here on nobody can cancel it
+            return
         try:
             core = build()
         except BaseException as error:
@@ -95,7 +97,7 @@ class DeviceThread:
         is_busy = False
         while not self._is_stopped:
             for task in self._take(wait=not is_busy):
-                core.accept(task)
+                self._accept(core, task)
             try:
                 is_busy = core.step()
             except Exception as error:
@@ -105,6 +107,14 @@ class DeviceThread:
         core.abandon(UnavailableError("the engine has stopped"))
         for task in self._take(wait=False):
             task.fail(UnavailableError("the engine has stopped"))
+
+    def _accept(self, core: Core, task: Task[Any]) -> None:
+        """Hand a task over; a bug that it meets is its own answer, and the thread lives on."""
+        try:
+            core.accept(task)
+        except Exception as error:
+            structlog.get_logger().exception("engine_task_failed", thread=self._name)
+            task.fail(error)
 
     def _take(self, *, wait: bool) -> list[Task[Any]]:
         """Everything in the inbox; waits for the first if told to."""
