@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from easyspec.model.attention import blockwise_attention, flat_attention
 from easyspec.model.config import ModelConfig
@@ -16,7 +17,7 @@ from easyspec.model.kv_cache import KVPool
 from easyspec.model.layers import AttentionFunction, LayerGroup, LayerWeights, PassState, load_layer, unit_rms
 from easyspec.model.linear import Linear
 from easyspec.model.rope import rotation_table
-from easyspec.model.row_layout import RowLayout, Segment, lay_out
+from easyspec.model.row_layout import RowLayout, Segment, bucket, lay_out
 from easyspec.model.weights import Checkpoint
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.speculation.parameters import MlpPlacement
@@ -34,8 +35,12 @@ class Decoder:
         self.config = config
         self.device = device
         self.sequential_plan = sequential_plan(config.num_layers)
+        self._is_exact = is_exact
         self._attention: AttentionFunction = blockwise_attention if is_exact else flat_attention
-        self._rotations = rotation_table(config, device)
+        rotations = rotation_table(config, device)[:, None]
+        self._rotations = torch.cat([rotations, torch.ones_like(rotations)], dim=1)  # [positions, 2, D / 2]
+        kinds = [0] * config.num_heads + [0, 1] * config.num_kv_heads  # queries and keys are turned, values are not
+        self._head_rotation = torch.tensor(kinds, device=device)
         with Checkpoint(folder) as checkpoint:
             self._layers = [load_layer(checkpoint, config, layer, device) for layer in range(config.num_layers)]
             self._load_ends(checkpoint)
@@ -52,7 +57,7 @@ class Decoder:
 
     @property
     def num_parameters(self) -> int:
-        """Weights, norms left out (they are folded), tied embeddings counted once."""
+        """Weights without the norms that are folded into them, tied embeddings counted once."""
         tensors = [value for layer in self._layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         num_ends = self._embeddings.numel() * (1 if self.config.tie_word_embeddings else 2)
         return sum(tensor.numel() for tensor in tensors) + num_ends
@@ -65,7 +70,7 @@ class Decoder:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
         state = PassState(
             layout=layout,
-            rotation=self._head_rotations(layout.positions),
+            rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
             pool=pool,
             read_entries=pool.entries(layout.columns),
             write_entries=pool.entries(layout.slots),
@@ -75,16 +80,14 @@ class Decoder:
             hidden = group(hidden, state)
         return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
 
-    def _head_rotations(self, positions: torch.Tensor) -> torch.Tensor:
-        """Rotation of every head of a projection, [T, 1, H * G + 2 * H, D / 2]; values are not turned."""
-        c = self.config
-        rotation = self._rotations[positions][:, None, None]  # [T, 1, 1, D / 2]
-        pair = torch.cat([rotation, torch.ones_like(rotation)], dim=2)
-        return torch.cat([rotation.expand(-1, -1, c.num_heads, -1), pair.repeat(1, 1, c.num_kv_heads, 1)], dim=2)
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head: hidden states [R, E] -> float32 logits [R, V]."""
-        return self._head(hidden).float()
+        if not self._is_exact:
+            return self._head(hidden).float()
+        # R is any number here, and products of few or odd row counts differ from others in their last bits.
+        num_rows = hidden.shape[0]
+        padded = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
+        return self._head(padded)[:num_rows].float()
 
     def linears(self) -> list[Linear]:
         """Every weight product of the sequential plan, the head included."""
