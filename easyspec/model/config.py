@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ class ModelConfig:
     def num_queries_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.hf_config.model_type == "qwen2" or self.has_output_bias
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether attention's output projection has a bias; a tensor that is there in spite of this is not used."""
+        return self.hf_config.model_type in ("llama", "qwen3") and bool(self.hf_config.attention_bias)
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.hf_config.model_type == "llama" and bool(self.hf_config.mlp_bias)
+
 
 def checkpoint_folder(model: str) -> Path:
     """Folder of a checkpoint: the path itself, or a hub id already in or fetched into the local cache."""
@@ -54,16 +68,8 @@ def checkpoint_folder(model: str) -> Path:
 
 def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = None) -> ModelConfig:
     """Read `config.json`; raises ConfigurationError for what is missing, corrupt or unsupported."""
-    try:
-        hf = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"no usable config.json in {folder}: {error}") from error
-    if hf.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ConfigurationError(
-            f"model_type is {hf.model_type!r} in {folder}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if hf.hidden_act not in ("silu", "swish"):
-        raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
+    hf = _read_hf_config(folder)
+    _check_supported(folder, hf)
     context = _context_length(hf)
     if max_model_len is not None and max_model_len > context:
         raise ConfigurationError(f"max_model_len is {max_model_len}; allowed: up to {context}, the checkpoint's")
@@ -85,6 +91,36 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
     )
 
 
+def _read_hf_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"no usable config.json in {folder}: {error!r}") from error
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigurationError(
+            f"model_type is {model_type!r} in {folder}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a wrong value raises whatever transformers first trips over
+        raise ConfigurationError(f"no usable config.json in {folder}: {error}") from error
+
+
+def _check_supported(folder: Path, hf: Any) -> None:
+    """Raise ConfigurationError for a model of a supported type that this decoder would get wrong."""
+    if hf.hidden_act not in ("silu", "swish"):
+        raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
+    if getattr(hf, "quantization_config", None) is not None:
+        raise ConfigurationError(f"quantization_config is set in {folder}; supported: unquantized checkpoints")
+    num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
+    if hf.num_attention_heads % num_kv_heads != 0:
+        raise ConfigurationError(
+            f"num_key_value_heads is {num_kv_heads} in {folder}; allowed: divisors of num_attention_heads,"
+            f" {hf.num_attention_heads}"
+        )
+
+
 def _context_length(hf: Any) -> int:
     """Positions the checkpoint allows; a sliding window ends the context, as we attend to all of it."""
     window = getattr(hf, "sliding_window", None)
@@ -95,16 +131,18 @@ def _context_length(hf: Any) -> int:
 def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
     eos = hf.eos_token_id
     if (folder / "generation_config.json").exists():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id or eos
+        try:
+            eos = GenerationConfig.from_pretrained(folder).eos_token_id or eos
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(f"no usable generation_config.json in {folder}: {error}") from error
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
 
 
 def _dtype(dtype: str, hf: Any) -> torch.dtype:
-    if dtype == "auto":
-        stored = hf.dtype
-        return stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored), torch.float32)
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    """The type to compute in; `auto` is the checkpoint's own."""
+    name = str(hf.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype is {name!r}; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

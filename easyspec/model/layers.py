@@ -71,9 +71,8 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
     def weight(name: str, rows: int, columns: int) -> torch.Tensor:
         return checkpoint.tensor(f"{prefix}.{name}.weight", (rows, columns)).float()
 
-    def bias(name: str, rows: int) -> torch.Tensor | None:
-        found = checkpoint.optional_tensor(f"{prefix}.{name}.bias", (rows,))
-        return None if found is None else found.float()
+    def bias(name: str, rows: int, is_there: bool) -> torch.Tensor | None:
+        return checkpoint.tensor(f"{prefix}.{name}.bias", (rows,)).float() if is_there else None
 
     def norm(name: str, size: int) -> torch.Tensor:
         return checkpoint.tensor(f"{prefix}.{name}.weight", (size,)).float()
@@ -87,7 +86,8 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
         for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
     )
     q_bias, k_bias, v_bias = (
-        bias(f"self_attn.{name}_proj", rows) for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
+        bias(f"self_attn.{name}_proj", rows, c.has_qkv_bias)
+        for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
     )
     query_scale = 1.0 if c.has_qk_norm else scale
     k = interleave_heads(k, c.head_dim)
@@ -100,8 +100,9 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
         qkv_bias = torch.cat([q_bias, _pair_heads(k_bias, v_bias, c.head_dim)])
     gate_up = torch.cat([weight(f"mlp.{name}_proj", c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
     gate_up = gate_up * norm("post_attention_layernorm", c.hidden_size)
-    gate_bias, up_bias = bias("mlp.gate_proj", c.intermediate_size), bias("mlp.up_proj", c.intermediate_size)
-    output_bias, down_bias = bias("self_attn.o_proj", c.hidden_size), bias("mlp.down_proj", c.hidden_size)
+    gate_bias, up_bias = (bias(f"mlp.{name}_proj", c.intermediate_size, c.has_mlp_bias) for name in ("gate", "up"))
+    output_bias = bias("self_attn.o_proj", c.hidden_size, c.has_output_bias)
+    down_bias = bias("mlp.down_proj", c.hidden_size, c.has_mlp_bias)
     head_norms: list[torch.Tensor | None] = [None, None]
     if c.has_qk_norm:
         norms = [norm(f"self_attn.{name}_norm", c.head_dim) for name in ("q", "k")]

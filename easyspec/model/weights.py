@@ -56,17 +56,13 @@ class Checkpoint:
             raise ConfigurationError(f"{name!r} in {self._folder} has shape {tuple(tensor.shape)}; expected {shape}")
         return tensor
 
-    def optional_tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The tensor `name`, or None if the checkpoint has none (say, a bias)."""
-        return self.tensor(name, shape) if name in self else None
-
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"corrupt {index}: {error}") from error
         files = [folder / name for name in names]
     else:
