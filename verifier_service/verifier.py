@@ -75,6 +75,7 @@ class VerifierSession:
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.history = TokenHistory(request.prompt_token_ids, request.output_token_ids)
         self.waiting: VerifyTask | None = None
+        self.tree_slots: list[int] = []
         self.is_finished = False
 
     @property
@@ -90,8 +91,8 @@ class VerifierSession:
         visible = [position + 1 for position in positions]
         return Segment(self.token_ids[start : start + num_tokens], positions, slots, visible, self.slots.by_position)
 
-    def tree_segment(self, tree: TokenTree, tree_slots: Sequence[int]) -> Segment:
-        """Rows for every uncached token, the last one being the root, and for the nodes behind it."""
+    def tree_segment(self, tree: TokenTree) -> Segment:
+        """Rows for every uncached token, the last one being the root, and for the nodes, which have `tree_slots`."""
         chain = self.chain_segment(self.num_uncached)
         if not tree.token_ids:
             return chain
@@ -107,10 +108,10 @@ class VerifierSession:
         return Segment(
             token_ids=[*chain.token_ids, *tree.token_ids],
             positions=[*chain.positions, *positions],
-            slots=[*chain.slots, *tree_slots],
+            slots=[*chain.slots, *self.tree_slots],
             num_visible=[*chain.num_visible, *([root_position + 1] * num_nodes)],
             slots_by_position=chain.slots_by_position,
-            tree=TreeColumns(tree_slots, positions, visible),
+            tree=TreeColumns(self.tree_slots, positions, visible),
         )
 
 
@@ -166,9 +167,8 @@ class Verifier:
             raise UnknownModelError(request.model, name)
         if not request.prompt_token_ids:
             raise InvalidRequestError("prompt_token_ids", [], "at least one token")
-        for token_id in (*request.prompt_token_ids, *request.output_token_ids):
-            if not 0 <= token_id < config.vocab_size:
-                raise InvalidRequestError("prompt_token_ids", token_id, f"0 to {config.vocab_size - 1}")
+        self._check_token_ids("prompt_token_ids", request.prompt_token_ids)
+        self._check_token_ids("output_token_ids", request.output_token_ids)
         request.sampling.check(config.vocab_size)
         request.stop.check(config.vocab_size)
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
@@ -182,12 +182,17 @@ class Verifier:
         self._sessions[session_id] = VerifierSession(request, limits, slots)
         return session_id
 
+    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        vocab_size = self._decoder.config.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(field, token_id, f"0 to {vocab_size - 1}")
+
     def _enqueue(self, task: VerifyTask) -> None:
         session = self._sessions.get(task.session_id)
         if session is None or session.is_finished:
             raise InvalidRequestError("session", task.session_id, "an open session that has not finished")
-        assert session.waiting is None, "one tree at a time per session"
-        if task.base_length != len(session.token_ids):
+        if session.waiting is not None or task.base_length != len(session.token_ids):
             raise StalePositionError(task.base_length, len(session.token_ids))
         task.tree.check(self._decoder.config.vocab_size, self._limits.max_tree_nodes)
         session.waiting = task
@@ -196,6 +201,7 @@ class Verifier:
     def _close(self, session_id: int) -> None:
         session = self._sessions.pop(session_id, None)
         if session is not None:
+            self._pool.free(session.tree_slots)
             session.slots.release()
             self._ready = [other for other in self._ready if other is not session]
             self._prefilling = [other for other in self._prefilling if other is not session]
@@ -226,17 +232,15 @@ class Verifier:
         """One pass over the batch, then a verdict for each session."""
         started_ns = time.monotonic_ns()
         trees: list[TokenTree] = []
-        tree_slots: list[list[int]] = []
         segments: list[Segment] = []
         choice_rows: list[ChoiceRow] = []
         rows: list[int] = []
         for session in batch:
             assert session.waiting is not None, "a batched session waits for a verdict"
             tree = session.waiting.tree
-            slots = self._pool.allocate(len(tree))
             trees.append(tree)
-            tree_slots.append(slots)
-            segments.append(session.tree_segment(tree, slots))
+            session.tree_slots = self._pool.allocate(len(tree))
+            segments.append(session.tree_segment(tree))
             choice_rows += tree_choice_rows(tree, len(session.token_ids), session.sampling, session.history)
         layout = self._decoder.lay_out(segments)
         hidden = self._decoder.forward(layout, self._pool)
@@ -246,17 +250,18 @@ class Verifier:
         logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
         choices = choose_tokens(logits, choice_rows)
         compute_ns = time.monotonic_ns() - started_ns
-        for session, tree, slots in zip(batch, trees, tree_slots, strict=True):
+        for session, tree in zip(batch, trees, strict=True):
             session_choices, choices = choices[: len(tree) + 1], choices[len(tree) + 1 :]
             verdict = judge(tree, session_choices, len(session.token_ids), session.limits)
-            self._commit(session, verdict, slots)
+            self._commit(session, verdict)
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, len(rows), len(batch))
             task.finish((verdict, timings))
 
-    def _commit(self, session: VerifierSession, verdict: Verdict, tree_slots: Sequence[int]) -> None:
+    def _commit(self, session: VerifierSession, verdict: Verdict) -> None:
         """Accepted nodes keep their slots as committed positions; the others are freed. Nothing is copied."""
+        tree_slots, session.tree_slots = session.tree_slots, []
         kept = [tree_slots[row - 1] for row in verdict.accepted_rows]
         self._pool.free(sorted(set(tree_slots) - set(kept)))
         session.slots.append(kept)
