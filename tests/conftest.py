@@ -1,0 +1,85 @@
+"""Checkpoints and engines that tests of several parts share; built once, each engine started once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from drafter_service.config import DrafterSettings
+from drafter_service.engine import DrafterEngine
+from tests.fakes.checkpoints import write_checkpoint
+from tests.fakes.drafts import write_draft
+from verifier_service.config import VerifierSettings
+from verifier_service.engine import VerifierEngine
+
+NUM_KV_SLOTS = 8192
+
+
+class _Engine(Protocol):
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+def _complete(operation: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine in a loop of its own: engines outlive the loops of single tests."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(operation())
+    finally:
+        loop.close()
+
+
+@contextmanager
+def started(engine: _Engine) -> Iterator[None]:
+    """Start and stop an engine around what uses it, outside of any event loop."""
+    _complete(engine.start)
+    try:
+        yield
+    finally:
+        _complete(engine.stop)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base model, float32, 256 positions."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("base"),
+        num_hidden_layers=6,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        std=0.2,
+        has_tokenizer=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def draft_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """A draft that often agrees with the base model."""
+    return write_draft(tmp_path_factory.mktemp("draft"), base_folder, noise=0.1)
+
+
+@pytest.fixture(scope="session")
+def verifier(base_folder: Path) -> Iterator[VerifierEngine]:
+    engine = VerifierEngine(VerifierSettings(model=str(base_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+    with started(engine):
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def drafter(draft_folder: Path) -> Iterator[DrafterEngine]:
+    engine = DrafterEngine(DrafterSettings(model=str(draft_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+    with started(engine):
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def twin_drafter(base_folder: Path) -> Iterator[DrafterEngine]:
+    """A drafter whose draft model is the base model itself."""
+    engine = DrafterEngine(DrafterSettings(model=str(base_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+    with started(engine):
+        yield engine
