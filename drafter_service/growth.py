@@ -24,6 +24,9 @@ from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
 # Only the likeliest tokens of a row get noise: one further down hardly ever wins, and guesses may be wrong.
 NUM_NOISED_TOKENS = 256
+# The smallest normal float32, and a score whose multiples stay finite: division by a tiny temperature overflows.
+_MIN_TEMPERATURE = 2.0**-126
+_MIN_SCORE = -1e30
 _INITIAL_SHARPNESS = 1.0
 _SHARPNESS_RANGE = (0.25, 4.0)
 _LEARNING_RATE = 0.02
@@ -87,13 +90,18 @@ def rank_candidates(
 def _perturbed(
     logits: torch.Tensor, token_ids: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters]
 ) -> torch.Tensor:
-    """logits / T + noise for sampled rows and logits as they are for greedy ones, [R, NUM_NOISED_TOKENS]."""
+    """logits / T + noise for sampled rows and logits for greedy ones, [R, NUM_NOISED_TOKENS]; best logits come first.
+
+    Each row is relative to its best logit, and finite at whatever temperature.
+    """
     device = logits.device
     seeds = torch.tensor([signed_seed(sampling.seed) for sampling in samplings], device=device)
     noise = gumbel_noise(seeds, torch.tensor(positions, device=device), token_ids)
-    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], device=device)[:, None]
+    divisors = [1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
+    temperatures = torch.tensor(divisors, device=device)[:, None]
     is_sampled = torch.tensor([not sampling.is_greedy for sampling in samplings], device=device)[:, None]
-    return logits / temperatures + noise * is_sampled
+    scaled = ((logits - logits[:, :1]) / temperatures).clamp_(min=_MIN_SCORE)
+    return scaled + noise * is_sampled
 
 
 class GrowingTree:
