@@ -15,6 +15,15 @@ from easyspec.errors import ConfigurationError
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -109,6 +118,9 @@ def _read_hf_config(folder: Path) -> Any:
 
 def _check_supported(folder: Path, hf: Any) -> None:
     """Raise ConfigurationError for a model of a supported type that this decoder would get wrong."""
+    for field in _COUNTS:
+        if getattr(hf, field) < 1:
+            raise ConfigurationError(f"{field} is {getattr(hf, field)} in {folder}; allowed: at least 1")
     if hf.hidden_act not in ("silu", "swish"):
         raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
     if getattr(hf, "quantization_config", None) is not None:
@@ -132,9 +144,10 @@ def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
     eos = hf.eos_token_id
     if (folder / "generation_config.json").exists():
         try:
-            eos = GenerationConfig.from_pretrained(folder).eos_token_id or eos
+            generation_eos = GenerationConfig.from_pretrained(folder).eos_token_id
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(f"no usable generation_config.json in {folder}: {error}") from error
+        eos = eos if generation_eos is None else generation_eos
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
