@@ -60,7 +60,7 @@ def parse_plan(text: str, num_layers: int, mlp: MlpPlacement) -> LayerPlan:
     """Read an explicit list such as `0 | 1-3 | 4-7 | 8`; raises InvalidRequestError naming the part at fault."""
     groups: list[LayerGroup] = []
     for part in text.split("|"):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         expected = groups[-1].stop if groups else 0
         if match is None or int(match[1]) != expected or int(match[2] or match[1]) < expected:
             raise InvalidRequestError("layer_groups", part.strip(), f"FIRST or FIRST-LAST with FIRST = {expected}")
