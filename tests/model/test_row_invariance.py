@@ -115,6 +115,19 @@ def test_the_head_takes_any_number_of_rows(passes: Passes) -> None:
         assert torch.equal(passes.decoder.logits(hidden[:count]), expected[:count]), f"{count} rows"
 
 
+def test_two_threads(folder: Path, token_ids: list[int]) -> None:
+    """Threads share a product's rows out: more row counts are odd then."""
+    torch.set_num_threads(2)
+    try:
+        passes = Passes(folder, is_exact=True)
+        assert make_row_invariant(passes.decoder, passes.pool) is True
+        expected = passes.prefill(token_ids)
+        for length in (40, 125):
+            _check_tree(passes, token_ids, expected, length)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_tree_costs_no_slot(passes: Passes) -> None:
     session = passes.open()
     passes.run(session.tree(1, TokenTree((2, 3), (0, 0))))

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from easyspec.errors import ConfigurationError
+from easyspec.model.config import checkpoint_folder, load_config
+from easyspec.model.rope import rotation_table
+from tests.fakes.checkpoints import change_config, write_checkpoint
+
+_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+
+
+def write_config(folder: Path, **fields: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**_CONFIG, **fields}))
+    return folder
+
+
+def test_the_shape_is_read(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-3))
+    assert (config.vocab_size, config.hidden_size, config.num_layers) == (300, 64, 3)
+    assert (config.num_heads, config.num_kv_heads, config.num_queries_per_kv, config.head_dim) == (4, 2, 2, 24)
+    assert (config.intermediate_size, config.max_model_len, config.rms_norm_eps) == (96, 512, 1e-3)
+    assert config.tie_word_embeddings
+    assert config.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "qk_norm", "qkv_bias", "output_bias", "mlp_bias"),
+    [
+        ("llama", {}, False, False, False, False),
+        ("llama", {"attention_bias": True}, False, True, True, False),
+        ("llama", {"mlp_bias": True}, False, False, False, True),
+        ("mistral", {"attention_bias": True, "mlp_bias": True}, False, False, False, False),
+        ("qwen2", {}, False, True, False, False),
+        ("qwen3", {}, True, False, False, False),
+        ("qwen3", {"attention_bias": True}, True, True, True, False),
+    ],
+)
+def test_what_a_family_adds(
+    tmp_path: Path,
+    model_type: str,
+    fields: dict[str, Any],
+    qk_norm: bool,
+    qkv_bias: bool,
+    output_bias: bool,
+    mlp_bias: bool,
+) -> None:
+    config = load_config(write_config(tmp_path, model_type=model_type, **fields))
+    assert config.has_qk_norm == qk_norm
+    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (qkv_bias, output_bias, mlp_bias)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "expected"),
+    [
+        (None, None, ()),
+        (7, None, (7,)),
+        ([7, 8], None, (7, 8)),
+        (7, {"eos_token_id": [1, 2]}, (1, 2)),
+        (7, {"eos_token_id": 3}, (3,)),
+        (7, {"temperature": 0.5}, (7,)),
+        (7, {"eos_token_id": 0}, (0,)),
+    ],
+)
+def test_end_tokens(tmp_path: Path, in_config: Any, in_generation_config: Any, expected: tuple[int, ...]) -> None:
+    write_config(tmp_path, eos_token_id=in_config)
+    if in_generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(in_generation_config))
+    assert load_config(tmp_path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model_type": "mistral", "sliding_window": 100}, 100),
+        ({"model_type": "mistral", "sliding_window": 4096}, 512),
+        ({"model_type": "mistral", "sliding_window": None}, 512),
+        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}, 100),
+        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}, 512),
+    ],
+)
+def test_a_sliding_window_ends_the_context(tmp_path: Path, fields: dict[str, Any], expected: int) -> None:
+    assert load_config(write_config(tmp_path, **fields)).max_model_len == expected
+
+
+def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    for length in (1, 100, 512):
+        config = load_config(tmp_path, max_model_len=length)
+        assert config.max_model_len == length
+        assert rotation_table(config, torch.device("cpu")).shape == (length, 8)
+    with pytest.raises(ConfigurationError, match=r"max_model_len is 513; allowed: up to 512, the checkpoint's"):
+        load_config(tmp_path, max_model_len=513)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_types_by_name_and_from_the_checkpoint(tmp_path: Path, dtype: str) -> None:
+    write_config(tmp_path, dtype=dtype)
+    assert load_config(tmp_path).dtype == getattr(torch, dtype)
+    write_config(tmp_path, dtype=None)
+    assert load_config(tmp_path).dtype == torch.float32
+    assert load_config(tmp_path, dtype).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float8", "float64", "int8", "", "torch.float32"])
+def test_an_unknown_type_is_refused(tmp_path: Path, dtype: str) -> None:
+    write_config(tmp_path)
+    with pytest.raises(ConfigurationError, match="allowed: auto, float32, bfloat16, float16") as caught:
+        load_config(tmp_path, dtype)
+    assert f"dtype is {dtype!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_a_checkpoint_of_another_type_is_refused(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"dtype is '{dtype}'; allowed: auto, float32"):
+        load_config(write_config(tmp_path, dtype=dtype))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "never-heard-of", 7, None])
+def test_an_unsupported_model_type_lists_the_supported(tmp_path: Path, model_type: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(write_config(tmp_path, model_type=model_type))
+    message = str(caught.value)
+    assert f"model_type is {model_type!r}" in message
+    assert str(tmp_path) in message
+    assert "supported: llama, mistral, qwen2, qwen3" in message
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'"llama"', b"\xff\xfe\x00"])
+def test_a_missing_or_corrupt_config(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"no usable config\.json in") as caught:
+        load_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "many"),
+        ("hidden_size", 63),
+        ("num_attention_heads", 0),
+        ("head_dim", 7),
+        ("num_hidden_layers", None),
+        ("dtype", "float7"),
+        ("rope_scaling", {"rope_type": "yarn"}),
+    ],
+)
+def test_impossible_values(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"no usable config\.json in"):
+        load_config(write_config(tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": -64}, "hidden_size is -64 in .*; allowed: at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0 in .*; allowed: at least 1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0 in .*; allowed: at least 1"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .*; supported: silu"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3 in .*; allowed: divisors of num_attention_heads, 4"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config is set in .*; supported: unquantized",
+        ),
+    ],
+)
+def test_what_this_decoder_would_get_wrong_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_config(write_config(tmp_path, **fields))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_corrupt_generation_config(tmp_path: Path, content: str) -> None:
+    write_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=r"no usable generation_config\.json in"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+        {"rope_type": "spiral", "factor": 2.0},
+    ],
+)
+def test_an_unsupported_rope_type(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    config = load_config(write_config(tmp_path, rope_scaling=scaling))
+    with pytest.raises(ConfigurationError, match="supported: default, llama3, linear, dynamic, yarn") as caught:
+        rotation_table(config, torch.device("cpu"))
+    assert f"rope_type is {scaling['rope_type']!r}" in str(caught.value)
+
+
+def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ConfigurationError, match="neither a folder nor a hub id") as caught:
+        checkpoint_folder(f"{tmp_path}/no/such/folder")
+    assert f"{tmp_path}/no/such/folder" in str(caught.value)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, allow_patterns: f"{tmp_path}/{model}")
+    assert checkpoint_folder("owner/name") == tmp_path / "owner/name"
+
+
+def test_a_saved_checkpoint_is_read_as_written(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3", head_dim=32, dtype=torch.bfloat16)
+    config = load_config(tmp_path)
+    assert (config.head_dim, config.dtype, config.has_qk_norm) == (32, torch.bfloat16, True)
+    change_config(tmp_path, head_dim=48)
+    assert load_config(tmp_path).head_dim == 48

@@ -1,0 +1,195 @@
+"""Layer groups against a literal transcription of EasySpec's Algorithm 2 (arXiv 2502.02493), layer by layer.
+
+The transcription calls transformers' own modules and its KV cache. Tolerance: 2e-4 absolute, where logits
+reach 5 to 15; six layers of float32 sums in another order differ by about 2e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from easyspec.model.row_layout import BLOCK_SIZE
+from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan, sequential_plan
+from easyspec.speculation.parameters import MlpPlacement
+from easyspec.speculation.token_tree import TokenTree
+from tests.fakes.checkpoints import VOCAB_SIZE, reference_model, write_checkpoint
+from tests.model.passes import Passes, random_token_ids
+
+TOLERANCE = 2e-4
+NUM_LAYERS = 9
+PLANS: dict[str, Callable[[MlpPlacement], LayerPlan]] = {
+    "N=2": lambda mlp: paper_plan(NUM_LAYERS, 2, mlp),
+    "N=3": lambda mlp: paper_plan(NUM_LAYERS, 3, mlp),
+    "N=4": lambda mlp: paper_plan(NUM_LAYERS, 4, mlp),
+    "N=6": lambda mlp: paper_plan(NUM_LAYERS, 6, mlp),
+    "explicit": lambda mlp: parse_plan("0-1 | 2 | 3-7 | 8", NUM_LAYERS, mlp),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1},
+}
+CONTEXT = random_token_ids(BLOCK_SIZE - 2, VOCAB_SIZE)  # the second guess begins the next block
+GUESSES = random_token_ids(4, VOCAB_SIZE, seed=1)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"num_hidden_layers": NUM_LAYERS, "std": 0.12, **MODELS[request.param]}
+    return write_checkpoint(tmp_path_factory.mktemp("draft"), **options)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return reference_model(folder, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module", params=["exact", "fast"])
+def passes(folder: Path, request: pytest.FixtureRequest) -> Passes:
+    return Passes(folder, is_exact=request.param == "exact")
+
+
+class LiteralSteps:
+    """Fuzzy steps on transformers' modules, one row and one layer at a time, after an exact context."""
+
+    def __init__(self, model: Any, context: Sequence[int]) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._length = len(context)
+        model(torch.tensor([context]), past_key_values=self._cache)
+
+    def step(self, token_id: int, plan: LayerPlan) -> torch.Tensor:
+        """Logits [V] after `token_id`; its fuzzy keys and values stay in the cache."""
+        inner = self._model.model
+        hidden = inner.embed_tokens(torch.tensor([[token_id]]))  # [1, 1, E]
+        rotation = inner.rotary_emb(hidden, torch.tensor([[self._length]]))
+        for group in plan.groups:
+            entrance = hidden
+            layers = [inner.layers[index] for index in group]
+            attended = [self._attend(layer, entrance, rotation) for layer in layers]
+            if plan.mlp is MlpPlacement.STAGED:
+                hidden = self._staged(layers, entrance, attended)
+                continue
+            for layer, output in zip(layers, attended, strict=True):
+                residual = hidden + output
+                hidden = residual + layer.mlp(layer.post_attention_layernorm(residual))
+        self._length += 1
+        logits: torch.Tensor = self._model.lm_head(inner.norm(hidden))[0, 0]
+        return logits
+
+    def _attend(self, layer: Any, entrance: torch.Tensor, rotation: Any) -> torch.Tensor:
+        output, _ = layer.self_attn(
+            layer.input_layernorm(entrance),
+            position_embeddings=rotation,
+            attention_mask=None,
+            past_key_values=self._cache,
+        )
+        attended: torch.Tensor = output
+        return attended
+
+    @staticmethod
+    def _staged(layers: Sequence[Any], entrance: torch.Tensor, attended: Sequence[torch.Tensor]) -> torch.Tensor:
+        result = entrance + sum(attended)
+        for place, layer in enumerate(layers):
+            residual = entrance + sum(attended[: place + 1])
+            result = result + layer.mlp(layer.post_attention_layernorm(residual))
+        return result
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0.0)
+
+
+@torch.inference_mode()
+def literal_path(reference: Any, plan: LayerPlan, token_ids: Sequence[int] = GUESSES) -> torch.Tensor:
+    steps = LiteralSteps(reference, CONTEXT)
+    return torch.stack([steps.step(token_id, plan) for token_id in token_ids])
+
+
+def fuzzy_path(passes: Passes, plan: LayerPlan, token_ids: Sequence[int] = GUESSES) -> torch.Tensor:
+    """An exact prompt, then a pass of one row for every guess."""
+    session = passes.open()
+    passes.run(session.chain(CONTEXT))
+    logits = [passes.run(session.chain([token_id]), plan=plan)[0] for token_id in token_ids]
+    session.close()
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("plan_name", PLANS)
+@pytest.mark.parametrize("mlp", MlpPlacement)
+def test_fuzzy_steps_are_the_literal_algorithm(
+    passes: Passes, reference: Any, plan_name: str, mlp: MlpPlacement
+) -> None:
+    plan = PLANS[plan_name](mlp)
+    expected = literal_path(reference, plan)
+    assert expected.abs().max() > 2.0
+    exact = literal_path(reference, sequential_plan(NUM_LAYERS))
+    assert (expected - exact).abs().max() > 100 * TOLERANCE  # a fuzzy step is really another function
+    assert_close(fuzzy_path(passes, plan), expected)
+
+
+def test_the_transcription_of_single_layers_is_the_model(reference: Any) -> None:
+    with torch.inference_mode():
+        expected = reference(torch.tensor([[*CONTEXT, *GUESSES]])).logits[0, len(CONTEXT) :]
+    assert_close(literal_path(reference, sequential_plan(NUM_LAYERS)), expected)
+
+
+@pytest.mark.parametrize("mlp", MlpPlacement)
+def test_a_fuzzy_level_of_a_tree_is_every_path_alone(passes: Passes, reference: Any, mlp: MlpPlacement) -> None:
+    """The drafter's shape: a level at a time, whose rows see their fuzzy ancestors; here all levels in one pass."""
+    plan = paper_plan(NUM_LAYERS, 4, mlp)
+    tree = TokenTree((5, 6, 7, 8, 9, 10), (0, 0, 1, 2, 1, 3))
+    session = passes.open()
+    passes.run(session.chain(CONTEXT))
+    (logits,) = passes.run(session.tree(4, tree), plan=plan)
+    session.close()
+    for leaf in (4, 5, 6):
+        rows = [0, *tree.path_rows(leaf)]
+        path = [4, *(tree.token_ids[row - 1] for row in rows[1:])]
+        assert_close(logits[rows], literal_path(reference, plan, path))
+
+
+@pytest.mark.parametrize("mlp", MlpPlacement)
+def test_groups_of_one_are_sequential_bit_for_bit(passes: Passes, mlp: MlpPlacement) -> None:
+    sequential = fuzzy_path(passes, sequential_plan(NUM_LAYERS))
+    explicit = parse_plan(" | ".join(str(layer) for layer in range(NUM_LAYERS)), NUM_LAYERS, mlp)
+    for plan in (paper_plan(NUM_LAYERS, 1, mlp), explicit, None):
+        assert torch.equal(fuzzy_path(passes, plan), sequential)
+
+
+def test_exact_rows_replace_fuzzy_ones(passes: Passes) -> None:
+    """Calibration: after fuzzy rows are dropped and run again layer by layer, nothing of them is left."""
+    fuzzy = paper_plan(NUM_LAYERS, 4, MlpPlacement.STAGED)
+    session = passes.open()
+    passes.run(session.chain(CONTEXT))
+    passes.run(session.chain(GUESSES), plan=fuzzy)
+    session.slots.truncate(len(CONTEXT))
+    (calibrated,) = passes.run(session.chain(GUESSES))
+    entries = passes.pool.entries(torch.from_numpy(session.slots.by_position[: session.slots.num_cached]))
+    keys_and_values = passes.pool.table[entries]
+    session.close()
+    fresh = passes.open()
+    passes.run(fresh.chain(CONTEXT))
+    (expected,) = passes.run(fresh.chain(GUESSES))
+    entries = passes.pool.entries(torch.from_numpy(fresh.slots.by_position[: fresh.slots.num_cached]))
+    assert torch.equal(passes.pool.table[entries], keys_and_values)
+    assert torch.equal(calibrated, expected)
+    fresh.close()
+
+
+@pytest.mark.parametrize("mlp", MlpPlacement)
+def test_half_types_stay_near_float32(tmp_path: Path, mlp: MlpPlacement) -> None:
+    """bfloat16 keeps eight bits: logits of 5 to 10 are off by a few hundredths on average."""
+    write_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, num_hidden_layers=4, std=0.1)
+    plan = parse_plan("0 | 1-2 | 3", 4, mlp)
+    expected = literal_path(reference_model(tmp_path, attn_implementation="eager"), plan)
+    error = (fuzzy_path(Passes(tmp_path, is_exact=False), plan) - expected).abs()
+    assert expected.abs().max() > 2.0
+    assert 1e-4 < error.mean() < 0.05

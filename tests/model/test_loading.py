@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from easyspec.errors import ConfigurationError
+from easyspec.model.loading import load_model
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    served_model_name: str = "tiny"
+    device: str = "cpu"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    num_kv_slots: int = 64
+    max_model_len: int | None = None
+
+
+def test_a_checkpoint_introduces_itself(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen2", has_tokenizer=True, eos_token_id=[3, 4], dtype=torch.bfloat16)
+    loaded = load_model(Settings(str(tmp_path), max_model_len=100), is_exact=True)
+    info = loaded.info
+    assert (info.name, info.vocab_size, info.max_model_len, info.num_layers) == ("tiny", VOCAB_SIZE, 100, 3)
+    assert (info.dtype, tuple(info.eos_token_ids)) == ("bfloat16", (3, 4))
+    assert info.num_parameters == loaded.decoder.num_parameters
+    assert info.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path)
+    assert (loaded.pool.num_slots, loaded.pool.num_used_slots) == (64, 0)
+    assert loaded.pool.table.dtype == torch.bfloat16
+
+
+def test_num_threads_is_set(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, has_tokenizer=True)
+    num_threads = torch.get_num_threads()
+    try:
+        load_model(Settings(str(tmp_path), num_threads=2), is_exact=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.json cannot be read"):
+        load_model(Settings(str(tmp_path)), is_exact=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="device is 'cuda'; allowed here: cpu"):
+        load_model(Settings(str(write_checkpoint(tmp_path, has_tokenizer=True)), device="cuda"), is_exact=True)
