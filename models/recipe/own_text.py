@@ -27,7 +27,7 @@ class OwnText:
     hidden: Tensor
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's KV cache written in place; growing by concatenation copied it every token."""
 
     def __init__(self, capacity: int) -> None:

@@ -78,7 +78,7 @@ Source and docstrings of CPython {platform.python_version()}'s standard library,
 `models/heldout.txt` and their tests were left out.
 
 {effort.num_tokens / 1e6:.2f} M tokens in {effort.num_steps} steps of {optim.tokens_per_step} tokens,
-windows of {optim.short_tokens} and, for the last {optim.long_share:.0%} of the steps,
+windows of {optim.short_tokens} and, for the last {optim.long_share:.0%} of the run,
 {optim.long_tokens} tokens; Muon and AdamW; {effort.seconds / 60:.0f} minutes on 2 shared CPU cores in float32, stored
 as bfloat16.
 `python -m models.recipe train` makes it again.
@@ -87,7 +87,9 @@ as bfloat16.
 
 Loss on the held-out modules: **{figures["held_out"].base_loss:.3f} nats a token** over
 {figures["held_out"].num_tokens:,} tokens, after rounding (`models/EVALUATION.json`).
-Trained on windows of at most {optim.long_tokens} tokens: quality beyond is not measured.
+The model has seen few tokens: what it writes looks like Python and means little, and decoded greedily
+it falls into loops ({figures["own_greedy"].repeated_share:.0%} of the tokens end an 8-token run that
+occurred before in the same continuation). Trained on windows of at most {optim.long_tokens} tokens: quality beyond is not measured.
 
 {_LICENCE}"""
 

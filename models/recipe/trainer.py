@@ -82,7 +82,7 @@ class Trainer:
         set_lr_factor(self._optimizers, lr_factor(step, progress, self._optim))
         total = 0.0
         for loss in losses:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self._model.parameters(), self._optim.max_grad_norm)
         for optimizer in self._optimizers:
