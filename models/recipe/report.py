@@ -89,7 +89,8 @@ Loss on the held-out modules: **{figures["held_out"].base_loss:.3f} nats a token
 {figures["held_out"].num_tokens:,} tokens, after rounding (`models/EVALUATION.json`).
 The model has seen few tokens: what it writes looks like Python and means little, and decoded greedily
 it falls into loops ({figures["own_greedy"].repeated_share:.0%} of the tokens end an 8-token run that
-occurred before in the same continuation). Trained on windows of at most {optim.long_tokens} tokens: quality beyond is not measured.
+occurred before in the same continuation). Trained on windows of at most {optim.long_tokens} tokens:
+quality beyond is not measured.
 
 {_LICENCE}"""
 
