@@ -78,6 +78,11 @@ class Drafter:
         self._unprepared: list[DraftSession] = []
         self._waiting: dict[int, DraftTask] = {}
 
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens a session can hold."""
+        return self._config.max_model_len
+
     def usage(self) -> KvUsage:
         """KV memory as it is now; may be read from another thread."""
         return KvUsage(self._pool.num_slots, self._pool.num_used_slots, len(self._sessions))
@@ -102,16 +107,28 @@ class Drafter:
             if ready:
                 self._draft(ready)
             if self._unprepared:
-                session = self._unprepared.pop(0)
-                if not self._source.prepare(session):
-                    self._unprepared.append(session)
+                self._prepare(self._unprepared.pop(0))
         return bool(self._unprepared or self._waiting)
 
     def abandon(self, error: BaseException) -> None:
         """Fail every waiting task and end its session, whose KV may be half written."""
-        for session_id, task in [*self._waiting.items()]:
-            task.fail(error)
-            self._close(session_id)
+        for session_id in [*self._waiting]:
+            self._break(session_id, error)
+
+    def _break(self, session_id: int, error: BaseException) -> None:
+        """End a session whose KV may be half written; fail its task, if it has one."""
+        if session_id in self._waiting:
+            self._waiting[session_id].fail(error)
+        self._close(session_id)
+
+    def _prepare(self, session: DraftSession) -> None:
+        try:
+            is_prepared = self._source.prepare(session)
+        except Exception as error:
+            self._break(session.session_id, error)
+            raise
+        if not is_prepared:
+            self._unprepared.append(session)
 
     def _open(self, request: OpenSpeculation) -> int:
         config, name = self._config, self._limits.served_model_name
@@ -159,9 +176,7 @@ class Drafter:
         session = self._sessions.get(task.session_id)
         if session is None:
             raise InvalidRequestError("session", task.session_id, "an open session")
-        if task.session_id in self._waiting:
-            raise StalePositionError(calibration.base_length, len(session.token_ids))
-        if calibration.base_length != len(session.token_ids):
+        if task.session_id in self._waiting or calibration.base_length != len(session.token_ids):
             raise StalePositionError(calibration.base_length, len(session.token_ids))
         if not calibration.token_ids:
             raise InvalidRequestError("calibration.token_ids", [], "at least the bonus token")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.sources.layer_parallel import LayerParallelSource
@@ -13,6 +11,9 @@ from easyspec.model.loading import LoadedModel, load_model
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+
+# The length that a session comes to when kernels are warmed up.
+_WARM_UP_TOKENS = 3
 
 
 class DrafterEngine:
@@ -71,12 +72,15 @@ class DrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
+        least = _WARM_UP_TOKENS + settings.max_tree_nodes
+        if settings.num_kv_slots < least:
+            raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._loaded = loaded = load_model(settings, is_exact=False)
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
         source = LayerParallelSource(loaded.decoder, loaded.pool, settings.prefill_chunk, settings.max_tree_nodes)
         limits = DrafterLimits(settings.served_model_name, settings.max_tree_nodes)
         self._drafter = Drafter(loaded.decoder.config, loaded.pool, source, self._plan, limits)
-        _warm_up(self._drafter)
+        _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 
 
@@ -91,16 +95,17 @@ def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:
         raise ConfigurationError(str(error)) from error
 
 
-def _warm_up(drafter: Drafter) -> None:
-    """Draft twice for a two-token prompt, so that kernels are chosen before the first request."""
-    sampling = SamplingParameters(seed=0)
-    opening = OpenTask(OpenSpeculation((0, 0), sampling, max_total_length=16))
+def _warm_up(drafter: Drafter, max_tree_nodes: int) -> None:
+    """Draft twice for a one-token prompt, so that kernels are chosen before the first request."""
+    width = max(1, min(4, max_tree_nodes // 2))
+    budget = TreeBudget(min(3, max_tree_nodes), width, min(8, max_tree_nodes))
+    opening = OpenTask(OpenSpeculation((0,), SamplingParameters(seed=0), max_total_length=_WARM_UP_TOKENS))
     drafter.accept(opening)
     session_id = opening.future.result()
-    for base_length in (2, 3):
-        task = DraftTask(session_id, Calibration(base_length, (0,), TreeBudget(3, 4, 8)))
+    for base_length in range(1, min(_WARM_UP_TOKENS, drafter.max_model_len)):
+        task = DraftTask(session_id, Calibration(base_length, (0,), budget))
         drafter.accept(task)
-        with torch.inference_mode():
-            while not task.future.done():
-                drafter.step()
+        while not task.future.done():
+            drafter.step()
+        task.future.result()
     drafter.accept(CloseTask(session_id))

@@ -21,6 +21,9 @@ class VerifierEngine:
     def __init__(self, settings: VerifierSettings) -> None:
         if settings.max_tree_nodes > MAX_TREE_COLUMNS:
             raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
+        if settings.num_kv_slots < settings.max_tree_nodes + 2:  # a prompt token, an output token and a tree
+            least = settings.max_tree_nodes + 2
+            raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._settings = settings
         self._thread = DeviceThread("verifier-device")
         self._loaded: LoadedModel | None = None

@@ -21,8 +21,9 @@ from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.messages import DraftTimings
 
-# Children looked at per row: the chance that the base model picks a later one is small.
-_MAX_CANDIDATES = 8
+# Children looked at per row: the chance that the base model picks a later one is small. The same number for every
+# session, so that a node's value does not depend on the budgets of others in the batch.
+_NUM_CANDIDATES = 8
 
 
 class _SessionState:
@@ -175,8 +176,7 @@ class LayerParallelSource:
             tree = drafting.tree
             positions += [drafting.base_length + tree.depths[row] for row in tree.frontier]
             samplings += [drafting.job.session.sampling] * len(tree.frontier)
-        num_candidates = max(drafting.job.budget.num_nodes for drafting in draftings)
-        candidates = rank_candidates(draft_logits, positions, samplings, min(num_candidates, _MAX_CANDIDATES))
+        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES)
         for drafting in draftings:
             count = len(drafting.tree.frontier)
             drafting.tree.add_level(candidates[:count])
