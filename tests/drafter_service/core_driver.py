@@ -1,0 +1,89 @@
+"""The drafter's core without its thread: tests step it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drafter_service.config import DrafterSettings
+from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.sources.layer_parallel import LayerParallelSource
+from easyspec.model.kv_cache import KVPool
+from easyspec.model.loading import load_model
+from easyspec.parallel.layer_groups import paper_plan
+from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
+from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+from easyspec.speculation.token_tree import TokenTree
+
+MAX_TREE_NODES = 64
+GREEDY = SamplingParameters(seed=0, temperature=0.0)
+SAMPLED = SamplingParameters(seed=17, temperature=0.7)
+SEQUENTIAL = LayerPlanRequest(1)
+PAPER = LayerPlanRequest(4, MlpPlacement.SEQUENTIAL)
+STAGED = LayerPlanRequest(4, MlpPlacement.STAGED)
+BUDGET = TreeBudget(num_levels=4, width=3, num_nodes=12)
+
+
+@dataclass
+class CoreDriver:
+    """A drafter over a checkpoint, stepped by hand."""
+
+    drafter: Drafter
+    source: LayerParallelSource
+    pool: KVPool
+
+    def open(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParameters = GREEDY,
+        plan: LayerPlanRequest = SEQUENTIAL,
+        max_total_length: int | None = None,
+    ) -> int:
+        task = OpenTask(OpenSpeculation(tuple(prompt), sampling, plan, max_total_length))
+        self.drafter.accept(task)
+        return task.future.result(0)
+
+    def ask(self, session_id: int, base_length: int, token_ids: Sequence[int], budget: TreeBudget) -> DraftTask:
+        task = DraftTask(session_id, Calibration(base_length, tuple(token_ids), budget))
+        self.drafter.accept(task)
+        return task
+
+    def finish(self, tasks: Sequence[DraftTask]) -> list[Draft]:
+        """Step until all are answered."""
+        while not all(task.future.done() for task in tasks):
+            self.drafter.step()
+        return [task.future.result(0) for task in tasks]
+
+    def draft(
+        self, session_id: int, base_length: int, token_ids: Sequence[int], budget: TreeBudget = BUDGET
+    ) -> TokenTree:
+        draft = self.finish([self.ask(session_id, base_length, token_ids, budget)])[0]
+        assert draft.base_length == base_length + len(token_ids)
+        return draft.tree
+
+    def close(self, session_id: int) -> None:
+        self.drafter.accept(CloseTask(session_id))
+
+    def kv(self, session_id: int, num_tokens: int) -> torch.Tensor:
+        """Keys and values of the first `num_tokens` positions, [L * H, num_tokens, D + D]."""
+        slots = self.source._states[session_id].slots
+        assert slots.num_cached == num_tokens
+        return self.pool.table[self.pool.entries(torch.from_numpy(slots.by_position[:num_tokens]))][..., :-1]
+
+
+def build_core(folder: Path, prefill_chunk: int = 256, num_kv_slots: int = 4096) -> CoreDriver:
+    settings = DrafterSettings(model=str(folder), num_threads=1, num_kv_slots=num_kv_slots)
+    loaded = load_model(settings, is_exact=False)
+    source = LayerParallelSource(loaded.decoder, loaded.pool, prefill_chunk, MAX_TREE_NODES)
+    plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
+    limits = DrafterLimits("draft", MAX_TREE_NODES)
+    return CoreDriver(Drafter(loaded.decoder.config, loaded.pool, source, plan, limits), source, loaded.pool)
+
+
+def deepest_path(tree: TokenTree) -> tuple[int, ...]:
+    """Tokens from the first level down to a deepest node."""
+    row = max(range(len(tree) + 1), key=lambda row: tree.row_depths[row])
+    return tuple(tree.token_ids[above - 1] for above in tree.path_rows(row))
