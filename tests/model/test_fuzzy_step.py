@@ -51,9 +51,15 @@ def reference(folder: Path) -> Any:
     return reference_model(folder, attn_implementation="eager")
 
 
-@pytest.fixture(scope="module", params=["exact", "fast"])
-def passes(folder: Path, request: pytest.FixtureRequest) -> Passes:
-    return Passes(folder, is_exact=request.param == "exact")
+@pytest.fixture(scope="module")
+def exact_steps(reference: Any) -> torch.Tensor:
+    return literal_path(reference, sequential_plan(NUM_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def both_forms(folder: Path) -> tuple[Passes, Passes]:
+    """A decoder with either form of attention."""
+    return Passes(folder, is_exact=True), Passes(folder, is_exact=False)
 
 
 class LiteralSteps:
@@ -125,63 +131,66 @@ def fuzzy_path(passes: Passes, plan: LayerPlan, token_ids: Sequence[int] = GUESS
 @pytest.mark.parametrize("plan_name", PLANS)
 @pytest.mark.parametrize("mlp", MlpPlacement)
 def test_fuzzy_steps_are_the_literal_algorithm(
-    passes: Passes, reference: Any, plan_name: str, mlp: MlpPlacement
+    both_forms: tuple[Passes, Passes], reference: Any, exact_steps: torch.Tensor, plan_name: str, mlp: MlpPlacement
 ) -> None:
     plan = PLANS[plan_name](mlp)
     expected = literal_path(reference, plan)
     assert expected.abs().max() > 2.0
-    exact = literal_path(reference, sequential_plan(NUM_LAYERS))
-    assert (expected - exact).abs().max() > 100 * TOLERANCE  # a fuzzy step is really another function
-    assert_close(fuzzy_path(passes, plan), expected)
+    assert (expected - exact_steps).abs().max() > 100 * TOLERANCE  # a fuzzy step is really another function
+    for passes in both_forms:
+        assert_close(fuzzy_path(passes, plan), expected)
 
 
-def test_the_transcription_of_single_layers_is_the_model(reference: Any) -> None:
+def test_the_transcription_of_single_layers_is_the_model(reference: Any, exact_steps: torch.Tensor) -> None:
     with torch.inference_mode():
         expected = reference(torch.tensor([[*CONTEXT, *GUESSES]])).logits[0, len(CONTEXT) :]
-    assert_close(literal_path(reference, sequential_plan(NUM_LAYERS)), expected)
+    assert_close(exact_steps, expected)
 
 
 @pytest.mark.parametrize("mlp", MlpPlacement)
-def test_a_fuzzy_level_of_a_tree_is_every_path_alone(passes: Passes, reference: Any, mlp: MlpPlacement) -> None:
+def test_a_fuzzy_level_of_a_tree_is_every_path_alone(
+    both_forms: tuple[Passes, Passes], reference: Any, mlp: MlpPlacement
+) -> None:
     """The drafter's shape: a level at a time, whose rows see their fuzzy ancestors; here all levels in one pass."""
     plan = paper_plan(NUM_LAYERS, 4, mlp)
     tree = TokenTree((5, 6, 7, 8, 9, 10), (0, 0, 1, 2, 1, 3))
-    session = passes.open()
-    passes.run(session.chain(CONTEXT))
-    (logits,) = passes.run(session.tree(4, tree), plan=plan)
-    session.close()
-    for leaf in (4, 5, 6):
-        rows = [0, *tree.path_rows(leaf)]
-        path = [4, *(tree.token_ids[row - 1] for row in rows[1:])]
-        assert_close(logits[rows], literal_path(reference, plan, path))
+    paths = [(0, *tree.path_rows(leaf)) for leaf in (4, 5, 6)]
+    expected = [literal_path(reference, plan, [(4, *tree.token_ids)[row] for row in rows]) for rows in paths]
+    for passes in both_forms:
+        session = passes.open()
+        passes.run(session.chain(CONTEXT))
+        (logits,) = passes.run(session.tree(4, tree), plan=plan)
+        session.close()
+        for rows, path_logits in zip(paths, expected, strict=True):
+            assert_close(logits[list(rows)], path_logits)
 
 
 @pytest.mark.parametrize("mlp", MlpPlacement)
-def test_groups_of_one_are_sequential_bit_for_bit(passes: Passes, mlp: MlpPlacement) -> None:
-    sequential = fuzzy_path(passes, sequential_plan(NUM_LAYERS))
+def test_groups_of_one_are_sequential_bit_for_bit(both_forms: tuple[Passes, Passes], mlp: MlpPlacement) -> None:
     explicit = parse_plan(" | ".join(str(layer) for layer in range(NUM_LAYERS)), NUM_LAYERS, mlp)
-    for plan in (paper_plan(NUM_LAYERS, 1, mlp), explicit, None):
-        assert torch.equal(fuzzy_path(passes, plan), sequential)
+    for passes in both_forms:
+        sequential = fuzzy_path(passes, sequential_plan(NUM_LAYERS))
+        for plan in (paper_plan(NUM_LAYERS, 1, mlp), explicit):
+            assert torch.equal(fuzzy_path(passes, plan), sequential)
 
 
-def test_exact_rows_replace_fuzzy_ones(passes: Passes) -> None:
+def test_exact_rows_replace_fuzzy_ones(both_forms: tuple[Passes, Passes]) -> None:
     """Calibration: after fuzzy rows are dropped and run again layer by layer, nothing of them is left."""
-    fuzzy = paper_plan(NUM_LAYERS, 4, MlpPlacement.STAGED)
-    session = passes.open()
-    passes.run(session.chain(CONTEXT))
-    passes.run(session.chain(GUESSES), plan=fuzzy)
-    session.slots.truncate(len(CONTEXT))
-    (calibrated,) = passes.run(session.chain(GUESSES))
-    entries = passes.pool.entries(torch.from_numpy(session.slots.by_position[: session.slots.num_cached]))
-    keys_and_values = passes.pool.table[entries]
-    session.close()
-    fresh = passes.open()
-    passes.run(fresh.chain(CONTEXT))
-    (expected,) = passes.run(fresh.chain(GUESSES))
-    entries = passes.pool.entries(torch.from_numpy(fresh.slots.by_position[: fresh.slots.num_cached]))
-    assert torch.equal(passes.pool.table[entries], keys_and_values)
-    assert torch.equal(calibrated, expected)
-    fresh.close()
+    plan = paper_plan(NUM_LAYERS, 4, MlpPlacement.STAGED)
+    for passes in both_forms:
+        results = []
+        for guesses_before in (True, False):
+            session = passes.open()
+            passes.run(session.chain(CONTEXT))
+            if guesses_before:
+                passes.run(session.chain(GUESSES), plan=plan)
+                session.slots.truncate(len(CONTEXT))
+            (logits,) = passes.run(session.chain(GUESSES))
+            slots = torch.from_numpy(session.slots.by_position[: session.slots.num_cached])
+            results.append((logits, passes.pool.table[passes.pool.entries(slots)]))
+            session.close()
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("mlp", MlpPlacement)
