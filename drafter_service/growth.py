@@ -65,43 +65,83 @@ class Sharpness:
         self.value = max(low, min(high, self.value + _LEARNING_RATE * gradient))
 
 
+class RoundNoise:
+    """The noise of every level of a round for all tokens, drawn at once: a small vocabulary's is cheap in one call.
+
+    `first_positions` and `num_levels` say, per sampled request of the batch, which positions a tree may choose at.
+    """
+
+    def __init__(
+        self,
+        samplings: Sequence[SamplingParameters],
+        first_positions: Sequence[int],
+        num_levels: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        keys = [
+            (sampling.seed, position)
+            for sampling, first, count in zip(samplings, first_positions, num_levels, strict=True)
+            for position in range(first, first + count)
+        ]
+        self._row_of_key = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        seeds = torch.tensor([signed_seed(seed) for seed, _ in self._row_of_key], device=device)
+        positions = torch.tensor([position for _, position in self._row_of_key], device=device)
+        self._table = gumbel_noise(seeds, positions, torch.arange(vocab_size, device=device))
+
+    def rows(self, samplings: Sequence[SamplingParameters], positions: Sequence[int]) -> torch.Tensor:
+        """Noise [R, V] of each row; that of a greedy request is never used and may be any."""
+        rows = [
+            self._row_of_key.get((sampling.seed, position), 0)
+            for sampling, position in zip(samplings, positions, strict=True)
+        ]
+        return self._table[torch.tensor(rows, device=self._table.device)]
+
+
 def rank_candidates(
-    draft_logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_candidates: int
+    draft_logits: torch.Tensor,
+    positions: Sequence[int],
+    samplings: Sequence[SamplingParameters],
+    num_candidates: int,
+    noise: RoundNoise | None = None,
 ) -> list[Candidates]:
     """The best `num_candidates` next tokens of every row of `draft_logits` [R, V] float32; one host sync.
 
-    `positions` are those of the tokens to be chosen, `samplings` the rows' requests.
+    `positions` are those of the tokens to be chosen, `samplings` the rows' requests. Without `noise` drawn before,
+    only each row's likeliest tokens get noise.
     """
+    num_tokens = draft_logits.shape[-1]
     is_any_sampled = not all(sampling.is_greedy for sampling in samplings)
-    num_ranked = min(NUM_NOISED_TOKENS if is_any_sampled else num_candidates, draft_logits.shape[-1])
-    likeliest = draft_logits.topk(num_ranked, dim=-1)
-    scores = likeliest.values
-    if is_any_sampled:
-        scores = _perturbed(likeliest.values, likeliest.indices, positions, samplings)
-    best = scores.topk(min(num_candidates, num_ranked), dim=-1)
-    token_ids = likeliest.indices.gather(1, best.indices)
-    packed = torch.stack([best.values.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
+    if is_any_sampled and noise is not None:
+        ranked = _perturbed(draft_logits, noise.rows(samplings, positions), samplings)
+        best = ranked.topk(min(num_candidates, num_tokens), dim=-1)
+        scores, token_ids = best.values, best.indices
+    else:
+        likeliest = draft_logits.topk(min(NUM_NOISED_TOKENS if is_any_sampled else num_candidates, num_tokens), dim=-1)
+        scores, token_ids = likeliest.values, likeliest.indices
+        if is_any_sampled:
+            seeds = torch.tensor([signed_seed(sampling.seed) for sampling in samplings], device=scores.device)
+            row_noise = gumbel_noise(seeds, torch.tensor(positions, device=scores.device), token_ids)
+            best = _perturbed(scores, row_noise, samplings).topk(min(num_candidates, num_tokens), dim=-1)
+            scores, token_ids = best.values, token_ids.gather(1, best.indices)
+    packed = torch.stack([scores.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
     return [
         Candidates(tuple(int(token_id) for token_id in row_token_ids), tuple(row_scores))
         for row_scores, row_token_ids in zip(packed[0], packed[1], strict=True)
     ]
 
 
-def _perturbed(
-    logits: torch.Tensor, token_ids: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters]
-) -> torch.Tensor:
-    """logits / T + noise for sampled rows and logits for greedy ones, [R, NUM_NOISED_TOKENS]; best logits come first.
+def _perturbed(logits: torch.Tensor, noise: torch.Tensor, samplings: Sequence[SamplingParameters]) -> torch.Tensor:
+    """logits / T + noise for sampled rows and logits for greedy ones, all [R, K].
 
     Each row is relative to its best logit, and finite at whatever temperature.
     """
-    device = logits.device
-    seeds = torch.tensor([signed_seed(sampling.seed) for sampling in samplings], device=device)
-    noise = gumbel_noise(seeds, torch.tensor(positions, device=device), token_ids)
     divisors = [1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
-    temperatures = torch.tensor(divisors, device=device)[:, None]
-    is_sampled = torch.tensor([not sampling.is_greedy for sampling in samplings], device=device)[:, None]
-    scaled = ((logits - logits[:, :1]) / temperatures).clamp_(min=_MIN_SCORE)
-    return scaled + noise * is_sampled
+    temperatures = torch.tensor(divisors, device=logits.device)[:, None]
+    scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures).clamp_(min=_MIN_SCORE)
+    if any(sampling.is_greedy for sampling in samplings):
+        noise = noise * torch.tensor([not sampling.is_greedy for sampling in samplings], device=logits.device)[:, None]
+    return scaled + noise
 
 
 class GrowingTree:

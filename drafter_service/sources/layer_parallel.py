@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafter_service.growth import Candidates, GrowingTree, Sharpness, rank_candidates
+from drafter_service.growth import Candidates, GrowingTree, RoundNoise, Sharpness, rank_candidates
 from drafter_service.sources.source import DraftJob, DraftSession, Proposal
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
@@ -24,6 +24,8 @@ from easyspec.speculation.messages import DraftTimings
 # Children looked at per row: the chance that the base model picks a later one is small. The same number for every
 # session, so that a node's value does not depend on the budgets of others in the batch.
 _NUM_CANDIDATES = 8
+# Up to this many tokens noise is drawn for all of them, once a round; beyond, for the likeliest of each row.
+_MAX_NOISED_VOCABULARY = 8192
 
 
 class _SessionState:
@@ -95,11 +97,12 @@ class LayerParallelSource:
         started_ns = time.monotonic_ns()
         draftings = [self._begin(job) for job in jobs]
         draft_logits = self._calibrate(draftings, self._decoder.sequential_plan if calibration else plan)
-        self._add_level(draftings, draft_logits)
+        noise = self._draw_noise(draftings)
+        self._add_level(draftings, draft_logits, noise)
         calibrated_ns = time.monotonic_ns()
         num_fuzzy_steps = 0
         while active := [drafting for drafting in draftings if drafting.tree.frontier]:
-            self._add_level(active, self._fuzzy_step(active, plan))
+            self._add_level(active, self._fuzzy_step(active, plan), noise)
             num_fuzzy_steps += 1
         timings = DraftTimings(
             calibrate_ns=calibrated_ns - started_ns,
@@ -168,7 +171,21 @@ class LayerParallelSource:
             tree=TreeColumns(slots, [root_position + tree.depths[row] for row in expanded], visible),
         )
 
-    def _add_level(self, draftings: Sequence[_Drafting], draft_logits: torch.Tensor) -> None:
+    def _draw_noise(self, draftings: Sequence[_Drafting]) -> RoundNoise | None:
+        """The round's noise, if anybody samples and the vocabulary is small enough to draw all of it."""
+        sampled = [drafting for drafting in draftings if not drafting.job.session.sampling.is_greedy]
+        vocab_size = self._decoder.config.vocab_size
+        if not sampled or vocab_size > _MAX_NOISED_VOCABULARY:
+            return None
+        return RoundNoise(
+            [drafting.job.session.sampling for drafting in sampled],
+            [drafting.base_length for drafting in sampled],
+            [drafting.job.budget.num_levels for drafting in sampled],
+            vocab_size,
+            self._decoder.device,
+        )
+
+    def _add_level(self, draftings: Sequence[_Drafting], draft_logits: torch.Tensor, noise: RoundNoise | None) -> None:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         positions: list[int] = []
         samplings = []
@@ -176,7 +193,7 @@ class LayerParallelSource:
             tree = drafting.tree
             positions += [drafting.base_length + tree.depths[row] for row in tree.frontier]
             samplings += [drafting.job.session.sampling] * len(tree.frontier)
-        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES)
+        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, noise)
         for drafting in draftings:
             count = len(drafting.tree.frontier)
             drafting.tree.add_level(candidates[:count])
