@@ -117,7 +117,7 @@ async def test_a_stale_calibration_changes_no_other_stream(stub: Stub, engine: F
 
 async def test_a_refusal_at_opening_holds_nothing(stub: Stub, engine: FakeDrafterEngine) -> None:
     engine.open_fault = CapacityError("no KV memory", retry_after_s=2.0)
-    returned = error_from_rpc(await outcome(stub, opening(), calibrating(3, 8)))
+    returned = error_from_rpc(await outcome(stub, opening()))
     assert isinstance(returned, CapacityError)
     assert returned.retry_after_s == 2.0
     assert engine.kv_usage().num_sessions == 0
