@@ -27,9 +27,9 @@ NUM_NOISED_TOKENS = 256
 # The smallest normal float32, and a score whose multiples stay finite: division by a tiny temperature overflows.
 _MIN_TEMPERATURE = 2.0**-126
 _MIN_SCORE = -1e30
-_INITIAL_SHARPNESS = 1.0
+_INITIAL_SHARPNESS = 2.0
 _SHARPNESS_RANGE = (0.25, 4.0)
-_LEARNING_RATE = 0.02
+_LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
