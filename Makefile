@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 NPX := npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npx --yes
-PROMPT ?= def fibonacci(n):
+PROMPT ?= class Stack:
 PAIR ?= bundled
 
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 run: install ## stream one completion from the bundled models through all three services
-	$(BIN)/easyspec generate "$(PROMPT)" --show-speculation --max-tokens 128 --temperature 0
+	$(BIN)/easyspec generate "$(PROMPT)" --show-speculation --max-tokens 96 --temperature 0.6 --seed 3
 
 serve: install ## start drafter, verifier and gateway; Ctrl-C drains and stops them
 	$(BIN)/easyspec up
