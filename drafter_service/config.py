@@ -33,3 +33,17 @@ class DrafterSettings(EngineSettings):
         description="sequential or staged: MLPs of a group one after the other, as in the paper, or all at once. "
         "staged measured faster at almost the same acceptance.",
     )
+    initial_sharpness: float = Field(
+        default=2.0,
+        ge=0.25,
+        le=4.0,
+        description="How far the draft's ranking is trusted when a session starts, 0.25 to 4. 2 was best or near it on "
+        "the bundled pair, greedy and sampled (docs/decisions/0004).",
+    )
+    sharpness_rate: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="How fast that trust follows the verdicts of the session, 0 (never) to 1. 0.1 was best with "
+        "trees of 15 nodes.",
+    )

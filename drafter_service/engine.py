@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.growth import RankingSettings
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
@@ -77,7 +78,10 @@ class DrafterEngine:
             raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._loaded = loaded = load_model(settings, is_exact=False)
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
-        source = LayerParallelSource(loaded.decoder, loaded.pool, settings.prefill_chunk, settings.max_tree_nodes)
+        ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
+        source = LayerParallelSource(
+            loaded.decoder, loaded.pool, settings.prefill_chunk, settings.max_tree_nodes, ranking
+        )
         limits = DrafterLimits(settings.served_model_name, settings.max_tree_nodes)
         self._drafter = Drafter(loaded.decoder.config, loaded.pool, source, self._plan, limits)
         _warm_up(self._drafter, settings.max_tree_nodes)

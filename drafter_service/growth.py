@@ -27,9 +27,7 @@ NUM_NOISED_TOKENS = 256
 # The smallest normal float32, and a score whose multiples stay finite: division by a tiny temperature overflows.
 _MIN_TEMPERATURE = 2.0**-126
 _MIN_SCORE = -1e30
-_INITIAL_SHARPNESS = 2.0
 _SHARPNESS_RANGE = (0.25, 4.0)
-_LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,23 @@ class Candidates:
         return [sharpness * (score - top) - total for score in self.scores]
 
 
+@dataclass(frozen=True)
+class RankingSettings:
+    """Where a session's sharpness starts and how fast it follows the verdicts (docs/decisions/0004)."""
+
+    initial_sharpness: float = 2.0
+    learning_rate: float = 0.1
+
+
+DEFAULT_RANKING = RankingSettings()
+
+
 class Sharpness:
     """Online estimate of how well draft scores predict the base model's choice; one per session."""
 
-    def __init__(self) -> None:
-        self.value = _INITIAL_SHARPNESS
+    def __init__(self, settings: RankingSettings = DEFAULT_RANKING) -> None:
+        self.value = settings.initial_sharpness
+        self._learning_rate = settings.learning_rate
 
     def observe(self, candidates: Candidates, chosen_token_id: int) -> None:
         """One step up the log-likelihood of the choice; a choice outside the candidates counts as the last one."""
@@ -62,7 +72,7 @@ class Sharpness:
         index = candidates.token_ids.index(chosen_token_id) if is_known else -1
         gradient = max(-5.0, min(5.0, candidates.scores[index] - expected))
         low, high = _SHARPNESS_RANGE
-        self.value = max(low, min(high, self.value + _LEARNING_RATE * gradient))
+        self.value = max(low, min(high, self.value + self._learning_rate * gradient))
 
 
 class RoundNoise:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafter_service.growth import Candidates, GrowingTree, RoundNoise, Sharpness, rank_candidates
+from drafter_service.growth import (
+    DEFAULT_RANKING,
+    Candidates,
+    GrowingTree,
+    RankingSettings,
+    RoundNoise,
+    Sharpness,
+    rank_candidates,
+)
 from drafter_service.sources.source import DraftJob, DraftSession, Proposal
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
@@ -31,9 +39,9 @@ _MAX_NOISED_VOCABULARY = 8192
 class _SessionState:
     """A session's KV: slots of committed tokens, and of the last tree's expanded nodes (row -> slot)."""
 
-    def __init__(self, slots: SessionSlots) -> None:
+    def __init__(self, slots: SessionSlots, ranking: RankingSettings) -> None:
         self.slots = slots
-        self.sharpness = Sharpness()
+        self.sharpness = Sharpness(ranking)
         self.tree: GrowingTree | None = None
         self.tree_slots: dict[int, int] = {}
 
@@ -54,7 +62,15 @@ class _Drafting:
 class LayerParallelSource:
     """Guesses with the draft model. Jobs of one plan share every pass."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, prefill_chunk: int, max_tree_slots: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        prefill_chunk: int,
+        max_tree_slots: int,
+        ranking: RankingSettings = DEFAULT_RANKING,
+    ) -> None:
+        self._ranking = ranking
         self._decoder = decoder
         self._pool = pool
         self._prefill_chunk = prefill_chunk
@@ -64,7 +80,7 @@ class LayerParallelSource:
     def open(self, session: DraftSession) -> None:
         """Reserve KV memory for the session; raises CapacityError."""
         slots = SessionSlots(self._pool, session.max_length + self._max_tree_slots, BLOCK_SIZE)
-        self._states[session.session_id] = _SessionState(slots)
+        self._states[session.session_id] = _SessionState(slots, self._ranking)
 
     def close(self, session: DraftSession) -> None:
         """Free the session's KV memory; idempotent."""
