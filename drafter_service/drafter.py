@@ -12,16 +12,11 @@ import torch
 
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Proposal
 from easyspec.device_thread import Task
-from easyspec.errors import (
-    EasyspecError,
-    InvalidRequestError,
-    PromptTooLongError,
-    StalePositionError,
-    UnknownModelError,
-)
+from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.config import ModelConfig
 from easyspec.model.kv_cache import KVPool
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
+from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
 from easyspec.speculation.messages import Calibration, Draft, DraftTimings, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
@@ -131,16 +126,10 @@ class Drafter:
             self._unprepared.append(session)
 
     def _open(self, request: OpenSpeculation) -> int:
-        config, name = self._config, self._limits.served_model_name
-        if request.model not in ("", name):
-            raise UnknownModelError(request.model, name)
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("prompt_token_ids", [], "at least one token")
-        self._check_token_ids("prompt_token_ids", request.prompt_token_ids)
+        config = self._config
+        check_model(request.model, self._limits.served_model_name)
+        check_prompt(request.prompt_token_ids, config.vocab_size, config.max_model_len)
         request.sampling.check(config.vocab_size)
-        num_prompt = len(request.prompt_token_ids)
-        if num_prompt >= config.max_model_len:
-            raise PromptTooLongError("prompt_token_ids", f"{num_prompt} tokens", f"below {config.max_model_len}")
         session = DraftSession(
             session_id=next(self._session_ids),
             token_ids=[*request.prompt_token_ids],
@@ -165,11 +154,6 @@ class Drafter:
         wanted = request.max_total_length or self._config.max_model_len
         return min(max(wanted, len(request.prompt_token_ids)), self._config.max_model_len)
 
-    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._config.vocab_size:
-                raise InvalidRequestError(field, token_id, f"0 to {self._config.vocab_size - 1}")
-
     def _commit(self, task: DraftTask) -> None:
         """Append the verdict's tokens; the stale and the malformed change nothing."""
         calibration = task.calibration
@@ -180,7 +164,7 @@ class Drafter:
             raise StalePositionError(calibration.base_length, len(session.token_ids))
         if not calibration.token_ids:
             raise InvalidRequestError("calibration.token_ids", [], "at least the bonus token")
-        self._check_token_ids("calibration.token_ids", calibration.token_ids)
+        check_token_ids("calibration.token_ids", calibration.token_ids, self._config.vocab_size)
         if len(session.token_ids) + len(calibration.token_ids) > session.max_length:
             length = len(session.token_ids) + len(calibration.token_ids)
             raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{session.max_length} in all")

@@ -16,17 +16,12 @@ import numpy as np
 import torch
 
 from easyspec.device_thread import Task
-from easyspec.errors import (
-    EasyspecError,
-    InvalidRequestError,
-    PromptTooLongError,
-    StalePositionError,
-    UnknownModelError,
-)
+from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
 from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
 from easyspec.speculation.acceptance import StopLimits, judge, stop_limits
+from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.sampling import ChoiceRow, TokenHistory, choose_tokens, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree
@@ -162,31 +157,20 @@ class Verifier:
         self._prefilling.clear()
 
     def _open(self, request: OpenVerification) -> int:
-        config, name = self._decoder.config, self._limits.served_model_name
-        if request.model not in ("", name):
-            raise UnknownModelError(request.model, name)
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("prompt_token_ids", [], "at least one token")
-        self._check_token_ids("prompt_token_ids", request.prompt_token_ids)
-        self._check_token_ids("output_token_ids", request.output_token_ids)
+        config = self._decoder.config
+        check_model(request.model, self._limits.served_model_name)
+        check_prompt(request.prompt_token_ids, config.vocab_size, config.max_model_len)
+        check_token_ids("output_token_ids", request.output_token_ids, config.vocab_size)
         request.sampling.check(config.vocab_size)
         request.stop.check(config.vocab_size)
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
         limits = stop_limits(request.stop, num_prompt, config.eos_token_ids, config.max_model_len)
-        if num_prompt >= config.max_model_len:
-            raise PromptTooLongError("prompt_token_ids", f"{num_prompt} tokens", f"below {config.max_model_len}")
         if num_prompt + num_output >= limits.max_total_length:
             raise InvalidRequestError("output_token_ids", f"{num_output} tokens", "fewer than max_tokens")
         slots = SessionSlots(self._pool, limits.max_total_length + self._limits.max_tree_nodes, BLOCK_SIZE)
         session_id = next(self._session_ids)
         self._sessions[session_id] = VerifierSession(request, limits, slots)
         return session_id
-
-    def _check_token_ids(self, field: str, token_ids: Sequence[int]) -> None:
-        vocab_size = self._decoder.config.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(field, token_id, f"0 to {vocab_size - 1}")
 
     def _enqueue(self, task: VerifyTask) -> None:
         session = self._sessions.get(task.session_id)
