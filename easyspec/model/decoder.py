@@ -22,6 +22,9 @@ from easyspec.model.weights import Checkpoint
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.speculation.parameters import MlpPlacement
 
+# Layer plans whose wide groups are kept ready; the sequential plan counts as one and costs nothing.
+MAX_PLANS = 4
+
 
 class Decoder:
     """A model of the Llama family over a KV pool, executed by a layer plan.
@@ -44,7 +47,8 @@ class Decoder:
         with Checkpoint(folder) as checkpoint:
             self._layers = [load_layer(checkpoint, config, layer, device) for layer in range(config.num_layers)]
             self._load_ends(checkpoint)
-        self._groups: dict[tuple[range, MlpPlacement], LayerGroup] = {}
+        self._groups_of_plan: dict[LayerPlan, list[LayerGroup]] = {}
+        self._single_layers: dict[int, LayerGroup] = {}
 
     def _load_ends(self, checkpoint: Checkpoint) -> None:
         c = self.config
@@ -95,12 +99,24 @@ class Decoder:
         return [*(linear for group in groups for linear in group.linears), self._head]
 
     def _plan_groups(self, plan: LayerPlan) -> list[LayerGroup]:
-        return [self._group(layers, plan.mlp) for layers in plan.groups]
+        """A plan's groups, built when it is first used; of those least recently used all but a few are dropped.
+
+        A wide group holds its weights a second time, and clients choose plans: without a bound they could fill the
+        memory. Groups of one layer are the same in every plan and stay.
+        """
+        groups = self._groups_of_plan.pop(plan, None)
+        if groups is None:
+            groups = [self._group(layers, plan.mlp) for layers in plan.groups]
+        self._groups_of_plan[plan] = groups  # the last one is the most recently used
+        while len(self._groups_of_plan) > MAX_PLANS:
+            del self._groups_of_plan[next(iter(self._groups_of_plan))]
+        return groups
 
     def _group(self, layers: range, mlp: MlpPlacement) -> LayerGroup:
-        """Groups are built when a plan first needs them; a group of one layer is the same in every plan."""
-        key = (layers, mlp if len(layers) > 1 else MlpPlacement.SEQUENTIAL)
-        if key not in self._groups:
-            weights: list[LayerWeights] = self._layers[layers.start : layers.stop]
-            self._groups[key] = LayerGroup(self.config, layers, weights, mlp, self._attention)
-        return self._groups[key]
+        weights: list[LayerWeights] = self._layers[layers.start : layers.stop]
+        if len(layers) > 1:
+            return LayerGroup(self.config, layers, weights, mlp, self._attention)
+        if layers.start not in self._single_layers:
+            single = LayerGroup(self.config, layers, weights, MlpPlacement.SEQUENTIAL, self._attention)
+            self._single_layers[layers.start] = single
+        return self._single_layers[layers.start]

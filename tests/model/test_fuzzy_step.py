@@ -6,6 +6,8 @@ reach 5 to 15; six layers of float32 sums in another order differ by about 2e-5.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from easyspec.model.decoder import MAX_PLANS
+from easyspec.model.layers import LayerGroup
 from easyspec.model.row_layout import BLOCK_SIZE
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan, sequential_plan
 from easyspec.speculation.parameters import MlpPlacement
@@ -202,3 +206,18 @@ def test_half_types_stay_near_float32(tmp_path: Path, mlp: MlpPlacement) -> None
     error = (fuzzy_path(Passes(tmp_path, is_exact=False), plan) - expected).abs()
     assert expected.abs().max() > 2.0
     assert 1e-4 < error.mean() < 0.05
+
+
+def test_any_number_of_plans_keeps_few_copies_of_the_weights(both_forms: tuple[Passes, Passes]) -> None:
+    """Clients choose plans; each wide group is a copy of its layers' weights."""
+    decoder = both_forms[1].decoder
+    num_layers = decoder.config.num_layers
+    plans = [paper_plan(num_layers, size, mlp) for size in range(1, num_layers + 1) for mlp in MlpPlacement]
+    groups = weakref.WeakSet[LayerGroup]()
+    for plan in plans:
+        groups.update(group for group in decoder._plan_groups(plan))
+    gc.collect()
+    wide = [group for group in groups if not hasattr(group, "_output")]
+    assert len(set(plans)) > MAX_PLANS
+    assert len(wide) <= sum(len(group) > 1 for plan in plans[-MAX_PLANS:] for group in plan.groups)
+    assert decoder._plan_groups(plans[-1]) is decoder._plan_groups(plans[-1])
