@@ -14,7 +14,7 @@ from torch.nn import functional
 FALLBACK_TILE_ROWS = 16
 
 
-# Below this many weights a prepacked product's own overhead (40 to 140 us a call measured) exceeds what it saves.
+# Below this many weights a prepacked product is no faster (docs/benchmarks/kernels.txt).
 _MIN_PACKED_WEIGHTS = 2**19
 
 
@@ -22,7 +22,7 @@ class Linear:
     """`x @ weight.T + bias` for `weight` [O, I].
 
     A large weight is prepacked into the kernel's own blocking where the CPU's oneDNN can do it for the type:
-    1.4 to 3 times the speed of the plain kernel at 2 to 32 rows, and a row's result does not depend on
+    up to three times the speed of the plain kernel at 4 to 32 rows, and a row's result does not depend on
     how many other rows there are. `tile_rows` cuts the input into products of exactly that many rows,
     which restores this property where a kernel lacks it (`is_row_invariant` tells).
     """
