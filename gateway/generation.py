@@ -65,7 +65,10 @@ class SpeculationWish:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asks for; nothing is checked yet."""
+    """What a client asks for; nothing is checked yet.
+
+    `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
+    """
 
     prompt: str | TokenIds | Conversation
     sampling: SamplingParameters
@@ -74,6 +77,7 @@ class GenerationRequest:
     speculation: SpeculationWish = field(default_factory=SpeculationWish)
     model: str = ""
     request_id: str = ""
+    client: str = ""
 
 
 @dataclass(frozen=True)

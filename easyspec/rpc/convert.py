@@ -20,12 +20,15 @@ from easyspec.speculation.messages import (
     ModelInfo,
     OpenSpeculation,
     OpenVerification,
+    TokenLogprobs,
     Verdict,
     VerifyTimings,
 )
 from easyspec.speculation.parameters import (
     MAX_SEED,
     FinishReason,
+    Grammar,
+    GrammarKind,
     LayerPlanRequest,
     MlpPlacement,
     SamplingParameters,
@@ -63,8 +66,12 @@ def sampling_from_pb(message: types_pb2.SamplingParameters, default_seed: int | 
     seed = message.seed if message.HasField("seed") else default_seed
     if seed is None:
         raise InvalidRequestError("sampling.seed", None, f"0 to {MAX_SEED}, and it must be set")
-    present = {field.name: value for field, value in message.ListFields() if field.name not in ("seed", "logit_bias")}
-    return SamplingParameters(seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), **present)
+    others = ("seed", "logit_bias", "grammar")
+    present = {field.name: value for field, value in message.ListFields() if field.name not in others}
+    grammar = grammar_from_pb(message.grammar) if message.HasField("grammar") else None
+    return SamplingParameters(
+        seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), grammar=grammar, **present
+    )
 
 
 def sampling_to_pb(sampling: SamplingParameters) -> types_pb2.SamplingParameters:
@@ -78,7 +85,21 @@ def sampling_to_pb(sampling: SamplingParameters) -> types_pb2.SamplingParameters
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=sampling.logit_bias,
         seed=sampling.seed,
+        grammar=None if sampling.grammar is None else grammar_to_pb(sampling.grammar),
     )
+
+
+def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
+    """A grammar of no kind is an InvalidRequestError."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        allowed = ", ".join(kind.value for kind in GrammarKind)
+        raise InvalidRequestError("sampling.grammar", None, f"exactly one of {allowed}")
+    return Grammar(GrammarKind(kind), getattr(message, kind))
+
+
+def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
+    return types_pb2.Grammar(**{grammar.kind.value: grammar.text})
 
 
 def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
@@ -160,6 +181,8 @@ def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVer
         output_token_ids=tuple(message.output_token_ids),
         model=message.model,
         request_id=message.request_id,
+        num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs,
     )
 
 
@@ -171,6 +194,8 @@ def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerif
         sampling=sampling_to_pb(request.sampling),
         stop=stop_to_pb(request.stop),
         request_id=request.request_id,
+        num_top_logprobs=request.num_top_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
@@ -192,6 +217,8 @@ def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
         accepted_rows=tuple(message.accepted_rows),
         finish_reason=finish_reason_from_pb(message.finish_reason),
         matched_stop_token_id=message.matched_stop_token_id if message.HasField("matched_stop_token_id") else None,
+        logprobs=tuple(logprobs_from_pb(entry) for entry in message.logprobs),
+        prompt_logprobs=tuple(logprobs_from_pb(entry) for entry in message.prompt_logprobs),
     )
 
 
@@ -203,6 +230,20 @@ def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
         finish_reason=finish_reason_to_pb(verdict.finish_reason),
         matched_stop_token_id=verdict.matched_stop_token_id,
         accepted_rows=verdict.accepted_rows,
+        logprobs=[logprobs_to_pb(entry) for entry in verdict.logprobs],
+        prompt_logprobs=[logprobs_to_pb(entry) for entry in verdict.prompt_logprobs],
+    )
+
+
+def logprobs_from_pb(message: types_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+
+
+def logprobs_to_pb(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
+    return types_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
     )
 
 

@@ -16,7 +16,10 @@ from easyspec.speculation.token_tree import TokenTree
 
 @dataclass(frozen=True)
 class OpenVerification:
-    """Opens a session at the verifier. `output_token_ids` were emitted before (by whichever replica)."""
+    """Opens a session at the verifier. `output_token_ids` were emitted before (by whichever replica).
+
+    `num_top_logprobs` None means no log-probabilities at all; 0 those of the emitted tokens alone.
+    """
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParameters
@@ -24,6 +27,16 @@ class OpenVerification:
     output_token_ids: tuple[int, ...] = ()
     model: str = ""
     request_id: str = ""
+    num_top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the base model found a token, and the likeliest at its place: (token id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class Verdict:
     """What the base model says to a tree: accepted tokens, then the bonus token unless a stop came first.
 
     `token_ids` is never empty; the first `num_accepted` of them were draft tokens and stand at
-    `accepted_rows` of the tree.
+    `accepted_rows` of the tree. `logprobs` has one entry per token where the session asked for them. A session's
+    first verdict carries `prompt_logprobs`, one per prompt token but the first, if asked for.
     """
 
     base_length: int
@@ -39,6 +53,8 @@ class Verdict:
     accepted_rows: tuple[int, ...]
     finish_reason: FinishReason | None = None
     matched_stop_token_id: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def num_accepted(self) -> int:

@@ -10,6 +10,24 @@ from dataclasses import dataclass, field
 from easyspec.errors import InvalidRequestError
 
 MAX_SEED = 2**64 - 1
+MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_TOP_LOGPROBS = 20
+
+
+class GrammarKind(enum.Enum):
+    """How a grammar is written; the values are the wire's field names."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A language that the whole output belongs to; `types.proto` states each kind."""
+
+    kind: GrammarKind
+    text: str
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,7 @@ class SamplingParameters:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -48,6 +67,10 @@ class SamplingParameters:
             raise InvalidRequestError("sampling.repetition_penalty", self.repetition_penalty, "above 0, up to 100")
         _check_range("sampling.presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("sampling.frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.grammar is not None and not 1 <= len(self.grammar.text.encode()) <= MAX_GRAMMAR_BYTES:
+            num_bytes = len(self.grammar.text.encode())
+            name = f"sampling.grammar.{self.grammar.kind.value}"
+            raise InvalidRequestError(name, f"{num_bytes} bytes", f"1 to {MAX_GRAMMAR_BYTES} bytes")
         for token_id, bias in self.logit_bias.items():
             _check_range("sampling.logit_bias token id", token_id, 0, vocab_size - 1)
             _check_range(f"sampling.logit_bias[{token_id}]", bias, -100.0, 100.0)

@@ -34,10 +34,23 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     STOP_STRINGS_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    NUM_CHOICES_FIELD_NUMBER: _builtins.int
+    NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ECHO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; empty means the only one served."""
     text: _builtins.str
     """Text, tokenized as it stands."""
+    num_choices: _builtins.int
+    """Completions to make of the prompt, 1 to 16. Choice 0 uses the seed, every further one a seed made from it, which
+    its Completion reports. Unset: 1.
+    """
+    num_top_logprobs: _builtins.int
+    """Report log-probabilities of every output token, and this many of the likeliest at its place, 0 to 20.
+    Unset: report none.
+    """
+    echo: _builtins.bool
+    """Begin the output with the prompt: its text, its token ids and, if asked for, its log-probabilities."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -73,13 +86,25 @@ class GenerateRequest(_message.Message):
         stop: _types_pb2.StopConditions | None = ...,
         stop_strings: _abc.Iterable[_builtins.str] | None = ...,
         speculation: Global___SpeculationParameters | None = ...,
+        num_choices: _builtins.int | None = ...,
+        num_top_logprobs: _builtins.int | None = ...,
+        echo: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "echo", b"echo", "model", b"model", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
+    _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015
+    _WhichOneofReturnType__num_top_logprobs: _TypeAlias = _typing.Literal["num_top_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__num_top_logprobs: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_choices) -> _WhichOneofReturnType__num_choices | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_top_logprobs) -> _WhichOneofReturnType__num_top_logprobs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -231,10 +256,14 @@ class GenerateResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
     TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that became final in this round; may be empty while a character or a stop string is incomplete."""
     num_accepted: _builtins.int
     """How many of token_ids were draft tokens."""
+    choice_index: _builtins.int
+    """Which choice this is a round of, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token of this round, the bonus token last."""
@@ -253,6 +282,12 @@ class GenerateResponse(_message.Message):
         never splits a character. Only filled when the request's speculation mode is on or auto.
         """
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
+        """One entry per token of token_ids, if asked for. Of an echoed prompt's first token, which nothing precedes, the
+        entry is empty.
+        """
+
     def __init__(
         self,
         *,
@@ -262,10 +297,12 @@ class GenerateResponse(_message.Message):
         timings: Global___RoundTimings | None = ...,
         completion: Global___Completion | None = ...,
         token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        choice_index: _builtins.int = ...,
+        logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "completion", b"completion", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "completion", b"completion", "num_accepted", b"num_accepted", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "choice_index", b"choice_index", "completion", b"completion", "logprobs", b"logprobs", "num_accepted", b"num_accepted", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__completion: _TypeAlias = _typing.Literal["completion"]  # noqa: Y015
     _WhichOneofArgType__completion: _TypeAlias = _typing.Literal["_completion", b"_completion"]  # noqa: Y015

@@ -63,10 +63,18 @@ class OpenVerification(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; empty means the only one served."""
     request_id: _builtins.str
     """For logs and traces."""
+    num_top_logprobs: _builtins.int
+    """Report log-probabilities of every output token, and this many of the likeliest at its place, 0 to 20.
+    Unset: report none.
+    """
+    prompt_logprobs: _builtins.bool
+    """Also report log-probabilities of the prompt's own tokens, with the first verdict; needs num_top_logprobs."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, at least one token."""
@@ -92,12 +100,16 @@ class OpenVerification(_message.Message):
         sampling: _types_pb2.SamplingParameters | None = ...,
         stop: _types_pb2.StopConditions | None = ...,
         request_id: _builtins.str = ...,
+        num_top_logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs", "num_top_logprobs", b"num_top_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs", "model", b"model", "num_top_logprobs", b"num_top_logprobs", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_top_logprobs: _TypeAlias = _typing.Literal["num_top_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__num_top_logprobs: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_top_logprobs) -> _WhichOneofReturnType__num_top_logprobs | None: ...
 
 Global___OpenVerification: _TypeAlias = OpenVerification  # noqa: Y015
 
@@ -171,6 +183,8 @@ class Verdict(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     MATCHED_STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     ACCEPTED_ROWS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     base_length: _builtins.int
     """Committed length the verdict was based on."""
     num_accepted: _builtins.int
@@ -187,6 +201,14 @@ class Verdict(_message.Message):
     def accepted_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tree rows of the accepted tokens (row i + 1 is node i), num_accepted of them."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
+        """One entry per token, if the session asked for log-probabilities."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
+        """In a session's first verdict, if asked for: one entry per prompt token but the first, which nothing precedes."""
+
     def __init__(
         self,
         *,
@@ -196,10 +218,12 @@ class Verdict(_message.Message):
         finish_reason: _types_pb2.FinishReason.ValueType = ...,
         matched_stop_token_id: _builtins.int | None = ...,
         accepted_rows: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop_token_id", b"matched_stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "accepted_rows", b"accepted_rows", "base_length", b"base_length", "finish_reason", b"finish_reason", "matched_stop_token_id", b"matched_stop_token_id", "num_accepted", b"num_accepted", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "accepted_rows", b"accepted_rows", "base_length", b"base_length", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop_token_id", b"matched_stop_token_id", "num_accepted", b"num_accepted", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop_token_id: _TypeAlias = _typing.Literal["matched_stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_stop_token_id: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id"]  # noqa: Y015

@@ -20,11 +20,14 @@ from easyspec.speculation.messages import (
     ModelInfo,
     OpenSpeculation,
     OpenVerification,
+    TokenLogprobs,
     Verdict,
     VerifyTimings,
 )
 from easyspec.speculation.parameters import (
     FinishReason,
+    Grammar,
+    GrammarKind,
     LayerPlanRequest,
     MlpPlacement,
     SamplingParameters,
@@ -53,7 +56,12 @@ samplings = st.builds(
     presence_penalty=float32s,
     frequency_penalty=float32s,
     logit_bias=st.dictionaries(uint32s, float32s, max_size=4),
+    grammar=st.none() | st.builds(Grammar, kind=st.sampled_from(GrammarKind), text=names),
 )
+logprobs = st.lists(
+    st.builds(TokenLogprobs, logprob=float32s, top=st.lists(st.tuples(uint32s, float32s), max_size=3).map(tuple)),
+    max_size=3,
+).map(tuple)
 stops = st.builds(
     StopConditions,
     max_tokens=st.none() | uint32s,
@@ -88,7 +96,7 @@ def test_sampling_is_rounded_once(temperature: float) -> None:
     assert twice == once
 
 
-@given(samplings, token_ids, token_ids, stops, names, names)
+@given(samplings, token_ids, token_ids, stops, names, names, st.none() | uint32s, st.booleans())
 def test_open_verification(
     sampling: SamplingParameters,
     prompt: tuple[int, ...],
@@ -96,8 +104,10 @@ def test_open_verification(
     stop: StopConditions,
     model: str,
     request_id: str,
+    num_top_logprobs: int | None,
+    prompt_logprobs: bool,
 ) -> None:
-    request = OpenVerification(prompt, sampling, stop, output, model, request_id)
+    request = OpenVerification(prompt, sampling, stop, output, model, request_id, num_top_logprobs, prompt_logprobs)
     assert convert.open_verification_from_pb(sent(convert.open_verification_to_pb(request))) == request
 
 
@@ -112,7 +122,16 @@ def test_verify_tree(base_length: int, tree: TokenTree) -> None:
 
 
 @given(
-    st.builds(Verdict, uint32s, token_ids, token_ids, st.none() | st.sampled_from(FinishReason), st.none() | uint32s)
+    st.builds(
+        Verdict,
+        uint32s,
+        token_ids,
+        token_ids,
+        st.none() | st.sampled_from(FinishReason),
+        st.none() | uint32s,
+        logprobs,
+        logprobs,
+    )
 )
 def test_verdict(verdict: Verdict) -> None:
     message = sent(convert.verdict_to_pb(verdict))
