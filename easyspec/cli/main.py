@@ -14,10 +14,17 @@ import typer
 from easyspec import __version__
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.generate import stream_completion
+from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
+from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE
+from easyspec.planner.costs import CostModel
+from easyspec.planner.hardware import device_named, stack_named
+from easyspec.planner.planner import Workload, make_plan
+from easyspec.planner.shape import find_shape
+from easyspec.planner.validation import compare_with_paper
 from easyspec.speculation.parameters import (
     LayerPlanRequest,
     MlpPlacement,
@@ -153,6 +160,40 @@ def generate(
         settings = StackSettings(base=base, draft=None if no_draft else draft)
         work = _generate_with_own_services(settings, flags, show_speculation, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
+
+
+@app.command()
+def plan(
+    base: Annotated[
+        str, typer.Option(help="Base model: folder, hub id or a known shape such as llama-3-70b.")
+    ] = "llama-3-70b",
+    draft: Annotated[str, typer.Option(help="Draft model, named likewise.")] = "llama-3-8b",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: a100, a100-40gb, h100, h200, b200, l40s.")] = "h100",
+    stack: Annotated[str, typer.Option(help="graphs, eager, or paper (transformers' eager code).")] = "graphs",
+    num_draft_levels: Annotated[int, typer.Option(min=1, help="Levels of a draft tree.")] = 5,
+    tree_width: Annotated[int, typer.Option(min=1, help="Nodes expanded per level.")] = 4,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes of a draft tree.")] = 15,
+    context: Annotated[int, typer.Option(min=1, help="Cached tokens of a request.")] = 2048,
+    kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the KV pools must hold.")] = 65_536,
+    acceptance_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Accepted / drafted levels of the draft executed exactly.")
+    ] = EXACT_ACCEPTANCE_RATE,
+    validate: Annotated[bool, typer.Option("--validate", help="Compare the model with the paper's Table 2.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    shows_all: Annotated[bool, typer.Option("--all", help="Show every scheme.")] = False,
+) -> None:
+    """Estimate what a round takes in every way of running base and draft on some GPUs, and recommend one."""
+    if validate:
+        print_validation(compare_with_paper())
+        return
+    costs = CostModel(device_named(gpu), stack_named(stack))
+    workload = Workload(num_draft_levels, tree_width, num_nodes, context, kv_tokens, acceptance_rate)
+    found = make_plan(costs, find_shape(base), find_shape(draft), gpus, workload)
+    if as_json:
+        print(plan_as_json(found, costs.device, costs.stack))
+    else:
+        print_plan(found, f"{base} + {draft} on {gpus} x {gpu}, {stack}", shows_all=shows_all)
 
 
 @bench.command(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -39,7 +40,7 @@ def expected_text(checkpoint: Path, num_tokens: int, prompt: str) -> str:
     return tokenizer.decode([cycle[(start + i) % len(cycle)] for i in range(num_tokens)])
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["up"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["up"], ["bench"], ["plan"]])
 async def test_help_names_what_there_is(easyspec_command: Command, command: list[str]) -> None:
     ended = await easyspec_command(*command, "--help")
     assert ended.code == 0
@@ -128,3 +129,19 @@ async def test_stop_strings_and_a_gateways_refusal(easyspec_command: Command, ga
     refused = await easyspec_command(*flags, "--num-nodes", "65")
     assert refused.code == 2
     assert "budget.num_nodes is 65" in refused.stderr
+
+
+async def test_plan_recommends_and_prints_json(easyspec_command: Command) -> None:
+    ended = await easyspec_command("plan", "--gpus", "8", "--gpu", "h200")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "recommended: " in ended.stdout
+    ended = await easyspec_command("plan", "--base", "models/base", "--draft", "models/draft", "--gpus", "1", "--json")
+    document = json.loads(ended.stdout)
+    assert document["verifier_ranks"] == 1
+    assert [estimate["scheme"]["num_ranks"] for estimate in document["estimates"]]
+
+
+async def test_plan_refuses_what_it_does_not_know(easyspec_command: Command) -> None:
+    ended = await easyspec_command("plan", "--gpu", "abacus")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "gpu is 'abacus'; allowed: a100" in ended.stderr

@@ -1,0 +1,165 @@
+"""The cost model: against the paper, against our own kernels, and in the directions that must hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from easyspec.errors import InvalidRequestError
+from easyspec.model.config import load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KVPool
+from easyspec.model.row_layout import Segment
+from easyspec.parallel.layer_groups import paper_plan
+from easyspec.planner.acceptance import acceptance_rate
+from easyspec.planner.costs import CostModel, Load
+from easyspec.planner.hardware import DEVICES, STACKS, device_named, stack_named
+from easyspec.planner.planner import Workload, draft_schemes, make_plan
+from easyspec.planner.shape import KNOWN_SHAPES, find_shape
+from easyspec.planner.validation import compare_with_paper
+from easyspec.speculation.parameters import MlpPlacement
+
+BASE, DRAFT = KNOWN_SHAPES["llama-3-70b"], KNOWN_SHAPES["llama-3-8b"]
+LOAD = Load(4, 2048)
+
+
+def costs(device: str = "h100", stack: str = "graphs") -> CostModel:
+    return CostModel(device_named(device), stack_named(stack))
+
+
+@pytest.mark.parametrize("comparison", list(compare_with_paper()), ids=lambda c: f"{c.data}-{c.figure}")
+def test_the_paper_is_met_within_15_percent(comparison: Any) -> None:
+    assert abs(comparison.error) < 0.15
+
+
+def test_sizes_of_llama_3_8b_are_the_published_ones() -> None:
+    assert DRAFT.weight_bytes / 2 == pytest.approx(8.03e9, rel=0.001)
+    assert BASE.weight_bytes / 2 == pytest.approx(70.55e9, rel=0.001)
+    share = DRAFT.attention_parameters / (DRAFT.attention_parameters + DRAFT.mlp_parameters)
+    assert share == pytest.approx(0.19, abs=0.005)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stack", STACKS)
+def test_no_pass_beats_the_memory_bandwidth(device: str, stack: str) -> None:
+    model = costs(device, stack)
+    least_us = 1e6 * (DRAFT.weight_bytes - 2 * DRAFT.head_parameters) / model.device.memory_bytes_per_s
+    assert model.tensor_parallel_us(DRAFT, LOAD, 1) > least_us
+    for scheme in draft_schemes(DRAFT, 8):
+        if not scheme.is_tensor_parallel:
+            fuzzy_us = model.layer_parallel_us(DRAFT, LOAD, scheme.plan, scheme.num_ranks)
+            assert fuzzy_us > least_us / scheme.num_ranks
+
+
+def test_a_plan_of_single_layers_on_one_rank_is_an_ordinary_pass() -> None:
+    plan = paper_plan(DRAFT.num_layers, 1, MlpPlacement.SEQUENTIAL)
+    assert costs().layer_parallel_us(DRAFT, LOAD, plan, 1) == pytest.approx(costs().tensor_parallel_us(DRAFT, LOAD, 1))
+
+
+@given(rows=st.integers(1, 64), more=st.integers(1, 64), context=st.integers(1, 30_000))
+def test_more_rows_and_more_context_never_cost_less(rows: int, more: int, context: int) -> None:
+    model = costs()
+    for ranks in (1, 8):
+        small = model.tensor_parallel_us(BASE, Load(rows, context), ranks)
+        assert model.tensor_parallel_us(BASE, Load(rows + more, context), ranks) >= small
+        assert model.tensor_parallel_us(BASE, Load(rows, context + more), ranks) >= small
+
+
+def test_attention_only_parallelism_is_capped_by_the_share_of_attention() -> None:
+    """In an engine bound by bandwidth alone, attention-only groups cannot gain more than attention's bytes."""
+    stack = replace(stack_named("graphs"), kernel_floor_us=0.0, collective_us=0.0)
+    model = CostModel(device_named("h100"), stack)
+    plan = paper_plan(DRAFT.num_layers, 4, MlpPlacement.SEQUENTIAL)
+    no_context = Load(1, 1)
+    gain = model.tensor_parallel_us(DRAFT, no_context, 1) / model.layer_parallel_us(DRAFT, no_context, plan, 4)
+    assert 1.05 < gain < 1.16
+
+
+def test_only_even_splits_are_offered() -> None:
+    assert BASE.supported_ranks(8) == [1, 2, 4, 8]
+    assert KNOWN_SHAPES["qwen2-1.5b"].supported_ranks(8) == [1, 2, 4]  # 12 heads and 2 KV heads: not 3
+
+
+def test_a_base_that_fits_nowhere_is_refused_with_the_sizes() -> None:
+    with pytest.raises(InvalidRequestError, match="GiB"):
+        make_plan(costs("a100-40gb"), BASE, DRAFT, 2, Workload())
+
+
+def test_the_recommended_scheme_is_the_fastest_and_plain_decoding_wins_over_useless_drafts() -> None:
+    plan = make_plan(costs(), BASE, DRAFT, 8, Workload())
+    assert plan.recommended is not None
+    assert plan.recommended.tokens_per_s == max(estimate.tokens_per_s for estimate in plan.estimates)
+    assert make_plan(costs(), BASE, DRAFT, 8, Workload(exact_acceptance_rate=0.0)).recommended is None
+    assert make_plan(costs(), DRAFT, BASE, 8, Workload()).recommended is None
+
+
+def test_overlap_never_makes_a_round_longer() -> None:
+    for estimate in make_plan(costs(), BASE, DRAFT, 8, Workload()).estimates:
+        assert estimate.overlapped_round_ms <= estimate.round_ms
+
+
+def test_fuzzier_plans_are_accepted_less() -> None:
+    rates = [
+        acceptance_rate(0.9, paper_plan(24, size, mlp))
+        for mlp in (MlpPlacement.SEQUENTIAL, MlpPlacement.STAGED)
+        for size in (1, 2, 3, 4, 5, 6, 9)
+    ]
+    assert rates[:7] == sorted(rates[:7], reverse=True)
+    assert rates[7:] == sorted(rates[7:], reverse=True)
+    assert all(staged <= sequential for sequential, staged in zip(rates[:7], rates[7:], strict=True))
+
+
+def test_a_checkpoint_folder_has_the_shape_of_its_config() -> None:
+    shape = find_shape("models/base")
+    assert (shape.num_layers, shape.vocab_size) == (24, 4096)
+
+
+@pytest.mark.parametrize(("table", "name"), [("gpu", device_named), ("stack", stack_named)])
+def test_an_unknown_name_is_refused_with_those_known(table: str, name: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{table} is 'abacus'"):
+        name("abacus")
+
+
+# Operations that only look at memory in another way; a few more change with torch's version and do not matter.
+VIEWS = frozenset(
+    {
+        *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
+        *("split", "chunk", "detach", "as_strided", "alias", "view_as_complex", "view_as_real"),
+    }
+)
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts operations that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_kernels = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_kernels += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_table_counts_our_kernels() -> None:
+    """On a GPU casts to and from bfloat16 come on top, about five a layer."""
+    folder, cpu = Path("models/base"), torch.device("cpu")
+    config = load_config(folder)
+    decoder = Decoder(folder, config, cpu, is_exact=True)
+    pool = KVPool(config, 256, cpu)
+    by_position = np.arange(1, 129, dtype=np.int64)
+    layout = decoder.lay_out([Segment([5, 6, 7, 8], range(4), [1, 2, 3, 4], [1, 2, 3, 4], by_position)])
+    with torch.no_grad(), KernelCounter() as counter:
+        decoder.forward(layout, pool)
+    per_layer = counter.num_kernels / config.num_layers
+    for name in ("graphs", "eager"):
+        stack = stack_named(name)
+        assert per_layer - 3 <= stack.attention_kernels + stack.mlp_kernels <= per_layer + 7
