@@ -1,6 +1,6 @@
 """The decoder: embeddings, layer groups, final norm and head.
 
-Dimensions: `T` rows of a pass (segments x padded rows), `E` hidden size, `V` vocabulary.
+Dimensions: `T` rows of a pass, `E` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from easyspec.model.attention import blockwise_attention, flat_attention
+from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
 from easyspec.model.config import ModelConfig
 from easyspec.model.kv_cache import KVPool
-from easyspec.model.layers import AttentionFunction, LayerGroup, LayerWeights, PassState, load_layer, unit_rms
+from easyspec.model.layers import LayerGroup, LayerWeights, PassState, load_layer, unit_rms
 from easyspec.model.linear import Linear
 from easyspec.model.rope import rotation_table
 from easyspec.model.row_layout import RowLayout, Segment, bucket, lay_out
@@ -68,7 +68,7 @@ class Decoder:
 
     def lay_out(self, segments: Sequence[Segment]) -> RowLayout:
         """The layout of a pass over `segments`."""
-        return lay_out(segments, self.config.num_queries_per_kv, self.device)
+        return lay_out(segments, self.config.num_queries_per_kv, self.device, is_flat=not self._is_exact)
 
     def forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan | None = None) -> torch.Tensor:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
@@ -76,7 +76,7 @@ class Decoder:
             layout=layout,
             rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
             pool=pool,
-            read_entries=pool.entries(layout.columns),
+            read_entries=tuple(pool.entries(group.columns) for group in layout.groups),
             write_entries=pool.entries(layout.slots),
         )
         hidden = self._embeddings[layout.token_ids]

@@ -1,7 +1,8 @@
 """Decoder layers in groups whose attention runs at the same time.
 
-Dimensions: `T` rows of the pass (B segments x M padded rows), `N` layers in the group, `H` KV heads,
-`G` query heads per KV head, `D` head size, `E` hidden size, `F` MLP size, `C` columns read per segment.
+Dimensions: `T` rows of the pass, `N` layers in the group, `H` KV heads, `G` query heads per KV head, `D` head size,
+`E` hidden size, `F` MLP size; of an attention group of the layout: `B` segments, `M` padded rows, `X` blocks of `W`
+columns.
 
 One code path serves the ordinary decoder (every group has one layer) and EasySpec's fuzzy steps (arXiv
 2502.02493, algorithm 2): inside a group every attention reads the hidden state at the group's entrance.
@@ -9,21 +10,20 @@ One code path serves the ordinary decoder (every group has one layer) and EasySp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from easyspec.model.attention import AttentionFunction
 from easyspec.model.config import ModelConfig
 from easyspec.model.kv_cache import KVPool
 from easyspec.model.linear import Linear
 from easyspec.model.rope import interleave_heads, rotate
-from easyspec.model.row_layout import RowLayout
+from easyspec.model.row_layout import AttentionGroup, RowLayout
 from easyspec.model.weights import Checkpoint
 from easyspec.speculation.parameters import MlpPlacement
-
-AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class PassState:
 
     rotation: [T, 1, H * G + 2 * H, D / 2], which is 1 for values, so that one product turns the whole projection.
 
-    read_entries: [L * H, B * C]; write_entries: [L * H, T].
+    read_entries: [L * H, X * W] of each attention group; write_entries: [L * H, T].
     """
 
     layout: RowLayout
     rotation: torch.Tensor
     pool: KVPool
-    read_entries: torch.Tensor
+    read_entries: tuple[torch.Tensor, ...]
     write_entries: torch.Tensor
 
 
@@ -199,18 +199,32 @@ class LayerGroup:
             heads = torch.where(self._is_normed, unit_rms(heads, self._eps) * self._head_norms, heads)
         heads = rotate(heads, state.rotation)
         self._store(heads[:, :, num_queries:], state)
-        queries = heads[:, :, :num_queries].view(
-            layout.num_segments, layout.padded_rows, num_layers, num_kv, c.num_queries_per_kv, c.head_dim
-        )
-        queries = queries.permute(2, 3, 0, 1, 4, 5)  # [N, H, B, M, G, D]
-        queries = queries.reshape(-1, layout.padded_rows * c.num_queries_per_kv, c.head_dim)
-        mask = layout.mask_for_heads(num_layers * num_kv)
-        attended = self._attention(queries, self._load(state), mask, layout.num_blocks)  # [N * H * B, M * G, D]
-        attended = attended.view(
-            num_layers, num_kv, layout.num_segments, layout.padded_rows, c.num_queries_per_kv, c.head_dim
-        )
-        attended = attended.permute(0, 2, 3, 1, 4, 5)  # [N, B, M, H, G, D]
-        return attended.reshape(num_layers, -1, num_queries * c.head_dim).to(c.dtype)
+        queries = heads[:, :, :num_queries]
+        attended = [
+            self._attend_group(queries, group, entries, state.pool)
+            for group, entries in zip(layout.groups, state.read_entries, strict=True)
+        ]
+        rows = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)  # [N, query rows, H * G * D]
+        if layout.place_of_row is not None:
+            rows = rows.index_select(1, layout.place_of_row)
+        return rows.to(c.dtype)
+
+    def _attend_group(
+        self, queries: torch.Tensor, group: AttentionGroup, entries: torch.Tensor, pool: KVPool
+    ) -> torch.Tensor:
+        """Attention of one group of segments: [T, N, H * G, D] -> [N, B * M, H * G * D]."""
+        c, num_layers = self._config, len(self._layers)
+        if group.rows is not None:
+            queries = queries.index_select(0, group.rows)
+        shape = (num_layers, c.num_kv_heads, group.num_segments, group.padded_rows, c.num_queries_per_kv, c.head_dim)
+        by_row = (shape[2], shape[3], shape[0], shape[1], shape[4], shape[5])
+        queries = queries.reshape(by_row).permute(2, 3, 0, 1, 4, 5)  # [N, H, B, M, G, D]
+        queries = queries.reshape(shape[0] * shape[1], shape[2], shape[3] * shape[4], shape[5])
+        cached = pool.table.index_select(0, self._entries(entries)).float()
+        cached = cached.view(shape[0] * shape[1] * len(group.blocks), -1, cached.shape[1])
+        mask = group.mask_for_heads(shape[0] * shape[1])
+        attended = self._attention(queries, cached, mask, group.blocks).view(shape)
+        return attended.permute(0, 2, 3, 1, 4, 5).reshape(num_layers, -1, c.num_heads * c.head_dim)
 
     def _entries(self, entries: torch.Tensor) -> torch.Tensor:
         """This group's part of the pool's table rows, flattened in the order layer, head, token."""
@@ -227,12 +241,6 @@ class LayerGroup:
         pairs = pairs.reshape(num_rows, num_heads, -1).transpose(0, 1)  # [N * H, T, 2 * D]
         entries = self._entries(state.write_entries)
         writable.index_copy_(0, entries, pairs.reshape(-1, pairs.shape[2]).to(writable.dtype))
-
-    def _load(self, state: PassState) -> torch.Tensor:
-        """Key, value and one of every column of the pass, [N * H * B, C, D + D + 1] float32."""
-        table, layout = state.pool.table, state.layout
-        cached = table.index_select(0, self._entries(state.read_entries))
-        return cached.view(-1, layout.columns.shape[0] // layout.num_segments, table.shape[1]).float()
 
     def _mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, down = self._mlps[layer]

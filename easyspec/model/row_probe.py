@@ -13,9 +13,8 @@ import torch
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
 from easyspec.model.linear import FALLBACK_TILE_ROWS
-from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
+from easyspec.model.row_layout import BLOCK_SIZE, ROW_BUCKETS, Segment, TreeColumns
 
-_PROBED_ROW_COUNTS = (4, 8, 16, 24, 32, 48, 64, 128, 256)
 _CONTEXT = BLOCK_SIZE - 3  # so that the probe crosses the border of a block
 _NUM_ROWS = 6
 
@@ -26,7 +25,7 @@ def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
     Uses and returns about 300 slots of the pool. Returns whether every form of pass gave the same bits.
     """
     for linear in decoder.linears():
-        if not linear.is_row_invariant(_PROBED_ROW_COUNTS):
+        if not linear.is_row_invariant(ROW_BUCKETS):
             linear.tile_rows = FALLBACK_TILE_ROWS
     length = min(_CONTEXT, decoder.config.max_model_len - _NUM_ROWS)
     if pool.num_slots < 3 * (length + _NUM_ROWS) or length < 1:

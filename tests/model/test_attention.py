@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch.nn import functional
 
-from easyspec.model.attention import blockwise_attention, flat_attention
+from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
+from easyspec.model.row_layout import Blocks
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-FORMS: tuple[Attention, ...] = (blockwise_attention, flat_attention)
+FORMS: tuple[AttentionFunction, ...] = (blockwise_attention, flat_attention)
 _MINUS_INFINITY = float("-inf")
+_NUM_HEADS, _NUM_QUERIES, _HEAD_DIM = 2, 5, 16
 
 
 class Inputs:
-    """Random queries [X, Q, D], cached columns [X, K * W, 2 * D + 1] and a mask [X * K, Q, W]."""
+    """Random queries [A, B, Q, D], columns [A, B, K, W, 2 * D + 1] and visibility [A, B, Q, K, W].
 
-    def __init__(self, num_blocks: int, width: int, seed: int, scale: float = 1.0) -> None:
-        num_matrices, num_queries, head_dim = 6, 5, 16
+    Segment b sees its first `lengths[b]` blocks; `lengths` falls.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], width: int, seed: int, scale: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.num_blocks = num_blocks
-        self.queries = scale * torch.randn(num_matrices, num_queries, head_dim, generator=generator)
-        pairs = torch.randn(num_matrices, num_blocks * width, 2 * head_dim, generator=generator)
-        self.cached = torch.cat([pairs, torch.ones(num_matrices, num_blocks * width, 1)], dim=-1)
-        visible = torch.rand(num_matrices, num_queries, num_blocks * width, generator=generator) < 0.4
-        visible[:, :, 0] = True  # a row that sees nothing has no answer
+        self.lengths = lengths
+        heads = (_NUM_HEADS, len(lengths))
+        self.queries = scale * torch.randn(*heads, _NUM_QUERIES, _HEAD_DIM, generator=generator)
+        pairs = torch.randn(*heads, lengths[0], width, 2 * _HEAD_DIM, generator=generator)
+        self.cached = torch.cat([pairs, torch.ones(*pairs.shape[:-1], 1)], dim=-1)
+        visible = torch.rand(*heads, _NUM_QUERIES, lengths[0], width, generator=generator) < 0.4
+        visible[..., 0, 0] = True  # a row that sees nothing has no answer
+        for segment, length in enumerate(lengths):
+            visible[:, segment, :, length:] = False
         self.visible = visible
 
     @property
     def mask(self) -> torch.Tensor:
-        num_matrices, num_queries, _ = self.visible.shape
-        mask = torch.zeros(self.visible.shape).masked_fill(~self.visible, _MINUS_INFINITY)
-        by_block = mask.view(num_matrices, num_queries, self.num_blocks, -1).transpose(1, 2)
-        return by_block.reshape(num_matrices * self.num_blocks, num_queries, -1)
+        return torch.zeros(self.visible.shape).masked_fill(~self.visible, _MINUS_INFINITY)
 
-    def attend(self, attention: Attention) -> torch.Tensor:
-        return attention(self.queries.clone(), self.cached.clone(), self.mask, self.num_blocks)
+    def attend(self, attention: AttentionFunction) -> torch.Tensor:
+        queries, cached, mask = self.arranged(attention)
+        return attention(queries, cached, mask, self.blocks)
+
+    @property
+    def blocks(self) -> Blocks:
+        counts = tuple(sum(length > block for length in self.lengths) for block in range(self.lengths[0]))
+        return Blocks(counts, torch.tensor([segment for count in counts for segment in range(count)]))
+
+    def arranged(self, attention: AttentionFunction) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if attention is flat_attention:
+            cached = self.cached.flatten(0, 2)
+            return self.queries.clone(), cached, self.mask.flatten(3).flatten(0, 1)
+        places = [(segment, block) for block, count in enumerate(self.blocks.counts) for segment in range(count)]
+        cached = torch.stack([self.cached[:, segment, block] for segment, block in places], dim=1)
+        mask = torch.stack([self.mask[:, segment, :, block] for segment, block in places], dim=1)
+        return self.queries.clone(), cached.flatten(0, 1), mask.flatten(0, 1)
 
     def expected(self) -> torch.Tensor:
-        head_dim = self.queries.shape[-1]
-        keys, values = self.cached[..., :head_dim], self.cached[..., head_dim:-1]
-        return functional.scaled_dot_product_attention(self.queries, keys, values, attn_mask=self.visible, scale=1.0)
+        columns = self.cached.flatten(2, 3)
+        keys, values = columns[..., :_HEAD_DIM], columns[..., _HEAD_DIM:-1]
+        visible = self.visible.flatten(3)
+        return functional.scaled_dot_product_attention(self.queries, keys, values, attn_mask=visible, scale=1.0)
 
 
-@pytest.mark.parametrize(("num_blocks", "width"), [(1, 1), (1, 128), (2, 128), (3, 144), (5, 8)])
+@pytest.mark.parametrize(
+    ("lengths", "width"), [((1,), 1), ((1, 1, 1), 128), ((2, 2), 128), ((3, 1, 1), 144), ((5, 3, 2), 8)]
+)
 @pytest.mark.parametrize("seed", range(2))
-def test_both_forms_are_softmax_attention(num_blocks: int, width: int, seed: int) -> None:
-    inputs = Inputs(num_blocks, width, seed)
+def test_both_forms_are_softmax_attention(lengths: tuple[int, ...], width: int, seed: int) -> None:
+    inputs = Inputs(lengths, width, seed)
     results = [inputs.attend(attention) for attention in FORMS]
     for result in results:
         torch.testing.assert_close(result, inputs.expected(), atol=1e-5, rtol=0.0)
@@ -56,34 +75,43 @@ def test_both_forms_are_softmax_attention(num_blocks: int, width: int, seed: int
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_neither_form_overflows(attention: Attention) -> None:
+def test_neither_form_overflows(attention: AttentionFunction) -> None:
     """Scores of several hundred: e^x of them is infinite in float32 unless the largest is taken off first."""
-    inputs = Inputs(3, 16, seed=0, scale=100.0)
-    scores = inputs.queries @ inputs.cached[..., :16].transpose(1, 2)
+    inputs = Inputs((3, 2), 16, seed=0, scale=100.0)
+    scores = inputs.queries @ inputs.cached[..., :_HEAD_DIM].flatten(2, 3).transpose(2, 3)
     assert scores.max() > 500.0
     torch.testing.assert_close(inputs.attend(attention), inputs.expected(), atol=1e-3, rtol=0.0)
 
 
 def test_the_inputs_are_left_alone() -> None:
     for attention in FORMS:
-        inputs = Inputs(2, 16, seed=0)
-        queries, cached, mask = inputs.queries.clone(), inputs.cached.clone(), inputs.mask
-        kept = mask.clone()
-        attention(queries, cached, mask, 2)
-        assert torch.equal(queries, inputs.queries)
-        assert torch.equal(cached, inputs.cached)
-        assert torch.equal(mask, kept)  # one mask serves all layers of a pass
+        inputs = Inputs((2, 1), 16, seed=0)
+        arranged = inputs.arranged(attention)
+        kept = [tensor.clone() for tensor in arranged]
+        attention(*arranged, inputs.blocks)
+        for tensor, before in zip(arranged, kept, strict=True):  # one mask serves all layers of a pass
+            assert torch.equal(tensor, before)
 
 
 def test_columns_and_blocks_out_of_sight_change_no_bit() -> None:
     """Other branches of a tree and blocks behind a row's own: their contents and their number."""
-    inputs = Inputs(2, 192, seed=3)
-    inputs.visible[:, :, 192:] = False
+    inputs = Inputs((2, 2, 1), 192, seed=3)
+    inputs.visible[..., 1:, :] = False
     expected = inputs.attend(blockwise_attention)
-    hidden = ~inputs.visible.any(dim=1)[..., None]
+    hidden = ~inputs.visible.any(dim=2)[..., None]
     inputs.cached[..., :-1] = torch.where(hidden, 50.0 * inputs.cached[..., :-1], inputs.cached[..., :-1])
     assert torch.equal(inputs.attend(blockwise_attention), expected)
-    fewer = Inputs(2, 192, seed=3)
-    fewer.num_blocks = 1
-    fewer.visible, fewer.cached = fewer.visible[:, :, :192], fewer.cached[:, :192]
-    assert torch.equal(fewer.attend(blockwise_attention), expected)
+    inputs.lengths = (1, 1, 1)
+    inputs.visible, inputs.cached = inputs.visible[..., :1, :], inputs.cached[:, :, :1]
+    assert torch.equal(inputs.attend(blockwise_attention), expected)
+
+
+def test_a_segments_result_does_not_depend_on_its_company() -> None:
+    inputs = Inputs((4, 3, 1), 128, seed=4)
+    together = inputs.attend(blockwise_attention)
+    for segment, length in enumerate(inputs.lengths):
+        alone = Inputs((length,), 128, seed=0)
+        alone.queries = inputs.queries[:, segment : segment + 1]
+        alone.cached = inputs.cached[:, segment : segment + 1, :length]
+        alone.visible = inputs.visible[:, segment : segment + 1, :, :length]
+        assert torch.equal(alone.attend(blockwise_attention)[:, 0], together[:, segment])
