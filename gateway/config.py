@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from easyspec.rpc.settings import ServerSettings, address_field
+from easyspec.rpc.settings import ServerSettings, address_field, check_address
 from easyspec.speculation.parameters import TreeBudget
+
+HTTP_OFF = "off"
 
 
 class GatewaySettings(ServerSettings):
@@ -17,6 +19,11 @@ class GatewaySettings(ServerSettings):
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_GATEWAY_", cli_prog_name="python -m gateway")
 
     address: str = address_field("127.0.0.1:50051")
+    http_address: str = Field(
+        default="127.0.0.1:8000",
+        description="host:port of the OpenAI-compatible REST API, port 0 to 65535; 0 takes a free port, named in the "
+        "`rest_listening` event. `off` serves gRPC alone. 8000 is where clients of such APIs look first.",
+    )
     tokenizer: Path = Field(
         description="Folder with the base model's tokenizer.json, usually its checkpoint. "
         "No default: it must fit the verifier's model.",
@@ -110,6 +117,11 @@ class GatewaySettings(ServerSettings):
         description="Most milliseconds between two tries, 1 to 600000. 2000 finds a restarted drafter soon and costs "
         "one short RPC.",
     )
+
+    @field_validator("http_address")
+    @classmethod
+    def _check_http_address(cls, address: str) -> str:
+        return address if address == HTTP_OFF else check_address(address)
 
     @property
     def default_budget(self) -> TreeBudget:

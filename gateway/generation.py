@@ -8,12 +8,13 @@ import enum
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from easyspec.errors import InvalidRequestError, PromptTooLongError, UnavailableError, UnknownModelError
-from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification
+from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification, TokenLogprobs
 from easyspec.speculation.parameters import (
+    MAX_TOP_LOGPROBS,
     FinishReason,
     LayerPlanRequest,
     SamplingParameters,
@@ -21,11 +22,12 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from gateway.admission import Admission
+from gateway.choices import MAX_CHOICES, choice_seed, merged
 from gateway.decode_loop import DraftSession, NoDraft, Round, VerifierSession, decode
 from gateway.detokenizer import Detokenizer
 from gateway.draft_session import DrafterPool, ResilientDraftSession
 from gateway.peers import Peer, PeerInfo, PeerState
-from gateway.statistics import RoundTimings, SpeculationStatistics, StatisticsRecorder
+from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import ChatTurn, Tokenizer
 
 MAX_STOP_STRINGS = 16
@@ -68,6 +70,7 @@ class GenerationRequest:
     """What a client asks for; nothing is checked yet.
 
     `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
+    `generation.proto` states `num_choices`, `num_top_logprobs` and `echo`.
     """
 
     prompt: str | TokenIds | Conversation
@@ -78,6 +81,9 @@ class GenerationRequest:
     model: str = ""
     request_id: str = ""
     client: str = ""
+    num_choices: int = 1
+    num_top_logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """One round of a completion; `completion` is set on the last one only."""
+    """One round of a choice; `completion` is set on its last one only.
+
+    With logprobs there is one entry per token, None for a token that nothing precedes. An echoed prompt is a chunk of
+    its own, the choice's first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -103,6 +113,8 @@ class GenerationChunk:
     token_texts: tuple[str, ...]
     timings: RoundTimings
     completion: Completion | None
+    choice_index: int = 0
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class VerifierOpener(Protocol):
@@ -135,6 +147,10 @@ class Generator:
         return self._admission.num_running
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
     def verifier_peer(self) -> Peer:
         return self._verifier_peer
 
@@ -143,26 +159,58 @@ class Generator:
         return self._drafters.peer if self._drafters is not None else None
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationChunk, None]:
-        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream."""
+        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream.
+
+        All choices share one place and the prompt's tokens, and are decoded at the same time.
+        """
         arrival_ns = time.monotonic_ns()
         peer_info = self._verifier_info()
         self._check(request, peer_info)
         prompt = await self._encode(request.prompt)
         _check_prompt(prompt, peer_info.model)
+        async with self._admission.place():
+            choices = [
+                self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
+                for index in range(request.num_choices)
+            ]
+            async with contextlib.aclosing(merged(choices)) as chunks:
+                async for index, chunk in chunks:
+                    yield replace(chunk, choice_index=index) if index else chunk
+
+    async def _choice(
+        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, timeout_s: float, arrival_ns: int
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """One choice of a request that was checked, from an open session at each service to its end."""
         budget = request.speculation.budget or self.default_budget
-        async with self._admission.place(), contextlib.AsyncExitStack() as sessions:
-            opening = OpenVerification(prompt, request.sampling, request.stop, (), request.model, request.request_id)
-            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, peer_info.model))
-            verifier = await sessions.enter_async_context(self._verifier.open(opening, timeout_s))
+        async with contextlib.AsyncExitStack() as sessions:
+            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model))
+            verifier = await sessions.enter_async_context(self._verifier.open(_opening(request, prompt), timeout_s))
             rounds = await sessions.enter_async_context(
                 contextlib.aclosing(decode(len(prompt), budget, verifier, drafter))
             )
             output = _Output(request, len(prompt), self._tokenizer, drafter, arrival_ns)
+            is_prompt_due = request.echo
             async for round_ in rounds:
+                if is_prompt_due:
+                    is_prompt_due = False
+                    yield self._echoed(request, prompt, round_)
                 chunk = output.take(round_)
                 yield chunk
                 if chunk.completion is not None:
                     return
+
+    def _echoed(self, request: GenerationRequest, prompt: tuple[int, ...], first: Round) -> GenerationChunk:
+        text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
+        logprobs = first.answer.verdict.prompt_logprobs
+        return GenerationChunk(
+            text=text,
+            token_ids=prompt,
+            num_accepted=0,
+            token_texts=(),
+            timings=NO_ROUND,
+            completion=None,
+            logprobs=(None, *logprobs) if logprobs else (),
+        )
 
     def _verifier_info(self) -> PeerInfo:
         peer = self._verifier_peer
@@ -177,6 +225,7 @@ class Generator:
         request.sampling.check(model.vocab_size)
         request.stop.check(model.vocab_size)
         _check_stop_strings(request.stop_strings)
+        _check_reports(request)
         if request.speculation.budget is not None:
             request.speculation.budget.check(peer_info.max_tree_nodes)
         layer_parallel_size = request.speculation.layer_plan.layer_parallel_size
@@ -250,6 +299,7 @@ class _Output:
             token_texts=() if is_plain else tuple(self._tokenizer.token_text(token_id) for token_id in token_ids),
             timings=timings,
             completion=self._completion(round_, detokenized.matched_stop),
+            logprobs=verdict.logprobs[: len(token_ids)],
         )
 
     def _completion(self, round_: Round, matched_stop: str | None) -> Completion | None:
@@ -270,6 +320,24 @@ class _Output:
         )
 
 
+def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:
+    if index == 0:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=choice_seed(request.sampling.seed, index)))
+
+
+def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerification:
+    return OpenVerification(
+        prompt,
+        request.sampling,
+        request.stop,
+        model=request.model,
+        request_id=request.request_id,
+        num_top_logprobs=request.num_top_logprobs,
+        prompt_logprobs=request.echo and request.num_top_logprobs is not None,
+    )
+
+
 def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
     if not prompt:
         raise InvalidRequestError("prompt", "0 tokens", "at least one token")
@@ -286,3 +354,10 @@ def _check_stop_strings(stop_strings: tuple[str, ...]) -> None:
     for index, stop in enumerate(stop_strings):
         if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
             raise InvalidRequestError(f"stop_strings[{index}]", stop, f"1 to {MAX_STOP_STRING_CHARS} characters")
+
+
+def _check_reports(request: GenerationRequest) -> None:
+    if not 1 <= request.num_choices <= MAX_CHOICES:
+        raise InvalidRequestError("num_choices", request.num_choices, f"1 to {MAX_CHOICES}")
+    if request.num_top_logprobs is not None and not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequestError("num_top_logprobs", request.num_top_logprobs, f"0 to {MAX_TOP_LOGPROBS}, or unset")

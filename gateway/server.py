@@ -19,7 +19,7 @@ from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
 from gateway.admission import Admission
 from gateway.clients import DrafterClient, VerifierClient
-from gateway.config import GatewaySettings
+from gateway.config import HTTP_OFF, GatewaySettings
 from gateway.draft_session import DrafterPool, DraftLimits
 from gateway.generation import (
     Completion,
@@ -32,6 +32,7 @@ from gateway.generation import (
     TokenIds,
 )
 from gateway.peers import ExponentialBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.rest.service import RestServer
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tokenizer import ChatTurn, Tokenizer
 
@@ -67,6 +68,16 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
+        self._rest = RestServer(self, settings.http_address) if settings.http_address != HTTP_OFF else None
+
+    @property
+    def request_timeout_s(self) -> float:
+        return self._settings.request_timeout_s
+
+    @property
+    def http_port(self) -> int | None:
+        """Where REST is served, once `start` has begun; None if it is not."""
+        return self._rest.port if self._rest is not None else None
 
     @property
     def generator(self) -> Generator:
@@ -78,7 +89,9 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Wait for the verifier; the drafter may come whenever it likes."""
+        """Wait for the verifier; the drafter may come whenever it likes. REST is refused meanwhile, like RPCs."""
+        if self._rest is not None:
+            await self._rest.open()
         tokenizer = await asyncio.to_thread(Tokenizer.load, self._settings.tokenizer)
         generator = self._build(tokenizer)
         await generator.verifier_peer.wait_for_answer()
@@ -90,8 +103,17 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             peers.append(generator.drafter_peer)
         self._watches = [asyncio.create_task(peer.watch()) for peer in peers]
         self._generator = generator
+        if self._rest is not None:
+            self._rest.admit()
+
+    async def drain(self, grace_s: float) -> None:
+        """REST's part of draining; RPCs have the same grace."""
+        if self._rest is not None:
+            await self._rest.drain(grace_s)
 
     async def stop(self) -> None:
+        if self._rest is not None:
+            await self._rest.close()
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)

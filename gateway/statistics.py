@@ -23,6 +23,9 @@ class RoundTimings:
     num_fuzzy_steps: int
 
 
+NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class SpeculationStatistics:
     """What speculation did for one request; `generation.proto` states each field."""

@@ -20,6 +20,14 @@ from verifier_service.engine import VerifierEngine
 NUM_KV_SLOTS = 8192
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_rest_unless_asked_for() -> Iterator[None]:
+    """Its port is a fixed one by default: tests of REST ask for a free one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASYSPEC_GATEWAY_HTTP_ADDRESS", "off")
+        yield
+
+
 class _Engine(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...

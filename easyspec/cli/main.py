@@ -15,7 +15,7 @@ from easyspec import __version__
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
@@ -86,6 +86,9 @@ def up(
     gateway_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50051",
     drafter_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50052",
     verifier_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50053",
+    http_address: Annotated[
+        str, typer.Option(help="host:port of the OpenAI-compatible REST API; port 0 takes a free one, off: none.")
+    ] = "127.0.0.1:8000",
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
     log_flags = ("--log-format", "console" if sys.stderr.isatty() else "json")
@@ -95,6 +98,7 @@ def up(
         gateway_address=_checked_address("--gateway-address", gateway_address),
         verifier_address=_checked_address("--verifier-address", verifier_address),
         drafter_address=_checked_address("--drafter-address", drafter_address),
+        http_address=http_address if http_address == HTTP_OFF else _checked_address("--http-address", http_address),
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))

@@ -20,6 +20,7 @@ from easyspec.cli.clients import is_drafter_ready, is_serving
 from easyspec.errors import ConfigurationError, EasyspecError
 
 FREE_PORT = "127.0.0.1:0"
+HTTP_OFF = "off"
 VERIFIER, DRAFTER, GATEWAY = "verifier", "drafter", "gateway"
 
 _CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ class StackSettings:
     """Which services to start, and how.
 
     `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one.
+    Without an `http_address` there is no REST.
     `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
     follows the Python interpreter for a role. `ready_timeout_s` bounds loading, `stop_grace_s` draining.
     """
@@ -54,6 +56,7 @@ class StackSettings:
     gateway_address: str = FREE_PORT
     verifier_address: str = FREE_PORT
     drafter_address: str = FREE_PORT
+    http_address: str = HTTP_OFF
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ready_timeout_s: float = 300.0
@@ -181,6 +184,9 @@ class ServiceStack:
         if settings.draft is not None:
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
             wiring += ["--drafter-address", self.drafter.address]
+        is_http_on = settings.http_address != HTTP_OFF
+        self.http_address = _with_port(settings.http_address) if is_http_on else None
+        wiring += ["--http-address", self.http_address or HTTP_OFF]
         self.gateway = self._process(GATEWAY, settings.gateway_address, wiring, on_log)
 
     @property

@@ -29,8 +29,9 @@ async def serve_until_cancelled(settings: StackSettings) -> None:
     """Start the services, say where the gateway is, restart a lost drafter; raises ServiceFailedError."""
     async with ServiceStack(settings, RoleLog()) as stack:
         drafting = f"drafter {stack.drafter.address}" if stack.drafter is not None else "no drafter"
+        rest = f", REST http://{stack.http_address}" if stack.http_address is not None else ""
         print(
-            f"ready: gateway {stack.gateway_address}, verifier {stack.verifier.address}, {drafting}",
+            f"ready: gateway {stack.gateway_address}, verifier {stack.verifier.address}, {drafting}{rest}",
             file=sys.stderr,
             flush=True,
         )

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grpc
 import structlog
@@ -59,6 +59,14 @@ class Application(Protocol):
         """Free everything. Called once, after the last RPC, also if `start` failed or was cancelled."""
 
 
+@runtime_checkable
+class Drainable(Protocol):
+    """An Application that takes requests by another way than RPCs, too."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new ones, cancel those that outlive `grace_s` seconds, return when none is left; before `stop`."""
+
+
 class RpcServer:
     """One gRPC server with health, reflection and our RpcBoundary; made and used inside the running event loop."""
 
@@ -96,11 +104,15 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
-        is_idle = await self._boundary.wait_idle(grace_s)
+        is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._drain_application(grace_s))
         await self._server.stop(_FLUSH_GRACE_S if is_idle else 0)
         if not await self._boundary.wait_idle(_CANCEL_GRACE_S):
             _log.error("rpc_ignores_cancellation")
         await self._application.stop()
+
+    async def _drain_application(self, grace_s: float) -> None:
+        if isinstance(self._application, Drainable):
+            await self._application.drain(grace_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for name in ("", self._application.service_name):

@@ -29,6 +29,14 @@ def address_field(default: str) -> Any:
     )
 
 
+def check_address(address: str) -> str:
+    """The address, if it is host:port; ValueError if not."""
+    host, separator, port = address.rpartition(":")
+    if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
+        raise ValueError(f"it must be host:port with port 0 to {MAX_PORT}")
+    return address
+
+
 class ServerSettings(BaseSettings):
     """What every process that serves has. A role sets `address` (`address_field`), env_prefix and cli_prog_name."""
 
@@ -53,10 +61,7 @@ class ServerSettings(BaseSettings):
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str) -> str:
-        host, separator, port = address.rpartition(":")
-        if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
-            raise ValueError(f"it must be host:port with port 0 to {MAX_PORT}")
-        return address
+        return check_address(address)
 
 
 def _last_part_of_model(fields: dict[str, Any]) -> str:

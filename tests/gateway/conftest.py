@@ -1,12 +1,14 @@
-"""A small byte-level BPE tokenizer, made on the spot."""
+"""A small byte-level BPE tokenizer, made on the spot, and services without models that speak with it."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from gateway.tokenizer import Tokenizer
+from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer
 
 
@@ -18,3 +20,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture
+def language(tokenizer: Tokenizer) -> ToyLanguage:
+    token_ids = tokenizer.encode(TOY_TEXT)
+    return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint())
+
+
+@pytest.fixture
+async def pair(language: ToyLanguage) -> AsyncIterator[FakePair]:
+    async with running_pair(language) as pair:
+        yield pair

@@ -20,7 +20,7 @@ from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
-from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
+from tests.fakes.services import FakePair, ToyLanguage, running, running_pair
 
 PROMPT = "def f(n):"
 Mode = generation_pb2.SpeculationParameters
@@ -84,12 +84,6 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> f
     return time.monotonic() - started
 
 
-@pytest.fixture
-def language(tokenizer: Tokenizer) -> ToyLanguage:
-    token_ids = tokenizer.encode(TOY_TEXT)
-    return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint())
-
-
 def settings_for(pair: FakePair, folder: Path, **fields: Any) -> GatewaySettings:
     defaults: dict[str, Any] = {
         "address": "127.0.0.1:0",
@@ -111,12 +105,6 @@ async def gateway(pair: FakePair, folder: Path, **fields: Any) -> AsyncIterator[
         open_channel(service.address) as channel,
     ):
         yield Client(generation_pb2_grpc.GenerationServiceStub(channel), pair, folder)
-
-
-@pytest.fixture
-async def pair(language: ToyLanguage) -> AsyncIterator[FakePair]:
-    async with running_pair(language) as pair:
-        yield pair
 
 
 @pytest.fixture

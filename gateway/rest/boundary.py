@@ -1,0 +1,146 @@
+"""What stands between HTTP and every route: body limit, admission, request id, errors, one log event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterable
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from easyspec.errors import EasyspecError
+from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
+from gateway.rest.gate import Gate
+
+REQUEST_ID_HEADER = b"x-request-id"
+# Answer while the gateway is loading or draining, too: who asks wants to know what is going on.
+ALWAYS_OPEN = frozenset({"/version", "/metrics"})
+_MAX_REQUEST_ID_CHARS = 128
+_BODY_TIMEOUT_S = 60.0
+_CLIENT_CLOSED_REQUEST = 499
+
+_log = structlog.get_logger(__name__)
+
+
+class RestBoundary:
+    """ASGI middleware around the whole application. Bodies have at most `max_body_bytes`."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, max_body_bytes: int) -> None:
+        self._app = app
+        self._gate = gate
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        # uvicorn runs every request in a task of its own, so this binds it for this request alone.
+        request_id = _request_id(scope["headers"])
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        answer = _Answer(send, request_id)
+        started_ns = time.monotonic_ns()
+        try:
+            await self._pass_on(scope, receive, answer)
+        except (ClientGoneError, asyncio.CancelledError) as error:
+            answer.status = answer.status or _CLIENT_CLOSED_REQUEST
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        except RefusalError as error:
+            await answer.fail(error.failure, scope, receive, error.is_closing)
+        except Exception as error:
+            if not isinstance(error, EasyspecError):
+                _log.exception("http_bug", path=_route(scope))
+            await answer.fail(failure_of(error, request_id), scope, receive)
+        finally:
+            duration_ms = (time.monotonic_ns() - started_ns) / 1e6
+            _log.info(
+                "http_finished",
+                method=scope["method"],
+                path=_route(scope),
+                status=answer.status,
+                duration_ms=round(duration_ms, 3),
+            )
+
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        replay = _replay(await self._read_body(scope, receive), receive)
+        if scope["path"] in ALWAYS_OPEN:
+            await self._app(scope, replay, answer.send)
+            return
+        with self._gate.entered():
+            await self._app(scope, replay, answer.send)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body: requests are small, and a refusal should not wait for the rest of a large one."""
+        body = bytearray()
+        num_announced = _content_length(scope["headers"])
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                while max(num_announced, len(body)) <= self._max_body_bytes:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    body += message.get("body", b"")
+                    if not message.get("more_body", False) and len(body) <= self._max_body_bytes:
+                        return bytes(body)
+        except TimeoutError:
+            late = Failure(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s", code="timeout")
+            raise RefusalError(late, is_closing=True) from None
+        large = Failure(413, f"the body has more than {self._max_body_bytes} bytes", code="request_too_large")
+        # Not closing: a client that writes its whole request before it reads would never see the answer.
+        raise RefusalError(large)
+
+
+class _Answer:
+    """The response of one request: adds the request id, remembers the status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+        await self._send(message)
+
+    async def fail(self, failure: Failure, scope: Scope, receive: Receive, is_closing: bool = False) -> None:
+        """Send `failure`, unless the response is under way already."""
+        if self.status is not None:
+            return
+        response = failure.response
+        if is_closing:
+            response.headers["connection"] = "close"
+        await response(scope, receive, self.send)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that yields the body that was read, then goes on with what the server says."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    lengths = (value[:18] for name, value in headers if name == b"content-length" and value.isdigit())
+    return max(map(int, lengths), default=0)
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The caller's request id if it is fit for a log, else a new one."""
+    for name, value in headers:
+        text = value.decode("ascii", errors="ignore") if name == REQUEST_ID_HEADER else ""
+        if text and text.isprintable():
+            return text[:_MAX_REQUEST_ID_CHARS]
+    return uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """The route's template, not the path, which may hold anything."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "unrouted"))

@@ -1,0 +1,165 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from fastapi.responses import Response
+
+from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
+from easyspec.rpc.errors import INTERNAL, mapping_of
+
+_MAX_MESSAGE_CHARS = 600
+_TYPES: Mapping[int, str] = MappingProxyType({429: "rate_limit_error", 500: "server_error", 503: "server_error"})
+_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "INVALID_REQUEST": "invalid_value",
+        "PROMPT_TOO_LONG": "context_length_exceeded",
+        "REQUEST_TOO_LARGE": "request_too_large",
+        "UNAUTHENTICATED": "invalid_api_key",
+        "UNKNOWN_MODEL": "model_not_found",
+        "CAPACITY": "rate_limit_exceeded",
+        "UNAVAILABLE": "service_unavailable",
+        "DEADLINE": "timeout",
+        "INTERNAL": "internal_error",
+    }
+)
+# What a pydantic error type means to a client; everything else is a value that is not allowed.
+_VALIDATION_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "missing": "missing_required_parameter",
+        "extra_forbidden": "unknown_parameter",
+        "unsupported_parameter": "unsupported_parameter",
+        "json_invalid": "invalid_json",
+    }
+)
+# What pydantic puts into the path of a problem to tell the types of a union apart.
+_UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "none", "constrained-str", "constrained-int"})
+# How the gateway's own names of fields read on this wire, by prefix; the first that fits counts.
+_PARAMS = (
+    ("sampling.grammar.json_schema", "response_format"),
+    ("sampling.grammar.regex", "guided_regex"),
+    ("sampling.grammar.lark", "guided_grammar"),
+    ("sampling.grammar", "response_format"),
+    ("sampling.", ""),
+    ("stop.", ""),
+    ("stop_strings", "stop"),
+    ("prompt.chat.", ""),
+    ("prompt.text", "prompt"),
+    ("prompt.token_ids", "prompt"),
+    ("prompt_token_ids", "prompt"),
+    ("speculation.budget.num_levels", "speculation.max_levels"),
+    ("speculation.budget.num_nodes", "speculation.max_nodes"),
+    ("speculation.layer_plan.", "speculation."),
+    ("layer_plan.", "speculation."),
+    ("budget.num_levels", "speculation.max_levels"),
+    ("budget.num_nodes", "speculation.max_nodes"),
+    ("budget.", "speculation."),
+    ("num_choices", "n"),
+    ("num_top_logprobs", "top_logprobs"),
+)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is there to answer."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as the client sees it; `param` is the field's name on this wire."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        message = self.message[:_MAX_MESSAGE_CHARS]
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> Response:
+        headers = {}
+        if self.retry_after_s is not None:
+            # Whole seconds are the standard; OpenAI's clients read the other one first.
+            headers = {
+                "retry-after": str(max(1, math.ceil(self.retry_after_s))),
+                "retry-after-ms": str(max(1, round(self.retry_after_s * 1000))),
+            }
+        return Response(json_bytes(self.body), self.status, headers, media_type="application/json")
+
+
+class RefusalError(Exception):
+    """A request that gets `failure` for an answer; `is_closing` if the connection cannot be used any further."""
+
+    def __init__(self, failure: Failure, is_closing: bool = False) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.is_closing = is_closing
+
+
+def json_bytes(value: object) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
+
+
+def failure_of(error: BaseException, request_id: str) -> Failure:
+    """What a client learns of `error`; of a bug of ours nothing but the request id."""
+    row = mapping_of(error)
+    if row is INTERNAL or not isinstance(error, EasyspecError):
+        return Failure(500, f"internal error; request id {request_id}", code="internal_error")
+    code = _CODES.get(row.reason, row.reason.lower())
+    if isinstance(error, InvalidRequestError):
+        param = param_of(error.field)
+        return Failure(row.http_status, f"{param}{str(error).removeprefix(error.field)}", param, code)
+    retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else None
+    return Failure(row.http_status, str(error), "model" if code == "model_not_found" else None, code, retry_after_s)
+
+
+def param_of(field: str) -> str:
+    """The gateway's name of a field as it is called on this wire."""
+    for prefix, replacement in _PARAMS:
+        if field.startswith(prefix):
+            return replacement + field.removeprefix(prefix)
+    return field
+
+
+def failure_of_validation(problems: Sequence[Any]) -> Failure:
+    """The first thing that is wrong with a request body, as pydantic reports it.
+
+    Where a value may be of several types there is a problem for each of them; all are told.
+    """
+    problem = problems[0]
+    kind = str(problem["type"])
+    path = [part for part in problem["loc"][1:] if part not in _UNION_MEMBERS]
+    if kind == "json_invalid":
+        return Failure(400, f"the body is not JSON: {problem['ctx']['error']}", None, "invalid_json")
+    param = _path(path)
+    code = _VALIDATION_CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    if code == "unknown_parameter":
+        message = f"{param} is not a known field"
+    elif code == "missing_required_parameter":
+        message = f"{param or 'the JSON body'} is required"
+    else:
+        field = problem["loc"][:2]
+        reasons = dict.fromkeys(other["msg"] for other in problems if other["loc"][:2] == field)
+        message = f"{param or 'the body'}: {', or: '.join(reasons)}"
+    return Failure(400, message, param or None, code)
+
+
+def _path(parts: Sequence[object]) -> str:
+    path = ""
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif str(part).isidentifier():
+            path += f".{part}" if path else str(part)
+    return path[:200]

@@ -1,0 +1,85 @@
+"""uvicorn inside the event loop that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from easyspec.errors import ConfigurationError
+
+# Longer than clients keep idle connections, so that they, not we, close them: no request meets a closing one.
+_KEEP_ALIVE_S = 75
+_CLOSE_GRACE_S = 2
+_BACKLOG = 2048
+_POLL_S = 0.002
+
+
+class _EmbeddedServer(uvicorn.Server):
+    """Leaves signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpListener:
+    """Serves `app` on `address` (host:port, port 0 for a free one) in the running event loop."""
+
+    def __init__(self, app: ASGIApp, address: str) -> None:
+        self._address = address
+        config = uvicorn.Config(
+            app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_GRACE_S,
+            backlog=_BACKLOG,
+        )
+        self._server = _EmbeddedServer(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> int:
+        """Listen, and return the port; ConfigurationError with the system's reason if it cannot be had."""
+        listening = _bound(self._address)
+        port = int(listening.getsockname()[1])
+        self._task = asyncio.create_task(self._server.serve([listening]))
+        while not self._server.started:
+            if self._task.done():
+                self._task.result()
+            await asyncio.sleep(_POLL_S)
+        return port
+
+    async def close(self) -> None:
+        """Close the port and all connections. Idempotent."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+            self._task = None
+
+
+def _bound(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(place)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigurationError(f"http_address is {address!r}: cannot listen there: {reason}") from None
+    listening.setblocking(False)
+    return listening

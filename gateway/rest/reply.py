@@ -1,0 +1,104 @@
+"""What replies have in common: their head, usage, and what speculation did for them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from easyspec import __version__
+from gateway.generation import Completion
+from gateway.rest.errors import json_bytes
+
+SYSTEM_FINGERPRINT = f"easyspec-{__version__}"
+
+
+@dataclass(frozen=True)
+class ReplyHead:
+    """The fields that every chunk of a reply repeats."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, kind: str, model: str) -> ReplyHead:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), model)
+
+    def body(self, **fields: Any) -> dict[str, Any]:
+        return {**vars(self), "system_fingerprint": SYSTEM_FINGERPRINT, **fields}
+
+
+class EventWriter:
+    """Builds the SSE events of one reply. Only the choice differs between chunks: the rest is encoded once."""
+
+    def __init__(self, head: ReplyHead, includes_usage: bool) -> None:
+        self._before = b"data: " + json_bytes(head.body())[:-1] + b',"choices":['
+        self._after = (b'],"usage":null}' if includes_usage else b"]}") + b"\n\n"
+
+    def choice(self, choice: dict[str, Any]) -> bytes:
+        return self._before + json_bytes(choice) + self._after
+
+    def usage(self, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
+        """The last chunk: no choices."""
+        tail = b',"metrics":' + json_bytes(metrics) + b"}\n\n"
+        return self._before + b'],"usage":' + json_bytes(usage) + tail
+
+
+class Tally:
+    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices."""
+
+    def __init__(self) -> None:
+        self._completions: list[Completion] = []
+        self._num_prompt_tokens: dict[int, int] = {}
+        self._num_dropped_tokens = 0
+
+    def add(self, prompt_index: int, completion: Completion) -> None:
+        self._completions.append(completion)
+        self._num_prompt_tokens[prompt_index] = completion.num_prompt_tokens
+
+    def drop_output(self, num_tokens: int) -> None:
+        """Do not count that many output tokens, which the client does not get to see."""
+        self._num_dropped_tokens += num_tokens
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        num_prompt_tokens = sum(self._num_prompt_tokens.values())
+        num_output_tokens = sum(c.num_output_tokens for c in self._completions) - self._num_dropped_tokens
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": num_prompt_tokens + num_output_tokens,
+        }
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """An extension: the first choice's seed, and vLLM's shape of what speculation did for all choices."""
+        return {
+            "seed": self._completions[0].seed if self._completions else None,
+            "speculative_decoding": _speculative_decoding(self._completions),
+        }
+
+
+def _speculative_decoding(completions: Sequence[Completion]) -> dict[str, Any]:
+    statistics = [completion.statistics for completion in completions]
+    num_steps = sum(s.num_draft_rounds for s in statistics)
+    num_accepted = sum(s.num_accepted_tokens for s in statistics)
+    num_drafted = sum(s.num_draft_tokens for s in statistics)
+    num_levels = max((len(s.num_accepted_by_level) for s in statistics), default=0)
+    # Steps that accepted at least so many tokens; the histogram counts those with exactly so many.
+    at_least = [num_steps] + [
+        sum(s.num_accepted_by_level[level] for s in statistics if level < len(s.num_accepted_by_level))
+        for level in range(num_levels)
+    ]
+    return {
+        "mean_acceptance_length": 1 + num_accepted / num_steps if num_steps else 0.0,
+        "draft_acceptance_rate": num_accepted / num_drafted if num_drafted else 0.0,
+        "acceptance_histogram": [more - fewer for more, fewer in zip(at_least, [*at_least[1:], 0], strict=True)],
+        "num_spec_steps": num_steps,
+        "num_accepted_draft_tokens": num_accepted,
+        "num_draft_tokens": num_drafted,
+    }
