@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from easyspec.rpc.settings import ServerSettings, address_field
 from easyspec.speculation.parameters import TreeBudget
+from gateway.limits import RequestLimits
 
 
-class GatewaySettings(ServerSettings):
+class GatewaySettings(ServerSettings, RequestLimits):
     """Coordinates verifier and drafter, and serves clients. Flags win over EASYSPEC_GATEWAY_... variables."""
 
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_GATEWAY_", cli_prog_name="python -m gateway")
@@ -109,6 +110,24 @@ class GatewaySettings(ServerSettings):
         le=600_000,
         description="Most milliseconds between two tries, 1 to 600000. 2000 finds a restarted drafter soon and costs "
         "one short RPC.",
+    )
+
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File with the API keys of clients, one a line, as name:key or name:sha256:<hexadecimal hash of "
+        "the key>. Read again on SIGHUP and when it changes. Unset, with --api-keys unset too: no key is asked for.",
+    )
+    api_keys: SecretStr | None = Field(
+        default=None,
+        description="API keys in the same form, separated by commas or newlines; meant for the environment, as flags "
+        "show in the process list.",
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Requests of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit "
+        "of its own.",
     )
 
     @property

@@ -21,15 +21,14 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from gateway.admission import Admission
+from gateway.api_keys import ClientLimiter
 from gateway.decode_loop import DraftSession, NoDraft, Round, VerifierSession, decode
 from gateway.detokenizer import Detokenizer
 from gateway.draft_session import DrafterPool, ResilientDraftSession
+from gateway.limits import RequestLimits
 from gateway.peers import Peer, PeerInfo, PeerState
 from gateway.statistics import RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import ChatTurn, Tokenizer
-
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 1024
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,8 @@ class Generator:
         drafters: DrafterPool | None,
         admission: Admission,
         default_budget: TreeBudget,
+        limits: RequestLimits,
+        clients: ClientLimiter,
     ) -> None:
         self._tokenizer = tokenizer
         self._verifier = verifier
@@ -129,6 +130,8 @@ class Generator:
         self._drafters = drafters
         self._admission = admission
         self.default_budget = default_budget
+        self._limits = limits
+        self._clients = clients
 
     @property
     def num_running(self) -> int:
@@ -147,10 +150,12 @@ class Generator:
         arrival_ns = time.monotonic_ns()
         peer_info = self._verifier_info()
         self._check(request, peer_info)
-        prompt = await self._encode(request.prompt)
-        _check_prompt(prompt, peer_info.model)
-        budget = request.speculation.budget or self.default_budget
-        async with self._admission.place(), contextlib.AsyncExitStack() as sessions:
+        async with contextlib.AsyncExitStack() as sessions:
+            sessions.enter_context(self._clients.place(request.client))
+            prompt = await self._encode(request.prompt)
+            _check_prompt(prompt, peer_info.model)
+            budget = request.speculation.budget or self.default_budget
+            await sessions.enter_async_context(self._admission.place())
             opening = OpenVerification(prompt, request.sampling, request.stop, (), request.model, request.request_id)
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, peer_info.model))
             verifier = await sessions.enter_async_context(self._verifier.open(opening, timeout_s))
@@ -174,9 +179,10 @@ class Generator:
         model = peer_info.model
         if request.model not in ("", model.name):
             raise UnknownModelError(request.model, model.name)
+        self._limits.check_sampling(request.sampling)
+        self._limits.check_stops(request.stop, request.stop_strings)
         request.sampling.check(model.vocab_size)
         request.stop.check(model.vocab_size)
-        _check_stop_strings(request.stop_strings)
         if request.speculation.budget is not None:
             request.speculation.budget.check(peer_info.max_tree_nodes)
         layer_parallel_size = request.speculation.layer_plan.layer_parallel_size
@@ -188,9 +194,12 @@ class Generator:
             return prompt.ids
         # A long text takes milliseconds: not on the event loop.
         if isinstance(prompt, Conversation):
+            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
+            self._limits.check_text("prompt.chat.messages", sum(len(turn.content) for turn in prompt.turns))
             return await asyncio.to_thread(self._tokenizer.encode_chat, prompt.turns)
         if not prompt:
             raise InvalidRequestError("prompt.text", prompt, "at least one character")
+        self._limits.check_text("prompt.text", len(prompt))
         return await asyncio.to_thread(self._tokenizer.encode, prompt)
 
     @contextlib.asynccontextmanager
@@ -278,11 +287,3 @@ def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
     for index, token_id in enumerate(prompt):
         if not 0 <= token_id < model.vocab_size:
             raise InvalidRequestError(f"prompt.token_ids[{index}]", token_id, f"0 to {model.vocab_size - 1}")
-
-
-def _check_stop_strings(stop_strings: tuple[str, ...]) -> None:
-    if len(stop_strings) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop_strings", f"{len(stop_strings)} strings", f"at most {MAX_STOP_STRINGS}")
-    for index, stop in enumerate(stop_strings):
-        if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
-            raise InvalidRequestError(f"stop_strings[{index}]", stop, f"1 to {MAX_STOP_STRING_CHARS} characters")

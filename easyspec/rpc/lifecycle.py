@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grpc
 import structlog
@@ -59,13 +59,31 @@ class Application(Protocol):
         """Free everything. Called once, after the last RPC, also if `start` failed or was cancelled."""
 
 
+@runtime_checkable
+class Guarded(Protocol):
+    """An application that lets only some callers in."""
+
+    def authenticate(self, authorization: str | None) -> str | None:
+        """The client's name by the `authorization` metadata of an RPC, None where anyone may call; raises
+        UnauthenticatedError."""
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """An application that has something to read again on SIGHUP."""
+
+    def reload(self) -> None:
+        """Read it; never raises."""
+
+
 class RpcServer:
     """One gRPC server with health, reflection and our RpcBoundary; made and used inside the running event loop."""
 
     def __init__(self, application: Application, address: str) -> None:
         self._application = application
         self._address = address
-        self._boundary = RpcBoundary(refusal="loading: try again later")
+        authenticate = application.authenticate if isinstance(application, Guarded) else None
+        self._boundary = RpcBoundary("loading: try again later", authenticate)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
 
@@ -162,6 +180,8 @@ async def _serve_until_signal(application: Application, settings: ServerSettings
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_once)
+    if isinstance(application, Reloadable):
+        loop.add_signal_handler(signal.SIGHUP, application.reload)
     await serve(application, settings, stopping)
 
 

@@ -56,7 +56,9 @@ def test_codes_for_both_wires() -> None:
     assert (INTERNAL.code.name, INTERNAL.http_status) == ("INTERNAL", 500)
 
 
-@pytest.mark.parametrize("error_type", [InvalidRequestError, InvalidTreeError, PromptTooLongError, errors.RequestTooLargeError])
+@pytest.mark.parametrize(
+    "error_type", [InvalidRequestError, InvalidTreeError, PromptTooLongError, errors.RequestTooLargeError]
+)
 def test_refused_values_come_back_whole(error_type: type[InvalidRequestError]) -> None:
     original = error_type("sampling.temperature", -1.5, "0 to 100")
     returned = error_from_rpc(received(original))
