@@ -137,7 +137,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         )
 
     def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = open_channel(address)
+        channel = open_channel(address, tls=self._settings.peer_tls)
         self._channels.append(channel)
         return channel
 
