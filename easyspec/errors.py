@@ -3,7 +3,9 @@
 EasyspecError
 ├── InvalidRequestError      a value is not allowed; names field, value and what is
 │   ├── InvalidTreeError     draft tokens that do not form a tree
-│   └── PromptTooLongError   prompt (and output so far) do not fit the context
+│   ├── PromptTooLongError   prompt (and output so far) do not fit the context
+│   └── RequestTooLargeError more bytes than a request may have
+├── UnauthenticatedError     no API key, or one that is not known here
 ├── UnknownModelError        no such model here
 ├── StalePositionError       a message based on another committed length than the session's
 ├── CapacityError            no KV memory or no free place; try again later
@@ -41,6 +43,14 @@ class InvalidTreeError(InvalidRequestError):
 
 class PromptTooLongError(InvalidRequestError):
     """The tokens do not fit the model's context."""
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """A request has more bytes than are read."""
+
+
+class UnauthenticatedError(EasyspecError):
+    """No API key, or one that is not known here; the message never repeats what was presented."""
 
 
 class UnknownModelError(EasyspecError):

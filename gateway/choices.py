@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from easyspec.speculation.parameters import MAX_SEED
 
-MAX_CHOICES = 16
 
 _ItemT = TypeVar("_ItemT")
 

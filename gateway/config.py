@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from easyspec.rpc.settings import ServerSettings, address_field, check_address
+from easyspec.rpc.settings import ServerSettings, address_field, check_address, check_plaintext
+from easyspec.rpc.tls import ChannelTls
 from easyspec.speculation.parameters import TreeBudget
+from gateway.limits import RequestLimits
 
 HTTP_OFF = "off"
 
 
-class GatewaySettings(ServerSettings):
+class GatewaySettings(ServerSettings, RequestLimits):
     """Coordinates verifier and drafter, and serves clients. Flags win over EASYSPEC_GATEWAY_... variables."""
 
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_GATEWAY_", cli_prog_name="python -m gateway")
@@ -118,10 +121,65 @@ class GatewaySettings(ServerSettings):
         "one short RPC.",
     )
 
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File with the API keys of clients, one a line, as name:key or name:sha256:<hexadecimal hash of "
+        "the key>. Read again on SIGHUP and when it changes. Unset, with --api-keys unset too: no key is asked for.",
+    )
+    api_keys: SecretStr | None = Field(
+        default=None,
+        description="API keys in the same form, separated by commas or newlines; meant for the environment, as flags "
+        "show in the process list.",
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Requests of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit "
+        "of its own.",
+    )
+
+    peer_tls_ca: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate authorities that verifier and drafter are known by; turns TLS to "
+        "them on. Unset: plaintext, which is for this machine only.",
+    )
+    peer_tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate chain that this gateway shows to verifier and drafter, if they ask "
+        "for one (their --tls-client-ca).",
+    )
+    peer_tls_key: Path | None = Field(default=None, description="PEM file with that certificate's private key.")
+    peer_tls_server_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name that the certificates of verifier and drafter carry, where it is not the host they are "
+        "reached by. Unset: the host.",
+    )
+
     @field_validator("http_address")
     @classmethod
     def _check_http_address(cls, address: str) -> str:
         return address if address == HTTP_OFF else check_address(address)
+
+    @model_validator(mode="after")
+    def _check_peer_tls(self) -> Self:
+        if self.peer_tls_ca is None and (self.peer_tls_certificate or self.peer_tls_key or self.peer_tls_server_name):
+            raise ValueError("peer_tls_certificate, peer_tls_key and peer_tls_server_name need peer_tls_ca too")
+        if (self.peer_tls_certificate is None) != (self.peer_tls_key is None):
+            raise ValueError("peer_tls_certificate and peer_tls_key must be set together")
+        is_allowed = self.peer_tls_ca is not None or self.allow_plaintext
+        for name, address in (("verifier_address", self.verifier_address), ("drafter_address", self.drafter_address)):
+            if address is not None:
+                check_plaintext(name, address, is_allowed, "peer_tls_ca")
+        return self
+
+    @property
+    def peer_tls(self) -> ChannelTls | None:
+        """How to reach verifier and drafter; None for plaintext."""
+        if self.peer_tls_ca is None:
+            return None
+        return ChannelTls(self.peer_tls_ca, self.peer_tls_certificate, self.peer_tls_key, self.peer_tls_server_name)
 
     @property
     def default_budget(self) -> TreeBudget:

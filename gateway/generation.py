@@ -22,16 +22,15 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from gateway.admission import Admission
-from gateway.choices import MAX_CHOICES, choice_seed, merged
+from gateway.api_keys import ClientLimiter
+from gateway.choices import choice_seed, merged
 from gateway.decode_loop import DraftSession, NoDraft, Round, VerifierSession, decode
 from gateway.detokenizer import Detokenizer
 from gateway.draft_session import DrafterPool, ResilientDraftSession
+from gateway.limits import RequestLimits
 from gateway.peers import Peer, PeerInfo, PeerState
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import ChatTurn, Tokenizer
-
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 1024
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,8 @@ class Generator:
         drafters: DrafterPool | None,
         admission: Admission,
         default_budget: TreeBudget,
+        limits: RequestLimits,
+        clients: ClientLimiter,
     ) -> None:
         self._tokenizer = tokenizer
         self._verifier = verifier
@@ -141,6 +142,8 @@ class Generator:
         self._drafters = drafters
         self._admission = admission
         self.default_budget = default_budget
+        self._limits = limits
+        self._clients = clients
 
     @property
     def num_running(self) -> int:
@@ -166,9 +169,11 @@ class Generator:
         arrival_ns = time.monotonic_ns()
         peer_info = self._verifier_info()
         self._check(request, peer_info)
-        prompt = await self._encode(request.prompt)
-        _check_prompt(prompt, peer_info.model)
-        async with self._admission.place():
+        async with contextlib.AsyncExitStack() as places:
+            places.enter_context(self._clients.place(request.client))
+            prompt = await self._encode(request.prompt)
+            _check_prompt(prompt, peer_info.model)
+            await places.enter_async_context(self._admission.place())
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
                 for index in range(request.num_choices)
@@ -222,9 +227,11 @@ class Generator:
         model = peer_info.model
         if request.model not in ("", model.name):
             raise UnknownModelError(request.model, model.name)
+        self._limits.check_sampling(request.sampling)
+        self._limits.check_stops(request.stop, request.stop_strings)
         request.sampling.check(model.vocab_size)
         request.stop.check(model.vocab_size)
-        _check_stop_strings(request.stop_strings)
+        self._limits.check_choices("num_choices", request.num_choices)
         _check_reports(request)
         if request.speculation.budget is not None:
             request.speculation.budget.check(peer_info.max_tree_nodes)
@@ -237,9 +244,12 @@ class Generator:
             return prompt.ids
         # A long text takes milliseconds: not on the event loop.
         if isinstance(prompt, Conversation):
+            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
+            self._limits.check_text("prompt.chat.messages", sum(len(turn.content) for turn in prompt.turns))
             return await asyncio.to_thread(self._tokenizer.encode_chat, prompt.turns)
         if not prompt:
             raise InvalidRequestError("prompt.text", prompt, "at least one character")
+        self._limits.check_text("prompt.text", len(prompt))
         return await asyncio.to_thread(self._tokenizer.encode, prompt)
 
     @contextlib.asynccontextmanager
@@ -348,16 +358,6 @@ def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
             raise InvalidRequestError(f"prompt.token_ids[{index}]", token_id, f"0 to {model.vocab_size - 1}")
 
 
-def _check_stop_strings(stop_strings: tuple[str, ...]) -> None:
-    if len(stop_strings) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop_strings", f"{len(stop_strings)} strings", f"at most {MAX_STOP_STRINGS}")
-    for index, stop in enumerate(stop_strings):
-        if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
-            raise InvalidRequestError(f"stop_strings[{index}]", stop, f"1 to {MAX_STOP_STRING_CHARS} characters")
-
-
 def _check_reports(request: GenerationRequest) -> None:
-    if not 1 <= request.num_choices <= MAX_CHOICES:
-        raise InvalidRequestError("num_choices", request.num_choices, f"1 to {MAX_CHOICES}")
     if request.num_top_logprobs is not None and not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
         raise InvalidRequestError("num_top_logprobs", request.num_top_logprobs, f"0 to {MAX_TOP_LOGPROBS}, or unset")

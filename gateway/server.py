@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
 from gateway.admission import Admission
+from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.clients import DrafterClient, VerifierClient
 from gateway.config import HTTP_OFF, GatewaySettings
 from gateway.draft_session import DrafterPool, DraftLimits
@@ -38,6 +40,7 @@ from gateway.tokenizer import ChatTurn, Tokenizer
 
 # A peer that is loading does not answer at all; one that answers does so in milliseconds.
 _INFO_TIMEOUT_S = 2.0
+_KEYS_POLL_S = 2.0
 
 _Mode = generation_pb2.SpeculationParameters
 _PeerState = generation_pb2.GetServerInfoResponse
@@ -69,6 +72,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
         self._rest = RestServer(self, settings.http_address) if settings.http_address != HTTP_OFF else None
+        self._keys = _api_keys(settings)
 
     @property
     def request_timeout_s(self) -> float:
@@ -78,6 +82,15 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
     def http_port(self) -> int | None:
         """Where REST is served, once `start` has begun; None if it is not."""
         return self._rest.port if self._rest is not None else None
+
+    def authenticate(self, authorization: str | None) -> str | None:
+        """The client's name, None where no keys are configured; raises UnauthenticatedError."""
+        return self._keys.authenticate(authorization) if self._keys is not None else None
+
+    def reload(self) -> None:
+        """Read the file of API keys again."""
+        if self._keys is not None:
+            self._keys.reload()
 
     @property
     def generator(self) -> Generator:
@@ -102,6 +115,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             _check_tokenizer("drafter", generator.drafter_peer, tokenizer)
             peers.append(generator.drafter_peer)
         self._watches = [asyncio.create_task(peer.watch()) for peer in peers]
+        if self._keys is not None:
+            self._watches.append(asyncio.create_task(self._keys.watch(_KEYS_POLL_S)))
         self._generator = generator
         if self._rest is not None:
             self._rest.admit()
@@ -139,10 +154,12 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             drafters,
             Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
             settings.default_budget,
+            limits=settings,
+            clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
         )
 
     def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = open_channel(address)
+        channel = open_channel(address, tls=self._settings.peer_tls)
         self._channels.append(channel)
         return channel
 
@@ -150,8 +167,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
-        request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
-        async with aclosing(self.generator.generate(_request_from_pb(request, request_id), timeout_s)) as chunks:
+        self._settings.check_message_bytes(request.ByteSize())
+        async with aclosing(self.generator.generate(_request_from_pb(request, _caller()), timeout_s)) as chunks:
             async for chunk in chunks:
                 yield _chunk_to_pb(chunk)
 
@@ -187,7 +204,27 @@ def _check_tokenizer(role: str, peer: Peer, tokenizer: Tokenizer) -> None:
         )
 
 
-def _request_from_pb(message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
+def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
+    """The keys that clients need; None if anyone may call. Raises ConfigurationError."""
+    if settings.api_keys_file is None and settings.api_keys is None:
+        return None
+    return ApiKeys(settings.api_keys_file, settings.api_keys.get_secret_value() if settings.api_keys else None)
+
+
+@dataclass(frozen=True)
+class _Caller:
+    """What the boundary has found out about an RPC before we are asked."""
+
+    request_id: str
+    client: str
+
+
+def _caller() -> _Caller:
+    bound = structlog.contextvars.get_contextvars()
+    return _Caller(str(bound.get("request_id", "")), str(bound.get("client", "")))
+
+
+def _request_from_pb(message: generation_pb2.GenerateRequest, caller: _Caller) -> GenerationRequest:
     return GenerationRequest(
         prompt=_prompt_from_pb(message),
         sampling=convert.sampling_from_pb(message.sampling, default_seed=secrets.randbits(64)),
@@ -195,7 +232,8 @@ def _request_from_pb(message: generation_pb2.GenerateRequest, request_id: str) -
         stop_strings=tuple(message.stop_strings),
         speculation=_speculation_from_pb(message.speculation),
         model=message.model,
-        request_id=request_id,
+        request_id=caller.request_id,
+        client=caller.client,
     )
 
 

@@ -6,20 +6,27 @@ import json
 
 import grpc
 
+from easyspec.rpc.tls import ChannelTls, channel_credentials
+
 # A prompt of 131 072 token ids is at most 0.7 MB on the wire; 16 MiB leaves room for long chats as text.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 REQUEST_ID_KEY = "x-request-id"
 
 
-def open_channel(address: str, health_service: str | None = None) -> grpc.aio.Channel:
-    """A plaintext channel to `address` (`host:port`, or `dns:///name:port` for several replicas).
+def open_channel(address: str, health_service: str | None = None, tls: ChannelTls | None = None) -> grpc.aio.Channel:
+    """A channel to `address` (`host:port`, or `dns:///name:port` for several replicas), in plaintext without `tls`.
 
     Connects lazily and reconnects by itself; call it inside the running event loop and close it there. RPCs are
     spread over the replicas behind the name (round robin). With `health_service` (a full service name such as
     `easyspec.v1.VerifierService`) a replica that reports NOT_SERVING takes no new RPCs: they go elsewhere, or fail
-    with UNAVAILABLE at once.
+    with UNAVAILABLE at once. Raises ConfigurationError if the files of `tls` cannot be used.
     """
-    return grpc.aio.insecure_channel(address, options=_channel_options(health_service))
+    options = _channel_options(health_service)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
 
 
 def request_metadata(request_id: str) -> tuple[tuple[str, str], ...]:

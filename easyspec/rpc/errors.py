@@ -3,7 +3,9 @@
     EasyspecError            INTERNAL             500   only as what it was at a peer: a bug of ours
     ├── InvalidRequestError  INVALID_ARGUMENT     400   BadRequest: one field violation
     │   ├── InvalidTreeError INVALID_ARGUMENT     400
-    │   └── PromptTooLong... OUT_OF_RANGE         400
+    │   ├── PromptTooLong... OUT_OF_RANGE         400
+    │   └── RequestTooLar... INVALID_ARGUMENT     413
+    ├── UnauthenticatedError UNAUTHENTICATED      401
     ├── UnknownModelError    NOT_FOUND            404
     ├── StalePositionError   FAILED_PRECONDITION  409
     ├── CapacityError        RESOURCE_EXHAUSTED   429   RetryInfo
@@ -32,7 +34,9 @@ from easyspec.errors import (
     InvalidRequestError,
     InvalidTreeError,
     PromptTooLongError,
+    RequestTooLargeError,
     StalePositionError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -56,6 +60,8 @@ ERROR_TABLE = (
     ErrorMapping(InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
     ErrorMapping(InvalidTreeError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_TREE"),
     ErrorMapping(PromptTooLongError, grpc.StatusCode.OUT_OF_RANGE, 400, "PROMPT_TOO_LONG"),
+    ErrorMapping(RequestTooLargeError, grpc.StatusCode.INVALID_ARGUMENT, 413, "REQUEST_TOO_LARGE"),
+    ErrorMapping(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, 401, "UNAUTHENTICATED"),
     ErrorMapping(UnknownModelError, grpc.StatusCode.NOT_FOUND, 404, "UNKNOWN_MODEL"),
     ErrorMapping(StalePositionError, grpc.StatusCode.FAILED_PRECONDITION, 409, "STALE_POSITION"),
     ErrorMapping(CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "CAPACITY"),

@@ -1,20 +1,27 @@
-"""Health check for containers: `python -m easyspec.rpc.health ADDRESS [SERVICE]` exits 0 if it is SERVING, else 1."""
+"""Health check for containers: `python -m easyspec.rpc.health ADDRESS [SERVICE]` exits 0 if it is SERVING, else 1.
+
+`--tls-ca`, `--tls-certificate`, `--tls-key` and `--tls-server-name` reach a port with TLS.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from easyspec.errors import ConfigurationError
+from easyspec.rpc.tls import ChannelTls, channel_credentials
+
 _TIMEOUT_S = 3.0
-_USAGE = "usage: python -m easyspec.rpc.health ADDRESS [SERVICE]"
 
 
-def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S) -> str:
+def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S, tls: ChannelTls | None = None) -> str:
     """Status of `service` ("" for the whole server) at `address`: SERVING, NOT_SERVING or an error's code name."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(address, tls) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
@@ -23,11 +30,35 @@ def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S) -> str
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
+def _channel(address: str, tls: ChannelTls | None) -> grpc.Channel:
+    options: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.secure_channel(address, channel_credentials(tls), options=options)
+
+
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) not in (1, 2):
-        print(_USAGE, file=sys.stderr)
+    parser = argparse.ArgumentParser(prog="python -m easyspec.rpc.health")
+    parser.add_argument("address", help="host:port")
+    parser.add_argument("service", nargs="?", default="", help="full protobuf name; default: the whole server")
+    parser.add_argument("--tls-ca", type=Path, help="PEM file the server is known by; turns TLS on")
+    parser.add_argument("--tls-certificate", type=Path, help="PEM file to show to a server that asks for one")
+    parser.add_argument("--tls-key", type=Path, help="PEM file with its private key")
+    parser.add_argument("--tls-server-name", help="name in the server's certificate, if it is not the host")
+    try:
+        flags = parser.parse_args(arguments)
+    except SystemExit as ending:  # argparse's 2 is not among the two codes that probes know
+        return 0 if ending.code == 0 else 1
+    tls = None
+    if flags.tls_ca is not None:
+        tls = ChannelTls(flags.tls_ca, flags.tls_certificate, flags.tls_key, flags.tls_server_name)
+    try:
+        status = check(flags.address, service=flags.service, tls=tls)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
         return 1
-    status = check(arguments[0], service="".join(arguments[1:]))
     print(status)
     return 0 if status == "SERVING" else 1
 

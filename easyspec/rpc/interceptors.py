@@ -20,7 +20,9 @@ from easyspec.rpc.errors import INTERNAL, abort, mapping_of
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Parser: TypeAlias = Callable[[Any], Any]
+Authenticate: TypeAlias = Callable[[str | None], str | None]
 _MAX_REQUEST_ID_CHARS = 128
+_AUTHORIZATION_KEY = "authorization"
 
 _log = structlog.get_logger(__name__)
 
@@ -30,10 +32,13 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
 
     Servicers behind it raise exceptions of `easyspec.errors` and write streaming methods as async generators, which
     are closed in the RPC's own task however the RPC ends. While `refuse` is in force, new RPCs get UNAVAILABLE.
+    `authenticate` turns the `authorization` metadata into the client's name, raises UnauthenticatedError, or answers
+    None: anyone may call, and is known by network address. Either is bound as `client` for servicer and log.
     """
 
-    def __init__(self, refusal: str) -> None:
+    def __init__(self, refusal: str, authenticate: Authenticate | None = None) -> None:
         self._refusal: str | None = refusal
+        self._authenticate = authenticate
         self._num_active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,6 +100,10 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         )
         return make(respond, deserialize, handler.response_serializer)
 
+    def _client(self, context: _Context) -> str:
+        name = self._authenticate(_metadata(context, _AUTHORIZATION_KEY)) if self._authenticate is not None else None
+        return name or context.peer().rpartition(":")[0]
+
     @asynccontextmanager
     async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
         # gRPC runs every RPC in a task of its own, so this binds it for this RPC alone.
@@ -106,6 +115,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         try:
             if self._refusal is not None:
                 raise UnavailableError(self._refusal)
+            structlog.contextvars.bind_contextvars(client=self._client(context))
             yield
         except asyncio.CancelledError:
             outcome = {"code": "CANCELLED"}
@@ -150,7 +160,15 @@ def _outcome(error: Exception) -> dict[str, str]:
 
 def _request_id(context: _Context) -> str:
     """The caller's request id if it is fit for a log, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and value.isprintable():
-            return value[:_MAX_REQUEST_ID_CHARS] or uuid.uuid4().hex
+    value = _metadata(context, REQUEST_ID_KEY)
+    if value and value.isprintable():
+        return value[:_MAX_REQUEST_ID_CHARS]
     return uuid.uuid4().hex
+
+
+def _metadata(context: _Context, name: str) -> str | None:
+    """The first text of that name among the caller's metadata."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name and isinstance(value, str):
+            return value
+    return None

@@ -20,6 +20,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.settings import ServerSettings, load_settings
+from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
 
 EXIT_CONFIGURATION = 2
@@ -67,13 +68,35 @@ class Drainable(Protocol):
         """Refuse new ones, cancel those that outlive `grace_s` seconds, return when none is left; before `stop`."""
 
 
+@runtime_checkable
+class Guarded(Protocol):
+    """An application that lets only some callers in."""
+
+    def authenticate(self, authorization: str | None) -> str | None:
+        """The client's name by the `authorization` metadata of an RPC, None where anyone may call; raises
+        UnauthenticatedError."""
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """An application that has something to read again on SIGHUP."""
+
+    def reload(self) -> None:
+        """Read it; never raises."""
+
+
 class RpcServer:
     """One gRPC server with health, reflection and our RpcBoundary; made and used inside the running event loop."""
 
-    def __init__(self, application: Application, address: str) -> None:
+    def __init__(
+        self, application: Application, address: str, tls: ServerTls | None = None, reflection: bool = True
+    ) -> None:
         self._application = application
         self._address = address
-        self._boundary = RpcBoundary(refusal="loading: try again later")
+        self._certificates = ServerCertificates(tls) if tls is not None else None
+        self._has_reflection = reflection
+        authenticate = application.authenticate if isinstance(application, Guarded) else None
+        self._boundary = RpcBoundary("loading: try again later", authenticate)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
 
@@ -84,14 +107,20 @@ class RpcServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._application.add_to_server(self._server)
-        names = (self._application.service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        if self._has_reflection:
+            names = (self._application.service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
         try:
-            port = self._server.add_insecure_port(self._address)
+            port = self._add_port()
         except RuntimeError as error:
             raise ConfigurationError(f"address is {self._address!r}: cannot listen there: {error}") from None
         await self._server.start()
         return port
+
+    def _add_port(self) -> int:
+        if self._certificates is None:
+            return self._server.add_insecure_port(self._address)
+        return self._server.add_secure_port(self._address, self._certificates.grpc_credentials())
 
     async def start(self) -> None:
         """Start the application, then let RPCs in and say SERVING."""
@@ -121,7 +150,7 @@ class RpcServer:
 
 async def serve(application: Application, settings: ServerSettings, stopping: asyncio.Event) -> None:
     """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises."""
-    server = RpcServer(application, settings.address)
+    server = RpcServer(application, settings.address, settings.server_tls, settings.reflection)
     port = await server.listen()
     host = settings.address.rpartition(":")[0]
     _log.info("listening", address=f"{host}:{port}", port=port)
@@ -155,7 +184,7 @@ def run_role(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         settings = load_settings(settings_type, sys.argv[1:] if arguments is None else arguments)
-        configure_logging(role, settings.log_format)
+        configure_logging(role, settings.log_format, level=settings.log_level)
         uvloop.run(_serve_until_signal(build(settings), settings))
     except ConfigurationError as error:
         print(f"{role}: {error}", file=sys.stderr)
@@ -174,6 +203,8 @@ async def _serve_until_signal(application: Application, settings: ServerSettings
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_once)
+    if isinstance(application, Reloadable):
+        loop.add_signal_handler(signal.SIGHUP, application.reload)
     await serve(application, settings, stopping)
 
 

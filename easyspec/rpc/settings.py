@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from easyspec.errors import ConfigurationError
-from easyspec.telemetry.logs import LogFormat
+from easyspec.rpc.tls import ServerTls, is_loopback
+from easyspec.telemetry.logs import LogFormat, LogLevel
 
 MAX_PORT = 65_535
 
@@ -25,7 +26,7 @@ def address_field(default: str) -> Any:
     return Field(
         default=default,
         description="host:port to listen on, port 0 to 65535. 0 takes a free port, named in the `serving` event. "
-        "Loopback by default, as there is no authentication on this port.",
+        "Loopback by default: elsewhere it needs --tls-certificate, or --allow-plaintext.",
     )
 
 
@@ -35,6 +36,15 @@ def check_address(address: str) -> str:
     if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
         raise ValueError(f"it must be host:port with port 0 to {MAX_PORT}")
     return address
+
+
+def check_plaintext(name: str, address: str, is_allowed: bool, tls_field: str) -> None:
+    """Raise ValueError, which says what to do, if `address` lies beyond this machine and plaintext is not allowed."""
+    if not is_allowed and not is_loopback(address):
+        raise ValueError(
+            f"{name} is {address!r}, which is beyond this machine, and there is no TLS: set {tls_field}, or "
+            "allow_plaintext if the network itself encrypts; allowed without either: 127.0.0.1, [::1], localhost"
+        )
 
 
 class ServerSettings(BaseSettings):
@@ -57,6 +67,51 @@ class ServerSettings(BaseSettings):
         description="Seconds that running requests get to finish after SIGTERM or Ctrl-C, 0 to 3600. "
         "30 is what container platforms wait before they kill.",
     )
+
+    log_level: LogLevel = Field(
+        default="info",
+        description="debug, info or warning: the least important events that are written. debug adds RPCs that "
+        "services make in routine, every few seconds.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file with this server's certificate chain; turns TLS on. Read again when it is renewed.",
+    )
+    tls_key: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate's private key, not encrypted.",
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with certificate authorities: only clients with a certificate of theirs are let in "
+        "(mutual TLS). Unset: no client certificate is asked for.",
+    )
+    allow_plaintext: bool = Field(
+        default=False,
+        description="Whether to speak without TLS beyond this machine. Off: prompts and keys would be readable on the "
+        "way. On is for a network that encrypts by itself, or a sidecar that does.",
+    )
+    reflection: bool = Field(
+        default=True,
+        description="Whether gRPC reflection is offered, which lets tools see the methods (never data). On: it is what "
+        "makes grpcurl work.",
+    )
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """The files of the port's TLS; None for plaintext."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return ServerTls(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key must be set together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key too")
+        check_plaintext("address", self.address, self.server_tls is not None or self.allow_plaintext, "tls_certificate")
+        return self
 
     @field_validator("address")
     @classmethod

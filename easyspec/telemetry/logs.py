@@ -10,14 +10,15 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat: TypeAlias = Literal["auto", "json", "console"]
+LogLevel: TypeAlias = Literal["debug", "info", "warning"]
 
 
-def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = None) -> None:
+def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = None, level: LogLevel = "info") -> None:
     """Set up structlog, and the standard library's warnings, for this process; called once, at its start.
 
     Every event carries `role`, a UTC timestamp, its level and what is bound in structlog's context variables.
     "auto" is "console" on a terminal and "json" elsewhere. `stream` is stderr unless given: stdout belongs to what
-    users asked for.
+    users asked for. Events below `level` are dropped.
     """
     stream = sys.stderr if stream is None else stream
     before: list[Processor] = [
@@ -29,7 +30,7 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
     render = _renderer(log_format, stream)
     structlog.configure(
         processors=[*before, *render],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(stream),
     )
     handler = logging.StreamHandler(stream)

@@ -22,6 +22,7 @@ from drafter_service.server import DrafterServer
 from easyspec.errors import PromptTooLongError, StalePositionError
 from easyspec.rpc.lifecycle import Application, RpcServer, run_role
 from easyspec.rpc.settings import EngineSettings
+from easyspec.rpc.tls import ServerTls
 from easyspec.speculation.messages import (
     Calibration,
     Draft,
@@ -222,6 +223,7 @@ class RunningService:
 
     application: Application
     port: int = 0
+    tls: ServerTls | None = None
     _server: RpcServer | None = field(default=None, repr=False)
 
     @property
@@ -229,7 +231,7 @@ class RunningService:
         return f"127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        self._server = RpcServer(self.application, self.address)
+        self._server = RpcServer(self.application, self.address, self.tls)
         self.port = await self._server.listen()
         await self._server.start()
 
@@ -240,9 +242,9 @@ class RunningService:
 
 
 @asynccontextmanager
-async def running(application: Application) -> AsyncIterator[RunningService]:
+async def running(application: Application, tls: ServerTls | None = None) -> AsyncIterator[RunningService]:
     """Serve on a free port of the loopback interface."""
-    service = RunningService(application)
+    service = RunningService(application, tls=tls)
     await service.start()
     try:
         yield service
@@ -262,12 +264,14 @@ class FakePair:
 
 
 @asynccontextmanager
-async def running_pair(language: ToyLanguage, draft_language: ToyLanguage | None = None) -> AsyncIterator[FakePair]:
+async def running_pair(
+    language: ToyLanguage, draft_language: ToyLanguage | None = None, tls: ServerTls | None = None
+) -> AsyncIterator[FakePair]:
     """Both services; `draft_language` if the drafter is to speak another one."""
     verifier, drafter = FakeVerifierEngine(language), FakeDrafterEngine(draft_language or language)
     async with (
-        running(VerifierServer(verifier)) as verifier_service,
-        running(DrafterServer(drafter)) as drafter_service,
+        running(VerifierServer(verifier), tls) as verifier_service,
+        running(DrafterServer(drafter), tls) as drafter_service,
     ):
         yield FakePair(language, verifier, drafter, verifier_service, drafter_service)
 

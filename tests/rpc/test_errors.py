@@ -45,6 +45,8 @@ def test_codes_for_both_wires() -> None:
         "InvalidRequestError": ("INVALID_ARGUMENT", 400),
         "InvalidTreeError": ("INVALID_ARGUMENT", 400),
         "PromptTooLongError": ("OUT_OF_RANGE", 400),
+        "RequestTooLargeError": ("INVALID_ARGUMENT", 413),
+        "UnauthenticatedError": ("UNAUTHENTICATED", 401),
         "UnknownModelError": ("NOT_FOUND", 404),
         "StalePositionError": ("FAILED_PRECONDITION", 409),
         "CapacityError": ("RESOURCE_EXHAUSTED", 429),
@@ -54,7 +56,9 @@ def test_codes_for_both_wires() -> None:
     assert (INTERNAL.code.name, INTERNAL.http_status) == ("INTERNAL", 500)
 
 
-@pytest.mark.parametrize("error_type", [InvalidRequestError, InvalidTreeError, PromptTooLongError])
+@pytest.mark.parametrize(
+    "error_type", [InvalidRequestError, InvalidTreeError, PromptTooLongError, errors.RequestTooLargeError]
+)
 def test_refused_values_come_back_whole(error_type: type[InvalidRequestError]) -> None:
     original = error_type("sampling.temperature", -1.5, "0 to 100")
     returned = error_from_rpc(received(original))
@@ -89,6 +93,7 @@ def test_long_values_do_not_outgrow_the_trailers() -> None:
         (grpc.StatusCode.RESOURCE_EXHAUSTED, CapacityError),
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
         (grpc.StatusCode.FAILED_PRECONDITION, StalePositionError),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.UnauthenticatedError),
         (grpc.StatusCode.UNKNOWN, EasyspecError),
         (grpc.StatusCode.UNIMPLEMENTED, EasyspecError),
     ],

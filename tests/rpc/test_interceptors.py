@@ -130,6 +130,9 @@ async def test_a_stream_cancelled_while_it_writes_has_freed_everything_when_it_e
         def invocation_metadata(self) -> tuple[()]:
             return ()
 
+        def peer(self) -> str:
+            return "ipv4:127.0.0.1:1234"
+
         async def write(self, response: bytes) -> None:
             raise asyncio.CancelledError
 

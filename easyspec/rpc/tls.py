@@ -1,0 +1,186 @@
+"""TLS and mutual TLS: certificates from files, taken up anew when they are renewed; and where plaintext is allowed."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from easyspec.errors import ConfigurationError
+
+_Stamp = tuple[tuple[int, int, int], ...]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """Files of a server, in PEM. With `client_ca` only clients whose certificate it has signed are let in."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
+class ChannelTls:
+    """Files of a client, in PEM. The server's certificate must be signed by `ca` (None: the system's) and name the
+    host, or `server_name` if given; `certificate` and `key` are shown to servers that ask for one."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What the files held, and when."""
+
+    stamp: _Stamp
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
+    context: ssl.SSLContext
+
+
+class ServerCertificates:
+    """A server's certificate as it is in its files now; for gRPC and for HTTP.
+
+    Renewed files are taken up by the next connection, if they belong together; until then, and if they are broken,
+    the certificate before them stays in force. Raises ConfigurationError at construction. Thread-safe: gRPC asks on
+    threads of its own.
+    """
+
+    def __init__(self, tls: ServerTls) -> None:
+        self._tls = tls
+        self._lock = threading.Lock()
+        self._rejected: _Stamp | None = None
+        self._loaded = _load(tls)
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Credentials for `add_secure_port`."""
+        return grpc.dynamic_ssl_server_credentials(
+            _grpc_configuration(self._loaded),
+            lambda: _grpc_configuration(self._current()),
+            require_client_authentication=self._tls.client_ca is not None,
+        )
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """A context for an HTTP server of the event loop; every handshake gets the certificate of its time."""
+        context = _load(self._tls).context
+
+        def renew(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self._current().context
+
+        context.sni_callback = renew
+        return context
+
+    def _current(self) -> _Loaded:
+        with self._lock:
+            try:
+                stamp = _stamp(self._tls)
+            except OSError:  # between the old file and the new one
+                return self._loaded
+            if stamp in (self._loaded.stamp, self._rejected):
+                return self._loaded
+            try:
+                self._loaded = _load(self._tls)
+            except ConfigurationError as error:
+                self._rejected = stamp
+                _log.warning("certificate_not_renewed", reason=str(error))
+            else:
+                _log.info("certificate_renewed", certificate=str(self._tls.certificate))
+            return self._loaded
+
+
+def channel_credentials(tls: ChannelTls) -> grpc.ChannelCredentials:
+    """Credentials of a client, as its files are now; ConfigurationError if they cannot be used."""
+    if (tls.certificate is None) != (tls.key is None):
+        raise ConfigurationError("a client certificate and its key must be given together")
+    if tls.ca is not None:
+        _check_ca(tls.ca)
+    if tls.certificate is not None and tls.key is not None:
+        _load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), tls.certificate, tls.key)
+    return grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.ca) if tls.ca is not None else None,
+        private_key=_read(tls.key) if tls.key is not None else None,
+        certificate_chain=_read(tls.certificate) if tls.certificate is not None else None,
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `address` (`host:port` or a gRPC target such as `dns:///host:port`) is reached on this machine alone."""
+    host = address.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _load(tls: ServerTls) -> _Loaded:
+    try:
+        stamp = _stamp(tls)
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename}: {error.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_chain(context, tls.certificate, tls.key)
+    if tls.client_ca is not None:
+        _check_ca(tls.client_ca)
+        context.load_verify_locations(tls.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    client_ca = _read(tls.client_ca) if tls.client_ca is not None else None
+    loaded = _Loaded(stamp, _read(tls.certificate), _read(tls.key), client_ca, context)
+    try:
+        is_settled = stamp == _stamp(tls)
+    except OSError:
+        is_settled = False
+    if not is_settled:
+        raise ConfigurationError(f"{tls.certificate}: changed while it was read")
+    return loaded
+
+
+def _load_chain(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"certificate {certificate} and key {key} cannot be used together: {reason}") from None
+
+
+def _no_password() -> str:
+    # Without this OpenSSL would ask on the terminal.
+    raise ValueError("the key is encrypted; allowed: one that is not")
+
+
+def _check_ca(ca: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigurationError(f"certificate authority {ca} cannot be used: {reason}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+
+
+def _stamp(tls: ServerTls) -> _Stamp:
+    paths = (tls.certificate, tls.key) if tls.client_ca is None else (tls.certificate, tls.key, tls.client_ca)
+    statuses = [path.stat() for path in paths]
+    return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in statuses)
+
+
+def _grpc_configuration(loaded: _Loaded) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(loaded.key, loaded.certificate)], loaded.client_ca)
