@@ -38,6 +38,20 @@ COSINE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("attention out", lambda row: _number(row["attention_output"], 3)),
 )
 
+SERVE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("streams", lambda row: str(row["concurrency"])),
+    ("speculation", lambda row: row["speculation"]),
+    ("tokens/s", lambda row: _number(row["tokens_per_s"], 1)),
+    ("x best", lambda row: _number(row["vs_best"], 2)),
+    ("TTFT ms", lambda row: _percentiles(row["ttft_ms"])),
+    ("inter-token ms", lambda row: _percentiles(row["inter_token_ms"])),
+    ("length", lambda row: _number(row["mean_acceptance_length"], 2)),
+    ("drafted", lambda row: f"{row['draft_share']:.0%}"),
+    ("occupancy", lambda row: _number(row["batch_occupancy"], 2)),
+    ("rows", lambda row: _number(row["batch_rows"], 1)),
+    ("KV use", lambda row: _number(row["kv_use"], 2)),
+)
+
 
 # What a terminal of common width has no room for is in the file.
 _TERMINAL_HEADINGS = [
@@ -57,6 +71,18 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
 
 
+def print_serve_results(rows: Sequence[Row], console: Console) -> None:
+    """Every result as one row; nothing without results."""
+    if not rows:
+        return
+    table = Table(title="medians over windows; times are p50/p95/p99", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading, _ in SERVE_COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in SERVE_COLUMNS))
+    Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
+
+
 def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> str:
     """A Markdown table, first column left, the others right."""
     lines = [
@@ -69,3 +95,7 @@ def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Se
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percentiles(values: Mapping[str, float] | None) -> str:
+    return "-" if values is None else "/".join(f"{values[name]:.0f}" for name in ("p50", "p95", "p99"))

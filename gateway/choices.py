@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from easyspec.speculation.parameters import MAX_SEED
 
-
 _ItemT = TypeVar("_ItemT")
 
 

@@ -21,6 +21,8 @@ class RoundTimings:
     num_draft_tokens: int
     num_draft_levels: int
     num_fuzzy_steps: int
+    num_batch_rows: int
+    num_batch_sessions: int
 
 
 NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -82,6 +84,8 @@ class StatisticsRecorder:
             num_draft_tokens=len(tree),
             num_draft_levels=tree.num_levels,
             num_fuzzy_steps=round_.draft.timings.num_fuzzy_steps,
+            num_batch_rows=round_.answer.timings.num_batch_rows,
+            num_batch_sessions=round_.answer.timings.num_batch_sessions,
         )
 
     def finish(self, num_drafter_failures: int) -> SpeculationStatistics:

@@ -200,20 +200,29 @@ def plan(
         print_plan(found, f"{base} + {draft} on {gpus} x {gpu}, {stack}", shows_all=shows_all)
 
 
-@bench.command(
-    "decode",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
+_BENCH_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)
 def bench_decode(context: typer.Context) -> None:
     """Measure decoding, plain and drafted; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.decode", context.args))
+
+
+@bench.command("serve", context_settings=_BENCH_COMMAND, add_help_option=False)
+def bench_serve(context: typer.Context) -> None:
+    """Measure many streams at once, speculation off, on and auto; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.serve", context.args))
+
+
+def _run_bench(name: str, arguments: list[str]) -> int:
     try:
-        module = importlib.import_module("bench.decode")
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("bench", "bench.decode"):
+        if error.name not in ("bench", name):
             raise
         raise ConfigurationError("the benchmarks are part of the checkout, which is not here") from error
-    raise typer.Exit(module.main(context.args) or 0)
+    return int(module.main(arguments))
 
 
 async def _generate_with_own_services(

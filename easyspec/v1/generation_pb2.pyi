@@ -325,6 +325,8 @@ class RoundTimings(_message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DRAFT_LEVELS_FIELD_NUMBER: _builtins.int
     NUM_FUZZY_STEPS_FIELD_NUMBER: _builtins.int
+    NUM_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_BATCH_SESSIONS_FIELD_NUMBER: _builtins.int
     draft_ns: _builtins.int
     """From sending the calibration until the tree came, in nanoseconds; 0 without a draft."""
     calibrate_ns: _builtins.int
@@ -343,6 +345,10 @@ class RoundTimings(_message.Message):
     """Levels in the tree."""
     num_fuzzy_steps: _builtins.int
     """Fuzzy steps taken inside fuzzy_ns; a pruned tree may have fewer levels than there were steps."""
+    num_batch_rows: _builtins.int
+    """Rows of all sessions in the verifier's step, padding excluded."""
+    num_batch_sessions: _builtins.int
+    """Sessions in the verifier's step."""
     def __init__(
         self,
         *,
@@ -355,10 +361,12 @@ class RoundTimings(_message.Message):
         num_draft_tokens: _builtins.int = ...,
         num_draft_levels: _builtins.int = ...,
         num_fuzzy_steps: _builtins.int = ...,
+        num_batch_rows: _builtins.int = ...,
+        num_batch_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_ns", b"calibrate_ns", "compute_ns", b"compute_ns", "draft_ns", b"draft_ns", "fuzzy_ns", b"fuzzy_ns", "num_draft_levels", b"num_draft_levels", "num_draft_tokens", b"num_draft_tokens", "num_fuzzy_steps", b"num_fuzzy_steps", "round_ns", b"round_ns", "verify_ns", b"verify_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_ns", b"calibrate_ns", "compute_ns", b"compute_ns", "draft_ns", b"draft_ns", "fuzzy_ns", b"fuzzy_ns", "num_batch_rows", b"num_batch_rows", "num_batch_sessions", b"num_batch_sessions", "num_draft_levels", b"num_draft_levels", "num_draft_tokens", b"num_draft_tokens", "num_fuzzy_steps", b"num_fuzzy_steps", "round_ns", b"round_ns", "verify_ns", b"verify_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -152,6 +152,7 @@ async def test_statistics_and_timings_tell_what_happened(client: Client) -> None
     second = chunks[1].timings
     assert (second.calibrate_ns, second.fuzzy_ns, second.compute_ns, second.num_draft_levels) == (200, 300, 2000, 5)
     assert second.num_fuzzy_steps == 4
+    assert (second.num_batch_rows, second.num_batch_sessions) == (second.num_draft_tokens + 1, 1)
     assert second.round_ns >= second.draft_ns + second.verify_ns > 0
     assert chunks[0].timings.draft_ns == 0
     assert len(chunks[1].token_texts) == len(chunks[1].token_ids) > 1

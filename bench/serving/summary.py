@@ -1,0 +1,134 @@
+"""From windows of load to one row of results per concurrency and speculation setting."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.serving.load import Window
+from bench.serving.streams import Chunk, Outcome, Stream
+from bench.serving.workload import Speculation
+
+_MS_PER_S = 1e3
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Of a set of times in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """One speculation setting at one concurrency.
+
+    `tokens_per_s` is the median over windows of output tokens that came in a window / its length; `vs_best` (auto only)
+    the median of per-round ratios to the better of off and on. Inter-token times count every token: those that
+    came in one message share its gap evenly. `batch_sessions` and `batch_rows` are means over verifier steps,
+    `batch_occupancy` is sessions / concurrency, `kv_use` the mean share of the verifier's KV pool. None: not known.
+    """
+
+    concurrency: int
+    speculation: str
+    tokens_per_s: float
+    tokens_per_s_by_window: tuple[float, ...]
+    vs_best: float | None
+    ttft_ms: Percentiles | None
+    inter_token_ms: Percentiles | None
+    mean_acceptance_length: float | None
+    draft_share: float
+    batch_occupancy: float | None
+    batch_sessions: float | None
+    batch_rows: float | None
+    kv_use: float | None
+    num_requests: int
+    num_complete: int
+    num_refused: int
+    num_failed: int
+
+
+def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[ServeResult]:
+    """Results of one concurrency; a turn holds one window of each setting, which ran next to each other."""
+    by_setting: dict[Speculation, list[Window]] = {setting: [] for setting in Speculation}
+    for window in itertools.chain.from_iterable(turns):
+        by_setting[window.speculation].append(window)
+    ratios = [ratio for turn in turns if (ratio := _ratio_to_best(turn)) is not None]
+    return [
+        _result(concurrency, setting, windows, ratios if setting is Speculation.AUTO else [])
+        for setting, windows in by_setting.items()
+        if windows
+    ]
+
+
+def throughput(window: Window) -> float:
+    """Output tokens a second inside the window."""
+    num_tokens = sum(chunk.num_tokens for chunk in _chunks(window))
+    return num_tokens / (window.end_s - window.start_s)
+
+
+def percentiles(values_s: Sequence[float]) -> Percentiles | None:
+    """Of times in seconds; None without any."""
+    if not values_s:
+        return None
+    p50, p95, p99 = (float(value) for value in np.percentile(np.array(values_s) * _MS_PER_S, (50, 95, 99)))
+    return Percentiles(p50, p95, p99)
+
+
+def _ratio_to_best(turn: Sequence[Window]) -> float | None:
+    speeds = {window.speculation: throughput(window) for window in turn}
+    best = max((speeds.get(setting, 0.0) for setting in (Speculation.OFF, Speculation.ON)), default=0.0)
+    return speeds[Speculation.AUTO] / best if best > 0 and Speculation.AUTO in speeds else None
+
+
+def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratios: Sequence[float]) -> ServeResult:
+    chunks = [chunk for window in windows for chunk in _chunks(window)]
+    streams = [stream for window in windows for stream in window.streams]
+    drafted = [chunk for chunk in chunks if chunk.num_draft_tokens]
+    speeds = tuple(throughput(window) for window in windows)
+    kv_uses = [use for window in windows for use in window.kv_uses]
+    # A step with s sessions is seen s times: weighting by 1 / s counts it once.
+    weights = [1 / chunk.num_batch_sessions for chunk in chunks if chunk.num_batch_sessions]
+    num_steps = sum(weights)
+    rows = sum(chunk.num_batch_rows / chunk.num_batch_sessions for chunk in chunks if chunk.num_batch_sessions)
+    return ServeResult(
+        concurrency=concurrency,
+        speculation=setting.value,
+        tokens_per_s=statistics.median(speeds),
+        tokens_per_s_by_window=speeds,
+        vs_best=statistics.median(ratios) if ratios else None,
+        ttft_ms=percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
+        inter_token_ms=percentiles([gap for window in windows for gap in _inter_token_s(window)]),
+        mean_acceptance_length=1 + statistics.mean(chunk.num_accepted for chunk in drafted) if drafted else None,
+        draft_share=len(drafted) / len(chunks) if chunks else 0.0,
+        batch_occupancy=len(weights) / num_steps / concurrency if num_steps else None,
+        batch_sessions=len(weights) / num_steps if num_steps else None,
+        batch_rows=rows / num_steps if num_steps else None,
+        kv_use=statistics.mean(kv_uses) if kv_uses else None,
+        num_requests=len(streams),
+        num_complete=_count(streams, Outcome.COMPLETE),
+        num_refused=_count(streams, Outcome.REFUSED),
+        num_failed=_count(streams, Outcome.FAILED),
+    )
+
+
+def _chunks(window: Window) -> Iterator[Chunk]:
+    for stream in window.streams:
+        yield from (chunk for chunk in stream.chunks if window.start_s <= chunk.at_s < window.end_s)
+
+
+def _inter_token_s(window: Window) -> Iterator[float]:
+    for stream in window.streams:
+        for before, chunk in itertools.pairwise(stream.chunks):
+            if window.start_s <= chunk.at_s < window.end_s and chunk.num_tokens:
+                yield from [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
+
+
+def _count(streams: Sequence[Stream], outcome: Outcome) -> int:
+    return sum(stream.outcome is outcome for stream in streams)
