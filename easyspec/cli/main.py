@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from easyspec import __version__
 from easyspec.cli import flags
+from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import check_flags, checked_address
 from easyspec.cli.generate import stream_completion
@@ -133,6 +135,63 @@ def generate(
         settings = StackSettings(base=base, draft=None if no_draft else draft)
         work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
+
+
+@app.command()
+def chat(
+    gateway: flags.Gateway = None,
+    base: flags.Base = DEFAULT_BASE,
+    draft: flags.Draft = DEFAULT_DRAFT,
+    no_draft: flags.NoDraft = False,
+    system: Annotated[str | None, typer.Option(help="System prompt: what the model is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    seed: flags.Seed = None,
+    temperature: flags.Temperature = None,
+    top_k: flags.TopK = None,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
+    stop: flags.Stop = None,
+    num_draft_levels: flags.NumDraftLevels = None,
+    tree_width: flags.TreeWidth = None,
+    num_nodes: flags.NumNodes = None,
+    layer_parallel_size: flags.LayerParallelSize = None,
+    mlp: flags.MlpFlag = None,
+    show_speculation: Annotated[
+        bool | None,
+        typer.Option(
+            "--show-speculation/--no-show-speculation",
+            help="Colour accepted draft tokens green and bonus tokens yellow. [default: on a terminal]",
+        ),
+    ] = None,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Converse with the model; /help lists what can be typed. Answers go to stdout, everything else to stderr."""
+    request = GenerateFlags(
+        prompt="",
+        sampling=SamplingFlags(
+            seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+        ),
+        stop=StopConditions(max_tokens=max_tokens),
+        stop_strings=tuple(stop or ()),
+        is_chat=True,
+        is_drafting=not no_draft,
+        num_draft_levels=num_draft_levels,
+        tree_width=tree_width,
+        num_nodes=num_nodes,
+        layer_plan=LayerPlanRequest(layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None),
+    )
+    check_flags(request)
+    has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    terminal = ChatTerminal(sys.stdin.isatty(), has_colours if show_speculation is None else show_speculation)
+    address = None if gateway is None else checked_address("--gateway", gateway)
+    settings = StackSettings(base=base, draft=None if no_draft else draft)
+    try:
+        hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log)
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 @bench.command(
