@@ -31,6 +31,7 @@ from gateway.limits import RequestLimits
 from gateway.peers import Peer, PeerInfo, PeerState
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import ChatTurn, Tokenizer
+from gateway.trace import RoundTrace, trace_of
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class SpeculationMode(enum.Enum):
 
 @dataclass(frozen=True)
 class SpeculationWish:
-    """How a request wants to be drafted; None takes the gateway's default."""
+    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default."""
 
     mode: SpeculationMode = SpeculationMode.AUTO
     budget: TreeBudget | None = None
     layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
+    is_traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """One round of a choice; `completion` is set on its last one only.
+    """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
 
     With logprobs there is one entry per token, None for a token that nothing precedes. An echoed prompt is a chunk of
     its own, the choice's first.
@@ -114,6 +116,7 @@ class GenerationChunk:
     completion: Completion | None
     choice_index: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    trace: RoundTrace | None = None
 
 
 class VerifierOpener(Protocol):
@@ -301,15 +304,17 @@ class _Output:
         num_accepted = min(verdict.num_accepted, len(token_ids))
         self._num_output_tokens += len(token_ids)
         timings = self._recorder.record(round_, num_accepted)
-        is_plain = isinstance(self._drafter, NoDraft)
+        is_traced = self._request.speculation.is_traced
+        has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
         return GenerationChunk(
             text=detokenized.text,
             token_ids=token_ids,
             num_accepted=num_accepted,
-            token_texts=() if is_plain else tuple(self._tokenizer.token_text(token_id) for token_id in token_ids),
+            token_texts=tuple(map(self._tokenizer.token_text, token_ids)) if has_token_texts else (),
             timings=timings,
             completion=self._completion(round_, detokenized.matched_stop),
             logprobs=verdict.logprobs[: len(token_ids)],
+            trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
         )
 
     def _completion(self, round_: Round, matched_stop: str | None) -> Completion | None:

@@ -37,6 +37,7 @@ from gateway.peers import ExponentialBackoff, Peer, PeerInfo, PeerPolicy, PeerSt
 from gateway.rest.service import RestServer
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tokenizer import ChatTurn, Tokenizer
+from gateway.trace import RoundTrace
 
 # A peer that is loading does not answer at all; one that answers does so in milliseconds.
 _INFO_TIMEOUT_S = 2.0
@@ -255,6 +256,7 @@ def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> Specu
         mode=_MODES[message.mode],
         budget=convert.budget_from_pb(message.budget) if message.HasField("budget") else None,
         layer_plan=convert.layer_plan_from_pb(message.layer_plan),
+        is_traced=message.trace,
     )
 
 
@@ -266,6 +268,15 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         token_texts=chunk.token_texts,
         timings=_timings_to_pb(chunk.timings),
         completion=_completion_to_pb(chunk.completion) if chunk.completion is not None else None,
+        trace=_trace_to_pb(chunk.trace) if chunk.trace is not None else None,
+    )
+
+
+def _trace_to_pb(trace: RoundTrace) -> generation_pb2.RoundTrace:
+    return generation_pb2.RoundTrace(
+        draft_tree=convert.tree_to_pb(trace.draft_tree),
+        draft_token_texts=trace.draft_token_texts,
+        accepted_rows=trace.accepted_rows,
     )
 
 

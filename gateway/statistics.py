@@ -25,7 +25,7 @@ class RoundTimings:
     num_batch_sessions: int
 
 
-NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0)
+NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,23 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
 class GenerateFlags:
-    """A request as given on the command line."""
+    """A request as given on the command line; with `is_chat` the prompt is a user's message after `earlier_turns`."""
 
     prompt: str
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
     stop: StopConditions = field(default_factory=StopConditions)
     stop_strings: tuple[str, ...] = ()
     is_chat: bool = False
+    earlier_turns: tuple[Turn, ...] = ()
     is_drafting: bool = True
     num_draft_levels: int | None = None
     tree_width: int | None = None
@@ -110,7 +119,8 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
         ),
     )
     if flags.is_chat:
-        request.chat.messages.add(role="user", content=flags.prompt)
+        for turn in (*flags.earlier_turns, Turn("user", flags.prompt)):
+            request.chat.messages.add(role=turn.role, content=turn.content)
     else:
         request.text = flags.prompt
     return request

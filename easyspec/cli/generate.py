@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
+from itertools import zip_longest
 from typing import TextIO
 
 from rich.console import Console
@@ -21,12 +22,12 @@ async def stream_completion(gateway_address: str, flags: GenerateFlags, is_colou
     rounds: list[GenerateResponse] = []
     async with GatewayClient(gateway_address) as client, aclosing(client.generate(flags)) as responses:
         async for response in responses:
-            _write(_coloured(response) if is_coloured else response.text, sys.stdout)
+            _write(coloured(response) if is_coloured else response.text, sys.stdout)
             rounds.append(response)
     is_line_open = not (rounds and rounds[-1].text.endswith("\n"))
     _write("\n" if is_line_open and sys.stdout.isatty() else "", sys.stderr)
     if rounds and rounds[-1].HasField("completion"):
-        Console(stderr=True).print(_table(rounds, rounds[-1].completion))
+        Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion))
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -34,7 +35,7 @@ def _write(text: str, stream: TextIO) -> None:
     stream.flush()
 
 
-def _coloured(response: GenerateResponse) -> str:
+def coloured(response: GenerateResponse) -> str:
     """The round's text, accepted draft tokens and the bonus token each in their colour."""
     token_texts = list(response.token_texts)
     if "".join(token_texts) != response.text:
@@ -45,7 +46,7 @@ def _coloured(response: GenerateResponse) -> str:
     return "".join(style.render(text) for style, text in zip(styles, token_texts, strict=True))
 
 
-def _table(rounds: list[GenerateResponse], completion: Completion) -> Table:
+def statistics_table(rounds: list[GenerateResponse], completion: Completion) -> Table:
     statistics = completion.speculation
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
@@ -70,7 +71,7 @@ def _table(rounds: list[GenerateResponse], completion: Completion) -> Table:
 
 def _by_level(completion: Completion) -> str:
     statistics = completion.speculation
-    levels = zip(statistics.num_accepted_by_level, statistics.num_drafted_by_level, strict=True)
+    levels = zip_longest(statistics.num_accepted_by_level, statistics.num_drafted_by_level, fillvalue=0)
     return " ".join(_ratio(accepted, drafted, "{:.0%}") for accepted, drafted in levels) or "-"
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 import importlib
 import os
+import signal
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from easyspec import __version__
+from easyspec.cli import flags
+from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
+from easyspec.cli.flags import check_flags, checked_address
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, HTTP_OFF, LogSink, ServiceStack, StackSettings
@@ -25,20 +27,10 @@ from easyspec.planner.hardware import device_named, stack_named
 from easyspec.planner.planner import Workload, make_plan
 from easyspec.planner.shape import find_shape
 from easyspec.planner.validation import compare_with_paper
-from easyspec.speculation.parameters import (
-    LayerPlanRequest,
-    MlpPlacement,
-    SamplingParameters,
-    StopConditions,
-    TreeBudget,
-)
+from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
-
-# Nothing of a model is known before its services run; they check again, by their own limits.
-_ANY_VOCAB_SIZE = 2**31
-_ANY_NUM_NODES = 4096
 
 app = typer.Typer(
     name="easyspec",
@@ -49,13 +41,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-class Mlp(enum.Enum):
-    """Where the MLPs of a layer group run."""
-
-    sequential = "sequential"
-    staged = "staged"
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -73,16 +58,11 @@ def easyspec(
     """Speculative decoding as three services: drafter, verifier, gateway."""
 
 
-_Base = Annotated[Path, typer.Option("--base", help="Checkpoint folder of the base model.", show_default="bundled")]
-_Draft = Annotated[Path, typer.Option("--draft", help="Checkpoint folder of the draft model.", show_default="bundled")]
-_NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no drafter is started.")]
-
-
 @app.command()
 def up(
-    base: _Base = DEFAULT_BASE,
-    draft: _Draft = DEFAULT_DRAFT,
-    no_draft: _NoDraft = False,
+    base: flags.Base = DEFAULT_BASE,
+    draft: flags.Draft = DEFAULT_DRAFT,
+    no_draft: flags.NoDraft = False,
     gateway_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50051",
     drafter_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50052",
     verifier_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50053",
@@ -95,10 +75,10 @@ def up(
     settings = StackSettings(
         base=base,
         draft=None if no_draft else draft,
-        gateway_address=_checked_address("--gateway-address", gateway_address),
-        verifier_address=_checked_address("--verifier-address", verifier_address),
-        drafter_address=_checked_address("--drafter-address", drafter_address),
-        http_address=http_address if http_address == HTTP_OFF else _checked_address("--http-address", http_address),
+        gateway_address=checked_address("--gateway-address", gateway_address),
+        verifier_address=checked_address("--verifier-address", verifier_address),
+        drafter_address=checked_address("--drafter-address", drafter_address),
+        http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))
@@ -107,41 +87,37 @@ def up(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    gateway: Annotated[
-        str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
-    ] = None,
-    base: _Base = DEFAULT_BASE,
-    draft: _Draft = DEFAULT_DRAFT,
-    no_draft: _NoDraft = False,
+    gateway: flags.Gateway = None,
+    base: flags.Base = DEFAULT_BASE,
+    draft: flags.Draft = DEFAULT_DRAFT,
+    no_draft: flags.NoDraft = False,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, not a text to continue.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 128,
-    seed: Annotated[int | None, typer.Option(help="Reproduces a completion. Unset: drawn, and reported.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: 1.0]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens. [default: all]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep this much probability. [default: 1.0]")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages seen tokens.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Per token seen in the output, once.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Per token seen in the output, each time.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None,
+    seed: flags.Seed = None,
+    temperature: flags.Temperature = None,
+    top_k: flags.TopK = None,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
+    stop: flags.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
-    num_draft_levels: Annotated[int | None, typer.Option(help="Levels of a draft tree.")] = None,
-    tree_width: Annotated[int | None, typer.Option(help="Nodes expanded per level.")] = None,
-    num_nodes: Annotated[int | None, typer.Option(help="Nodes of a draft tree.")] = None,
-    layer_parallel_size: Annotated[
-        int | None, typer.Option(help="Draft layers whose attention runs at the same time; 1 is sequential.")
-    ] = None,
-    mlp: Annotated[Mlp | None, typer.Option(help="Where the MLPs of a layer group run.")] = None,
+    num_draft_levels: flags.NumDraftLevels = None,
+    tree_width: flags.TreeWidth = None,
+    num_nodes: flags.NumNodes = None,
+    layer_parallel_size: flags.LayerParallelSize = None,
+    mlp: flags.MlpFlag = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Keep the drafter's fuzzy KV entries (for measurement).")
     ] = False,
     show_speculation: Annotated[
         bool, typer.Option("--show-speculation", help="Colour accepted draft tokens green and bonus tokens yellow.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of the services that are started.")] = False,
+    verbose: flags.Verbose = False,
 ) -> None:
     """Stream a completion to stdout, and statistics to stderr."""
-    flags = GenerateFlags(
+    request = GenerateFlags(
         prompt=prompt,
         sampling=SamplingFlags(
             seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
@@ -157,13 +133,72 @@ def generate(
             layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None, not no_calibration
         ),
     )
-    _check(flags)
+    if not prompt:
+        raise InvalidRequestError("prompt", prompt, "at least one character")
+    check_flags(request)
     if gateway is not None:
-        work = stream_completion(_checked_address("--gateway", gateway), flags, show_speculation)
+        work = stream_completion(checked_address("--gateway", gateway), request, show_speculation)
     else:
         settings = StackSettings(base=base, draft=None if no_draft else draft)
-        work = _generate_with_own_services(settings, flags, show_speculation, RoleLog() if verbose else _no_log)
+        work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
+
+
+@app.command()
+def chat(
+    gateway: flags.Gateway = None,
+    base: flags.Base = DEFAULT_BASE,
+    draft: flags.Draft = DEFAULT_DRAFT,
+    no_draft: flags.NoDraft = False,
+    system: Annotated[str | None, typer.Option(help="System prompt: what the model is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    seed: flags.Seed = None,
+    temperature: flags.Temperature = None,
+    top_k: flags.TopK = None,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    presence_penalty: flags.PresencePenalty = None,
+    frequency_penalty: flags.FrequencyPenalty = None,
+    stop: flags.Stop = None,
+    num_draft_levels: flags.NumDraftLevels = None,
+    tree_width: flags.TreeWidth = None,
+    num_nodes: flags.NumNodes = None,
+    layer_parallel_size: flags.LayerParallelSize = None,
+    mlp: flags.MlpFlag = None,
+    show_speculation: Annotated[
+        bool | None,
+        typer.Option(
+            "--show-speculation/--no-show-speculation",
+            help="Colour accepted draft tokens green and bonus tokens yellow. [default: on a terminal]",
+        ),
+    ] = None,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Converse with the model; /help lists what can be typed. Answers go to stdout, everything else to stderr."""
+    request = GenerateFlags(
+        prompt="",
+        sampling=SamplingFlags(
+            seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+        ),
+        stop=StopConditions(max_tokens=max_tokens),
+        stop_strings=tuple(stop or ()),
+        is_chat=True,
+        is_drafting=not no_draft,
+        num_draft_levels=num_draft_levels,
+        tree_width=tree_width,
+        num_nodes=num_nodes,
+        layer_plan=LayerPlanRequest(layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None),
+    )
+    check_flags(request)
+    has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    terminal = ChatTerminal(sys.stdin.isatty(), has_colours if show_speculation is None else show_speculation)
+    address = None if gateway is None else checked_address("--gateway", gateway)
+    settings = StackSettings(base=base, draft=None if no_draft else draft)
+    try:
+        hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log)
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 @app.command()
@@ -226,40 +261,14 @@ def _run_bench(name: str, arguments: list[str]) -> int:
 
 
 async def _generate_with_own_services(
-    settings: StackSettings, flags: GenerateFlags, is_coloured: bool, on_log: LogSink
+    settings: StackSettings, request: GenerateFlags, is_coloured: bool, on_log: LogSink
 ) -> None:
     async with ServiceStack(settings, on_log) as stack:
-        await stream_completion(stack.gateway_address, flags, is_coloured)
+        await stream_completion(stack.gateway_address, request, is_coloured)
 
 
 def _no_log(_role: str, _line: str) -> None:
     """A failure quotes the last line."""
-
-
-def _check(flags: GenerateFlags) -> None:
-    """Raise InvalidRequestError for what can be told without a model, before anything is started."""
-    if not flags.prompt:
-        raise InvalidRequestError("prompt", flags.prompt, "at least one character")
-    given = {name: value for name, value in vars(flags.sampling).items() if value is not None}
-    SamplingParameters(**({"seed": 0} | given)).check(_ANY_VOCAB_SIZE)
-    flags.stop.check(_ANY_VOCAB_SIZE)
-    TreeBudget(_or_one(flags.num_draft_levels), _or_one(flags.tree_width), _or_one(flags.num_nodes)).check(
-        _ANY_NUM_NODES
-    )
-    layer_parallel_size = flags.layer_plan.layer_parallel_size
-    if layer_parallel_size is not None and layer_parallel_size < 1:
-        raise InvalidRequestError("layer_parallel_size", layer_parallel_size, "at least 1")
-
-
-def _or_one(value: int | None) -> int:
-    return 1 if value is None else value
-
-
-def _checked_address(flag: str, address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and int(port) < 2**16):
-        raise InvalidRequestError(flag, address, "host:port")
-    return address
 
 
 def main() -> None:

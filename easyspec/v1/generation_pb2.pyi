@@ -219,8 +219,11 @@ class SpeculationParameters(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     mode: Global___SpeculationParameters.Mode.ValueType
     """Whether to speculate."""
+    trace: _builtins.bool
+    """Report in every message what was guessed in its round: for display, at some cost in bytes."""
     @_builtins.property
     def budget(self) -> _types_pb2.TreeBudget:
         """Tree size; unset: the gateway's default."""
@@ -235,10 +238,11 @@ class SpeculationParameters(_message.Message):
         mode: Global___SpeculationParameters.Mode.ValueType = ...,
         budget: _types_pb2.TreeBudget | None = ...,
         layer_plan: _types_pb2.LayerPlan | None = ...,
+        trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan", "mode", b"mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan", "mode", b"mode", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,6 +262,7 @@ class GenerateResponse(_message.Message):
     TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that became final in this round; may be empty while a character or a stop string is incomplete."""
     num_accepted: _builtins.int
@@ -279,7 +284,7 @@ class GenerateResponse(_message.Message):
     @_builtins.property
     def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """For display: the text of each token of this round alone, in order; joined they may differ from `text`, which
-        never splits a character. Only filled when the request's speculation mode is on or auto.
+        never splits a character. Only filled when the request's speculation mode is on or auto, or with a trace.
         """
 
     @_builtins.property
@@ -287,6 +292,10 @@ class GenerateResponse(_message.Message):
         """One entry per token of token_ids, if asked for. Of an echoed prompt's first token, which nothing precedes, the
         entry is empty.
         """
+
+    @_builtins.property
+    def trace(self) -> Global___RoundTrace:
+        """What was guessed in this round; only if the request's speculation asks for a trace."""
 
     def __init__(
         self,
@@ -299,16 +308,58 @@ class GenerateResponse(_message.Message):
         token_texts: _abc.Iterable[_builtins.str] | None = ...,
         choice_index: _builtins.int = ...,
         logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
+        trace: Global___RoundTrace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "completion", b"completion", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "_trace", b"_trace", "completion", b"completion", "timings", b"timings", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "choice_index", b"choice_index", "completion", b"completion", "logprobs", b"logprobs", "num_accepted", b"num_accepted", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "_trace", b"_trace", "choice_index", b"choice_index", "completion", b"completion", "logprobs", b"logprobs", "num_accepted", b"num_accepted", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "token_texts", b"token_texts", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__completion: _TypeAlias = _typing.Literal["completion"]  # noqa: Y015
     _WhichOneofArgType__completion: _TypeAlias = _typing.Literal["_completion", b"_completion"]  # noqa: Y015
+    _WhichOneofReturnType__trace: _TypeAlias = _typing.Literal["trace"]  # noqa: Y015
+    _WhichOneofArgType__trace: _TypeAlias = _typing.Literal["_trace", b"_trace"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion) -> _WhichOneofReturnType__completion | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trace) -> _WhichOneofReturnType__trace | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class RoundTrace(_message.Message):
+    """What the drafter guessed in one round, and which of it was right."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFT_TREE_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_ROWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def draft_tree(self) -> _types_pb2.TokenTree:
+        """The guesses; empty if there were none."""
+
+    @_builtins.property
+    def draft_token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For display: the text of each node of the tree alone, in order."""
+
+    @_builtins.property
+    def accepted_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the tree whose tokens were accepted, from the root's child downwards; as many as num_accepted."""
+
+    def __init__(
+        self,
+        *,
+        draft_tree: _types_pb2.TokenTree | None = ...,
+        draft_token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        accepted_rows: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_tree", b"draft_tree"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_rows", b"accepted_rows", "draft_token_texts", b"draft_token_texts", "draft_tree", b"draft_tree"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundTrace: _TypeAlias = RoundTrace  # noqa: Y015
 
 @_typing.final
 class RoundTimings(_message.Message):

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
+from easyspec.errors import EasyspecError
+from easyspec.rpc.errors import abort
 from easyspec.v1 import generation_pb2 as pb
 from easyspec.v1 import generation_pb2_grpc, types_pb2
 
 
 class ScriptedGateway(generation_pb2_grpc.GenerationServiceServicer):
-    """`rounds` are the token ids of each round; `requests` collects what clients asked."""
+    """`rounds` are the token ids of each round; `requests` collects what clients asked.
+
+    The text of a token is its entry in `token_texts`, if there is one. While `gate` is closed, answers stop after
+    their first round. `num_cancelled` counts answers whose client went away.
+    """
 
     def __init__(self, rounds: Sequence[Sequence[int]], drafter_state: int) -> None:
         self.rounds = rounds
         self.drafter_state = drafter_state
         self.requests: list[pb.GenerateRequest] = []
+        self.token_texts: dict[int, str] = {}
+        self.num_cancelled = 0
+        self.error: EasyspecError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
         self.requests.append(request)
-        drafted = request.speculation.mode == pb.SpeculationParameters.MODE_ON
+        if self.error is not None:
+            await abort(context, self.error, "scripted")
+        drafted = request.speculation.mode in (pb.SpeculationParameters.MODE_ON, pb.SpeculationParameters.MODE_AUTO)
         for index, token_ids in enumerate(self.rounds):
             num_accepted = len(token_ids) - 1 if drafted else 0
-            message = pb.GenerateResponse(token_ids=token_ids, num_accepted=num_accepted)
+            texts = [self.token_texts[token_id] for token_id in token_ids if token_id in self.token_texts]
+            message = pb.GenerateResponse(
+                token_ids=token_ids, num_accepted=num_accepted, text="".join(texts), token_texts=texts
+            )
             message.timings.round_ns = 9_000_000
             message.timings.verify_ns = 4_000_000
             if drafted and index:
@@ -37,6 +54,11 @@ class ScriptedGateway(generation_pb2_grpc.GenerationServiceServicer):
                 message.completion.speculation.num_drafted_by_level.extend([2, 2, 1])
                 message.completion.speculation.num_accepted_by_level.extend([2, 1])
             yield message
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.num_cancelled += 1
+                raise
 
     async def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:  # noqa: N802
         model = types_pb2.ModelInfo(name="tiny", num_parameters=2_500_000, num_layers=4, dtype="float32")

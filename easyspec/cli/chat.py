@@ -1,0 +1,223 @@
+"""`easyspec chat`: a conversation in the terminal, or through pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from easyspec.cli.chat_commands import CommandError, Conversation, Leave, Say, obey
+from easyspec.cli.clients import GatewayClient, GenerateFlags, GenerateResponse
+from easyspec.cli.event_loop import EventLoopThread
+from easyspec.cli.generate import coloured, statistics_table
+from easyspec.cli.processes import LogSink, ServiceStack, StackSettings
+from easyspec.errors import EasyspecError
+
+_PROMPT, _CONTINUATION = "> ", ". "
+_BYE_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# A model's text may hold anything; a terminal must not take it for commands. Newline and tab are text.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@dataclass(frozen=True)
+class ChatTerminal:
+    """How to talk: `is_interactive` prompts and goes on after errors, `is_coloured` marks guesses and bonus tokens.
+
+    Answers go to stdout, everything else to stderr.
+    """
+
+    is_interactive: bool
+    is_coloured: bool
+
+    def say(self, text: str) -> None:
+        """Tell the person something that is no part of an answer."""
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
+
+    def write(self, response: GenerateResponse) -> None:
+        """Show a round of the answer."""
+        shown = _printable(response) if sys.stdout.isatty() else response
+        _out(coloured(shown) if self.is_coloured else shown.text)
+
+    def lines(self) -> Iterator[str]:
+        """What is typed, until its end; Ctrl-C at the prompt drops the line."""
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if not self.is_interactive:
+            yield from _joined(lambda _: sys.stdin.readline(), is_interactive=False)
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  makes input() edit lines and remember them
+        yield from _joined(_ask, is_interactive=True)
+
+
+def hold_chat(
+    gateway_address: str | None,
+    settings: StackSettings,
+    flags: GenerateFlags,
+    system_prompt: str | None,
+    terminal: ChatTerminal,
+    on_log: LogSink,
+) -> None:
+    """Converse until the input ends, with the gateway at the address or with services of our own.
+
+    Raises EasyspecError: at the start, and where nobody sits at the terminal also later.
+    """
+    with EventLoopThread() as loop, _leaving_on_signals():
+        stack = AsyncExitStack()
+        try:
+            client = loop.run(_open(stack, gateway_address, settings, on_log))
+            _converse(loop, client, Conversation(flags, system_prompt), terminal)
+        finally:
+            loop.run(stack.aclose())
+
+
+async def _open(
+    stack: AsyncExitStack, gateway_address: str | None, settings: StackSettings, on_log: LogSink
+) -> GatewayClient:
+    if gateway_address is None:
+        services = await stack.enter_async_context(ServiceStack(settings, on_log))
+        gateway_address = services.gateway_address
+    client = await stack.enter_async_context(GatewayClient(gateway_address))
+    await client.info()
+    return client
+
+
+def _converse(loop: EventLoopThread, client: GatewayClient, conversation: Conversation, terminal: ChatTerminal) -> None:
+    if terminal.is_interactive:
+        terminal.say("/help lists what you can do; Ctrl-D leaves.")
+    for line in terminal.lines():
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                outcome = obey(line.rstrip(), conversation)
+                if isinstance(outcome, Leave):
+                    return
+                _show(outcome, conversation, terminal)
+            elif line.strip():
+                _answer(line.removeprefix("/"), loop, client, conversation, terminal)
+        except EasyspecError as error:
+            if not terminal.is_interactive:
+                raise
+            terminal.say(str(error))
+
+
+def _show(outcome: object, conversation: Conversation, terminal: ChatTerminal) -> None:
+    if isinstance(outcome, Say):
+        terminal.say(outcome.text)
+        return
+    rounds = conversation.last_rounds
+    if not rounds[-1].HasField("completion"):
+        raise CommandError("the last answer was stopped before its statistics came")
+    Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion))
+
+
+def _answer(
+    message: str, loop: EventLoopThread, client: GatewayClient, conversation: Conversation, terminal: ChatTerminal
+) -> None:
+    """Stream an answer. One that Ctrl-C stops is remembered as far as it came; a failed one is not."""
+    rounds: list[GenerateResponse] = []
+    is_stopped = False
+    try:
+        loop.run(_stream(client, conversation.request(message), rounds, terminal))
+    except KeyboardInterrupt:
+        is_stopped = True
+    finally:
+        _out("\n" if rounds else "")
+    answer = "".join(response.text for response in rounds)
+    conversation.last_rounds = rounds
+    if answer or not is_stopped:
+        conversation.add(message, answer)
+    if is_stopped:
+        terminal.say("Stopped.")
+        if not terminal.is_interactive:
+            raise KeyboardInterrupt
+    elif terminal.is_interactive:
+        terminal.say(_summary(rounds))
+
+
+async def _stream(
+    client: GatewayClient, flags: GenerateFlags, rounds: list[GenerateResponse], terminal: ChatTerminal
+) -> None:
+    async with aclosing(client.generate(flags)) as responses:
+        async for response in responses:
+            terminal.write(response)
+            rounds.append(response)
+
+
+def _summary(rounds: list[GenerateResponse]) -> str:
+    """One line: size, speed, and how much of it was guessed."""
+    if not rounds:
+        return "No answer."
+    completion = rounds[-1].completion
+    statistics, num_tokens = completion.speculation, completion.usage.num_output_tokens
+    parts = [f"{num_tokens} tokens"]
+    if statistics.total_ns:
+        parts.append(f"{(num_tokens - len(rounds[0].token_ids)) * 1e9 / statistics.total_ns:.0f} tokens/s")
+    if statistics.num_draft_rounds:
+        parts.append(f"{statistics.mean_acceptance_length:.2f} tokens a round")
+    return ", ".join([*parts, f"seed {completion.seed}"])
+
+
+def _printable(response: GenerateResponse) -> GenerateResponse:
+    """The round with control characters replaced, so that its text cannot command the terminal."""
+    shown = GenerateResponse()
+    shown.CopyFrom(response)
+    shown.text = response.text.translate(_CONTROLS)
+    shown.token_texts[:] = [text.translate(_CONTROLS) for text in response.token_texts]
+    return shown
+
+
+def _joined(read: Callable[[str], str], is_interactive: bool) -> Iterator[str]:
+    """Lines, each ending in a backslash joined with the next; the end of input is an empty string from `read`."""
+    parts: list[str] = []
+    while True:
+        try:
+            raw = read(_CONTINUATION if parts else _PROMPT)
+        except KeyboardInterrupt:
+            if not is_interactive:
+                raise
+            sys.stderr.write("\n")
+            parts = []
+            continue
+        line = raw.removesuffix("\n")
+        parts += [line.removesuffix("\\")] if raw else []
+        if parts and not line.endswith("\\"):
+            yield "\n".join(parts)
+            parts = []
+        if not raw:
+            return
+
+
+def _ask(prompt: str) -> str:
+    if not sys.stdout.isatty():  # stdout is somebody's file of answers
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return sys.stdin.readline()
+    try:
+        return input(prompt) + "\n"
+    except EOFError:
+        return ""
+
+
+@contextlib.contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the program as an exception does, so that services are stopped."""
+
+    def leave(number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in _BYE_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
