@@ -13,7 +13,7 @@ def build(settings: DrafterSettings) -> DrafterServer:
     # Imported here: torch takes seconds, and --help and bad settings need none of it.
     from drafter_service.engine import DrafterEngine
 
-    return DrafterServer(DrafterEngine(settings))
+    return DrafterServer(DrafterEngine(settings), settings.session_idle_timeout_s)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import structlog
 from easyspec import __version__
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
-from easyspec.rpc.sessions import open_session
+from easyspec.rpc.sessions import TimelyMessages, open_session
+from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
@@ -58,8 +59,9 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     service_name: str = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
-    def __init__(self, engine: DrafterEngine) -> None:
+    def __init__(self, engine: DrafterEngine, session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S) -> None:
         self._engine = engine
+        self._session_idle_timeout_s = session_idle_timeout_s
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, server)
@@ -73,9 +75,10 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     async def Speculate(  # noqa: N802
         self, request_iterator: AsyncIterator[drafter_pb2.SpeculateRequest], context: Any
     ) -> AsyncIterator[drafter_pb2.SpeculateResponse]:
-        request = await _opening(request_iterator)
+        messages = TimelyMessages(request_iterator, self._session_idle_timeout_s)
+        request = await _opening(messages)
         async with open_session(self._engine.open(request), self._engine.close) as session_id:
-            async for message in request_iterator:
+            async for message in messages:
                 draft = await self._engine.draft(session_id, _calibration(message))
                 yield convert.draft_to_pb(draft)
 

@@ -10,6 +10,7 @@ EasyspecError
 ├── StalePositionError       a message based on another committed length than the session's
 ├── CapacityError            no KV memory or no free place; try again later
 ├── UnavailableError         loading, draining or lost
+│   └── WrongModelError      this replica serves another model than the session must have
 ├── DeadlineError            not done in time
 └── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
 """
@@ -77,6 +78,13 @@ class CapacityError(EasyspecError):
 
 class UnavailableError(EasyspecError):
     """The service is loading, draining or lost."""
+
+
+class WrongModelError(UnavailableError):
+    """This replica serves another model than the session must have; another one may serve it."""
+
+    def __init__(self, fingerprint: str, served: str) -> None:
+        super().__init__(f"this replica serves the model {served[:12]}, the session is for {fingerprint[:12]}")
 
 
 class DeadlineError(EasyspecError):

@@ -42,6 +42,8 @@ _ResponseT = TypeVar("_ResponseT")
 class VerifierClient:
     """Talks to the verifier over `channel`, which the caller owns."""
 
+    service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
+
     def __init__(self, channel: grpc.aio.Channel, info_timeout_s: float) -> None:
         self._stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
         self._info_timeout_s = info_timeout_s
@@ -88,6 +90,8 @@ class VerifierStream:
 
 class DrafterClient:
     """Talks to the drafter over `channel`, which the caller owns; no session outlives `session_timeout_s` seconds."""
+
+    service_name: str = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
     def __init__(self, channel: grpc.aio.Channel, info_timeout_s: float, session_timeout_s: float) -> None:
         self._stub: drafter_pb2_grpc.DrafterServiceAsyncStub = drafter_pb2_grpc.DrafterServiceStub(channel)

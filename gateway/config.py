@@ -34,12 +34,13 @@ class GatewaySettings(ServerSettings, RequestLimits):
     verifier_address: str = Field(
         default="127.0.0.1:50053",
         min_length=1,
-        description="host:port of the verifier, or dns:///name:port for several replicas. Default: the verifier's own.",
+        description="host:port of the verifier. Several replicas: a list separated by commas, or dns:///name:port for "
+        "all addresses behind a name. Default: the verifier's own.",
     )
     drafter_address: str | None = Field(
         default=None,
         min_length=1,
-        description="host:port of the drafter, or dns:///name:port for several replicas. Unset: plain decoding.",
+        description="host:port of the drafter, or several as for the verifier. Unset: plain decoding.",
     )
     num_draft_levels: int = Field(
         default=5,
@@ -74,6 +75,20 @@ class GatewaySettings(ServerSettings, RequestLimits):
         le=3600.0,
         description="Seconds a re-opened drafting session gets to read all tokens so far, up to 3600. "
         "Nothing waits for it, so it may be generous.",
+    )
+    verifier_open_timeout_s: float = Field(
+        default=2.0,
+        ge=0.0,
+        le=3600.0,
+        description="Seconds a request that has no token yet is tried again where its verifier is lost, 0 to 3600. "
+        "After 2 a client does better to try another gateway.",
+    )
+    verifier_reopen_timeout_s: float = Field(
+        default=120.0,
+        ge=0.0,
+        le=86_400.0,
+        description="Seconds a stream that has begun waits for a lost verifier, or for another replica, 0 to 86400. "
+        "120 outlasts a restart that loads a model of moderate size; its client only sees a pause.",
     )
     request_timeout_s: float = Field(
         default=600.0,
@@ -169,9 +184,10 @@ class GatewaySettings(ServerSettings, RequestLimits):
         if (self.peer_tls_certificate is None) != (self.peer_tls_key is None):
             raise ValueError("peer_tls_certificate and peer_tls_key must be set together")
         is_allowed = self.peer_tls_ca is not None or self.allow_plaintext
-        for name, address in (("verifier_address", self.verifier_address), ("drafter_address", self.drafter_address)):
-            if address is not None:
-                check_plaintext(name, address, is_allowed, "peer_tls_ca")
+        for address in self.verifier_addresses:
+            check_plaintext("verifier_address", address, is_allowed, "peer_tls_ca")
+        for address in self.drafter_addresses:
+            check_plaintext("drafter_address", address, is_allowed, "peer_tls_ca")
         return self
 
     @property
@@ -181,6 +197,28 @@ class GatewaySettings(ServerSettings, RequestLimits):
             return None
         return ChannelTls(self.peer_tls_ca, self.peer_tls_certificate, self.peer_tls_key, self.peer_tls_server_name)
 
+    @field_validator("verifier_address", "drafter_address")
+    @classmethod
+    def _check_addresses(cls, addresses: str | None) -> str | None:
+        if addresses is not None and not all(part.strip() for part in addresses.split(",")):
+            raise ValueError("an address is empty")
+        return addresses
+
+    @property
+    def verifier_addresses(self) -> tuple[str, ...]:
+        return split_addresses(self.verifier_address)
+
+    @property
+    def drafter_addresses(self) -> tuple[str, ...]:
+        return split_addresses(self.drafter_address) if self.drafter_address is not None else ()
+
     @property
     def default_budget(self) -> TreeBudget:
         return TreeBudget(self.num_draft_levels, self.tree_width, self.num_tree_nodes)
+
+
+def split_addresses(addresses: str) -> tuple[str, ...]:
+    """The addresses of a list separated by commas, each once; a gRPC target that is such a list itself is one."""
+    if addresses.startswith(("ipv4:", "ipv6:")):
+        return (addresses,)
+    return tuple(dict.fromkeys(part.strip() for part in addresses.split(",")))

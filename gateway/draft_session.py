@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE
 from gateway.decode_loop import NOTHING_DRAFTED, TimedDraft
-from gateway.peers import Backoff, Peer
+from gateway.peers import Backoff
+from gateway.replicas import ReplicaSet
 
 _log = structlog.get_logger()
 
@@ -35,6 +36,12 @@ class DraftStream(Protocol):
     def cancel(self) -> None: ...
 
 
+class DraftConnection(Protocol):
+    """Opens streams at one replica; returns at once, and errors come with the first draft."""
+
+    def open(self, opening: OpenSpeculation) -> DraftStream: ...
+
+
 @dataclass(frozen=True)
 class DraftLimits:
     """How long to wait for a tree, how long for a session to catch up after re-opening (seconds), and how long to
@@ -46,17 +53,16 @@ class DraftLimits:
 
 
 class DrafterPool:
-    """The drafter as all requests share it: its state, and how to open a session."""
+    """The drafters as all requests share them: their state, and how to open a session."""
 
-    def __init__(self, peer: Peer, connect: Callable[[OpenSpeculation], DraftStream], limits: DraftLimits) -> None:
-        self.peer = peer
-        self._connect = connect
+    def __init__(self, replicas: ReplicaSet[DraftConnection], limits: DraftLimits) -> None:
+        self.replicas = replicas
         self._limits = limits
 
     @contextlib.asynccontextmanager
     async def session(self, opening: OpenSpeculation, vocab_size: int) -> AsyncIterator[ResilientDraftSession]:
         """A session for one request, freed at the drafter on exit. Never fails and never waits."""
-        session = ResilientDraftSession(self.peer, self._connect, self._limits, opening, vocab_size)
+        session = ResilientDraftSession(self.replicas, self._limits, opening, vocab_size)
         try:
             yield session
         finally:
@@ -74,19 +80,18 @@ class ResilientDraftSession:
 
     def __init__(
         self,
-        peer: Peer,
-        connect: Callable[[OpenSpeculation], DraftStream],
+        replicas: ReplicaSet[DraftConnection],
         limits: DraftLimits,
         opening: OpenSpeculation,
         vocab_size: int,
     ) -> None:
-        self._peer = peer
-        self._connect = connect
+        self._replicas = replicas
         self._limits = limits
         self._opening = opening
         self._vocab_size = vocab_size
         self._history = list(opening.prompt_token_ids)
-        self._stream = connect(opening) if peer.is_ready else None
+        self._replica = replicas.pick() if replicas.is_ready else None
+        self._stream = self._replica.client.open(opening) if self._replica is not None else None
         self._reopening: asyncio.Task[None] | None = None
         self._retry_at_s = 0.0
         self._is_given_up = False
@@ -106,7 +111,8 @@ class ResilientDraftSession:
         except (EasyspecError, TimeoutError) as error:
             self._lose(stream, error)
             return TimedDraft(EMPTY_TREE, elapsed_ns=time.monotonic_ns() - started_ns)
-        self._peer.report_success()
+        if self._replica is not None:
+            self._replica.peer.report_success()
         return TimedDraft(draft.tree, draft.timings, time.monotonic_ns() - started_ns)
 
     def close(self) -> None:
@@ -126,13 +132,14 @@ class ResilientDraftSession:
         return draft
 
     def _reopen_in_background(self) -> None:
-        may_try = self._peer.is_ready and not self._is_given_up and time.monotonic() >= self._retry_at_s
+        may_try = self._replicas.is_ready and not self._is_given_up and time.monotonic() >= self._retry_at_s
         if may_try and self._reopening is None:
             self._reopening = asyncio.create_task(self._reopen())
 
     async def _reopen(self) -> None:
         history = tuple(self._history)
-        stream = self._connect(replace(self._opening, prompt_token_ids=history[:-1]))
+        self._replica = self._replicas.pick(avoiding=[self._replica] if self._replica is not None else [])
+        stream = self._replica.client.open(replace(self._opening, prompt_token_ids=history[:-1]))
         try:
             await self._ask(stream, history[-1:], _CATCH_UP_BUDGET, self._limits.reopen_deadline_s)
         except (EasyspecError, TimeoutError) as error:
@@ -154,5 +161,5 @@ class ResilientDraftSession:
         _log.warning("draft_session_lost", request_id=self._opening.request_id, reason=reason)
         if isinstance(error, InvalidRequestError | UnknownModelError):
             self._is_given_up = True  # the answer would be the same again
-        elif not isinstance(error, CapacityError | StalePositionError):
-            self._peer.report_failure(reason)
+        elif self._replica is not None and not isinstance(error, CapacityError | StalePositionError):
+            self._replica.peer.report_failure(reason)

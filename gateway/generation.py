@@ -7,9 +7,8 @@ import contextlib
 import enum
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any
 
 from easyspec.errors import InvalidRequestError, PromptTooLongError, UnavailableError, UnknownModelError
 from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification, TokenLogprobs
@@ -24,14 +23,16 @@ from easyspec.speculation.parameters import (
 from gateway.admission import Admission
 from gateway.api_keys import ClientLimiter
 from gateway.choices import choice_seed, merged
-from gateway.decode_loop import DraftSession, NoDraft, Round, VerifierSession, decode
+from gateway.decode_loop import DraftSession, NoDraft, Round, decode
 from gateway.detokenizer import Detokenizer
 from gateway.draft_session import DrafterPool, ResilientDraftSession
 from gateway.limits import RequestLimits
-from gateway.peers import Peer, PeerInfo, PeerState
+from gateway.peers import PeerInfo, PeerState
+from gateway.replicas import ReplicaSet
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import ChatTurn, Tokenizer
 from gateway.trace import RoundTrace, trace_of
+from gateway.verify_session import ResilientVerifySession, VerifierPool
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,13 @@ class GenerationChunk:
     trace: RoundTrace | None = None
 
 
-class VerifierOpener(Protocol):
-    """Opens verification sessions; leaving the context frees the session at the verifier."""
-
-    def open(self, opening: OpenVerification, timeout_s: float) -> AbstractAsyncContextManager[VerifierSession]: ...
-
-
 class Generator:
     """Turns requests into completions, many at a time. `drafters` is None when no drafter is configured."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        verifier: VerifierOpener,
-        verifier_peer: Peer,
+        verifiers: VerifierPool,
         drafters: DrafterPool | None,
         admission: Admission,
         default_budget: TreeBudget,
@@ -140,8 +134,7 @@ class Generator:
         clients: ClientLimiter,
     ) -> None:
         self._tokenizer = tokenizer
-        self._verifier = verifier
-        self._verifier_peer = verifier_peer
+        self._verifiers = verifiers
         self._drafters = drafters
         self._admission = admission
         self.default_budget = default_budget
@@ -157,12 +150,12 @@ class Generator:
         return self._tokenizer
 
     @property
-    def verifier_peer(self) -> Peer:
-        return self._verifier_peer
+    def verifier_peer(self) -> ReplicaSet[Any]:
+        return self._verifiers.replicas
 
     @property
-    def drafter_peer(self) -> Peer | None:
-        return self._drafters.peer if self._drafters is not None else None
+    def drafter_peer(self) -> ReplicaSet[Any] | None:
+        return self._drafters.replicas if self._drafters is not None else None
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationChunk, None]:
         """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream.
@@ -192,11 +185,11 @@ class Generator:
         budget = request.speculation.budget or self.default_budget
         async with contextlib.AsyncExitStack() as sessions:
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model))
-            verifier = await sessions.enter_async_context(self._verifier.open(_opening(request, prompt), timeout_s))
+            verifier = await sessions.enter_async_context(self._verifiers.open(_opening(request, prompt), timeout_s))
             rounds = await sessions.enter_async_context(
                 contextlib.aclosing(decode(len(prompt), budget, verifier, drafter))
             )
-            output = _Output(request, len(prompt), self._tokenizer, drafter, arrival_ns)
+            output = _Output(request, len(prompt), self._tokenizer, drafter, verifier, arrival_ns)
             is_prompt_due = request.echo
             async for round_ in rounds:
                 if is_prompt_due:
@@ -221,10 +214,11 @@ class Generator:
         )
 
     def _verifier_info(self) -> PeerInfo:
-        peer = self._verifier_peer
-        if peer.info is None or peer.state is PeerState.REFUSED:
+        peer = self._verifiers.replicas
+        info = peer.info
+        if info is None or peer.state is PeerState.REFUSED:
             raise UnavailableError(f"the verifier is {peer.state.value}")
-        return peer.info
+        return info
 
     def _check(self, request: GenerationRequest, peer_info: PeerInfo) -> None:
         model = peer_info.model
@@ -286,12 +280,14 @@ class _Output:
         num_prompt_tokens: int,
         tokenizer: Tokenizer,
         drafter: DraftSession,
+        verifier: ResilientVerifySession,
         arrival_ns: int,
     ) -> None:
         self._request = request
         self._num_prompt_tokens = num_prompt_tokens
         self._tokenizer = tokenizer
         self._drafter = drafter
+        self._verifier = verifier
         self._detokenizer = Detokenizer(tokenizer, request.stop_strings)
         self._recorder = StatisticsRecorder(arrival_ns)
         self._num_output_tokens = 0
@@ -330,7 +326,7 @@ class _Output:
             matched_stop_string=matched_stop,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
-            statistics=self._recorder.finish(num_failures),
+            statistics=self._recorder.finish(num_failures, self._verifier.num_failures),
             seed=self._request.sampling.seed,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,11 +52,26 @@ class ExponentialBackoff:
 
 
 @dataclass(frozen=True)
+class JitteredBackoff:
+    """Another backoff's pause, shortened at random by up to half, so that those who wait do not all come at once."""
+
+    backoff: Backoff
+
+    def __call__(self, num_failures: int) -> float:
+        return self.backoff(num_failures) * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
 class PeerPolicy:
-    """How a peer is watched: seconds between probes of a ready one, and pauses while it fails."""
+    """How a peer is watched: seconds between probes of a ready one, and pauses while it fails.
+
+    A ready peer is refused after more than `num_tolerated_misfits` answers in a row that do not fit: behind a name
+    with several replicas one of them may have been set up wrongly.
+    """
 
     probe_interval_s: float
     backoff: Backoff
+    num_tolerated_misfits: int = 0
 
 
 class Peer:
@@ -73,6 +89,7 @@ class Peer:
         self._fingerprint = fingerprint
         self._policy = policy
         self._num_failures = 0
+        self._num_misfits = 0
         self._failed = asyncio.Event()
         self.state = PeerState.UNREACHABLE
         self.info: PeerInfo | None = None
@@ -89,14 +106,24 @@ class Peer:
             self._num_failures += 1
             self._become(PeerState.UNREACHABLE, reason=str(error))
             return
-        self.info = info
         if info.model.tokenizer_fingerprint != self._fingerprint:
-            self._num_failures += 1
-            reason = f"tokenizer {info.model.tokenizer_fingerprint}, the gateway's is {self._fingerprint}"
-            self._become(PeerState.REFUSED, reason=reason)
+            self._take_misfit(info)
         else:
+            self.info = info
+            self._num_misfits = 0
             self._failed.clear()
             self._become(PeerState.READY, reason="answers")
+
+    def _take_misfit(self, info: PeerInfo) -> None:
+        self._num_misfits += 1
+        reason = f"tokenizer {info.model.tokenizer_fingerprint}, the gateway's is {self._fingerprint}"
+        if self.is_ready and self._num_misfits <= self._policy.num_tolerated_misfits:
+            self._failed.clear()
+            _log.warning("peer_replica_misfit", peer=self._role, reason=reason)
+            return
+        self.info = info
+        self._num_failures += 1
+        self._become(PeerState.REFUSED, reason=reason)
 
     async def wait_for_answer(self) -> None:
         """Probe until the peer answers, whether it can be used or not."""
@@ -124,6 +151,10 @@ class Peer:
             self._num_failures += 1
             self._become(PeerState.UNREACHABLE, reason=reason)
             self._failed.set()
+
+    def suspect(self) -> None:
+        """A session was lost, for whatever reason: probe now, to learn whether the peer is."""
+        self._failed.set()
 
     def report_success(self) -> None:
         """A session got its answer in time."""

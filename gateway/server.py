@@ -22,7 +22,7 @@ from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.clients import DrafterClient, VerifierClient
 from gateway.config import HTTP_OFF, GatewaySettings
-from gateway.draft_session import DrafterPool, DraftLimits
+from gateway.draft_session import DraftConnection, DrafterPool, DraftLimits
 from gateway.generation import (
     Completion,
     Conversation,
@@ -33,15 +33,19 @@ from gateway.generation import (
     SpeculationWish,
     TokenIds,
 )
-from gateway.peers import ExponentialBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.replicas import Replica, ReplicaSet
 from gateway.rest.service import RestServer
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tokenizer import ChatTurn, Tokenizer
 from gateway.trace import RoundTrace
+from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
 
 # A peer that is loading does not answer at all; one that answers does so in milliseconds.
 _INFO_TIMEOUT_S = 2.0
 _KEYS_POLL_S = 2.0
+# Probes meet the replicas behind a name in turn: that many misfits in a row mean that all or most of them are.
+_TOLERATED_MISFITS_OF_A_NAME = 3
 
 _Mode = generation_pb2.SpeculationParameters
 _PeerState = generation_pb2.GetServerInfoResponse
@@ -139,19 +143,17 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
     def _build(self, tokenizer: Tokenizer) -> Generator:
         settings = self._settings
         backoff = ExponentialBackoff(settings.retry_first_ms / 1000, settings.retry_max_ms / 1000)
-        policy = PeerPolicy(settings.probe_interval_s, backoff)
         fingerprint = tokenizer.fingerprint()
-        verifier = VerifierClient(self._channel(settings.verifier_address), _INFO_TIMEOUT_S)
         drafters = None
-        if settings.drafter_address is not None:
-            channel = self._channel(settings.drafter_address)
-            drafter = DrafterClient(channel, _INFO_TIMEOUT_S, settings.request_timeout_s)
+        if settings.drafter_addresses:
             limits = DraftLimits(settings.draft_deadline_ms / 1000, settings.reopen_deadline_s, backoff)
-            drafters = DrafterPool(Peer("drafter", drafter.info, fingerprint, policy), drafter.open, limits)
+            drafters = DrafterPool(self._drafters(fingerprint, backoff), limits)
+        failover = FailoverLimits(
+            settings.verifier_open_timeout_s, settings.verifier_reopen_timeout_s, JitteredBackoff(backoff)
+        )
         return Generator(
             tokenizer,
-            verifier,
-            Peer("verifier", verifier.info, fingerprint, policy),
+            VerifierPool(self._verifiers(fingerprint, backoff), failover),
             drafters,
             Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
             settings.default_budget,
@@ -159,8 +161,30 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
         )
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = open_channel(address, tls=self._settings.peer_tls)
+    def _verifiers(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[VerifyConnection]:
+        replicas: list[Replica[VerifyConnection]] = []
+        for address in self._settings.verifier_addresses:
+            client = VerifierClient(self._channel(address, VerifierClient.service_name), _INFO_TIMEOUT_S)
+            peer = Peer(f"verifier {address}", client.info, fingerprint, self._policy(address, backoff))
+            replicas.append(Replica(address, peer, client))
+        return ReplicaSet("verifier", replicas)
+
+    def _drafters(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[DraftConnection]:
+        replicas: list[Replica[DraftConnection]] = []
+        for address in self._settings.drafter_addresses:
+            channel = self._channel(address, DrafterClient.service_name)
+            client = DrafterClient(channel, _INFO_TIMEOUT_S, self._settings.request_timeout_s)
+            peer = Peer(f"drafter {address}", client.info, fingerprint, self._policy(address, backoff))
+            replicas.append(Replica(address, peer, client))
+        return ReplicaSet("drafter", replicas)
+
+    def _policy(self, address: str, backoff: Backoff) -> PeerPolicy:
+        is_name_of_many = "://" in address or address.startswith(("dns:", "ipv4:", "ipv6:"))
+        misfits = _TOLERATED_MISFITS_OF_A_NAME if is_name_of_many else 0
+        return PeerPolicy(self._settings.probe_interval_s, backoff, misfits)
+
+    def _channel(self, address: str, service_name: str) -> grpc.aio.Channel:
+        channel = open_channel(address, service_name, tls=self._settings.peer_tls)
         self._channels.append(channel)
         return channel
 
@@ -196,7 +220,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         )
 
 
-def _check_tokenizer(role: str, peer: Peer, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(role: str, peer: ReplicaSet[Any], tokenizer: Tokenizer) -> None:
     info: PeerInfo | None = peer.info
     if peer.state is PeerState.REFUSED and info is not None:
         raise ConfigurationError(

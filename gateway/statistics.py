@@ -42,6 +42,7 @@ class SpeculationStatistics:
     num_drafter_failures: int
     total_ns: int
     time_to_first_token_ns: int
+    num_verifier_failures: int
 
 
 class StatisticsRecorder:
@@ -88,7 +89,7 @@ class StatisticsRecorder:
             num_batch_sessions=round_.answer.timings.num_batch_sessions,
         )
 
-    def finish(self, num_drafter_failures: int) -> SpeculationStatistics:
+    def finish(self, num_drafter_failures: int, num_verifier_failures: int) -> SpeculationStatistics:
         """The counts so far, and the time."""
         mean = 1 + self._num_accepted_tokens / self._num_draft_rounds if self._num_draft_rounds else 0.0
         first_ns = self._first_ns or time.monotonic_ns()
@@ -103,4 +104,5 @@ class StatisticsRecorder:
             num_drafter_failures=num_drafter_failures,
             total_ns=time.monotonic_ns() - first_ns,
             time_to_first_token_ns=first_ns - self._arrival_ns,
+            num_verifier_failures=num_verifier_failures,
         )

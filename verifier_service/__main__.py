@@ -13,7 +13,7 @@ def build(settings: VerifierSettings) -> VerifierServer:
     # Imported here: torch takes seconds, and --help and bad settings need none of it.
     from verifier_service.engine import VerifierEngine
 
-    return VerifierServer(VerifierEngine(settings))
+    return VerifierServer(VerifierEngine(settings), settings.session_idle_timeout_s)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import structlog
 from easyspec import __version__
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
-from easyspec.rpc.sessions import open_session
+from easyspec.rpc.sessions import TimelyMessages, open_session
+from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
+from easyspec.speculation.checks import check_fingerprint
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
@@ -54,8 +56,9 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
 
     service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 
-    def __init__(self, engine: VerifierEngine) -> None:
+    def __init__(self, engine: VerifierEngine, session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S) -> None:
         self._engine = engine
+        self._session_idle_timeout_s = session_idle_timeout_s
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server)
@@ -69,9 +72,11 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
     async def Verify(  # noqa: N802
         self, request_iterator: AsyncIterator[verifier_pb2.VerifyRequest], context: Any
     ) -> AsyncIterator[verifier_pb2.VerifyResponse]:
-        request = await _opening(request_iterator)
+        messages = TimelyMessages(request_iterator, self._session_idle_timeout_s)
+        request = await _opening(messages)
+        check_fingerprint(request.model_fingerprint, self._engine.model_info.fingerprint)
         async with open_session(self._engine.open(request), self._engine.close) as session_id:
-            async for message in request_iterator:
+            async for message in messages:
                 base_length, tree = _tree(message)
                 verdict, timings = await self._engine.verify(session_id, base_length, tree)
                 yield verifier_pb2.VerifyResponse(

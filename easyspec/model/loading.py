@@ -10,6 +10,7 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
 from easyspec.model.decoder import Decoder
+from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_cache import KVPool
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
@@ -63,6 +64,7 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
         dtype=str(config.dtype).removeprefix("torch."),
         eos_token_ids=config.eos_token_ids,
         num_layers=config.num_layers,
+        fingerprint=model_fingerprint(folder, config),
     )
     return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info)
 

@@ -25,7 +25,7 @@ class Checkpoint:
         self._folder = folder
         self._stack = ExitStack()
         self._file_of_tensor: dict[str, Any] = {}
-        for path in _files(folder):
+        for path in checkpoint_files(folder):
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -57,7 +57,8 @@ class Checkpoint:
         return tensor
 
 
-def _files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; raises ConfigurationError for a missing one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:

@@ -183,6 +183,7 @@ def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVer
         request_id=message.request_id,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         prompt_logprobs=message.prompt_logprobs,
+        model_fingerprint=message.model_fingerprint,
     )
 
 
@@ -196,6 +197,7 @@ def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerif
         request_id=request.request_id,
         num_top_logprobs=request.num_top_logprobs,
         prompt_logprobs=request.prompt_logprobs,
+        model_fingerprint=request.model_fingerprint,
     )
 
 
@@ -342,6 +344,7 @@ def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
         dtype=message.dtype,
         eos_token_ids=tuple(message.eos_token_ids),
         num_layers=message.num_layers,
+        fingerprint=message.fingerprint,
     )
 
 
@@ -355,6 +358,7 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
         dtype=info.dtype,
         eos_token_ids=info.eos_token_ids,
         num_layers=info.num_layers,
+        fingerprint=info.fingerprint,
     )
 
 

@@ -10,6 +10,7 @@
     ├── StalePositionError   FAILED_PRECONDITION  409
     ├── CapacityError        RESOURCE_EXHAUSTED   429   RetryInfo
     ├── UnavailableError     UNAVAILABLE          503
+    │   └── WrongModelError  UNAVAILABLE          503
     └── DeadlineError        DEADLINE_EXCEEDED    504
 
 Every status carries an ErrorInfo with the reason below. Anything else, ConfigurationError included, is a bug of
@@ -39,6 +40,7 @@ from easyspec.errors import (
     UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
+    WrongModelError,
 )
 
 ERROR_DOMAIN = "easyspec"
@@ -66,6 +68,7 @@ ERROR_TABLE = (
     ErrorMapping(StalePositionError, grpc.StatusCode.FAILED_PRECONDITION, 409, "STALE_POSITION"),
     ErrorMapping(CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "CAPACITY"),
     ErrorMapping(UnavailableError, grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
+    ErrorMapping(WrongModelError, grpc.StatusCode.UNAVAILABLE, 503, "WRONG_MODEL"),
     ErrorMapping(DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
 )
 INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")

@@ -17,6 +17,7 @@ from easyspec.rpc.tls import ServerTls, is_loopback
 from easyspec.telemetry.logs import LogFormat, LogLevel
 
 MAX_PORT = 65_535
+DEFAULT_SESSION_IDLE_TIMEOUT_S = 300.0
 
 _SettingsT = TypeVar("_SettingsT", bound=BaseSettings)
 
@@ -185,6 +186,14 @@ class EngineSettings(ServerSettings):
         le=65_536,
         description="Prompt tokens (rows) of one session computed in one engine step, 1 to 65536. "
         "256 keeps a long prompt from stalling the others' decoding and still fills the machine.",
+    )
+
+    session_idle_timeout_s: float = Field(
+        default=DEFAULT_SESSION_IDLE_TIMEOUT_S,
+        gt=0.0,
+        le=86_400.0,
+        description="Seconds an open session may hold memory while its client says nothing, up to 86400. 300 is far "
+        "beyond any round; a gateway whose client reads more slowly than that opens the session again.",
     )
 
     @model_validator(mode="after")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from easyspec.errors import InvalidRequestError, PromptTooLongError, UnknownModelError
+from easyspec.errors import InvalidRequestError, PromptTooLongError, UnknownModelError, WrongModelError
 
 
 def check_model(requested: str, served: str) -> None:
     """Raise UnknownModelError unless the request names the served model or none."""
     if requested not in ("", served):
         raise UnknownModelError(requested, served)
+
+
+def check_fingerprint(requested: str, served: str) -> None:
+    """Raise WrongModelError unless the session is for the served model or for any."""
+    if requested not in ("", served):
+        raise WrongModelError(requested, served)
 
 
 def check_prompt(prompt_token_ids: Sequence[int], vocab_size: int, max_model_len: int) -> None:

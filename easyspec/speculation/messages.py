@@ -18,6 +18,7 @@ from easyspec.speculation.token_tree import TokenTree
 class OpenVerification:
     """Opens a session at the verifier. `output_token_ids` were emitted before (by whichever replica).
 
+    `model_fingerprint` is the one that the replica's model must have, if not empty.
     `num_top_logprobs` None means no log-probabilities at all; 0 those of the emitted tokens alone.
     """
 
@@ -29,6 +30,7 @@ class OpenVerification:
     request_id: str = ""
     num_top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    model_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model behind a service."""
+    """The model behind a service. Replicas with equal `fingerprint` (see `easyspec.model.fingerprint`) say the same."""
 
     name: str
     vocab_size: int
@@ -127,6 +129,7 @@ class ModelInfo:
     dtype: str
     eos_token_ids: tuple[int, ...]
     num_layers: int
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

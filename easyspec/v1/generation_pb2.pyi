@@ -513,6 +513,7 @@ class SpeculationStatistics(_message.Message):
     NUM_DRAFTER_FAILURES_FIELD_NUMBER: _builtins.int
     TOTAL_NS_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_NS_FIELD_NUMBER: _builtins.int
+    NUM_VERIFIER_FAILURES_FIELD_NUMBER: _builtins.int
     num_rounds: _builtins.int
     """Verdicts."""
     num_draft_rounds: _builtins.int
@@ -529,6 +530,8 @@ class SpeculationStatistics(_message.Message):
     """From the first message until the end, in nanoseconds."""
     time_to_first_token_ns: _builtins.int
     """From the arrival of the request until its first token, in nanoseconds."""
+    num_verifier_failures: _builtins.int
+    """Rounds that lost the verifier, or could not use one, and were asked again of the same or another replica."""
     @_builtins.property
     def num_drafted_by_level(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rounds whose tree had a level d + 1, by d."""
@@ -550,10 +553,11 @@ class SpeculationStatistics(_message.Message):
         num_drafter_failures: _builtins.int = ...,
         total_ns: _builtins.int = ...,
         time_to_first_token_ns: _builtins.int = ...,
+        num_verifier_failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "num_verifier_failures", b"num_verifier_failures", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

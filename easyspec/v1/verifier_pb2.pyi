@@ -65,6 +65,7 @@ class OpenVerification(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; empty means the only one served."""
     request_id: _builtins.str
@@ -75,6 +76,10 @@ class OpenVerification(_message.Message):
     """
     prompt_logprobs: _builtins.bool
     """Also report log-probabilities of the prompt's own tokens, with the first verdict; needs num_top_logprobs."""
+    model_fingerprint: _builtins.str
+    """ModelInfo.fingerprint that the session must be served by: a replica with another one answers UNAVAILABLE, as
+    another replica may have it. Unset or empty: any.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, at least one token."""
@@ -102,10 +107,11 @@ class OpenVerification(_message.Message):
         request_id: _builtins.str = ...,
         num_top_logprobs: _builtins.int | None = ...,
         prompt_logprobs: _builtins.bool = ...,
+        model_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs", "num_top_logprobs", b"num_top_logprobs", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs", "model", b"model", "num_top_logprobs", b"num_top_logprobs", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_top_logprobs", b"num_top_logprobs", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_top_logprobs: _TypeAlias = _typing.Literal["num_top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_top_logprobs: _TypeAlias = _typing.Literal["_num_top_logprobs", b"_num_top_logprobs"]  # noqa: Y015

@@ -56,7 +56,8 @@ class VerifierServiceServicer:
         answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
         Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
         based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
-        context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model).
+        context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
+        one asked for by its fingerprint, or a session whose client has said nothing for too long).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

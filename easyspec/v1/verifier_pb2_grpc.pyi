@@ -38,7 +38,8 @@ class VerifierServiceStub:
     answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
     Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
     based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
-    context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model).
+    context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
+    one asked for by its fingerprint, or a session whose client has said nothing for too long).
     """
     GetVerifierInfo: _grpc.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierInfoRequest, _verifier_pb2.GetVerifierInfoResponse]
     """What runs here."""
@@ -53,7 +54,8 @@ class VerifierServiceAsyncStub(VerifierServiceStub):
     answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
     Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
     based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
-    context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model).
+    context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
+    one asked for by its fingerprint, or a session whose client has said nothing for too long).
     """
     GetVerifierInfo: _aio.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierInfoRequest, _verifier_pb2.GetVerifierInfoResponse]  # type: ignore[assignment]
     """What runs here."""
@@ -71,7 +73,8 @@ class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
         answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
         Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
         based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
-        context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model).
+        context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
+        one asked for by its fingerprint, or a session whose client has said nothing for too long).
         """
 
     @_abc_1.abstractmethod

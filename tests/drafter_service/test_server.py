@@ -134,3 +134,16 @@ async def test_a_client_that_disconnects_while_drafting_frees_its_session() -> N
             await eventually(lambda: "step" in engine.events)
             assert engine.kv_usage().num_sessions == 1
         await eventually(lambda: engine.kv_usage().num_sessions == 0)
+
+
+async def test_a_client_that_says_nothing_frees_its_session() -> None:
+    engine = FakeDrafterEngine("draft")
+    async with (
+        serving(DrafterServer(engine, session_idle_timeout_s=0.1)) as address,
+        open_channel(address) as channel,
+    ):
+        call = drafter_pb2_grpc.DrafterServiceStub(channel).Speculate(timeout=5)
+        await call.write(opening())
+        await eventually(lambda: engine.kv_usage().num_sessions == 1)
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert engine.kv_usage().num_sessions == 0

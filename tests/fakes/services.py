@@ -47,13 +47,17 @@ TOY_TEXT = "the quick brown fox; 😀 über 中文 STOP here.\n"
 
 @dataclass(frozen=True)
 class ToyLanguage:
-    """The token at position p is `token_ids[p]`, round and round; a seed above 0 shifts the start."""
+    """The token at position p is `token_ids[p]`, round and round; a seed above 0 shifts the start.
+
+    `model_fingerprint` is the digest of the weights that speak it.
+    """
 
     token_ids: tuple[int, ...]
     vocab_size: int
     fingerprint: str
     eos_token_id: int = 0
     max_model_len: int = 2048
+    model_fingerprint: str = "70f"
 
     def token_at(self, position: int, sampling: SamplingParameters) -> int:
         shift = 0 if sampling.is_greedy else sampling.seed
@@ -61,7 +65,15 @@ class ToyLanguage:
 
     def model_info(self, name: str) -> ModelInfo:
         return ModelInfo(
-            name, self.vocab_size, self.max_model_len, self.fingerprint, 1000, "float32", (self.eos_token_id,), 8
+            name,
+            self.vocab_size,
+            self.max_model_len,
+            self.fingerprint,
+            1000,
+            "float32",
+            (self.eos_token_id,),
+            8,
+            self.model_fingerprint,
         )
 
 
@@ -131,7 +143,9 @@ class FakeVerifierEngine(FakeEngine):
     async def open(self, request: OpenVerification) -> int:
         if self.open_error is not None:
             raise self.open_error
-        return self._open(request)
+        session_id = self._open(request)
+        self.sessions[session_id].committed.extend(request.output_token_ids)
+        return session_id
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         await asyncio.sleep(self.delay_s)
@@ -235,9 +249,10 @@ class RunningService:
         self.port = await self._server.listen()
         await self._server.start()
 
-    async def kill(self) -> None:
+    async def kill(self, grace_s: float = 0.0) -> None:
+        """Gone at once, or after `grace_s` seconds of draining."""
         if self._server is not None:
-            await self._server.drain(0.0)
+            await self._server.drain(grace_s)
             self._server = None
 
 

@@ -390,7 +390,12 @@ async def test_statuses(client: Client, fields: dict[str, Any], code: grpc.Statu
     assert caught.value.code() is code
 
 
-async def test_a_lost_verifier_is_unavailable(client: Client) -> None:
+async def test_a_lost_verifier_is_unavailable(pair: FakePair, tokenizer_folder: Path) -> None:
+    async with gateway(pair, tokenizer_folder, verifier_open_timeout_s=0, verifier_reopen_timeout_s=0) as client:
+        await check_a_lost_verifier_is_unavailable(client)
+
+
+async def check_a_lost_verifier_is_unavailable(client: Client) -> None:
     client.pair.verifier.delay_s = 0.01
     stream = client.stub.Generate(request_of(max_tokens=1000), timeout=20)
     rounds = aiter(stream)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
-from easyspec.rpc.sessions import open_session
+from easyspec.errors import UnavailableError
+from easyspec.rpc.sessions import TimelyMessages, open_session
 
 
 async def opened(session_id: int, gate: asyncio.Event | None = None) -> int:
@@ -52,3 +54,23 @@ async def test_a_failed_opening_closes_nothing() -> None:
         async with open_session(failing(), closed.append):
             raise AssertionError("never reached")
     assert closed == []
+
+
+async def said(*messages: str, pause_s: float = 0.0) -> AsyncIterator[str]:
+    for message in messages:
+        await asyncio.sleep(pause_s)
+        yield message
+
+
+async def test_messages_that_come_in_time_pass_however_long_they_are_thought_about() -> None:
+    seen = []
+    async for message in TimelyMessages(said("a", "b", "c"), idle_timeout_s=0.05):
+        seen.append(message)
+        await asyncio.sleep(0.1)  # the service's own time is not the client's silence
+    assert seen == ["a", "b", "c"]
+
+
+async def test_silence_ends_the_session_as_unavailable() -> None:
+    messages = TimelyMessages(said("a", "b", pause_s=0.1), idle_timeout_s=0.02)
+    with pytest.raises(UnavailableError, match=r"said nothing for 0\.02 s"):
+        await anext(messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import grpc
@@ -22,6 +23,7 @@ from easyspec.errors import (
     StalePositionError,
     UnavailableError,
     UnknownModelError,
+    WrongModelError,
 )
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
@@ -219,3 +221,34 @@ async def test_a_client_that_goes_away_frees_its_session(busy: str, how: str) ->
         await eventually(lambda: "close" in engine.events)
         assert engine.kv_usage().num_sessions == 0
         await channel.close()
+
+
+@pytest.mark.parametrize("says", ["nothing", "open"])
+async def test_a_client_that_says_nothing_frees_its_session(says: str) -> None:
+    engine = FakeVerifierEngine("base")
+    async with (
+        serving(VerifierServer(engine, session_idle_timeout_s=0.1)) as address,
+        open_channel(address) as channel,
+    ):
+        call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=5)
+        if says == "open":
+            await call.write(opening())
+            await eventually(lambda: engine.kv_usage().num_sessions == 1)
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert "said nothing" in await call.details()
+        assert engine.kv_usage().num_sessions == 0
+
+
+async def test_a_session_for_another_model_is_refused_here_and_holds_nothing(
+    stub: Stub, engine: FakeVerifierEngine
+) -> None:
+    engine.model_info = replace(engine.model_info, fingerprint="0e11")
+    error = error_from_rpc(await outcome(stub, opening(model_fingerprint="07h")))
+    assert isinstance(error, WrongModelError)
+    assert "open" not in engine.events
+    for fingerprint in ("0e11", ""):
+        call = stub.Verify(timeout=5)
+        await call.write(opening(model_fingerprint=fingerprint))
+        await call.write(asking(3))
+        assert (await call.read()).verdict.token_ids
+        call.cancel()

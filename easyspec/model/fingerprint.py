@@ -1,0 +1,53 @@
+"""Which model a replica serves, as one digest: a session may move between replicas only if they agree on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from easyspec.errors import ConfigurationError
+from easyspec.model.config import ModelConfig
+from easyspec.model.weights import checkpoint_files
+
+_NUM_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+# What the library that wrote a config.json leaves in it, and what is counted by its value in force instead.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+
+
+def model_fingerprint(folder: Path, config: ModelConfig) -> str:
+    """SHA-256 hex digest of what decides the tokens of the checkpoint in `folder`, run as `config` says.
+
+    That is config.json without its notes, the type of the computation, end-of-sequence ids, the context length, and
+    of every weight file its size, its header and 256 evenly spaced samples of 4 KiB. Training changes weights
+    everywhere, so two fine-tunes of a model differ; the whole of a large model would take minutes to read.
+    Raises ConfigurationError if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name in _NOT_ARCHITECTURE:
+            architecture.pop(name, None)
+        in_force = [str(config.dtype), sorted(config.eos_token_ids), config.max_model_len]
+        digest.update(json.dumps([architecture, in_force], sort_keys=True).encode())
+        for path in checkpoint_files(folder):
+            digest.update(_sampled(path))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {folder}: {error}") from error
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """Digest of a safetensors file's size, header and samples."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        length = file.read(8)  # the header's, little-endian
+        num_header_bytes = min(int.from_bytes(length, "little"), size)
+        digest.update(length + file.read(num_header_bytes))
+        start = 8 + num_header_bytes
+        for index in range(_NUM_SAMPLES):
+            file.seek(start + (size - start) * index // _NUM_SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.digest()

@@ -1,0 +1,112 @@
+"""The replicas of one role: who can be used, which model they serve, and who is next."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import structlog
+
+from easyspec.errors import UnavailableError
+from gateway.peers import Peer, PeerInfo, PeerState
+
+_log = structlog.get_logger()
+_ClientT = TypeVar("_ClientT")
+
+
+@dataclass(eq=False)
+class Replica(Generic[_ClientT]):
+    """One address of a role: what is known about it, how to talk to it, and how many sessions of ours it has.
+
+    Behind a name that stands for several processes (`dns:///`) gRPC chooses among them.
+    """
+
+    address: str
+    peer: Peer
+    client: _ClientT
+    num_sessions: int = 0
+
+
+class ReplicaSet(Generic[_ClientT]):
+    """All replicas of a role; to those who only ask whether the role can be used, one peer.
+
+    One lost replica is not a lost role: the set is ready while any replica is. New requests are for the model that is
+    in force, which is the first one found and stays so while any ready replica serves it.
+    """
+
+    def __init__(self, role: str, replicas: Sequence[Replica[_ClientT]]) -> None:
+        self._role = role
+        self.replicas = tuple(replicas)
+        self._turns = itertools.count()
+        self._in_force: PeerInfo | None = None
+
+    @property
+    def state(self) -> PeerState:
+        states = {replica.peer.state for replica in self.replicas}
+        return next(state for state in (PeerState.READY, PeerState.REFUSED, PeerState.UNREACHABLE) if state in states)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is PeerState.READY
+
+    @property
+    def info(self) -> PeerInfo | None:
+        """Of the model in force, with the tree size that all its ready replicas take; None before anyone answered."""
+        ready = [replica.peer.info for replica in self.replicas if replica.peer.is_ready and replica.peer.info]
+        if not ready:
+            return self._in_force or next((replica.peer.info for replica in self.replicas if replica.peer.info), None)
+        in_force = self._in_force or ready[0]
+        same = [info for info in ready if info.model.fingerprint == in_force.model.fingerprint]
+        if not same:
+            _log.warning("model_changed", role=self._role, model=ready[0].model.name)
+            same = [info for info in ready if info.model.fingerprint == ready[0].model.fingerprint]
+        self._in_force = replace(same[0], max_tree_nodes=min(info.max_tree_nodes for info in same))
+        return self._in_force
+
+    def pick(self, fingerprint: str = "", avoiding: Collection[Replica[_ClientT]] = ()) -> Replica[_ClientT]:
+        """The ready replica with the fewest sessions, in turn among equals; UnavailableError if all are refused.
+
+        With a `fingerprint` only those that serve this model. Replicas in `avoiding` are the last choice, and those
+        that did not answer lately are a better one than none: what is known may be old.
+        """
+        fitting = [replica for replica in self.replicas if _may_serve(replica.peer, fingerprint)]
+        if not fitting:
+            raise UnavailableError(f"no {self._role} serves the model that was asked for")
+        ready = [replica for replica in fitting if replica.peer.is_ready] or fitting
+        fresh = [replica for replica in ready if replica not in avoiding] or ready
+        turn = next(self._turns) % len(fresh)
+        return min(fresh[turn:] + fresh[:turn], key=lambda replica: replica.num_sessions)
+
+    def has_other(self, fingerprint: str, avoiding: Collection[Replica[_ClientT]]) -> bool:
+        """Whether a ready replica that serves this model is not among `avoiding`."""
+        return any(
+            replica.peer.is_ready and _may_serve(replica.peer, fingerprint) and replica not in avoiding
+            for replica in self.replicas
+        )
+
+    async def probe(self) -> None:
+        """Ask every replica once."""
+        await asyncio.gather(*(replica.peer.probe() for replica in self.replicas))
+
+    async def wait_for_answer(self) -> None:
+        """Return when one of them has answered, whether it can be used or not."""
+        waits = [asyncio.create_task(replica.peer.wait_for_answer()) for replica in self.replicas]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def watch(self) -> None:
+        """Keep every replica's state true until cancelled."""
+        await asyncio.gather(*(replica.peer.watch() for replica in self.replicas))
+
+
+def _may_serve(peer: Peer, fingerprint: str) -> bool:
+    if peer.state is PeerState.REFUSED:
+        return False
+    return not fingerprint or peer.info is None or peer.info.model.fingerprint == fingerprint

@@ -1,0 +1,203 @@
+"""Verifying that outlives a verifier: the session is opened again, there or at another replica, from the tokens so far.
+
+Which token comes next is a function of the tokens before it, the sampling parameters and the seed, so a session that
+was opened again answers the round that was lost with the verdict that was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import structlog
+
+from easyspec.errors import CapacityError, EasyspecError, StalePositionError, UnavailableError, WrongModelError
+from easyspec.speculation.messages import OpenVerification
+from easyspec.speculation.token_tree import TokenTree
+from gateway.decode_loop import TimedVerdict, VerifierSession
+from gateway.peers import Backoff
+from gateway.replicas import Replica, ReplicaSet
+
+_log = structlog.get_logger()
+
+
+class VerifyConnection(Protocol):
+    """Opens a stream at one replica that must be over in `timeout_s` seconds; leaving the context ends it."""
+
+    def open(self, opening: OpenVerification, timeout_s: float) -> AbstractAsyncContextManager[VerifierSession]: ...
+
+
+@dataclass(frozen=True)
+class FailoverLimits:
+    """How long a round waits for a lost verifier (seconds): before the first token, after it, and between two tries."""
+
+    open_timeout_s: float
+    reopen_timeout_s: float
+    backoff: Backoff
+
+
+class VerifierPool:
+    """The verifiers as all requests share them, and how to open a session."""
+
+    def __init__(self, replicas: ReplicaSet[VerifyConnection], limits: FailoverLimits) -> None:
+        self.replicas = replicas
+        self._limits = limits
+
+    @contextlib.asynccontextmanager
+    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[ResilientVerifySession]:
+        """A session for one request that must be over in `timeout_s` seconds, freed at the verifier on exit."""
+        info = self.replicas.info
+        if info is not None:
+            opening = replace(opening, model_fingerprint=info.model.fingerprint)
+        session = ResilientVerifySession(self.replicas, self._limits, opening, timeout_s)
+        try:
+            yield session
+        finally:
+            await session.close()
+
+
+class ResilientVerifySession:
+    """A VerifierSession that outlives the verifier.
+
+    A lost stream is opened again from prompt and output so far, and asked again for the round that was lost: what
+    comes out is what would have come out. Raises EasyspecError where that does not help (a request that is refused
+    would be refused again) or takes longer than the limits allow. `num_failures` counts the rounds that met a failure.
+    """
+
+    def __init__(
+        self,
+        replicas: ReplicaSet[VerifyConnection],
+        limits: FailoverLimits,
+        opening: OpenVerification,
+        timeout_s: float,
+    ) -> None:
+        self._replicas = replicas
+        self._limits = limits
+        self._opening = opening
+        self._deadline_s = time.monotonic() + timeout_s
+        self._output = list(opening.output_token_ids)
+        self._has_spoken = False
+        self._connection = contextlib.AsyncExitStack()
+        self._stream: VerifierSession | None = None
+        self._replica: Replica[VerifyConnection] | None = None
+        self.num_failures = 0
+
+    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+        started_ns = time.monotonic_ns()
+        outage: _Outage | None = None
+        while True:
+            try:
+                stream = self._stream or await self._open(outage)
+                answer = await stream.verify(base_length, tree)
+                break
+            except EasyspecError as error:
+                outage = outage or self._begin_outage()
+                await self._lose(outage, error)
+                await self._wait_for_next_try(outage, error)
+        self._commit(answer)
+        if outage is not None:
+            self._report_recovery(outage)
+        return replace(answer, elapsed_ns=time.monotonic_ns() - started_ns)
+
+    async def close(self) -> None:
+        """Free the session at the verifier."""
+        self._stream = None
+        replica, self._replica = self._replica, None
+        if replica is not None:
+            replica.num_sessions -= 1
+        await self._connection.aclose()
+
+    async def _open(self, outage: _Outage | None) -> VerifierSession:
+        avoiding = outage.tried if outage is not None else set()
+        self._replica = self._replicas.pick(self._opening.model_fingerprint, avoiding)
+        self._replica.num_sessions += 1
+        opening = replace(
+            self._opening,
+            output_token_ids=tuple(self._output),
+            # They come with a session's first verdict, and the client has them.
+            prompt_logprobs=self._opening.prompt_logprobs and not self._has_spoken,
+        )
+        remaining_s = max(self._deadline_s - time.monotonic(), 0.001)
+        self._stream = await self._connection.enter_async_context(self._replica.client.open(opening, remaining_s))
+        return self._stream
+
+    def _commit(self, answer: TimedVerdict) -> None:
+        self._output.extend(answer.verdict.token_ids)
+        self._has_spoken = True
+
+    def _begin_outage(self) -> _Outage:
+        self.num_failures += 1
+        now_s = time.monotonic()
+        patience_s = self._limits.reopen_timeout_s if self._has_spoken else self._limits.open_timeout_s
+        return _Outage(now_s, min(now_s + patience_s, self._deadline_s))
+
+    async def _lose(self, outage: _Outage, error: EasyspecError) -> None:
+        replica = self._replica
+        await self.close()
+        outage.num_failures += 1
+        if replica is None:  # nobody could be picked
+            return
+        outage.tried.add(replica)
+        if isinstance(error, UnavailableError) and not isinstance(error, WrongModelError):
+            replica.peer.suspect()
+        # Not the message, which may show a token id.
+        _log.warning(
+            "verify_session_lost",
+            request_id=self._opening.request_id,
+            replica=replica.address,
+            reason=type(error).__name__,
+            num_output_tokens=len(self._output),
+        )
+
+    async def _wait_for_next_try(self, outage: _Outage, error: EasyspecError) -> None:
+        """Return when it is time for the next try; raise `error` if there is no sense in one."""
+        has_other = self._replicas.has_other(self._opening.model_fingerprint, outage.tried)
+        if not self._may_help(outage, error, has_other):
+            raise error
+        if has_other:
+            return
+        # A name stands for several processes and a wrong one has just had its turn.
+        pause_s = self._limits.backoff(1 if isinstance(error, WrongModelError) else outage.num_failures)
+        if isinstance(error, CapacityError):
+            pause_s = max(pause_s, error.retry_after_s)
+        if time.monotonic() + pause_s > outage.give_up_s:
+            raise error
+        await asyncio.sleep(pause_s)
+        outage.tried.clear()
+
+    def _may_help(self, outage: _Outage, error: EasyspecError, has_other: bool) -> bool:
+        """Whether to open again may end otherwise than with the same error."""
+        if time.monotonic() > outage.give_up_s:
+            return False
+        if isinstance(error, UnavailableError):
+            return True
+        if isinstance(error, CapacityError):
+            # Who has said nothing yet is better told to come again than kept waiting.
+            return has_other or self._has_spoken
+        # A fault of the step or of the session's state: it may have been another session's doing, but not twice.
+        return outage.num_failures == 1 and (type(error) is EasyspecError or isinstance(error, StalePositionError))
+
+    def _report_recovery(self, outage: _Outage) -> None:
+        assert self._replica is not None, "it has just answered"
+        _log.info(
+            "verify_session_recovered",
+            request_id=self._opening.request_id,
+            replica=self._replica.address,
+            num_tries=outage.num_failures,
+            pause_ms=round((time.monotonic() - outage.started_s) * 1000, 1),
+        )
+
+
+class _Outage:
+    """One round's failures: since when, until when to go on trying, how many, and at which replicas of late."""
+
+    def __init__(self, started_s: float, give_up_s: float) -> None:
+        self.started_s = started_s
+        self.give_up_s = give_up_s
+        self.num_failures = 0
+        self.tried: set[Replica[VerifyConnection]] = set()

@@ -1,0 +1,282 @@
+"""When a session is opened again and when not, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from easyspec.errors import (
+    CapacityError,
+    DeadlineError,
+    EasyspecError,
+    InvalidRequestError,
+    StalePositionError,
+    UnavailableError,
+    WrongModelError,
+)
+from easyspec.speculation.messages import ModelInfo, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.parameters import SamplingParameters, StopConditions
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from gateway.decode_loop import TimedVerdict
+from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.replicas import Replica, ReplicaSet
+from gateway.verify_session import FailoverLimits, ResilientVerifySession, VerifierPool, VerifyConnection
+
+OPENING = OpenVerification((1, 2, 3), SamplingParameters(seed=1), StopConditions(), num_top_logprobs=0)
+FINGERPRINT = "0e11"
+BACKOFF = ExponentialBackoff(0.02, 0.04)
+
+
+def info_of(fingerprint: str = FINGERPRINT, max_tree_nodes: int = 64) -> PeerInfo:
+    return PeerInfo(ModelInfo("base", 100, 512, "t0", 1, "float32", (0,), 2, fingerprint), max_tree_nodes)
+
+
+@dataclass
+class FakeConnection:
+    """Says the position for a token, unless the next of `faults` (None: no fault) is to be raised instead."""
+
+    faults: list[EasyspecError | None] = field(default_factory=list)
+    lasting: EasyspecError | None = None
+    openings: list[OpenVerification] = field(default_factory=list)
+    timeouts_s: list[float] = field(default_factory=list)
+    num_open: int = 0
+
+    @asynccontextmanager
+    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[FakeConnection]:
+        self.openings.append(opening)
+        self.timeouts_s.append(timeout_s)
+        self.num_open += 1
+        try:
+            yield self
+        finally:
+            self.num_open -= 1
+
+    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+        fault = self.faults.pop(0) if self.faults else self.lasting
+        if fault is not None:
+            raise fault
+        return TimedVerdict(Verdict(base_length, (base_length,), ()), VerifyTimings(0, 0, 1, 1), 5)
+
+
+def replica_of(connection: FakeConnection, address: str, info: PeerInfo) -> Replica[VerifyConnection]:
+    async def fetch() -> PeerInfo:
+        return info
+
+    peer = Peer(address, fetch, "t0", PeerPolicy(1.0, BACKOFF))
+    return Replica(address, peer, connection)
+
+
+async def pool_of(
+    *connections: FakeConnection, infos: tuple[PeerInfo, ...] = (), reopen_timeout_s: float = 0.5
+) -> VerifierPool:
+    replicas = [
+        replica_of(connection, str(index), infos[index] if infos else info_of())
+        for index, connection in enumerate(connections)
+    ]
+    replica_set = ReplicaSet("verifier", replicas)
+    await replica_set.probe()
+    return VerifierPool(replica_set, FailoverLimits(0.1, reopen_timeout_s, BACKOFF))
+
+
+async def rounds(session: ResilientVerifySession, num_rounds: int, start: int = 3) -> list[int]:
+    answers = [await session.verify(start + index, EMPTY_TREE) for index in range(num_rounds)]
+    return [answer.verdict.token_ids[0] for answer in answers]
+
+
+async def test_nothing_lost_is_one_stream_for_the_model_in_force() -> None:
+    connection = FakeConnection()
+    pool = await pool_of(connection)
+    async with pool.open(OPENING, 10) as session:
+        assert await rounds(session, 3) == [3, 4, 5]
+        assert connection.num_open == 1
+    assert (connection.num_open, session.num_failures) == (0, 0)
+    (opening,) = connection.openings
+    assert opening.model_fingerprint == FINGERPRINT
+    assert pool.replicas.replicas[0].num_sessions == 0
+
+
+@pytest.mark.parametrize("fault", [UnavailableError("lost"), EasyspecError("a bug"), StalePositionError(3, 4)], ids=str)
+async def test_a_lost_round_is_asked_again_from_the_tokens_so_far(fault: EasyspecError) -> None:
+    connection = FakeConnection([None, None, fault])
+    async with (await pool_of(connection)).open(OPENING, 10) as session:
+        assert await rounds(session, 4) == [3, 4, 5, 6]
+        assert session.num_failures == 1
+        assert connection.num_open == 1
+    first, second = connection.openings
+    assert (first.output_token_ids, second.output_token_ids) == ((), (3, 4))
+    assert first.prompt_token_ids == second.prompt_token_ids
+    assert connection.timeouts_s[1] < connection.timeouts_s[0] <= 10
+
+
+async def test_log_probabilities_of_the_prompt_come_once() -> None:
+    connection = FakeConnection([UnavailableError("lost before the first"), None, UnavailableError("and after it")])
+    opening = OpenVerification(OPENING.prompt_token_ids, OPENING.sampling, OPENING.stop, (), "", "", 0, True)
+    async with (await pool_of(connection)).open(opening, 10) as session:
+        await rounds(session, 2)
+    assert [opening.prompt_logprobs for opening in connection.openings] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "fault", [InvalidRequestError("sampling.top_k", 0, "at least 1"), DeadlineError("too late")], ids=str
+)
+async def test_what_would_fail_again_is_passed_on_at_once(fault: EasyspecError) -> None:
+    connection = FakeConnection([None, fault])
+    async with (await pool_of(connection, FakeConnection())).open(OPENING, 10) as session:
+        with pytest.raises(type(fault)) as caught:
+            await rounds(session, 2)
+        assert caught.value is fault
+    assert len(connection.openings) == 1
+
+
+async def test_a_fault_that_comes_twice_is_passed_on() -> None:
+    connection = FakeConnection([None], lasting=EasyspecError("a bug"))
+    async with (await pool_of(connection)).open(OPENING, 10) as session:
+        with pytest.raises(EasyspecError, match="a bug"):
+            await rounds(session, 2)
+    assert len(connection.openings) == 2
+
+
+@pytest.mark.parametrize(("num_before", "least_s"), [(0, 0.0), (1, 0.3)])
+async def test_patience_is_for_those_who_have_begun(num_before: int, least_s: float) -> None:
+    connection = FakeConnection([None] * num_before, lasting=UnavailableError("gone"))
+    async with (await pool_of(connection)).open(OPENING, 10) as session:
+        await rounds(session, num_before)
+        started_s = time.monotonic()
+        with pytest.raises(UnavailableError, match="gone"):
+            await session.verify(3 + num_before, EMPTY_TREE)
+        assert time.monotonic() - started_s > least_s
+        assert session.num_failures == 1
+    assert connection.num_open == 0
+
+
+async def test_nobody_waits_beyond_the_requests_own_deadline() -> None:
+    connection = FakeConnection([None], lasting=UnavailableError("gone"))
+    async with (await pool_of(connection, reopen_timeout_s=60.0)).open(OPENING, 0.2) as session:
+        await rounds(session, 1)
+        async with asyncio.timeout(5):
+            with pytest.raises(UnavailableError):
+                await session.verify(4, EMPTY_TREE)
+
+
+async def test_another_replica_is_asked_at_once_and_the_lost_one_looked_at() -> None:
+    lost, other = FakeConnection([None], lasting=UnavailableError("gone")), FakeConnection()
+    pool = await pool_of(lost, other)
+    async with pool.open(OPENING, 10) as session:
+        await rounds(session, 1)
+        started_s = time.monotonic()
+        assert await rounds(session, 2, start=4) == [4, 5]
+        assert time.monotonic() - started_s < 0.015  # less than any pause
+        assert [replica.num_sessions for replica in pool.replicas.replicas] == [0, 1]
+
+
+async def test_sessions_go_to_the_replica_with_the_fewest() -> None:
+    connections = [FakeConnection() for _ in range(3)]
+    pool = await pool_of(*connections)
+    sessions = [pool.open(OPENING, 10) for _ in range(6)]
+    for opened in sessions:
+        await rounds(await opened.__aenter__(), 1)
+    assert [connection.num_open for connection in connections] == [2, 2, 2]
+    for opened in sessions:
+        await opened.__aexit__(None, None, None)
+    assert [connection.num_open for connection in connections] == [0, 0, 0]
+
+
+async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
+    connection = FakeConnection([None], lasting=UnavailableError("gone"))
+    pool = await pool_of(connection, reopen_timeout_s=60.0)
+
+    async def go_on() -> None:
+        async with pool.open(OPENING, 60) as session:
+            await rounds(session, 2)
+
+    task = asyncio.create_task(go_on())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert connection.num_open == pool.replicas.replicas[0].num_sessions == 0
+
+
+async def test_a_full_replica_is_waited_for_as_long_as_it_says() -> None:
+    connection = FakeConnection([None, UnavailableError("lost"), CapacityError("full", 0.1)])
+    async with (await pool_of(connection)).open(OPENING, 10) as session:
+        started_s = time.monotonic()
+        assert await rounds(session, 2) == [3, 4]
+        assert time.monotonic() - started_s > 0.1
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------
+
+
+async def test_one_ready_replica_makes_a_ready_set() -> None:
+    pool = await pool_of(FakeConnection(), FakeConnection())
+    first, second = pool.replicas.replicas
+    first.peer.report_failure("gone")
+    assert pool.replicas.state is PeerState.READY
+    assert {pool.replicas.pick() for _ in range(4)} == {second}
+    second.peer.report_failure("gone")
+    assert pool.replicas.state is PeerState.UNREACHABLE
+    assert {pool.replicas.pick() for _ in range(4)} == {first, second}  # what is known may be old
+
+
+async def test_the_model_in_force_stays_while_anyone_serves_it() -> None:
+    pool = await pool_of(*(FakeConnection() for _ in range(3)), infos=(info_of("b"), info_of("a"), info_of("b")))
+    replicas = pool.replicas
+    assert replicas.info is not None
+    assert replicas.info.model.fingerprint == "b"
+    first, other, last = replicas.replicas
+    assert {replicas.pick("b") for _ in range(4)} == {first, last}
+    first.peer.report_failure("gone")
+    assert replicas.info.model.fingerprint == "b"
+    last.peer.report_failure("gone")
+    assert replicas.info.model.fingerprint == "a"
+    assert {replicas.pick("a") for _ in range(4)} == {other}
+
+
+async def test_trees_fit_every_replica() -> None:
+    pool = await pool_of(FakeConnection(), FakeConnection(), infos=(info_of(max_tree_nodes=64), info_of("0e11", 32)))
+    assert pool.replicas.info == info_of(max_tree_nodes=32)
+
+
+async def test_a_wrong_model_is_not_a_reason_to_doubt_the_replica() -> None:
+    connection = FakeConnection([WrongModelError("0e11", "07h")])
+    pool = await pool_of(connection)
+    probes: list[Callable[[], None]] = []
+    pool.replicas.replicas[0].peer.suspect = lambda: probes.append(lambda: None)  # type: ignore[method-assign]
+    async with pool.open(OPENING, 10) as session:
+        assert await rounds(session, 1) == [3]
+    assert probes == []
+
+
+# --- pauses and misfits -----------------------------------------------------------------------------------------
+
+
+def test_jitter_only_shortens() -> None:
+    pauses = [JitteredBackoff(ExponentialBackoff(0.1, 1.0))(3) for _ in range(200)]
+    assert 0.2 <= min(pauses) < 0.25
+    assert 0.35 < max(pauses) <= 0.4
+
+
+@pytest.mark.parametrize(("num_tolerated", "expected"), [(0, 1), (3, 4)])
+async def test_a_misfit_behind_a_name_is_tolerated_for_a_while(num_tolerated: int, expected: int) -> None:
+    fingerprint = "t0"
+
+    async def fetch() -> PeerInfo:
+        model = ModelInfo("base", 100, 512, fingerprint, 1, "float32", (0,), 2)
+        return PeerInfo(model, 64)
+
+    peer = Peer("verifier", fetch, "t0", PeerPolicy(1.0, BACKOFF, num_tolerated))
+    await peer.probe()
+    assert peer.is_ready
+    fingerprint = "other"
+    num_probes = 0
+    while peer.is_ready:
+        await peer.probe()
+        num_probes += 1
+    assert num_probes == expected
+    assert peer.state is PeerState.REFUSED
