@@ -212,7 +212,10 @@ async def test_a_process_drains_on_a_signal_and_exits_0(signal_number: signal.Si
     ("arguments", "message"),
     [
         (["--model", "/nowhere", "--address", "127.0.0.1:0"], b"verifier: model is '/nowhere': no such folder\n"),
-        (["--model", "x", "--address", "192.0.2.1:1"], b"verifier: address is '192.0.2.1:1': cannot listen there: "),
+        (
+            ["--model", "x", "--address", "192.0.2.1:1", "--allow-plaintext", "true"],
+            b"verifier: address is '192.0.2.1:1': cannot listen there: ",
+        ),
     ],
 )
 async def test_a_configuration_error_is_one_line_and_exit_2(arguments: list[str], message: bytes) -> None:
