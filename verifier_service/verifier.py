@@ -21,9 +21,8 @@ from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
 from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
 from easyspec.speculation.acceptance import StopLimits, stop_limits
-from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
+from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
-from easyspec.speculation.logprobs import check_logprobs
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree

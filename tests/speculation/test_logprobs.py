@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.logprobs import MAX_PROMPT_LOGPROBS, check_logprobs, token_logprobs
+from easyspec.speculation.checks import MAX_PROMPT_LOGPROBS, check_logprobs
+from easyspec.speculation.logprobs import token_logprobs
 
 V = 1003
 
