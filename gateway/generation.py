@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from easyspec.errors import InvalidRequestError, PromptTooLongError, UnavailableError, UnknownModelError
+from easyspec.speculation.checks import check_logprobs
 from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification, TokenLogprobs
 from easyspec.speculation.parameters import (
     MAX_TOP_LOGPROBS,
@@ -169,6 +170,7 @@ class Generator:
             places.enter_context(self._clients.place(request.client))
             prompt = await self._encode(request.prompt)
             _check_prompt(prompt, peer_info.model)
+            check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             await places.enter_async_context(self._admission.place())
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
@@ -345,8 +347,13 @@ def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerific
         model=request.model,
         request_id=request.request_id,
         num_top_logprobs=request.num_top_logprobs,
-        prompt_logprobs=request.echo and request.num_top_logprobs is not None,
+        prompt_logprobs=_wants_prompt(request),
     )
+
+
+def _wants_prompt(request: GenerationRequest) -> bool:
+    """Whether the prompt's own log-probabilities are part of the output."""
+    return request.echo and request.num_top_logprobs is not None
 
 
 def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:

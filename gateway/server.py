@@ -17,7 +17,7 @@ from easyspec import __version__
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
-from easyspec.v1 import generation_pb2, generation_pb2_grpc
+from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.clients import DrafterClient, VerifierClient
@@ -259,6 +259,9 @@ def _request_from_pb(message: generation_pb2.GenerateRequest, caller: _Caller) -
         model=message.model,
         request_id=caller.request_id,
         client=caller.client,
+        num_choices=message.num_choices if message.HasField("num_choices") else 1,
+        num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
+        echo=message.echo,
     )
 
 
@@ -292,6 +295,8 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         token_texts=chunk.token_texts,
         timings=_timings_to_pb(chunk.timings),
         completion=_completion_to_pb(chunk.completion) if chunk.completion is not None else None,
+        choice_index=chunk.choice_index,
+        logprobs=[convert.logprobs_to_pb(entry) if entry else types_pb2.TokenLogprobs() for entry in chunk.logprobs],
         trace=_trace_to_pb(chunk.trace) if chunk.trace is not None else None,
     )
 

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from drafter_service.engine import DrafterEngine
-from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
+from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification, TokenLogprobs
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, TreeBudget
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import DraftSession, NoDraft, Round, TimedDraft, TimedVerdict, decode
@@ -93,6 +93,11 @@ class Output:
     def said(self) -> tuple[object, ...]:
         """What must not depend on the drafter."""
         return self.token_ids, self.finish_reason, self.matched_stop_token_id
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One entry per token of the rounds, if asked for; these must not depend on the drafter either."""
+        return tuple(entry for round_ in self.rounds for entry in round_.answer.verdict.logprobs)
 
     @property
     def num_accepted(self) -> int:

@@ -9,6 +9,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.row_layout import MAX_TREE_COLUMNS
 from easyspec.model.row_probe import make_row_invariant
+from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from verifier_service.config import VerifierSettings
@@ -28,6 +29,7 @@ class VerifierEngine:
         self._thread = DeviceThread("verifier-device")
         self._loaded: LoadedModel | None = None
         self._verifier: Verifier | None = None
+        self._grammars: GrammarCompiler | None = None
         self.max_tree_nodes = settings.max_tree_nodes
         self.row_invariant = False
 
@@ -52,7 +54,12 @@ class VerifierEngine:
 
     async def open(self, request: OpenVerification) -> int:
         """Open a session and return its id; raises the EasyspecError that the request deserves."""
-        return await self._thread.submit(OpenTask(request))
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return await self._thread.submit(OpenTask(request))
+        assert self._grammars is not None, "started"
+        request.sampling.check(self.model_info.vocab_size)
+        return await self._thread.submit(OpenTask(request, await self._grammars.compile(grammar)))
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         """The verdict on a tree; raises StalePositionError or InvalidTreeError and then changes nothing."""
@@ -67,6 +74,8 @@ class VerifierEngine:
         self._loaded = loaded = load_model(settings, is_exact=True)
         with torch.inference_mode():
             self.row_invariant = make_row_invariant(loaded.decoder, loaded.pool)
+        info = loaded.info
+        self._grammars = GrammarCompiler(loaded.folder, info.vocab_size, info.eos_token_ids)
         self._verifier = Verifier(
             loaded.decoder,
             loaded.pool,

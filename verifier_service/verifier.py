@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,22 @@ from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionErr
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool, SessionSlots
 from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
-from easyspec.speculation.acceptance import StopLimits, judge, stop_limits
-from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
+from easyspec.speculation.acceptance import StopLimits, stop_limits
+from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
+from easyspec.speculation.grammar import CompiledGrammar, GrammarState
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
-from easyspec.speculation.sampling import ChoiceRow, TokenHistory, choose_tokens, tree_choice_rows
+from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree
+from verifier_service.prompt_logprobs import PromptLogprobs
+from verifier_service.verdicts import Case, decide
 
 
 @dataclass(eq=False)
 class OpenTask(Task[int]):
-    """Open a session; the result is its id."""
+    """Open a session; the result is its id. `grammar` is the request's, if it has one."""
 
     request: OpenVerification
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(eq=False)
@@ -63,8 +67,15 @@ class VerifierLimits:
 class VerifierSession:
     """One request at the verifier: its tokens, their slots, and the tree it waits for."""
 
-    def __init__(self, request: OpenVerification, limits: StopLimits, slots: SessionSlots) -> None:
+    def __init__(
+        self, request: OpenVerification, limits: StopLimits, slots: SessionSlots, grammar: GrammarState | None
+    ) -> None:
         self.sampling = request.sampling
+        self.grammar = grammar
+        self.num_top_logprobs = request.num_top_logprobs
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if request.prompt_logprobs and request.num_top_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(request.prompt_token_ids, request.num_top_logprobs)
         self.limits = limits
         self.slots = slots
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
@@ -72,6 +83,19 @@ class VerifierSession:
         self.waiting: VerifyTask | None = None
         self.tree_slots: list[int] = []
         self.is_finished = False
+
+    def case(self, tree: TokenTree, first_row: int) -> Case:
+        """What there is to judge, the tree's rows beginning at `first_row` of the batch."""
+        base_length = len(self.token_ids)
+        choice_rows = tree_choice_rows(tree, base_length, self.sampling, self.history)
+        return Case(tree, base_length, self.limits, first_row, choice_rows, self.grammar, self.num_top_logprobs)
+
+    def with_prompt_logprobs(self, verdict: Verdict) -> Verdict:
+        """The session's first verdict carries the prompt's log-probabilities, if asked for; they are kept no longer."""
+        if self.prompt_logprobs is None:
+            return verdict
+        entries, self.prompt_logprobs = self.prompt_logprobs.entries(), None
+        return replace(verdict, prompt_logprobs=entries)
 
     @property
     def num_uncached(self) -> int:
@@ -130,7 +154,7 @@ class Verifier:
         """Open, queue or close; an error that the caller made is the answer to that task alone."""
         try:
             if isinstance(task, OpenTask):
-                task.finish(self._open(task.request))
+                task.finish(self._open(task.request, task.grammar))
             elif isinstance(task, VerifyTask):
                 self._enqueue(task)
             elif isinstance(task, CloseTask):
@@ -156,7 +180,7 @@ class Verifier:
         self._ready.clear()
         self._prefilling.clear()
 
-    def _open(self, request: OpenVerification) -> int:
+    def _open(self, request: OpenVerification, compiled: CompiledGrammar | None) -> int:
         config = self._decoder.config
         check_model(request.model, self._limits.served_model_name)
         check_prompt(request.prompt_token_ids, config.vocab_size, config.max_model_len)
@@ -164,12 +188,17 @@ class Verifier:
         request.sampling.check(config.vocab_size)
         request.stop.check(config.vocab_size)
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
-        limits = stop_limits(request.stop, num_prompt, config.eos_token_ids, config.max_model_len)
+        # Where a grammar allows an end of sequence it means it (see `grammar.py`).
+        stop = request.stop if compiled is None else replace(request.stop, ignore_eos=False)
+        limits = stop_limits(stop, num_prompt, config.eos_token_ids, config.max_model_len)
         if num_prompt + num_output >= limits.max_total_length:
             raise InvalidRequestError("output_token_ids", f"{num_output} tokens", "fewer than max_tokens")
+        has_prompt = request.prompt_logprobs
+        check_logprobs(request.num_top_logprobs, has_prompt=has_prompt, num_prompt_tokens=num_prompt)
+        grammar = None if compiled is None else _replayed(compiled, request)
         slots = SessionSlots(self._pool, limits.max_total_length + self._limits.max_tree_nodes, BLOCK_SIZE)
         session_id = next(self._session_ids)
-        self._sessions[session_id] = VerifierSession(request, limits, slots)
+        self._sessions[session_id] = VerifierSession(request, limits, slots, grammar)
         return session_id
 
     def _enqueue(self, task: VerifyTask) -> None:
@@ -207,7 +236,9 @@ class Verifier:
         """Prefill one chunk; the last chunk carries the tree too."""
         if session.num_uncached > self._limits.prefill_chunk:
             layout = self._decoder.lay_out([session.chain_segment(self._limits.prefill_chunk)])
-            self._decoder.forward(layout, self._pool)
+            hidden = self._decoder.forward(layout, self._pool)
+            if session.prompt_logprobs is not None:
+                session.prompt_logprobs.add(self._decoder, hidden[: self._limits.prefill_chunk])
             self._prefilling.append(session)
         else:
             self._verify([session])
@@ -217,31 +248,40 @@ class Verifier:
         started_ns = time.monotonic_ns()
         trees: list[TokenTree] = []
         segments: list[Segment] = []
-        choice_rows: list[ChoiceRow] = []
-        rows: list[int] = []
         for session in batch:
             assert session.waiting is not None, "a batched session waits for a verdict"
             tree = session.waiting.tree
             trees.append(tree)
             session.tree_slots = self._pool.allocate(len(tree))
             segments.append(session.tree_segment(tree))
-            choice_rows += tree_choice_rows(tree, len(session.token_ids), session.sampling, session.history)
         layout = self._decoder.lay_out(segments)
         hidden = self._decoder.forward(layout, self._pool)
-        for index, (segment, tree) in enumerate(zip(segments, trees, strict=True)):
-            first = layout.flat_row(index, len(segment) - len(tree) - 1)
-            rows += range(first, first + len(tree) + 1)
+        cases: list[Case] = []
+        rows: list[int] = []
+        for index, (session, segment, tree) in enumerate(zip(batch, segments, trees, strict=True)):
+            root = layout.flat_row(index, len(segment) - len(tree) - 1)
+            if session.prompt_logprobs is not None:
+                session.prompt_logprobs.add(self._decoder, hidden[layout.flat_row(index, 0) : root + 1])
+            cases.append(session.case(tree, first_row=len(rows)))
+            rows += range(root, root + len(tree) + 1)
         logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
-        choices = choose_tokens(logits, choice_rows)
+        outcomes = decide(logits, cases)
         compute_ns = time.monotonic_ns() - started_ns
-        for session, tree in zip(batch, trees, strict=True):
-            session_choices, choices = choices[: len(tree) + 1], choices[len(tree) + 1 :]
-            verdict = judge(tree, session_choices, len(session.token_ids), session.limits)
-            self._commit(session, verdict)
+        for session, outcome in zip(batch, outcomes, strict=True):
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"
+            if isinstance(outcome, EasyspecError):
+                self._give_up(session)
+                task.fail(outcome)
+                continue
+            self._commit(session, outcome)
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, len(rows), len(batch))
-            task.finish((verdict, timings))
+            task.finish((session.with_prompt_logprobs(outcome), timings))
+
+    def _give_up(self, session: VerifierSession) -> None:
+        """Nothing more will come of the session: free the tree, and wait to be closed."""
+        self._pool.free(session.tree_slots)
+        session.tree_slots, session.is_finished = [], True
 
     def _commit(self, session: VerifierSession, verdict: Verdict) -> None:
         """Accepted nodes keep their slots as committed positions; the others are freed. Nothing is copied."""
@@ -252,3 +292,12 @@ class Verifier:
         session.token_ids.extend(verdict.token_ids)
         session.history.commit(verdict.token_ids)
         session.is_finished = verdict.finish_reason is not None
+
+
+def _replayed(compiled: CompiledGrammar, request: OpenVerification) -> GrammarState:
+    """Where the output so far stands in its grammar."""
+    state = GrammarState(compiled, ignore_eos=request.stop.ignore_eos)
+    for index, token_id in enumerate(request.output_token_ids):
+        if not state.advance(token_id):
+            raise InvalidRequestError(f"output_token_ids[{index}]", token_id, "a token that sampling.grammar allows")
+    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -39,11 +40,12 @@ class ModelSettings(Protocol):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder, its KV pool and how it introduces itself."""
+    """A decoder, its KV pool, how it introduces itself, and the folder it came from."""
 
     decoder: Decoder
     pool: KVPool
     info: ModelInfo
+    folder: Path
 
 
 def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
@@ -66,7 +68,7 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
         num_layers=config.num_layers,
         fingerprint=model_fingerprint(folder, config),
     )
-    return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info)
+    return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info, folder)
 
 
 def _num_threads(config: ModelConfig) -> int | None:

@@ -28,28 +28,60 @@ def stop_limits(
     return StopLimits(stop_token_ids, min(num_prompt_tokens + stop.max_tokens, max_model_len))
 
 
-def judge(tree: TokenTree, choices: Sequence[int], base_length: int, limits: StopLimits) -> Verdict:
-    """Walk from the root along the tokens the base model chose (`choices`, one per row, root first).
+class Walk:
+    """The walk over one tree, one choice at a time, for those who can only choose where it comes by.
 
-    A child that carries its parent's choice is accepted; the first choice without a child is the bonus token and
-    ends the walk. A stop token is emitted and ends it, the length limit ends it too, and a stop on the last token
-    that fits counts as a stop. `base_length` committed tokens must leave room for one more.
+    `row` is the row whose choice is wanted next, None once the walk is over. A child that carries its parent's
+    choice is accepted; the first choice without a child is the bonus token and ends the walk. A stop token is
+    emitted and ends it, the length limit ends it too, and a stop on the last token that fits counts as a stop.
+    `base_length` committed tokens must leave room for one more.
     """
+
+    def __init__(self, tree: TokenTree, base_length: int, limits: StopLimits) -> None:
+        assert base_length < limits.max_total_length, f"no room after {base_length} of {limits.max_total_length} tokens"
+        self._children = tree.children
+        self._base_length = base_length
+        self._limits = limits
+        self._token_ids: list[int] = []
+        self._accepted_rows: list[int] = []
+        self.row: int | None = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def visited_rows(self) -> tuple[int, ...]:
+        """The rows whose choices were taken, in order: one per token."""
+        return (0, *self._accepted_rows)[: len(self._token_ids)]
+
+    def step(self, token_id: int) -> None:
+        """Take the choice made at `row`."""
+        assert self.row is not None, "the walk is not over"
+        self._token_ids.append(token_id)
+        child = self._children[self.row].get(token_id)
+        if child is not None:
+            self._accepted_rows.append(child)
+        if token_id in self._limits.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+        elif self._base_length + len(self._token_ids) == self._limits.max_total_length:
+            self.finish_reason = FinishReason.LENGTH
+        self.row = child if self.finish_reason is None else None
+
+    def verdict(self) -> Verdict:
+        """What a finished walk comes to."""
+        assert self.row is None, "the walk is over"
+        matched_stop_token_id = self._token_ids[-1] if self.finish_reason is FinishReason.STOP else None
+        return Verdict(
+            self._base_length,
+            tuple(self._token_ids),
+            tuple(self._accepted_rows),
+            self.finish_reason,
+            matched_stop_token_id,
+        )
+
+
+def judge(tree: TokenTree, choices: Sequence[int], base_length: int, limits: StopLimits) -> Verdict:
+    """The verdict of a walk along `choices`, one per row, root first."""
     assert len(choices) == len(tree) + 1, f"{len(choices)} choices for {len(tree) + 1} rows"
-    assert base_length < limits.max_total_length, f"no room after {base_length} of {limits.max_total_length} tokens"
-    token_ids: list[int] = []
-    accepted_rows: list[int] = []
-    finish_reason = None
-    row: int | None = 0
-    while row is not None and finish_reason is None:
-        token_id = choices[row]
-        token_ids.append(token_id)
-        row = tree.children[row].get(token_id)
-        if row is not None:
-            accepted_rows.append(row)
-        if token_id in limits.stop_token_ids:
-            finish_reason = FinishReason.STOP
-        elif base_length + len(token_ids) == limits.max_total_length:
-            finish_reason = FinishReason.LENGTH
-    matched_stop_token_id = token_ids[-1] if finish_reason is FinishReason.STOP else None
-    return Verdict(base_length, tuple(token_ids), tuple(accepted_rows), finish_reason, matched_stop_token_id)
+    walk = Walk(tree, base_length, limits)
+    while walk.row is not None:
+        walk.step(choices[walk.row])
+    return walk.verdict()

@@ -2,10 +2,11 @@
 
 Dimension key: `R` rows, `F` rows of a group, `V` vocabulary, `U` distinct tokens a penalty may touch, `N` noise rows.
 
-A row's logits are processed in this order: logit bias, penalties, temperature, top-k, top-p, min-p. Then
+A row's logits are processed in this order: logit bias, penalties, grammar mask, temperature, top-k, top-p, min-p. Then
 the argmax wins; with a temperature, the argmax of processed logits + noise (the Gumbel-max trick).
 
 * Repetition penalty: tokens seen in prompt, output or path. Presence and frequency penalty: output and path.
+* The mask sets what the grammar forbids to -inf, whatever bias and penalties made of it; filters see the rest only.
 * Temperature divides the distance to the row's best logit, so processed logits are at most 0 and nothing overflows.
 * What the filters keep, and how they treat ties, stands in `filters.py`.
 * Of several best tokens the lowest id wins. Filters cannot change a greedy choice and are skipped there.
@@ -19,7 +20,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from easyspec.speculation.coupling import MIN_GUMBEL_NOISE, gumbel_noise, gumbel_of_bits, signed_seed, uniform_bits
@@ -81,13 +84,15 @@ class TokenHistory:
 @dataclass(frozen=True)
 class ChoiceRow:
     """Where a token is to be chosen: `position` is its absolute position (the prompt begins at 0), `path_token_ids`
-    are the draft tokens between the committed ones in `history` and it; none at the root.
+    are the draft tokens between the committed ones in `history` and it; none at the root. `allowed_bits` are the
+    tokens that a grammar allows there (`GrammarState.allowed_bits`, at least one); None allows all.
     """
 
     sampling: SamplingParameters
     position: int
     path_token_ids: tuple[int, ...]
     history: TokenHistory
+    allowed_bits: NDArray[np.uint8] | None = None
 
 
 def tree_choice_rows(
@@ -124,7 +129,7 @@ def choose_tokens(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
 def processed_logits(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
     """The logits the choice is made from, without noise: float32 [R, V], a new tensor, -inf where filtered out.
 
-    At rows with a temperature they are relative to the row's best (0); greedy rows are biased and penalised only.
+    At rows with a temperature they are relative to the row's best (0); greedy rows go as far as the mask.
     """
     processed = _adjusted(base_logits, rows).clone()
     sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
@@ -135,16 +140,19 @@ def processed_logits(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
 
 
 def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
-    """Logits after bias and penalties; `base_logits` itself where no row has any."""
+    """Logits after bias, penalties and grammar mask; `base_logits` itself where no row has any."""
     biased = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.logit_bias)
     penalised = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.has_penalties)
-    if not biased and not penalised:
+    masked = [index for index, row in enumerate(rows) if row.allowed_bits is not None]
+    if not biased and not penalised and not masked:
         return base_logits
     adjusted = base_logits.clone()
     for group in biased:
         _add_bias_(adjusted, group, rows[group[0]].sampling)
     for group in penalised:
         _penalise_(adjusted, group, [rows[index] for index in group])
+    if masked:
+        _mask_(adjusted, masked, rows)
     return adjusted
 
 
@@ -191,6 +199,19 @@ def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> N
     values -= counts * sampling.frequency_penalty
     values -= seen * sampling.presence_penalty
     logits[row_index, token_ids] = values
+
+
+def _mask_(logits: Tensor, masked: list[int], rows: Sequence[ChoiceRow]) -> None:
+    device, vocab_size = logits.device, logits.shape[1]
+    packed = np.stack([bits for bits in (rows[index].allowed_bits for index in masked) if bits is not None])
+    bits = moved(torch.from_numpy(packed), device)  # [F, ceil(V / 8)]
+    allowed = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    forbidden = allowed.flatten(1)[:, :vocab_size] == 0  # [F, V]
+    if len(masked) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        index = to_device(masked, torch.int64, device)
+        logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
 def _scores(adjusted: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:

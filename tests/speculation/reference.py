@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +40,9 @@ def reference_processed(
     prompt: Sequence[int],
     output: Sequence[int],
     path: Sequence[int] = (),
+    allowed: Collection[int] | None = None,
 ) -> np.ndarray:
-    """Processed logits of one row, float32."""
+    """Processed logits of one row, float32; `allowed` are the tokens that a grammar leaves."""
     f = np.float32
     x = [f(value) for value in logits]
     for token_id, bias in sampling.logit_bias.items():
@@ -53,6 +54,8 @@ def reference_processed(
     for token_id, count in counts.items():
         x[token_id] -= f(count) * f(sampling.frequency_penalty)
         x[token_id] -= f(sampling.presence_penalty)
+    if allowed is not None:
+        x = [value if token_id in allowed else f(-np.inf) for token_id, value in enumerate(x)]
     if sampling.is_greedy:
         return np.array(x)
     best = max(x)
@@ -86,9 +89,10 @@ def reference_choice(
     prompt: Sequence[int],
     output: Sequence[int],
     path: Sequence[int] = (),
+    allowed: Collection[int] | None = None,
 ) -> int:
     """The token chosen at one row."""
-    x = reference_processed(logits, sampling, prompt, output, path)
+    x = reference_processed(logits, sampling, prompt, output, path, allowed)
     if sampling.is_greedy:
         return int(np.argmax(x))
     noise = np.array([reference_noise(sampling.seed, position, token_id) for token_id in range(len(x))])

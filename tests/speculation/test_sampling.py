@@ -52,14 +52,23 @@ def kept(logits: list[float], sampling: SamplingParameters) -> list[int]:
     return np.isfinite(processed(logits, sampling)).nonzero()[0].tolist()
 
 
+def packed(allowed: Sequence[int]) -> np.ndarray:
+    return np.packbits([token_id in allowed for token_id in range(V)], bitorder="little")
+
+
+masks = st.one_of(st.none(), st.lists(st.integers(0, V - 1), min_size=1, unique=True))
+Session = tuple[list[int], list[int], SamplingParameters, TokenTree, list[list[float]], list[list[int] | None]]
+
+
 @st.composite
-def sessions(draw: st.DrawFn) -> tuple[list[int], list[int], SamplingParameters, TokenTree, list[list[float]]]:
-    """A session at a round: prompt, output, parameters, tree, and the base logits of the tree's rows."""
+def sessions(draw: st.DrawFn) -> Session:
+    """A session at a round: prompt, output, parameters, tree, and the base logits and masks of the tree's rows."""
     prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=6))
     tree = draw(token_trees(V, max_nodes=5))
     logits = st.lists(logit, min_size=V, max_size=V)
     rows = draw(st.lists(logits, min_size=len(tree) + 1, max_size=len(tree) + 1))
-    return prompt, draw(tokens), draw(sampling_parameters(V)), tree, rows
+    allowed = draw(st.lists(masks, min_size=len(rows), max_size=len(rows)))
+    return prompt, draw(tokens), draw(sampling_parameters(V)), tree, rows, allowed
 
 
 @given(st.lists(sessions(), min_size=1, max_size=4))
@@ -68,10 +77,14 @@ def test_rows_of_many_sessions_follow_the_literal_rule(batch: list) -> None:
     rows: list[ChoiceRow] = []
     base_logits: list[list[float]] = []
     expected_logits, expected_choices = [], []
-    for prompt, output, sampling, tree, logits in batch:
+    for prompt, output, sampling, tree, logits, masks in batch:
         session_rows = tree_choice_rows(tree, len(prompt) + len(output), sampling, TokenHistory(prompt, output))
-        for choice_row, row_logits in zip(session_rows, logits, strict=True):
-            where = prompt, output, choice_row.path_token_ids
+        session_rows = [
+            choice_row if allowed is None else replace(choice_row, allowed_bits=packed(allowed))
+            for choice_row, allowed in zip(session_rows, masks, strict=True)
+        ]
+        for choice_row, row_logits, allowed in zip(session_rows, logits, masks, strict=True):
+            where = prompt, output, choice_row.path_token_ids, allowed
             expected_logits.append(reference_processed(row_logits, sampling, *where))
             expected_choices.append(reference_choice(row_logits, sampling, choice_row.position, *where))
         rows += session_rows
@@ -87,6 +100,32 @@ def test_sessions_that_share_parameters_keep_their_own_history() -> None:
     sampling = SamplingParameters(seed=0, temperature=0.0, presence_penalty=1.0)
     rows = [ChoiceRow(sampling, 2, (), TokenHistory([0], [token_id])) for token_id in (1, 2)]
     assert processed_logits(torch.zeros(2, 3), rows).tolist() == [[0, -1, 0], [0, 0, -1]]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 64, 2**14 + 3])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_neither_bias_nor_penalties_nor_filters_defeat_a_mask(vocab_size: int, temperature: float) -> None:
+    """Also where noise is only made for those that can win; and of one allowed token nothing makes another."""
+    sampling = replace(
+        PLAIN,
+        temperature=temperature,
+        top_k=1,
+        min_p=1.0,
+        logit_bias={3: 100.0, 5: -100.0},
+        repetition_penalty=100.0,
+        frequency_penalty=2.0,
+    )
+    allowed = np.packbits(np.arange(vocab_size) == 5, bitorder="little")
+    rows = [
+        ChoiceRow(sampling, position, (), TokenHistory([5], [5] * 50), allowed if position % 2 else None)
+        for position in range(6)
+    ]
+    logits = torch.full((6, vocab_size), 50.0)
+    logits[:, 5] = -1e30
+    choices = choose_tokens(logits, rows)
+    assert choices[1::2] == [5, 5, 5]
+    assert 5 not in choices[::2]
+    assert choose_tokens(logits[1::2], rows[1::2]) == [5, 5, 5]
 
 
 def test_no_rows() -> None:

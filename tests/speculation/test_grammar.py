@@ -1,0 +1,270 @@
+"""Grammars are followed token by token; whatever cannot be followed is an error of its sender alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from easyspec.errors import CapacityError, InvalidRequestError
+from easyspec.speculation.grammar import GrammarState
+from easyspec.speculation.grammar_compiler import CompilerLimits, GrammarCompiler
+from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from tests.fakes.tiny_tokenizer import write_tokenizer
+
+VOCAB_SIZE = 345  # padded: the tokenizer has 340 entries at most
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCAB_SIZE - 5)
+
+
+@pytest.fixture(scope="module")
+def compiler(folder: Path) -> GrammarCompiler:
+    return GrammarCompiler(folder, VOCAB_SIZE, (EOS,))
+
+
+@pytest.fixture(scope="module")
+def backend(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def regex(text: str) -> Grammar:
+    return Grammar(GrammarKind.REGEX, text)
+
+
+def lark(text: str) -> Grammar:
+    return Grammar(GrammarKind.LARK, text)
+
+
+def schema(content: object) -> Grammar:
+    return Grammar(GrammarKind.JSON_SCHEMA, content if isinstance(content, str) else json.dumps(content))
+
+
+def allowed(state: GrammarState) -> set[int]:
+    bits = state.allowed_bits()
+    assert len(bits) == (VOCAB_SIZE + 7) // 8
+    return {token_id for token_id in range(8 * len(bits)) if bits[token_id // 8] >> (token_id % 8) & 1}
+
+
+def texts(backend: Tokenizer, token_ids: Sequence[int] | set[int]) -> set[str]:
+    return {backend.decode([token_id], skip_special_tokens=False) for token_id in token_ids}
+
+
+def follows(state: GrammarState, token_ids: Sequence[int]) -> bool:
+    return all(token_id in allowed(state) and state.advance(token_id) for token_id in token_ids)
+
+
+async def test_allowed_is_what_can_still_be_completed(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    state = GrammarState(await compiler.compile(regex("(return|range)s?")), ignore_eos=False)
+    first = texts(backend, allowed(state))
+    assert {"r", "ra"} <= first <= {"return"[:n] for n in range(1, 7)} | {"range"[:n] for n in range(1, 6)}
+    assert not state.advance(backend.token_to_id("x"))
+    assert texts(backend, allowed(state)) == first  # a refused token changes nothing
+    assert follows(state, backend.encode("return").ids)
+    assert allowed(state) == {backend.token_to_id("s"), EOS}
+    assert follows(state, [backend.token_to_id("s")])
+    assert allowed(state) == {EOS}
+
+
+async def test_with_ignore_eos_the_output_goes_on_while_it_can(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    state = GrammarState(await compiler.compile(regex("ab?")), ignore_eos=True)
+    assert follows(state, [backend.token_to_id("a")])
+    assert allowed(state) == {backend.token_to_id("b")}
+    assert follows(state, [backend.token_to_id("b")])
+    assert allowed(state) == {EOS}  # nothing else is left: no deadlock
+
+
+async def test_special_and_padding_tokens_are_no_text(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    state = GrammarState(await compiler.compile(regex("(?s:.)*")), ignore_eos=False)
+    everything = allowed(state)
+    assert EOS in everything  # as the end, not as its text
+    assert max(everything) < backend.get_vocab_size()
+    assert len(everything) > 200
+
+
+async def test_a_fork_and_its_origin_go_their_own_ways(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    a, b, c = (backend.token_to_id(text) for text in "abc")
+    state = GrammarState(await compiler.compile(regex("a(bc|cb)")), ignore_eos=False)
+    assert state.advance(a)
+    fork = state.fork()
+    assert fork.advance(b)
+    assert (allowed(fork), allowed(state)) == ({c}, {b, c})
+    assert state.allows(c)
+    assert not state.allows(a)
+    assert state.advance(c)
+    assert (allowed(fork), allowed(state)) == ({c}, {b})
+
+
+async def test_the_schema_true_accepts_everything(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    state = GrammarState(await compiler.compile(schema(" true ")), ignore_eos=False)
+    assert follows(state, backend.encode('{"n":[1,null]}').ids)
+
+
+async def test_a_schema_is_followed_to_its_end(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    person = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    compiled = await compiler.compile(schema(person | {"additionalProperties": False}))
+    for text, is_right in (
+        ('{"n":1}', True),
+        ('{ "n" :\n  12}', True),
+        ('{"n":"1"}', False),
+        ('{"m":1}', False),
+        ('{"n":' + " " * 64 + "1}", True),
+        ('{"n":' + " " * 65 + "1}", False),  # white space may not go on for ever
+    ):
+        state = GrammarState(compiled, ignore_eos=False)
+        assert (follows(state, backend.encode(text).ids) and EOS in allowed(state)) is is_right, text
+
+
+BAD = {
+    "regex syntax": (regex("(a"), "unclosed group"),
+    "look-around": (regex("(?=a)b"), "look-around"),
+    "back reference": (regex(r"(a)\1"), "backreferences"),
+    "deep regex": (regex("(" * 30_000 + "a" + ")" * 30_000), ""),
+    "a regex that matches nothing": (regex(r"[^\x00-\x{10FFFF}]"), ""),
+    "no JSON": (schema("{"), ""),
+    "bare true, mistyped": (schema("True"), ""),
+    "deep JSON": (schema("[" * 30_000), "recursion limit"),
+    "no schema": (schema("5"), "object schema"),
+    "unknown type": (schema({"type": "foo"}), "foo"),
+    "unsupported keyword": (schema({"type": "string", "not": {"const": "x"}}), "not"),
+    "unsatisfiable": (schema({"type": "integer", "minimum": 5, "maximum": 3}), "minimum"),
+    "false": (schema("false"), "object schema"),
+    "endless": (schema({"$ref": "#"}), ""),
+    "remote reference": (schema({"$ref": "https://example.com/x.json"}), "example.com"),
+    "exponential": (
+        schema({"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {}}} for j in range(6)]} for i in range(14)]}),
+        "too large",
+    ),
+    "surrogate": (schema('{"const": "\\ud800"}'), ""),
+    "unknown rule": (lark("start: foo"), "foo"),
+    "lexer error": (lark("\x00\x01{}%%"), "lexer error"),
+    "a rule without end": (lark('start: a\na: a "x"'), ""),
+    "deep Lark": (lark("start: " + "(" * 20_000 + '"a"' + ")" * 20_000), "deeply nested"),
+    "long Lark": (lark("start: a\n" + "\n" * 1000), "1002 lines"),
+}
+
+
+@pytest.mark.parametrize(("grammar", "reason"), BAD.values(), ids=BAD.keys())
+async def test_what_cannot_be_compiled_names_itself(compiler: GrammarCompiler, grammar: Grammar, reason: str) -> None:
+    assert len(grammar.text) <= MAX_GRAMMAR_BYTES
+    for _ in range(2):  # the second time it is remembered
+        with pytest.raises(InvalidRequestError) as caught:
+            await compiler.compile(grammar)
+        assert caught.value.field == f"sampling.grammar.{grammar.kind.value}"
+        assert reason in caught.value.allowed
+        assert len(caught.value.allowed) < 300
+        assert "<state>" not in caught.value.allowed
+
+
+# What made the library overflow an ordinary thread's stack, or compute for seconds.
+MONSTERS = {
+    "chain of rules": lark("start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(990)) + '\nr990: "z"'),
+    "chain of terminals": lark("start: R0\n" + "\n".join(f"R{i}: R{i + 1}*" for i in range(900)) + '\nR900: "z"'),
+    "chain of references": schema(
+        {"$ref": "#/d/0", "d": {str(i): {"$ref": f"#/d/{i + 1}"} for i in range(1800)} | {"1800": {"type": "null"}}}
+    ),
+    "one line of alternatives": lark("start: " + " | ".join(f'"{i}"' for i in range(9000))),
+    "repeated repetition": regex("(a{1000}){1000}"),
+    "intersection": lark("start: A\nA: " + " & ".join(f"/.*{chr(97 + i)}.{{{i + 5}}}.*/" for i in range(14))),
+    "many properties": schema({"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(2000)}}),
+    "long enumeration": schema({"enum": [f"value{i}" for i in range(4000)]}),
+}
+
+
+@pytest.mark.parametrize("grammar", MONSTERS.values(), ids=MONSTERS.keys())
+async def test_monsters_are_bounded_and_stall_nobody(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    """Either they work or they are refused; the event loop goes on, and so does a step of the device thread."""
+    longest_pause_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_pause_s
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest_pause_s = max(longest_pause_s, time.monotonic() - before)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        state = GrammarState(await compiler.compile(grammar), ignore_eos=True)
+        for _ in range(20):
+            await asyncio.to_thread(state.advance, min(allowed(state)))
+    except InvalidRequestError as error:
+        assert error.field.startswith("sampling.grammar.")  # noqa: PT017
+    finally:
+        watcher.cancel()
+    assert longest_pause_s < 1.0
+
+
+async def test_a_walk_that_becomes_too_complex_is_an_error_and_the_grammar_is_compiled_anew(
+    compiler: GrammarCompiler, backend: Tokenizer
+) -> None:
+    grammar = lark("start: A\nA: ~/.*a.{14}b.*/ & /.{20,90}/")
+    compiled = await compiler.compile(grammar)
+    assert await compiler.compile(grammar) is compiled
+    state = GrammarState(compiled, ignore_eos=False)
+    ids = backend.encode("ab" * 90).ids
+    with pytest.raises(InvalidRequestError, match=r"sampling\.grammar\.lark is .*too"):
+        follows(state, ids)
+    assert await compiler.compile(grammar) is not compiled
+
+
+async def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_forgotten(folder: Path) -> None:
+    compiler = GrammarCompiler(folder, VOCAB_SIZE, (EOS,), CompilerLimits(num_kept=2))
+    first, again = await asyncio.gather(*(compiler.compile(regex("a")) for _ in range(2)))
+    assert first is again
+    second = await compiler.compile(regex("b"))
+    assert await compiler.compile(regex("a")) is first
+    await compiler.compile(regex("c"))
+    assert await compiler.compile(regex("a")) is first
+    assert await compiler.compile(regex("b")) is not second
+
+
+async def test_slow_ones_time_out_and_waiting_ones_are_told_to_come_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = CompilerLimits(num_workers=1, max_waiting=1, timeout_s=0.05)
+    compiler = GrammarCompiler(folder, VOCAB_SIZE, (EOS,), limits)
+    compile_now = GrammarCompiler._compiled
+
+    def slow(self: GrammarCompiler, grammar: Grammar) -> object:
+        time.sleep(0.5)
+        return compile_now(self, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_compiled", slow)
+    outcomes = await asyncio.gather(*(compiler.compile(regex(text)) for text in "abc"), return_exceptions=True)
+    assert isinstance(outcomes[0], InvalidRequestError)
+    assert "longer than 0.05 s" in str(outcomes[0])
+    assert [type(outcome) for outcome in outcomes[1:]] == [CapacityError, CapacityError]
+    async with asyncio.timeout(20):
+        while compiler.poll(regex("a")) is None:  # noqa: ASYNC110 - the work was not in vain
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("eos_token_ids", [(), (VOCAB_SIZE - 1,)])
+async def test_a_model_without_an_end_or_a_tokenizer_refuses_grammars(
+    folder: Path, tmp_path: Path, eos_token_ids: tuple[int, ...]
+) -> None:
+    with pytest.raises(InvalidRequestError, match="no end-of-sequence token"):
+        await GrammarCompiler(folder, VOCAB_SIZE, eos_token_ids).compile(regex("a"))
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        await GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,)).compile(regex("a"))
+
+
+async def test_a_vocabulary_smaller_than_the_tokenizers(folder: Path, backend: Tokenizer) -> None:
+    """Ids beyond the model's are not allowed; if only such are left, that is an error."""
+    letters = {token_id: text for text, token_id in backend.get_vocab().items() if len(text) == 1 and text.islower()}
+    vocab_size = sorted(letters)[3]
+    compiler = GrammarCompiler(folder, vocab_size, (EOS,))
+    bits = GrammarState(await compiler.compile(regex("[a-z]+")), ignore_eos=False).allowed_bits()
+    token_ids = [token_id for token_id in range(8 * len(bits)) if bits[token_id // 8] >> token_id % 8 & 1]
+    assert token_ids == sorted(letters)[:3]
+    with pytest.raises(InvalidRequestError, match="no token"):
+        await GrammarCompiler(folder, 5, (EOS,)).compile(regex("z"))

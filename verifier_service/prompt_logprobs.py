@@ -1,0 +1,39 @@
+"""Log-probabilities of a prompt's own tokens, collected while it is prefilled.
+
+Dimension key: `T` rows of the chunk, `E` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from easyspec.model.decoder import Decoder
+from easyspec.speculation.logprobs import token_logprobs
+from easyspec.speculation.messages import TokenLogprobs
+
+# Rows whose logits exist at the same time: 8 MB with a vocabulary of 128 000, whatever the size of a prefill chunk.
+_NUM_ROWS_AT_ONCE = 16
+
+
+class PromptLogprobs:
+    """One entry per prompt token but the first, in order; the `num_top` likeliest tokens in each."""
+
+    def __init__(self, prompt_token_ids: Sequence[int], num_top: int) -> None:
+        self._token_ids = prompt_token_ids
+        self._num_top = num_top
+        self._entries: list[TokenLogprobs] = []
+
+    def add(self, decoder: Decoder, hidden: Tensor) -> None:
+        """Take the hidden states [T, E] of the next T positions; those that predict no prompt token are left out."""
+        first = len(self._entries) + 1  # the token that the first row predicts
+        hidden = hidden[: max(0, len(self._token_ids) - first)]
+        for start in range(0, len(hidden), _NUM_ROWS_AT_ONCE):
+            logits = decoder.logits(hidden[start : start + _NUM_ROWS_AT_ONCE])  # [<= 16, V]
+            next_token_ids = self._token_ids[first + start : first + start + len(logits)]
+            self._entries += token_logprobs(logits, next_token_ids, self._num_top)
+
+    def entries(self) -> tuple[TokenLogprobs, ...]:
+        """Those collected so far."""
+        return tuple(self._entries)

@@ -1,0 +1,118 @@
+"""From logits to verdicts: choices, walks, grammars and log-probabilities of a batch of trees.
+
+Dimension key: `R` rows of the batch, `V` vocabulary.
+
+Without a grammar every row's choice is made at once, and the walk picks from them. A grammar is followed along the
+walk, one level at a time: a mask costs tens of microseconds on the host, and a row that is not reached needs none.
+So the grammar's state only ever advances by tokens of the output, exactly as in plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from easyspec.errors import EasyspecError
+from easyspec.speculation.acceptance import StopLimits, Walk
+from easyspec.speculation.grammar import GrammarState
+from easyspec.speculation.logprobs import token_logprobs
+from easyspec.speculation.messages import Verdict
+from easyspec.speculation.sampling import ChoiceRow, choose_tokens
+from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tree to judge: its rows of the batch begin at `first_row` and are described by `choice_rows`, root first.
+
+    `grammar` is advanced by the tokens of the verdict. `num_top_logprobs` None: no log-probabilities.
+    """
+
+    tree: TokenTree
+    base_length: int
+    limits: StopLimits
+    first_row: int
+    choice_rows: Sequence[ChoiceRow]
+    grammar: GrammarState | None = None
+    num_top_logprobs: int | None = None
+
+
+def decide(base_logits: Tensor, cases: Sequence[Case]) -> list[Verdict | EasyspecError]:
+    """The verdict on each tree, from `base_logits` (float32 [R, V]), or the error that ends its session alone."""
+    walkers = [_Walker(case) for case in cases]
+    while active := [walker for walker in walkers if walker.rows]:
+        rows = [walker.case.first_row + row for walker in active for row in walker.rows]
+        choices = choose_tokens(_selected(base_logits, rows), [row for walker in active for row in walker.choice_rows])
+        for walker in active:
+            num_rows = len(walker.rows)
+            walker.take(choices[:num_rows])
+            choices = choices[num_rows:]
+    return [walker.outcome(base_logits) for walker in walkers]
+
+
+class _Walker:
+    """One tree on its way to a verdict: `rows` of the tree, described by `choice_rows`, are to be chosen at next."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._walk = Walk(case.tree, case.base_length, case.limits)
+        self._error: EasyspecError | None = None
+        self.rows: list[int] = [*range(len(case.tree) + 1)]
+        self.choice_rows = case.choice_rows
+        self._await_choice()
+
+    def take(self, choices: Sequence[int]) -> None:
+        """Go on with the choices made at `rows`."""
+        grammar = self.case.grammar
+        if grammar is None:
+            while self._walk.row is not None:
+                self._walk.step(choices[self._walk.row])
+        else:
+            (token_id,) = choices
+            self._walk.step(token_id)
+            if self._walk.finish_reason is None:
+                self._follow(grammar, token_id)
+        self._await_choice()
+
+    def _follow(self, grammar: GrammarState, token_id: int) -> None:
+        try:
+            is_followed = grammar.advance(token_id)
+        except EasyspecError as error:
+            self._error = error
+        else:
+            assert is_followed, "the mask allowed it"
+
+    def _await_choice(self) -> None:
+        """With a grammar, ask for the row that the walk has come to, under its mask."""
+        row, grammar = self._walk.row, self.case.grammar
+        if row is None or self._error is not None:
+            self.rows = []
+        elif grammar is not None:
+            try:
+                allowed_bits = grammar.allowed_bits()
+            except EasyspecError as error:
+                self._error, self.rows = error, []
+            else:
+                self.rows = [row]
+                self.choice_rows = [replace(self.case.choice_rows[row], allowed_bits=allowed_bits)]
+
+    def outcome(self, base_logits: Tensor) -> Verdict | EasyspecError:
+        """The verdict, with log-probabilities if asked for."""
+        if self._error is not None:
+            return self._error
+        verdict = self._walk.verdict()
+        num_top = self.case.num_top_logprobs
+        if num_top is None:
+            return verdict
+        rows = [self.case.first_row + row for row in self._walk.visited_rows]
+        return replace(verdict, logprobs=token_logprobs(_selected(base_logits, rows), verdict.token_ids, num_top))
+
+
+def _selected(base_logits: Tensor, rows: Sequence[int]) -> Tensor:
+    if len(rows) == len(base_logits):
+        return base_logits  # rows come in order: these are all of them
+    return base_logits[to_device(rows, torch.int64, base_logits.device)]
