@@ -69,6 +69,9 @@ def up(
     http_address: Annotated[
         str, typer.Option(help="host:port of the OpenAI-compatible REST API; port 0 takes a free one, off: none.")
     ] = "127.0.0.1:8000",
+    verifiers: Annotated[
+        int, typer.Option(min=1, help="Verifier replicas; those after the first take free ports.")
+    ] = 1,
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
     log_flags = ("--log-format", "console" if sys.stderr.isatty() else "json")
@@ -79,6 +82,7 @@ def up(
         verifier_address=checked_address("--verifier-address", verifier_address),
         drafter_address=checked_address("--drafter-address", drafter_address),
         http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
+        num_verifiers=verifiers,
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))

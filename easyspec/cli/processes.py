@@ -33,6 +33,8 @@ _POLL_S = 0.1
 # The gateway looks at a drafter that was not there at first every second or two.
 _DRAFTER_SEEN_TIMEOUT_S = 5.0
 _RESTART_FIRST_S, _RESTART_MAX_S = 0.5, 30.0
+# Restarts in a row, each of a process that did not live for _RESTART_MAX_S, after which a vital service is given up.
+_MAX_VITAL_RESTARTS = 5
 
 LogSink = Callable[[str, str], None]
 
@@ -45,8 +47,9 @@ class ServiceFailedError(EasyspecError):
 class StackSettings:
     """Which services to start, and how.
 
-    `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one.
-    Without an `http_address` there is no REST.
+    `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one. Of
+    `num_verifiers` the first listens on `verifier_address`, the others on free ports. Without an
+    `http_address` there is no REST.
     `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
     follows the Python interpreter for a role. `ready_timeout_s` bounds loading, `stop_grace_s` draining.
     """
@@ -57,6 +60,7 @@ class StackSettings:
     verifier_address: str = FREE_PORT
     drafter_address: str = FREE_PORT
     http_address: str = HTTP_OFF
+    num_verifiers: int = 1
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ready_timeout_s: float = 300.0
@@ -178,8 +182,12 @@ class ServiceStack:
     def __init__(self, settings: StackSettings, on_log: LogSink) -> None:
         settings.check()
         self._settings = settings
-        self.verifier = self._process(VERIFIER, settings.verifier_address, ["--model", str(settings.base)], on_log)
-        wiring = ["--tokenizer", str(settings.base), "--verifier-address", self.verifier.address]
+        addresses = [settings.verifier_address, *[FREE_PORT] * (settings.num_verifiers - 1)]
+        self.verifiers = tuple(
+            self._process(VERIFIER, address, ["--model", str(settings.base)], on_log) for address in addresses
+        )
+        verifier_addresses = ",".join(verifier.address for verifier in self.verifiers)
+        wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
         if settings.draft is not None:
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
@@ -188,6 +196,11 @@ class ServiceStack:
         self.http_address = _with_port(settings.http_address) if is_http_on else None
         wiring += ["--http-address", self.http_address or HTTP_OFF]
         self.gateway = self._process(GATEWAY, settings.gateway_address, wiring, on_log)
+
+    @property
+    def verifier(self) -> ServiceProcess:
+        """The first of the verifiers."""
+        return self.verifiers[0]
 
     @property
     def gateway_address(self) -> str:
@@ -200,7 +213,7 @@ class ServiceStack:
 
     @property
     def _roles(self) -> tuple[ServiceProcess, ...]:
-        return (self.verifier,) if self.drafter is None else (self.verifier, self.drafter)
+        return self.verifiers if self.drafter is None else (*self.verifiers, self.drafter)
 
     async def __aenter__(self) -> Self:
         try:
@@ -238,25 +251,30 @@ class ServiceStack:
         await self.drafter.wait_serving(self._settings.ready_timeout_s)
 
     async def watch(self) -> None:
-        """Restart the drafter whenever it ends; raises ServiceFailedError when another service does."""
-        watches = [self._watch_vital(self.verifier), self._watch_vital(self.gateway)]
-        await _all([*watches, self._keep_drafter()] if self.drafter is not None else watches)
+        """Restart verifiers and drafter whenever they end; raises ServiceFailedError for the gateway, and for a
+        verifier that does not stay up however often it is started."""
+        watches = [self._watch_gateway()]
+        watches += [self._keep(verifier, _MAX_VITAL_RESTARTS) for verifier in self.verifiers]
+        if self.drafter is not None:
+            watches.append(self._keep(self.drafter, max_restarts=None))
+        await _all(watches)
 
-    async def _watch_vital(self, process: ServiceProcess) -> None:
-        await process.wait()
-        raise await process.failure("while serving")
+    async def _watch_gateway(self) -> None:
+        await self.gateway.wait()
+        raise await self.gateway.failure("while serving")
 
-    async def _keep_drafter(self) -> None:
-        assert self.drafter is not None
-        pause_s = _RESTART_FIRST_S
+    async def _keep(self, process: ServiceProcess, max_restarts: int | None) -> None:
+        pause_s, num_restarts = _RESTART_FIRST_S, 0
         while True:
             started_s = time.monotonic()
-            await self.drafter.wait()
+            await process.wait()
             if time.monotonic() - started_s > _RESTART_MAX_S:
-                pause_s = _RESTART_FIRST_S
+                pause_s, num_restarts = _RESTART_FIRST_S, 0
+            if num_restarts == max_restarts:
+                raise await process.failure(f"after {num_restarts} restarts")
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RESTART_MAX_S)
-            await self.drafter.start()
+            pause_s, num_restarts = min(2 * pause_s, _RESTART_MAX_S), num_restarts + 1
+            await process.start()
 
     async def _wait_drafter_seen(self) -> None:
         """The gateway works without a drafter: not worth failing for, but the first request should have it."""

@@ -26,12 +26,14 @@ class RoleLog:
 
 
 async def serve_until_cancelled(settings: StackSettings) -> None:
-    """Start the services, say where the gateway is, restart a lost drafter; raises ServiceFailedError."""
+    """Start the services, say where the gateway is, restart a lost verifier or drafter; raises ServiceFailedError."""
     async with ServiceStack(settings, RoleLog()) as stack:
         drafting = f"drafter {stack.drafter.address}" if stack.drafter is not None else "no drafter"
         rest = f", REST http://{stack.http_address}" if stack.http_address is not None else ""
+        addresses = " ".join(verifier.address for verifier in stack.verifiers)
+        verifying = f"verifier{'s' if len(stack.verifiers) > 1 else ''} {addresses}"
         print(
-            f"ready: gateway {stack.gateway_address}, verifier {stack.verifier.address}, {drafting}{rest}",
+            f"ready: gateway {stack.gateway_address}, {verifying}, {drafting}{rest}",
             file=sys.stderr,
             flush=True,
         )

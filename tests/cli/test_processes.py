@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, is_serving
-from easyspec.cli.processes import ServiceFailedError, ServiceStack, StackSettings
+from easyspec.cli.processes import ServiceFailedError, ServiceProcess, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import StopConditions
 from tests.cli.conftest import CHECKOUT
@@ -64,17 +64,42 @@ async def test_a_stack_starts_serves_survives_its_drafter_and_stops(settings: St
     assert {role for role, _ in lines} == {"verifier", "drafter", "gateway"}
 
 
-async def test_watching_restarts_a_drafter_and_reports_a_lost_verifier(settings: StackSettings) -> None:
-    async with ServiceStack(settings, lambda role, line: None) as stack:
+async def killed(process: ServiceProcess) -> int:
+    """Kill a process; returns the id it had."""
+    pid = process.pid
+    process.kill()
+    await process.wait()
+    return pid
+
+
+async def test_watching_restarts_verifiers_and_drafter_and_reports_a_lost_gateway(settings: StackSettings) -> None:
+    async with ServiceStack(replace(settings, num_verifiers=2), lambda role, line: None) as stack:
         assert stack.drafter is not None
+        text, _ = await generate(stack.gateway_address)
         watch = asyncio.create_task(stack.watch())
-        old = stack.drafter.pid
-        await stack.kill_drafter()
-        await until(lambda: stack.drafter is not None and stack.drafter.is_running and stack.drafter.pid != old)
+        for process in (stack.drafter, *stack.verifiers):
+            old = await killed(process)
+            await until(lambda process=process, old=old: process.is_running and process.pid != old)
+            await process.wait_serving(20)
+        assert (await generate(stack.gateway_address))[0] == text
         assert not watch.done()
-        stack.verifier.kill()
-        with pytest.raises(ServiceFailedError, match="verifier was killed by SIGKILL while serving"):
+        stack.gateway.kill()
+        with pytest.raises(ServiceFailedError, match="gateway was killed by SIGKILL while serving"):
             await asyncio.wait_for(watch, 10)
+
+
+async def test_a_verifier_that_does_not_stay_up_is_given_up(
+    settings: StackSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("easyspec.cli.processes._RESTART_FIRST_S", 0.01)
+    monkeypatch.setattr("easyspec.cli.processes._MAX_VITAL_RESTARTS", 2)
+    async with ServiceStack(replace(settings, draft=None), lambda role, line: None) as stack:
+        # What is started from now on ends at once.
+        stack.verifier._arguments = ("-m", "tests.fakes.services", "crash")  # type: ignore[assignment]
+        watch = asyncio.create_task(stack.watch())
+        stack.verifier.kill()
+        with pytest.raises(ServiceFailedError, match="verifier ended with exit code 2 after 2 restarts: crash"):
+            await asyncio.wait_for(watch, 20)
 
 
 def test_no_drafter_process_without_a_draft_model(settings: StackSettings) -> None:
