@@ -122,7 +122,8 @@ def _entries(tokens: Tokens, order: int) -> _Keys:
         keys ^= keys >> np.uint64(29)
     keys = (keys & np.uint64(_KEY_MASK)) << np.uint64(_TOKEN_BITS)
     keys |= tokens[order:].astype(np.uint64)
-    return keys[is_whole]
+    entries: _Keys = keys[is_whole]
+    return entries
 
 
 def _merged(entries: _Keys, counts: _Counts, added: _Keys, added_counts: _Counts) -> tuple[_Keys, _Counts]:

@@ -16,9 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self, TypeAlias
 
 from easyspec.errors import ConfigurationError
+
+ItemFormat: TypeAlias = Literal["B", "I", "Q"]
 
 MAGIC = b"EASYSPDS"
 FORMAT_VERSION = 1
@@ -105,10 +107,11 @@ class SectionReader:
         for name, section in self._sections.items():
             self._check(self._crc32(section) == section.crc32, f"is damaged in its section {name!r}")
 
-    def section(self, name: str, item_format: str) -> memoryview:
-        """A section's numbers, by `struct` format of an item ("B", "I", "Q")."""
+    def section(self, name: str, item_format: ItemFormat) -> memoryview:
+        """A section's numbers, by the `struct` format of an item."""
         section = self._sections[name]
-        return memoryview(self._map)[section.offset : section.offset + section.num_bytes].cast(item_format)
+        view = memoryview(self._map)[section.offset : section.offset + section.num_bytes]
+        return view.cast(item_format)
 
     def _read_header(self) -> dict[str, Any]:
         self._check(len(self._map) >= _ALIGNMENT, "is not a datastore file")

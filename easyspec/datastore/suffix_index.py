@@ -171,7 +171,8 @@ def _suffix_array(tokens: Tokens) -> Tokens:
     places = divsufsort(digits.reshape(-1))
     aligned = places[places % num_bytes == 0]
     aligned //= num_bytes
-    return aligned.astype(np.uint32)
+    suffixes: Tokens = aligned.astype(np.uint32)
+    return suffixes
 
 
 def _pieces(numbers: Tokens, dtype: str) -> Iterator[bytes]:
