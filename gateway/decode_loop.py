@@ -8,16 +8,21 @@ from typing import Protocol
 
 from easyspec.speculation.messages import Calibration, DraftTimings, Verdict, VerifyTimings
 from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 
 
 @dataclass(frozen=True)
 class TimedDraft:
-    """A tree to verify, and what it cost; `elapsed_ns` is the gateway's own measure, 0 if nobody was asked."""
+    """A tree to verify, and what it cost; `elapsed_ns` is the gateway's own measure, 0 if nobody was asked.
+
+    `node_sources` says who guessed each node, where the drafter tells.
+    """
 
     tree: TokenTree
     timings: DraftTimings = field(default_factory=DraftTimings)
     elapsed_ns: int = 0
+    node_sources: tuple[DraftSources, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ class ResilientDraftSession:
             return TimedDraft(EMPTY_TREE, elapsed_ns=time.monotonic_ns() - started_ns)
         if self._replica is not None:
             self._replica.peer.report_success()
-        return TimedDraft(draft.tree, draft.timings, time.monotonic_ns() - started_ns)
+        # Told for the statistics alone: not worth losing a session that gets it wrong.
+        node_sources = draft.node_sources if len(draft.node_sources) == len(draft.tree) else ()
+        return TimedDraft(draft.tree, draft.timings, time.monotonic_ns() - started_ns, node_sources)
 
     def close(self) -> None:
         """Free the session at the drafter."""

@@ -21,6 +21,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
 from gateway.api_keys import ClientLimiter
 from gateway.choices import choice_seed, merged
@@ -66,6 +67,7 @@ class SpeculationWish:
     budget: TreeBudget | None = None
     layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
     is_traced: bool = False
+    sources: DraftSources | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class Generator:
             wish.layer_plan,
             max_total_length=max_total_length,
             request_id=request.request_id,
+            sources=wish.sources,
         )
         async with self._drafters.session(opening, model.vocab_size) as session:
             yield session

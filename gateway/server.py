@@ -284,6 +284,7 @@ def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> Specu
         budget=convert.budget_from_pb(message.budget) if message.HasField("budget") else None,
         layer_plan=convert.layer_plan_from_pb(message.layer_plan),
         is_traced=message.trace,
+        sources=convert.sources_from_pb(message.sources, "speculation.sources"),
     )
 
 
@@ -330,4 +331,14 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
 
 
 def _statistics_to_pb(statistics: SpeculationStatistics) -> generation_pb2.SpeculationStatistics:
-    return generation_pb2.SpeculationStatistics(**vars(statistics))
+    counts = vars(statistics) | {
+        "sources": [
+            generation_pb2.SourceStatistics(
+                source=convert.sources_to_pb(source.source)[0],
+                num_draft_tokens=source.num_draft_tokens,
+                num_accepted_tokens=source.num_accepted_tokens,
+            )
+            for source in statistics.sources
+        ]
+    }
+    return generation_pb2.SpeculationStatistics(**counts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
+from easyspec.speculation.sources import DraftSources
 from gateway.decode_loop import Round
 
 
@@ -29,6 +31,15 @@ NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
+class SourceStatistics:
+    """What one source of guesses did for one request."""
+
+    source: DraftSources
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
+@dataclass(frozen=True)
 class SpeculationStatistics:
     """What speculation did for one request; `generation.proto` states each field."""
 
@@ -43,6 +54,7 @@ class SpeculationStatistics:
     total_ns: int
     time_to_first_token_ns: int
     num_verifier_failures: int
+    sources: tuple[SourceStatistics, ...] = ()
 
 
 class StatisticsRecorder:
@@ -58,6 +70,8 @@ class StatisticsRecorder:
         self._num_accepted_tokens = 0
         self._num_drafted_by_level: list[int] = []
         self._num_accepted_by_level: list[int] = []
+        self._num_drafted_by_source: Counter[DraftSources] = Counter()
+        self._num_accepted_by_source: Counter[DraftSources] = Counter()
 
     def record(self, round_: Round, num_accepted: int) -> RoundTimings:
         """Count a round that has just ended, of whose draft tokens `num_accepted` were emitted."""
@@ -75,6 +89,7 @@ class StatisticsRecorder:
         for level in range(tree.num_levels):
             self._num_drafted_by_level[level] += 1
             self._num_accepted_by_level[level] += level < num_accepted
+        self._record_sources(round_, num_accepted)
         return RoundTimings(
             draft_ns=round_.draft.elapsed_ns,
             calibrate_ns=round_.draft.timings.calibrate_ns,
@@ -88,6 +103,15 @@ class StatisticsRecorder:
             num_batch_rows=round_.answer.timings.num_batch_rows,
             num_batch_sessions=round_.answer.timings.num_batch_sessions,
         )
+
+    def _record_sources(self, round_: Round, num_accepted: int) -> None:
+        node_sources = round_.draft.node_sources
+        if not node_sources:
+            return
+        for sources in node_sources:
+            self._num_drafted_by_source.update(sources)
+        for row in round_.answer.verdict.accepted_rows[:num_accepted]:
+            self._num_accepted_by_source.update(node_sources[row - 1])
 
     def finish(self, num_drafter_failures: int, num_verifier_failures: int) -> SpeculationStatistics:
         """The counts so far, and the time."""
@@ -105,4 +129,8 @@ class StatisticsRecorder:
             total_ns=time.monotonic_ns() - first_ns,
             time_to_first_token_ns=first_ns - self._arrival_ns,
             num_verifier_failures=num_verifier_failures,
+            sources=tuple(
+                SourceStatistics(source, count, self._num_accepted_by_source[source])
+                for source, count in sorted(self._num_drafted_by_source.items())
+            ),
         )

@@ -16,6 +16,7 @@ from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import check_flags, checked_address
 from easyspec.cli.generate import stream_completion
+from easyspec.cli.index import index
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(index, name="index")
 
 
 def _print_version(is_wanted: bool) -> None:

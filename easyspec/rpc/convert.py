@@ -8,7 +8,7 @@ reproduces the rounded value exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from easyspec.errors import InvalidRequestError
@@ -35,6 +35,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import NO_SOURCES, SINGLE_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 
@@ -52,6 +53,15 @@ _MLP_TO_PB: Mapping[MlpPlacement, types_pb2.LayerPlan.MlpPlacement.ValueType] = 
     }
 )
 _MLP_FROM_PB = MappingProxyType({value: key for key, value in _MLP_TO_PB.items()})
+
+_SOURCE_TO_PB: Mapping[DraftSources, types_pb2.DraftSource.ValueType] = MappingProxyType(
+    {
+        DraftSources.MODEL: types_pb2.DRAFT_SOURCE_MODEL,
+        DraftSources.RETRIEVAL: types_pb2.DRAFT_SOURCE_RETRIEVAL,
+        DraftSources.NGRAM: types_pb2.DRAFT_SOURCE_NGRAM,
+    }
+)
+_SOURCE_FROM_PB = MappingProxyType({value: key for key, value in _SOURCE_TO_PB.items()})
 
 
 # --- parameters -------------------------------------------------------------------------------------------------
@@ -156,6 +166,20 @@ def layer_plan_to_pb(plan: LayerPlanRequest) -> types_pb2.LayerPlan:
         mlp=types_pb2.LayerPlan.MLP_PLACEMENT_UNSPECIFIED if plan.mlp is None else _MLP_TO_PB[plan.mlp],
         calibration=plan.calibration,
     )
+
+
+def sources_from_pb(values: Iterable[types_pb2.DraftSource.ValueType], field: str = "sources") -> DraftSources | None:
+    """The set of sources; None if none is named, which means the default."""
+    sources = NO_SOURCES
+    for value in values:
+        if value not in _SOURCE_FROM_PB:
+            raise InvalidRequestError(field, value, "DraftSources: model, retrieval, ngram")
+        sources |= _SOURCE_FROM_PB[value]
+    return sources or None
+
+
+def sources_to_pb(sources: DraftSources | None) -> list[types_pb2.DraftSource.ValueType]:
+    return [_SOURCE_TO_PB[source] for source in SINGLE_SOURCES if sources is not None and source in sources]
 
 
 # --- trees ------------------------------------------------------------------------------------------------------
@@ -278,6 +302,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
         model=message.model,
         request_id=message.request_id,
         max_total_length=message.max_total_length if message.HasField("max_total_length") else None,
+        sources=sources_from_pb(message.sources),
     )
 
 
@@ -289,6 +314,7 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
         layer_plan=layer_plan_to_pb(request.layer_plan),
         request_id=request.request_id,
         max_total_length=request.max_total_length,
+        sources=sources_to_pb(request.sources),
     )
 
 
@@ -318,7 +344,8 @@ def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
         fuzzy_ns=message.timings.fuzzy_ns,
         num_fuzzy_steps=message.timings.num_fuzzy_steps,
     )
-    return Draft(base_length=message.base_length, tree=tree_from_pb(message.tree), timings=timings)
+    node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
+    return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
 
 
 def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
@@ -328,7 +355,9 @@ def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
         fuzzy_ns=draft.timings.fuzzy_ns,
         num_fuzzy_steps=draft.timings.num_fuzzy_steps,
     )
-    return drafter_pb2.SpeculateResponse(base_length=draft.base_length, tree=tree_to_pb(draft.tree), timings=timings)
+    return drafter_pb2.SpeculateResponse(
+        base_length=draft.base_length, tree=tree_to_pb(draft.tree), timings=timings, node_sources=draft.node_sources
+    )
 
 
 # --- information ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 
 
@@ -78,7 +79,7 @@ class OpenSpeculation:
     """Opens a session at the drafter with every token committed so far.
 
     `max_total_length` is the most tokens the session can come to hold (None: the draft model's context); KV memory is
-    budgeted by it.
+    budgeted by it. `sources` None takes the drafter's.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -87,6 +88,7 @@ class OpenSpeculation:
     max_total_length: int | None = None
     model: str = ""
     request_id: str = ""
+    sources: DraftSources | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,15 @@ class DraftTimings:
 
 @dataclass(frozen=True)
 class Draft:
-    """The drafter's answer: guesses on top of `base_length` committed tokens; may be empty."""
+    """The drafter's answer: guesses on top of `base_length` committed tokens; may be empty.
+
+    `node_sources` says who guessed each node; empty if nobody kept count.
+    """
 
     base_length: int
     tree: TokenTree
     timings: DraftTimings = DraftTimings()
+    node_sources: tuple[DraftSources, ...] = ()
 
 
 @dataclass(frozen=True)

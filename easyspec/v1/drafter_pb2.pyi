@@ -63,6 +63,7 @@ class OpenSpeculation(_message.Message):
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MAX_TOTAL_LENGTH_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Draft model name; empty means the only one served."""
     request_id: _builtins.str
@@ -81,6 +82,10 @@ class OpenSpeculation(_message.Message):
     def layer_plan(self) -> _types_pb2.LayerPlan:
         """How to execute fuzzy steps; unset fields take the service's defaults."""
 
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
+        """Who guesses. Empty: the service's default. A source that is not there is INVALID_ARGUMENT."""
+
     def __init__(
         self,
         *,
@@ -90,10 +95,11 @@ class OpenSpeculation(_message.Message):
         layer_plan: _types_pb2.LayerPlan | None = ...,
         request_id: _builtins.str = ...,
         max_total_length: _builtins.int | None = ...,
+        sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_total_length: _TypeAlias = _typing.Literal["max_total_length"]  # noqa: Y015
     _WhichOneofArgType__max_total_length: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length"]  # noqa: Y015
@@ -146,6 +152,7 @@ class SpeculateResponse(_message.Message):
     BASE_LENGTH_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    NODE_SOURCES_FIELD_NUMBER: _builtins.int
     base_length: _builtins.int
     """Committed length the tree stands on: base_length + number of token_ids."""
     @_builtins.property
@@ -156,16 +163,21 @@ class SpeculateResponse(_message.Message):
     def timings(self) -> Global___DraftTimings:
         """What it cost."""
 
+    @_builtins.property
+    def node_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Who guessed each node of the tree, in order, as a sum of 1 (model), 2 (retrieval) and 4 (n-gram)."""
+
     def __init__(
         self,
         *,
         base_length: _builtins.int = ...,
         tree: _types_pb2.TokenTree | None = ...,
         timings: Global___DraftTimings | None = ...,
+        node_sources: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "tree", b"tree"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "timings", b"timings", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "node_sources", b"node_sources", "timings", b"timings", "tree", b"tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +246,7 @@ class GetDrafterInfoResponse(_message.Message):
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
     MAX_TREE_NODES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     layer_groups: _builtins.str
     """Layer groups of the default plan, as "0 | 1-3 | 4-7 | 8"."""
     max_tree_nodes: _builtins.int
@@ -242,7 +255,7 @@ class GetDrafterInfoResponse(_message.Message):
     """Package version."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo:
-        """The draft model."""
+        """The draft model. Of a drafter without one: no parameters, no layers, and the vocabulary of its tokenizer."""
 
     @_builtins.property
     def kv(self) -> _types_pb2.KvUsage:
@@ -251,6 +264,10 @@ class GetDrafterInfoResponse(_message.Message):
     @_builtins.property
     def layer_plan(self) -> _types_pb2.LayerPlan:
         """The default plan."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
+        """The sources that are here; guesses are theirs where a session names none."""
 
     def __init__(
         self,
@@ -261,10 +278,11 @@ class GetDrafterInfoResponse(_message.Message):
         layer_plan: _types_pb2.LayerPlan | None = ...,
         max_tree_nodes: _builtins.int = ...,
         version: _builtins.str = ...,
+        sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "layer_plan", b"layer_plan", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "layer_groups", b"layer_groups", "layer_plan", b"layer_plan", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "layer_groups", b"layer_groups", "layer_plan", b"layer_plan", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "sources", b"sources", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

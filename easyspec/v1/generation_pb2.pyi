@@ -220,6 +220,7 @@ class SpeculationParameters(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     mode: Global___SpeculationParameters.Mode.ValueType
     """Whether to speculate."""
     trace: _builtins.bool
@@ -232,6 +233,12 @@ class SpeculationParameters(_message.Message):
     def layer_plan(self) -> _types_pb2.LayerPlan:
         """How the drafter executes its layers; unset: the drafter's default."""
 
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
+        """Who guesses. Empty: those that the drafter is set to. With a source that the drafter does not have the request is
+        decoded plainly.
+        """
+
     def __init__(
         self,
         *,
@@ -239,10 +246,11 @@ class SpeculationParameters(_message.Message):
         budget: _types_pb2.TreeBudget | None = ...,
         layer_plan: _types_pb2.LayerPlan | None = ...,
         trace: _builtins.bool = ...,
+        sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan", "mode", b"mode", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan", "mode", b"mode", "sources", b"sources", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,6 +522,7 @@ class SpeculationStatistics(_message.Message):
     TOTAL_NS_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_NS_FIELD_NUMBER: _builtins.int
     NUM_VERIFIER_FAILURES_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     num_rounds: _builtins.int
     """Verdicts."""
     num_draft_rounds: _builtins.int
@@ -540,6 +549,10 @@ class SpeculationStatistics(_message.Message):
     def num_accepted_by_level(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rounds in which level d + 1 was accepted, by d."""
 
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceStatistics]:
+        """What each source did, in the order of DraftSource; those that guessed nothing are left out."""
+
     def __init__(
         self,
         *,
@@ -554,14 +567,45 @@ class SpeculationStatistics(_message.Message):
         total_ns: _builtins.int = ...,
         time_to_first_token_ns: _builtins.int = ...,
         num_verifier_failures: _builtins.int = ...,
+        sources: _abc.Iterable[Global___SourceStatistics] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "num_verifier_failures", b"num_verifier_failures", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "num_verifier_failures", b"num_verifier_failures", "sources", b"sources", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SpeculationStatistics: _TypeAlias = SpeculationStatistics  # noqa: Y015
+
+@_typing.final
+class SourceStatistics(_message.Message):
+    """What one source did for one request. A draft token that several sources guessed counts for each of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    source: _types_pb2.DraftSource.ValueType
+    """The source."""
+    num_draft_tokens: _builtins.int
+    """Nodes sent to the verifier that it guessed."""
+    num_accepted_tokens: _builtins.int
+    """Of these, accepted ones."""
+    def __init__(
+        self,
+        *,
+        source: _types_pb2.DraftSource.ValueType = ...,
+        num_draft_tokens: _builtins.int = ...,
+        num_accepted_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceStatistics: _TypeAlias = SourceStatistics  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

@@ -43,6 +43,38 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens, or the end of the model's context."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _DraftSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAFT_SOURCE_UNSPECIFIED: _DraftSource.ValueType  # 0
+    """None."""
+    DRAFT_SOURCE_MODEL: _DraftSource.ValueType  # 1
+    """The draft model."""
+    DRAFT_SOURCE_RETRIEVAL: _DraftSource.ValueType  # 2
+    """What followed the longest suffix of the text when it stood before: in the request itself, or in the drafter's index
+    of a corpus.
+    """
+    DRAFT_SOURCE_NGRAM: _DraftSource.ValueType  # 3
+    """Counts of what follows one to three tokens, in the request and in the drafter's table of a corpus."""
+
+class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
+    """Who guesses."""
+
+DRAFT_SOURCE_UNSPECIFIED: DraftSource.ValueType  # 0
+"""None."""
+DRAFT_SOURCE_MODEL: DraftSource.ValueType  # 1
+"""The draft model."""
+DRAFT_SOURCE_RETRIEVAL: DraftSource.ValueType  # 2
+"""What followed the longest suffix of the text when it stood before: in the request itself, or in the drafter's index
+of a corpus.
+"""
+DRAFT_SOURCE_NGRAM: DraftSource.ValueType  # 3
+"""Counts of what follows one to three tokens, in the request and in the drafter's table of a corpus."""
+Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
+
 @_typing.final
 class SamplingParameters(_message.Message):
     """How the next token is chosen from the base model's logits. Every knob is optional: unset means
@@ -283,7 +315,7 @@ class TreeBudget(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     NUM_NODES_FIELD_NUMBER: _builtins.int
     num_levels: _builtins.int
-    """Levels below the root, at least 1."""
+    """Levels below the root that the draft model computes, at least 1. Guesses from text may go deeper."""
     width: _builtins.int
     """Nodes expanded per level, at least 1."""
     num_nodes: _builtins.int

@@ -1,0 +1,80 @@
+"""Held-out tasks that favour different guessers: code to write, documentation to go on with, text to copy from.
+
+All text is of modules that no bundled model was trained on and no index of `bench sources` contains. Equal arguments
+give equal tasks on one Python version.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from models.heldout import held_out_prompts, held_out_texts
+
+TASK_NAMES = ("code", "prose", "copy")
+_MIN_DOCSTRING_CHARS = 320
+_FUNCTION_CHARS = (240, 900)
+_CODE_PROMPT_CHARS = 600
+# How much of the second copy stands in the prompt: enough to tell a small model what is going on.
+_COPIED_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class SourceTask:
+    """One prompt; `name` is the kind of task."""
+
+    name: str
+    prompt: str
+
+
+def source_tasks(name: str, num_prompts: int, seed: int) -> list[SourceTask]:
+    """`num_prompts` tasks of one kind; raises ValueError if there are fewer."""
+    if name == "code":
+        return [SourceTask(name, prompt) for prompt in held_out_prompts(num_prompts, seed, _CODE_PROMPT_CHARS)]
+    prompts = sorted(set({"prose": _prose_prompts, "copy": _copy_prompts}[name]()))
+    if num_prompts > len(prompts):
+        raise ValueError(f"num_prompts must be at most {len(prompts)} for {name}, not {num_prompts}")
+    return [SourceTask(name, prompt) for prompt in random.Random(seed).sample(prompts, num_prompts)]
+
+
+def _prose_prompts() -> Iterator[str]:
+    """Documentation, cut after a word in the middle."""
+    for text in held_out_texts().values():
+        for docstring in _docstrings(text):
+            if len(docstring) >= _MIN_DOCSTRING_CHARS:
+                yield docstring[: docstring.rindex(" ", 0, len(docstring) // 2)]
+
+
+def _copy_prompts() -> Iterator[str]:
+    """A function and the beginning of its edited copy; a document and the beginning of a quotation from it."""
+    for text in held_out_texts().values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                source = textwrap.dedent(ast.get_source_segment(text, node, padded=True) or "").strip()
+                if _FUNCTION_CHARS[0] <= len(source) <= _FUNCTION_CHARS[1]:
+                    yield _edit_prompt(node.name, source)
+        for docstring in _docstrings(text):
+            if _MIN_DOCSTRING_CHARS <= len(docstring) <= _FUNCTION_CHARS[1]:
+                yield f"{docstring}\n\nTo quote the above:\n\n{_beginning(docstring)}"
+
+
+def _edit_prompt(name: str, source: str) -> str:
+    edited = source.replace(name, f"{name}_checked", 1)
+    return f"{source}\n\n# The same function under another name.\n{_beginning(edited)}"
+
+
+def _beginning(text: str) -> str:
+    """The first part of a text, up to the end of a word."""
+    end = int(len(text) * _COPIED_SHARE)
+    return text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))].rstrip()
+
+
+def _docstrings(text: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring is not None:
+                yield docstring

@@ -1,0 +1,76 @@
+"""From text to one long row of token ids on disk, documents apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from easyspec.errors import ConfigurationError
+
+SEPARATOR = 0xFFFFFFFF
+"""Stands after every document; no token has this id."""
+
+_BATCH_DOCUMENTS = 256
+
+Tokens = npt.NDArray[np.uint32]
+
+
+def read_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """The text of every file, folders recursively, in sorted order; a line of a .jsonl file is a document (`text`).
+
+    Files that are not UTF-8 are passed over. Raises ConfigurationError for a path that is not there, or a line of a
+    .jsonl file without a text.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ConfigurationError(f"corpus {str(path)!r} does not exist; allowed: files and folders of text")
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            yield from _documents_of(file)
+
+
+def _documents_of(file: Path) -> Iterator[str]:
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    if file.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigurationError(f"{file}, line {number}, is not an object with a text: {error!r}") from error
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; raises ConfigurationError."""
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception, whatever is wrong
+        raise ConfigurationError(f"tokenizer file {path} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, file: BinaryIO) -> int:
+    """Append each document's token ids and a separator to `file` as uint32; returns how many numbers that were."""
+    num_tokens = 0
+    rest = iter(documents)
+    while batch := list(islice(rest, _BATCH_DOCUMENTS)):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            tokens = np.array([*encoding.ids, SEPARATOR], dtype="<u4")
+            file.write(tokens.tobytes())
+            num_tokens += len(tokens)
+    return num_tokens

@@ -1,0 +1,52 @@
+"""The noise of `coupling`, one token at a time and without torch: for guessers that look at a handful of tokens."""
+
+from __future__ import annotations
+
+import math
+
+_MASK_64 = 2**64 - 1
+_STREAM_INCREMENT = 0x9E3779B97F4A7C15
+_FIRST_MULTIPLIER, _SECOND_MULTIPLIER = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_UNIFORM_BITS = 32
+
+
+class HostNoise:
+    """The noise of one request, by its seed (uint64).
+
+    The random bits are those of `coupling.uniform_bits`. The logarithms are this machine's in float64, unrounded: the
+    verifier rounds to float32, a difference that can only turn a guess, and only at a near tie.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state = _mix(_element(seed, 0))
+
+    def at(self, position: int) -> PositionNoise:
+        """The noise of every token at an absolute position."""
+        return PositionNoise(_mix(_element(position, self._state)))
+
+
+class PositionNoise:
+    """Gumbel noise by token id, at one position of one request."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __call__(self, token_id: int) -> float:
+        # splitmix64's finaliser, written out: this is the inner loop of drafting from text.
+        bits = ((token_id + 1) * _STREAM_INCREMENT + self._stream) & _MASK_64
+        bits = ((bits ^ (bits >> 30)) * _FIRST_MULTIPLIER) & _MASK_64
+        bits = ((bits ^ (bits >> 27)) * _SECOND_MULTIPLIER) & _MASK_64
+        bits = (bits ^ (bits >> 31)) >> (64 - _UNIFORM_BITS)
+        return -math.log(-math.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+
+
+def _element(index: int, state: int) -> int:
+    return ((index + 1) * _STREAM_INCREMENT + state) & _MASK_64
+
+
+def _mix(bits: int) -> int:
+    bits = ((bits ^ (bits >> 30)) * _FIRST_MULTIPLIER) & _MASK_64
+    bits = ((bits ^ (bits >> 27)) * _SECOND_MULTIPLIER) & _MASK_64
+    return bits ^ (bits >> 31)
