@@ -498,22 +498,38 @@ class KvUsage(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_USED_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_SESSIONS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     """Slots in the pool."""
     num_used_slots: _builtins.int
-    """Slots held by open sessions."""
+    """Slots held by open sessions; those of a shared prefix count once."""
     num_sessions: _builtins.int
     """Open sessions."""
+    num_cached_slots: _builtins.int
+    """Slots that keep prefixes of past texts and that no open session holds; taken back when needed, they count as free."""
+    num_prefix_query_tokens: _builtins.int
+    """Tokens that sessions brought along when they opened, since the start."""
+    num_prefix_hit_tokens: _builtins.int
+    """Those of them whose KV was there already, so that they were not computed, since the start."""
+    num_preemptions: _builtins.int
+    """Sessions whose slots were taken back for older ones, since the start."""
     def __init__(
         self,
         *,
         num_slots: _builtins.int = ...,
         num_used_slots: _builtins.int = ...,
         num_sessions: _builtins.int = ...,
+        num_cached_slots: _builtins.int = ...,
+        num_prefix_query_tokens: _builtins.int = ...,
+        num_prefix_hit_tokens: _builtins.int = ...,
+        num_preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_sessions", b"num_sessions", "num_slots", b"num_slots", "num_used_slots", b"num_used_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_slots", b"num_cached_slots", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sessions", b"num_sessions", "num_slots", b"num_slots", "num_used_slots", b"num_used_slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
