@@ -74,6 +74,11 @@ class Tools:
         return self.mode in (ToolMode.REQUIRED, ToolMode.NAMED)
 
     @property
+    def shown_definitions(self) -> tuple[ToolDefinition, ...]:
+        """Those that the model is told of: all or none, so that a choice does not change the prompt."""
+        return () if self.mode is ToolMode.NONE else self.definitions
+
+    @property
     def callable_definitions(self) -> tuple[ToolDefinition, ...]:
         """Those that this request may call."""
         if self.mode is ToolMode.NONE:
@@ -111,7 +116,7 @@ class Conversation:
     @property
     def num_chars(self) -> int:
         """Characters that the template is handed."""
-        tools = self.tools.callable_definitions if self.tools is not None else ()
+        tools = self.tools.shown_definitions if self.tools is not None else ()
         num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in tools)
         calls = (call for turn in self.turns for call in turn.tool_calls)
         return num_tool_chars + sum(len(turn.content) for turn in self.turns) + sum(len(c.arguments) for c in calls)
@@ -140,8 +145,8 @@ class Conversation:
         return [_template_message(turn, knows_developer) for turn in self.turns]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        """The callable tools in the form that Hugging Face chat templates expect; None if there are none."""
-        definitions = self.tools.callable_definitions if self.tools is not None else ()
+        """The tools in the form that Hugging Face chat templates expect; None if there are none."""
+        definitions = self.tools.shown_definitions if self.tools is not None else ()
         return [
             {
                 "type": "function",

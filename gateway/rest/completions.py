@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, Strict
 from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
+from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
 from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
 from gateway.rest.backend import Caller, InCaller
@@ -37,7 +38,9 @@ class CompletionRequest(GenerationFields):
         description="Text, token ids, or a list of either; each prompt has its own choices."
     )
     max_tokens: Integer | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
-    logprobs: Integer | None = Field(None, description="Log-probabilities, and this many of the likeliest, 0 to 20.")
+    logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Log-probabilities, and this many of the likeliest, 0 to 20."
+    )
     echo: Boolean | None = Field(None, description="Begin the text with the prompt.")
     best_of: Integer | None = Field(None, description="Only the same as n: all choices are returned.")
     suffix: Unsupported = None

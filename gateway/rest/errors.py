@@ -46,6 +46,7 @@ _PARAMS = (
     ("sampling.grammar.regex", "guided_regex"),
     ("sampling.grammar.lark", "guided_grammar"),
     ("sampling.grammar", "response_format"),
+    ("sampling.logit_bias token id", "logit_bias"),
     ("sampling.", ""),
     ("stop.", ""),
     ("stop_strings", "stop"),
