@@ -43,6 +43,7 @@ _FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = 
     {
         FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
         FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+        FinishReason.TOOL_CALLS: types_pb2.FINISH_REASON_TOOL_CALLS,
     }
 )
 _FINISH_REASON_FROM_PB = MappingProxyType({value: key for key, value in _FINISH_REASON_TO_PB.items()})

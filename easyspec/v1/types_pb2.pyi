@@ -31,6 +31,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """An end-of-sequence token, a stop token or a stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens, or the end of the model's context."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 3
+    """As STOP, after at least one tool call. From the gateway only."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why the output ended."""
@@ -41,6 +43,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """An end-of-sequence token, a stop token or a stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens, or the end of the model's context."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
+"""As STOP, after at least one tool call. From the gateway only."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _DraftSource:

@@ -49,9 +49,13 @@ class EventWriter:
 
 
 class Tally:
-    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices."""
+    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
 
-    def __init__(self) -> None:
+    `seed` is the first choice's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_dropped_tokens = 0
@@ -76,9 +80,9 @@ class Tally:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """An extension: the first choice's seed, and vLLM's shape of what speculation did for all choices."""
+        """An extension: the seed, and vLLM's shape of what speculation did for all choices."""
         return {
-            "seed": self._completions[0].seed if self._completions else None,
+            "seed": self._seed,
             "speculative_decoding": _speculative_decoding(self._completions),
         }
 
