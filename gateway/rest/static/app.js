@@ -80,6 +80,7 @@ function clearResults(prompt) {
   byId("tree").replaceChildren();
   byId("round-name").textContent = "";
   byId("tree-words").textContent = "The first round reads the prompt.";
+  for (const id of ["round", "previous", "next", "replay"]) byId(id).disabled = true;
 }
 
 function appendRound(round) {
@@ -118,12 +119,14 @@ function draw() {
   drawLevels(byId("levels"), run);
   drawStages(byId("stages"), byId("stage-means"), run);
   drawTotals(byId("totals"), run, state.seed);
-  if (run.rounds.length && state.isFollowing) showRound(lastTelling(run.rounds), false);
+  if (run.rounds.length && state.isFollowing) showRound(state.abort ? run.rounds.length - 1 : lastTelling(run.rounds), false);
 }
 
-/** The round to leave on show: the latest, or at the end the one before if the last has no tree worth a look. */
+/** The round to leave on show at the end: the latest that has everything, as the very last one may be cut short. */
 function lastTelling(rounds) {
-  return rounds.length - 1;
+  const hasAll = (round) => round.accepted_rows.length > 1 && round.token_texts.length > round.accepted_rows.length;
+  const index = rounds.findLastIndex(hasAll);
+  return index < 0 ? rounds.length - 1 : index;
 }
 
 function drawVerdict() {
@@ -209,6 +212,7 @@ function showError(error) {
   byId("key-form").hidden = !needsKey;
   byId("error").hidden = false;
   byId("verdict").textContent = "";
+  if (!state.run.rounds.length) byId("tree-words").textContent = "";
   if (needsKey) byId("api-key").focus();
   else if (!markRefused(error.param)) byId("error").scrollIntoView({ block: "nearest" });
 }
@@ -224,26 +228,24 @@ async function lookAtService() {
     const hasDrafter = health.drafter === "ready";
     const isReady = health.verifier === "ready";
     const drafter = health.drafter === "none" ? "no drafter: plain decoding only" : `drafter ${health.drafter}`;
-    showService(isReady ? (hasDrafter ? "ready" : "part") : "down", `verifier ${health.verifier}, ${drafter}`);
-    if (isReady) await showModel();
+    const model = isReady ? await modelName() : "";
+    showService(isReady ? (hasDrafter ? "ready" : "part") : "down", `${model}verifier ${health.verifier}, ${drafter}`);
   } catch (error) {
     showService("down", error instanceof ApiError ? error.message : "the gateway cannot be reached");
   }
 }
 
-async function showModel() {
+async function modelName() {
   try {
     const { data } = await getJson("/v1/models");
-    byId("service-text").prepend(`model ${data.map((model) => model.id).join(", ")}, `);
+    return `model ${data[0].id}: `;
   } catch {
-    // It wants a key, which the first request will ask for.
+    return ""; // it wants a key, which the first request will ask for
   }
 }
 
 function showService(name, text) {
   document.querySelector(".dot").dataset.state = name;
-  if (byId("service-text").dataset.text === text) return;
-  byId("service-text").dataset.text = text;
   byId("service-text").textContent = text;
 }
 
@@ -289,6 +291,9 @@ byId("previous").addEventListener("click", () => choose(state.shown - 1));
 byId("next").addEventListener("click", () => choose(state.shown + 1));
 byId("replay").addEventListener("click", toggleReplay);
 
+if (window.matchMedia("(max-width: 860px)").matches) {
+  for (const details of document.querySelectorAll("details")) details.open = false; // what matters is below
+}
 showKind();
 lookAtService();
 setInterval(() => {

@@ -26,7 +26,7 @@ export function drawLane(lane, run, fastest) {
 /** One row per level: how often it was accepted, of the rounds that had it. */
 export function drawLevels(table, run) {
   if (!run.levels.length) {
-    table.tBodies[0].replaceChildren(node("tr", {}, node("td", { className: "light", textContent: "nothing was drafted" })));
+    table.tBodies[0].replaceChildren(node("tr", {}, node("td", { className: "light", textContent: run.rounds.length > 1 ? "nothing was drafted" : "no rounds yet" })));
     return;
   }
   const rows = run.levels.map(([drafted, accepted], level) => {
