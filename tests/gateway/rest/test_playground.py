@@ -9,7 +9,7 @@ import pytest
 
 from gateway.rest.playground import FILES, PATHS
 from tests.fakes.services import FakePair
-from tests.gateway.rest.conftest import Rest, completion_body, refused, serving_rest
+from tests.gateway.rest.conftest import Rest, chat_body, completion_body, refused, serving_rest
 
 STATIC = resources.files("gateway.rest") / "static"
 
@@ -103,3 +103,13 @@ async def test_a_trace_and_usage_go_together(rest: Rest) -> None:
     *rounds, last = await rest.stream("/v1/completions", body)
     assert all("easyspec" in event and event["usage"] is None for event in rounds)
     assert last["usage"]["completion_tokens"] == 60
+
+
+async def test_a_conversation_is_traced_once_a_round(rest: Rest) -> None:
+    events = await rest.stream("/v1/chat/completions", chat_body(speculation={"trace": True}))
+    traced = [event for event in events if "easyspec" in event]
+    assert len(traced) == len(rest.pair.verifier.trees)
+    assert sum(len(event["easyspec"]["token_texts"]) for event in traced) == 60
+    # Whatever is said is said in a chunk that tells its round.
+    said = [event["choices"][0]["delta"].get("content") or "" for event in events]
+    assert "".join(event["choices"][0]["delta"]["content"] for event in traced) == "".join(said)
