@@ -19,13 +19,13 @@ from starlette.types import ASGIApp
 
 from easyspec import __version__
 from easyspec.errors import EasyspecError
-from gateway.rest import chat, completions, health, models, tokenize
+from gateway.rest import chat, completions, health, models, playground, tokenize
 from gateway.rest.backend import Backend
 from gateway.rest.boundary import RestBoundary
 from gateway.rest.errors import Failure, RefusalError, failure_of, failure_of_validation
 from gateway.rest.gate import Gate
 
-OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router,)
+OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
 API_ROUTERS: tuple[APIRouter, ...] = (models.router, chat.router, completions.router, tokenize.router)
 
 # As much as the gRPC side takes.

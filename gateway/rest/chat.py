@@ -17,6 +17,7 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
 from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.trace import trace_fields
 from gateway.tool_parser import ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
@@ -76,9 +77,10 @@ class _Answer:
                 deltas = [] if index in begun else [writer.choice(_delta(index, {"role": "assistant", "content": ""}))]
                 begun.add(index)
                 entries = self._entries(chunk)
-                if chunk.text or entries:
+                trace = trace_fields(chunk)
+                if chunk.text or entries or trace:
                     logprobs = self._format.chat(entries) if entries else None
-                    deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs)))
+                    deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace))
                 if chunk.tool_calls:
                     calls = [_call_delta(call) for call in chunk.tool_calls]
                     deltas.append(writer.choice(_delta(index, {"tool_calls": calls})))

@@ -23,6 +23,7 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
 from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.trace import trace_fields
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -84,6 +85,7 @@ class _Piece:
     text: str
     entries: Sequence[TokenEntry]
     finish_reason: str | None
+    trace: dict[str, Any] | None = None
 
 
 class _Answer:
@@ -108,7 +110,7 @@ class _Answer:
         async with aclosing(self._pieces()) as pieces:
             async for index, piece in pieces:
                 logprobs = self._format.completion(piece.entries) if piece.entries else None
-                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason))
+                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason), piece.trace)
         if self._body.includes_usage:
             yield writer.usage(self._tally.usage, self._tally.metrics)
         yield DONE
@@ -146,7 +148,7 @@ class _Answer:
         if self._body.max_tokens == 0:  # one token was decoded because none cannot be
             self._tally.drop_output(len(chunk.token_ids))
             return _Piece("", (), "length")
-        return _Piece(chunk.text, track.push(chunk) if track is not None else (), reason)
+        return _Piece(chunk.text, track.push(chunk) if track is not None else (), reason, trace_fields(chunk))
 
     def _request(self, prompt: str | TokenIds) -> GenerationRequest:
         body, caller = self._body, self._caller

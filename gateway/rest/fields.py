@@ -74,6 +74,7 @@ class SpeculationFields(RestModel):
     )
     mlp: Literal["sequential", "staged"] | None = Field(None, description="Where the MLPs of a layer group run.")
     calibration: Boolean | None = Field(None, description="False keeps fuzzy KV entries, for measurement.")
+    trace: Boolean | None = Field(None, description="Tell in each streamed chunk what was guessed: its `easyspec`.")
 
     def wish(self, default_budget: TreeBudget) -> SpeculationWish:
         has_budget = (self.max_levels, self.width, self.max_nodes) != (None, None, None)
@@ -90,6 +91,7 @@ class SpeculationFields(RestModel):
                 MlpPlacement(self.mlp) if self.mlp else None,
                 self.calibration is not False,
             ),
+            is_traced=bool(self.trace),
         )
 
 

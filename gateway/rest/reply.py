@@ -39,8 +39,10 @@ class EventWriter:
         self._before = b"data: " + json_bytes(head.body())[:-1] + b',"choices":['
         self._after = (b'],"usage":null}' if includes_usage else b"]}") + b"\n\n"
 
-    def choice(self, choice: dict[str, Any]) -> bytes:
-        return self._before + json_bytes(choice) + self._after
+    def choice(self, choice: dict[str, Any], trace: dict[str, Any] | None = None) -> bytes:
+        """A chunk with one choice, and with `trace_fields` if there are any."""
+        extension = b"" if trace is None else b'],"easyspec":' + json_bytes(trace)
+        return self._before + json_bytes(choice) + (extension + self._after[1:] if extension else self._after)
 
     def usage(self, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
         """The last chunk: no choices."""
