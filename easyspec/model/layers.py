@@ -23,6 +23,7 @@ from easyspec.model.linear import Linear
 from easyspec.model.rope import interleave_heads, rotate
 from easyspec.model.row_layout import AttentionGroup, RowLayout
 from easyspec.model.weights import Checkpoint
+from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
 
 
@@ -63,16 +64,26 @@ class LayerWeights:
     key_norm: torch.Tensor | None
 
 
-def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: torch.device) -> LayerWeights:
-    """Read one layer; folding is done in float32 and rounded once to the model's type."""
+def load_layer(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int, device: torch.device, shard: Shard = WHOLE
+) -> LayerWeights:
+    """Read one layer, or a rank's shard of it; folding is done in float32 and rounded once to the model's type.
+
+    Of the biases that come after a sum over ranks, rank 0 has all and the others none.
+    """
     c, prefix = config, f"model.layers.{layer}"
     heads_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    query_rows = _scaled(shard.rows(c.num_heads), c.head_dim)
+    kv_rows = _scaled(shard.kv_heads(c.num_kv_heads), c.head_dim)
+    mlp_rows = shard.rows(c.intermediate_size)
 
-    def weight(name: str, rows: int, columns: int) -> torch.Tensor:
-        return checkpoint.tensor(f"{prefix}.{name}.weight", (rows, columns)).float()
+    def weight(
+        name: str, num_rows: int, num_columns: int, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        return checkpoint.tensor(f"{prefix}.{name}.weight", (num_rows, num_columns), rows, columns).float()
 
-    def bias(name: str, rows: int, is_there: bool) -> torch.Tensor | None:
-        return checkpoint.tensor(f"{prefix}.{name}.bias", (rows,)).float() if is_there else None
+    def bias(name: str, num_rows: int, is_there: bool, rows: range | None = None) -> torch.Tensor | None:
+        return checkpoint.tensor(f"{prefix}.{name}.bias", (num_rows,), rows).float() if is_there else None
 
     def norm(name: str, size: int) -> torch.Tensor:
         return checkpoint.tensor(f"{prefix}.{name}.weight", (size,)).float()
@@ -82,12 +93,12 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
 
     scale = c.head_dim**-0.5
     q, k, v = (
-        weight(f"self_attn.{name}_proj", rows, c.hidden_size)
-        for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
+        weight(f"self_attn.{name}_proj", num_rows, c.hidden_size, rows)
+        for name, num_rows, rows in (("q", heads_dim, query_rows), ("k", kv_dim, kv_rows), ("v", kv_dim, kv_rows))
     )
     q_bias, k_bias, v_bias = (
-        bias(f"self_attn.{name}_proj", rows, c.has_qkv_bias)
-        for name, rows in (("q", heads_dim), ("k", kv_dim), ("v", kv_dim))
+        bias(f"self_attn.{name}_proj", num_rows, c.has_qkv_bias, rows)
+        for name, num_rows, rows in (("q", heads_dim, query_rows), ("k", kv_dim, kv_rows), ("v", kv_dim, kv_rows))
     )
     query_scale = 1.0 if c.has_qk_norm else scale
     k = interleave_heads(k, c.head_dim)
@@ -98,11 +109,15 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
         k_bias = interleave_heads(k_bias, c.head_dim)
         q_bias = interleave_heads(q_bias, c.head_dim) * query_scale
         qkv_bias = torch.cat([q_bias, _pair_heads(k_bias, v_bias, c.head_dim)])
-    gate_up = torch.cat([weight(f"mlp.{name}_proj", c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
+    gate_up = torch.cat(
+        [weight(f"mlp.{name}_proj", c.intermediate_size, c.hidden_size, mlp_rows) for name in ("gate", "up")]
+    )
     gate_up = gate_up * norm("post_attention_layernorm", c.hidden_size)
-    gate_bias, up_bias = (bias(f"mlp.{name}_proj", c.intermediate_size, c.has_mlp_bias) for name in ("gate", "up"))
-    output_bias = bias("self_attn.o_proj", c.hidden_size, c.has_output_bias)
-    down_bias = bias("mlp.down_proj", c.hidden_size, c.has_mlp_bias)
+    gate_bias, up_bias = (
+        bias(f"mlp.{name}_proj", c.intermediate_size, c.has_mlp_bias, mlp_rows) for name in ("gate", "up")
+    )
+    output_bias = bias("self_attn.o_proj", c.hidden_size, c.has_output_bias and shard.rank == 0)
+    down_bias = bias("mlp.down_proj", c.hidden_size, c.has_mlp_bias and shard.rank == 0)
     head_norms: list[torch.Tensor | None] = [None, None]
     if c.has_qk_norm:
         norms = [norm(f"self_attn.{name}_norm", c.head_dim) for name in ("q", "k")]
@@ -111,15 +126,19 @@ def load_layer(checkpoint: Checkpoint, config: ModelConfig, layer: int, device: 
     return LayerWeights(
         qkv=finish(qkv),
         qkv_bias=None if qkv_bias is None else finish(qkv_bias),
-        output=finish(weight("self_attn.o_proj", c.hidden_size, heads_dim)),
+        output=finish(weight("self_attn.o_proj", c.hidden_size, heads_dim, columns=query_rows)),
         output_bias=None if output_bias is None else finish(output_bias),
         gate_up=finish(gate_up),
         gate_up_bias=None if gate_bias is None or up_bias is None else finish(torch.cat([gate_bias, up_bias])),
-        down=finish(weight("mlp.down_proj", c.hidden_size, c.intermediate_size)),
+        down=finish(weight("mlp.down_proj", c.hidden_size, c.intermediate_size, columns=mlp_rows)),
         down_bias=None if down_bias is None else finish(down_bias),
         query_norm=head_norms[0],
         key_norm=head_norms[1],
     )
+
+
+def _scaled(part: range, factor: int) -> range:
+    return range(part.start * factor, part.stop * factor)
 
 
 def unit_rms(hidden: torch.Tensor, eps: float) -> torch.Tensor:

@@ -44,17 +44,26 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of_tensor)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name`, which must have `shape`."""
+    def tensor(
+        self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """The tensor `name`, which must have `shape`, or some of its rows or columns; no more than those is read."""
         if name not in self._file_of_tensor:
             raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
         try:
-            tensor: torch.Tensor = self._file_of_tensor[name].get_tensor(name)
+            stored = self._file_of_tensor[name].get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                raise ConfigurationError(
+                    f"{name!r} in {self._folder} has shape {tuple(stored.get_shape())}; expected {shape}"
+                )
+            tensor: torch.Tensor = stored[_cut(rows)] if columns is None else stored[_cut(rows), _cut(columns)]
         except SafetensorError as error:
             raise ConfigurationError(f"cannot read {name!r} in {self._folder}: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise ConfigurationError(f"{name!r} in {self._folder} has shape {tuple(tensor.shape)}; expected {shape}")
         return tensor
+
+
+def _cut(part: range | None) -> slice:
+    return slice(None) if part is None else slice(part.start, part.stop)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

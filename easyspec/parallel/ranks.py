@@ -1,0 +1,156 @@
+"""Ranks: processes that compute one model together, and what they say to each other.
+
+Rank 0 speaks to the outside and decides; the others follow. Sums are formed in the order of the ranks, whatever the
+backend's own algorithm: a ring adds a row's parts in an order that depends on where the row stands in the buffer, and
+then a token's bits would depend on its neighbours in the batch (docs/decisions/0015).
+
+Dimensions: `R` ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from easyspec.errors import ConfigurationError, UnavailableError
+
+# A follower that misses several heartbeats of rank 0 gives up; longer than any single pass takes.
+DEFAULT_TIMEOUT_S = 300.0
+_HEADER_BYTES = 8
+# What a step's metadata needs most of the time: one broadcast carries it all.
+_INLINE_BYTES = 32 * 1024
+
+
+class RankLostError(UnavailableError):
+    """A rank died or does not answer; the whole group has to go."""
+
+
+class Ranks(Protocol):
+    """This process's place among those that compute a model together."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """All ranks' parts added in rank order, in float32, rounded once to the part's type; one collective."""
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """All ranks' parts [R, *part.shape], on every rank; one collective."""
+
+    def share(self, payload: bytes | None) -> bytes:
+        """Rank 0's `payload` on every rank; the others pass None. One collective unless the payload is large."""
+
+
+@dataclass(frozen=True)
+class SingleRank:
+    """A process alone: every collective is free."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        return part
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        return part.unsqueeze(0)
+
+    def share(self, payload: bytes | None) -> bytes:
+        assert payload is not None, "rank 0 has something to say"
+        return payload
+
+
+SINGLE_RANK = SingleRank()
+
+
+class GroupRanks:
+    """Ranks of a torch.distributed process group. Raises RankLostError when the others cannot be reached.
+
+    `num_collectives` counts what was called, by name, for tests and plans. Not thread-safe: the device thread owns it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.num_collectives: Counter[str] = Counter()
+        self._device = device
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        self.num_collectives["sum"] += 1
+        parts = self._all_gather(part)
+        total = parts[0].float()
+        for other in parts[1:]:
+            total = total + other
+        return total.to(part.dtype)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        self.num_collectives["gather"] += 1
+        return self._all_gather(part)
+
+    def share(self, payload: bytes | None) -> bytes:
+        self.num_collectives["share"] += 1
+        message = torch.zeros(_HEADER_BYTES + _INLINE_BYTES, dtype=torch.uint8)
+        if payload is not None:
+            inline = payload[:_INLINE_BYTES]
+            head = len(payload).to_bytes(_HEADER_BYTES, "little") + inline
+            message[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        message = self._broadcast(message)
+        raw = message.numpy().tobytes()
+        num_bytes = int.from_bytes(raw[:_HEADER_BYTES], "little")
+        inline = raw[_HEADER_BYTES : _HEADER_BYTES + min(num_bytes, _INLINE_BYTES)]
+        return inline if num_bytes <= _INLINE_BYTES else inline + self._share_rest(payload, num_bytes)
+
+    def _share_rest(self, payload: bytes | None, num_bytes: int) -> bytes:
+        self.num_collectives["share"] += 1
+        rest = torch.zeros(num_bytes - _INLINE_BYTES, dtype=torch.uint8)
+        if payload is not None:
+            rest = torch.frombuffer(bytearray(payload[_INLINE_BYTES:]), dtype=torch.uint8)
+        return self._broadcast(rest).numpy().tobytes()
+
+    def _all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        part = part.contiguous()
+        parts = part.new_empty(self.size, *part.shape)
+        try:
+            dist.all_gather_into_tensor(parts.view(-1), part.view(-1))
+        except RuntimeError as error:
+            raise RankLostError(f"rank {self.rank}: a collective failed: {error}") from error
+        return parts
+
+    def _broadcast(self, message: torch.Tensor) -> torch.Tensor:
+        on_device = message.to(self._device)
+        try:
+            dist.broadcast(on_device, src=0)
+        except RuntimeError as error:
+            raise RankLostError(f"rank {self.rank}: a collective failed: {error}") from error
+        return on_device.cpu()
+
+
+def is_launched_as_group() -> bool:
+    """True under torchrun with more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_group(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ranks:
+    """The ranks that torchrun started, or SINGLE_RANK; NCCL on GPUs, gloo elsewhere. Raises ConfigurationError."""
+    if not is_launched_as_group():
+        return SINGLE_RANK
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigurationError(f"the ranks cannot meet: {error}") from error
+    return GroupRanks(device)
+
+
+def leave_group() -> None:
+    """Leave the process group, if there is one; idempotent."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
