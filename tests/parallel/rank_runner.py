@@ -1,0 +1,74 @@
+"""Runs a function in several processes that form a torch.distributed group over gloo, and collects the results."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_TIMEOUT_S = 100.0
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)`, a module-level function, in every rank; results by rank. Raises what a rank raised."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(num_ranks):
+        here, there = context.Pipe(duplex=False)
+        target = (function.__module__, function.__qualname__, arguments, rank, num_ranks, port, there)
+        process = context.Process(target=_run, args=target, daemon=True)
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    try:
+        return [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _receive(rank: int, pipe: Connection) -> Any:
+    if not pipe.poll(_TIMEOUT_S):
+        raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_S:g} s")
+    try:
+        is_result, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died") from None
+    if not is_result:
+        raise RuntimeError(f"rank {rank} raised\n{value}")
+    return value
+
+
+def _run(module: str, name: str, arguments: Any, rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        function = getattr(importlib.import_module(module), name)
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        from easyspec.parallel.ranks import leave_group
+
+        leave_group()
