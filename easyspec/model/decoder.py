@@ -6,21 +6,29 @@ Dimensions: `T` rows of a pass, `E` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
 
 from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
 from easyspec.model.config import ModelConfig
+from easyspec.model.distributed_group import DistributedLayerGroup, RankPlacement, sharded_mlp
 from easyspec.model.kv_cache import KVPool
 from easyspec.model.layers import LayerGroup, LayerWeights, PassState, load_layer, unit_rms
 from easyspec.model.linear import Linear
+from easyspec.model.pass_orders import Order, PassOrder, decode_order, encode_order
 from easyspec.model.rope import rotation_table
 from easyspec.model.row_layout import RowLayout, Segment, bucket, lay_out
 from easyspec.model.weights import Checkpoint
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
+from easyspec.parallel.ranks import SINGLE_RANK, Ranks
+from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
+
+AnyLayerGroup: TypeAlias = "LayerGroup | DistributedLayerGroup"
 
 # Layer plans whose wide groups are kept ready; the sequential plan counts as one and costs nothing.
 MAX_PLANS = 4
@@ -31,30 +39,55 @@ class Decoder:
 
     `is_exact` chooses the attention whose bits for a row do not depend on the other rows (the base model needs
     it, a draft does not). Not thread-safe: one thread owns the device.
+
+    Of several ranks, rank 0 is called and leads; the others `follow` and compute their part of its passes, as
+    `placement` says. `layer_config` is what this rank's layers and KV pool see of the model.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, device: torch.device, *, is_exact: bool) -> None:
-        """Raises ConfigurationError for a missing or corrupt checkpoint."""
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        device: torch.device,
+        *,
+        is_exact: bool,
+        ranks: Ranks = SINGLE_RANK,
+        placement: RankPlacement = RankPlacement.TENSOR,
+    ) -> None:
+        """Raises ConfigurationError for a missing or corrupt checkpoint, or one that does not split evenly."""
+        self._shard = Shard(ranks.rank, ranks.size) if placement is RankPlacement.TENSOR else WHOLE
+        self._shard.check(config)
         self.config = config
+        self.layer_config = self._shard.of(config)
+        self._ranks = ranks
+        self._placement = placement
         self.device = device
         self.sequential_plan = sequential_plan(config.num_layers)
         self._is_exact = is_exact
         self._attention: AttentionFunction = blockwise_attention if is_exact else flat_attention
         rotations = rotation_table(config, device)[:, None]
         self._rotations = torch.cat([rotations, torch.ones_like(rotations)], dim=1)  # [positions, 2, D / 2]
-        kinds = [0] * config.num_heads + [0, 1] * config.num_kv_heads  # queries and keys are turned, values are not
+        # Queries and keys are turned, values are not.
+        kinds = [0] * self.layer_config.num_heads + [0, 1] * self.layer_config.num_kv_heads
         self._head_rotation = torch.tensor(kinds, device=device)
         with Checkpoint(folder) as checkpoint:
-            self._layers = [load_layer(checkpoint, config, layer, device) for layer in range(config.num_layers)]
+            self._layers = [
+                load_layer(checkpoint, config, layer, device, self._shard) for layer in range(config.num_layers)
+            ]
             self._load_ends(checkpoint)
-        self._groups_of_plan: dict[LayerPlan, list[LayerGroup]] = {}
+        self._groups_of_plan: dict[LayerPlan, list[AnyLayerGroup]] = {}
         self._single_layers: dict[int, LayerGroup] = {}
 
     def _load_ends(self, checkpoint: Checkpoint) -> None:
         c = self.config
-        shape = (c.vocab_size, c.hidden_size)
+        shape, token_ids = (c.vocab_size, c.hidden_size), self._shard.vocabulary(c.vocab_size)
         embeddings = checkpoint.tensor("model.embed_tokens.weight", shape)
-        head = embeddings if c.tie_word_embeddings else checkpoint.tensor("lm_head.weight", shape)
+        if c.tie_word_embeddings:
+            head = embeddings[token_ids.start : token_ids.stop]
+        else:
+            head = checkpoint.tensor("lm_head.weight", shape, token_ids)
+        # A short last share is filled up, so that all ranks' are equally large.
+        head = functional.pad(head, (0, 0, 0, self._shard.vocabulary_share(c.vocab_size) - len(token_ids)))
         final_norm = checkpoint.tensor("model.norm.weight", (c.hidden_size,)).float()
         self._embeddings = embeddings.to(device=self.device, dtype=c.dtype)
         self._head = Linear((head.float() * final_norm).to(device=self.device, dtype=c.dtype))
@@ -64,14 +97,47 @@ class Decoder:
         """Weights without the norms that are folded into them, tied embeddings counted once."""
         tensors = [value for layer in self._layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         num_ends = self._embeddings.numel() * (1 if self.config.tie_word_embeddings else 2)
-        return sum(tensor.numel() for tensor in tensors) + num_ends
+        return self._shard.size * sum(tensor.numel() for tensor in tensors) + num_ends
 
     def lay_out(self, segments: Sequence[Segment]) -> RowLayout:
         """The layout of a pass over `segments`."""
-        return lay_out(segments, self.config.num_queries_per_kv, self.device, is_flat=not self._is_exact)
+        return lay_out(segments, self.layer_config.num_queries_per_kv, self.device, is_flat=not self._is_exact)
 
     def forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan | None = None) -> torch.Tensor:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
+        return self._forward(layout, pool, plan or self.sequential_plan, ())
+
+    def row_logits(
+        self, layout: RowLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None
+    ) -> torch.Tensor:
+        """Run a pass as `forward` does and apply the head to some of its rows, at least one: float32 [R, V]."""
+        hidden = self._forward(layout, pool, plan or self.sequential_plan, rows)
+        return self.logits(hidden[torch.tensor(rows, device=hidden.device)])
+
+    def follow(self, pool: KVPool) -> None:
+        """Compute this rank's part of the passes that rank 0 runs, until it leaves; raises RankLostError."""
+        while (order := decode_order(self._ranks.share(None))) is not Order.LEAVE:
+            if isinstance(order, PassOrder):
+                layout = self.lay_out(order.segments)
+                if order.logit_rows:
+                    self.row_logits(layout, order.logit_rows, pool, order.plan)
+                else:
+                    self.forward(layout, pool, order.plan)
+
+    def keep_followers(self) -> None:
+        """Tell the other ranks that rank 0 lives, and learn that they do; raises RankLostError. For idle times."""
+        self._lead(Order.STAY)
+
+    def dismiss_followers(self) -> None:
+        """End the other ranks' `follow`."""
+        self._lead(Order.LEAVE)
+
+    def _lead(self, order: PassOrder | Order) -> None:
+        if self._ranks.size > 1 and self._ranks.rank == 0:
+            self._ranks.share(encode_order(order))
+
+    def _forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan, logit_rows: Sequence[int]) -> torch.Tensor:
+        self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
         state = PassState(
             layout=layout,
             rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
@@ -80,25 +146,27 @@ class Decoder:
             write_entries=pool.entries(layout.slots),
         )
         hidden = self._embeddings[layout.token_ids]
-        for group in self._plan_groups(plan or self.sequential_plan):
+        for group in self._plan_groups(plan):
             hidden = group(hidden, state)
         return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Head: hidden states [R, E] -> float32 logits [R, V]."""
-        if not self._is_exact:
-            return self._head(hidden).float()
-        # R is any number here, and products of few or odd row counts differ from others in their last bits.
+        """Head: hidden states [R, E] -> float32 logits [R, V]. Over several ranks only `row_logits` may call this."""
         num_rows = hidden.shape[0]
-        padded = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
-        return self._head(padded)[:num_rows].float()
+        if self._is_exact:
+            # R is any number here, and products of few or odd row counts differ from others in their last bits.
+            hidden = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
+        logits = self._head(hidden)[:num_rows].float()
+        if self._shard.size > 1:
+            logits = self._ranks.gather(logits).transpose(0, 1).flatten(1)  # [R, all shares]
+        return logits[:, : self.config.vocab_size]
 
     def linears(self) -> list[Linear]:
         """Every weight product of the sequential plan, the head included."""
-        groups = self._plan_groups(self.sequential_plan)
+        groups = [self._single_layer(layer) for layer in range(self.config.num_layers)]
         return [*(linear for group in groups for linear in group.linears), self._head]
 
-    def _plan_groups(self, plan: LayerPlan) -> list[LayerGroup]:
+    def _plan_groups(self, plan: LayerPlan) -> list[AnyLayerGroup]:
         """A plan's groups, built when it is first used; of those least recently used all but a few are dropped.
 
         A wide group holds its weights a second time, and clients choose plans: without a bound they could fill the
@@ -112,11 +180,23 @@ class Decoder:
             del self._groups_of_plan[next(iter(self._groups_of_plan))]
         return groups
 
-    def _group(self, layers: range, mlp: MlpPlacement) -> LayerGroup:
+    def _group(self, layers: range, mlp: MlpPlacement) -> AnyLayerGroup:
         weights: list[LayerWeights] = self._layers[layers.start : layers.stop]
-        if len(layers) > 1:
-            return LayerGroup(self.config, layers, weights, mlp, self._attention)
-        if layers.start not in self._single_layers:
-            single = LayerGroup(self.config, layers, weights, MlpPlacement.SEQUENTIAL, self._attention)
-            self._single_layers[layers.start] = single
-        return self._single_layers[layers.start]
+        if len(layers) == 1:
+            return self._single_layer(layers.start)
+        if self._placement is RankPlacement.TENSOR or self._ranks.size == 1:
+            return LayerGroup(self.layer_config, layers, weights, mlp, self._attention, self._ranks)
+        if self._placement is RankPlacement.LAYERS_SHARDED_MLP:
+            mlps = [sharded_mlp(self.config, layer, self._ranks) for layer in weights]
+        else:
+            mlps = [partial(self._single_layer(layer).mlp_output, 0) for layer in layers]
+        return DistributedLayerGroup(self.config, layers, weights, mlp, self._attention, self._ranks, mlps)
+
+    def _single_layer(self, layer: int) -> LayerGroup:
+        """A layer by itself; where ranks share the layers of groups, each computes it whole."""
+        if layer not in self._single_layers:
+            ranks = self._ranks if self._placement is RankPlacement.TENSOR else SINGLE_RANK
+            layers, weights = range(layer, layer + 1), [self._layers[layer]]
+            single = LayerGroup(self.layer_config, layers, weights, MlpPlacement.SEQUENTIAL, self._attention, ranks)
+            self._single_layers[layer] = single
+        return self._single_layers[layer]

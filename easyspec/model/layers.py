@@ -10,7 +10,7 @@ One code path serves the ordinary decoder (every group has one layer) and EasySp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from easyspec.model.linear import Linear
 from easyspec.model.rope import interleave_heads, rotate
 from easyspec.model.row_layout import AttentionGroup, RowLayout
 from easyspec.model.weights import Checkpoint
+from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
 
@@ -137,6 +138,22 @@ def load_layer(
     )
 
 
+def mlp_shard(config: ModelConfig, weights: LayerWeights, shard: Shard) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A rank's part of one layer's MLP, [T, E] -> [T, E], to be summed over ranks; the norm comes first."""
+    part = shard.rows(config.intermediate_size)
+    both = [*part, *(config.intermediate_size + row for row in part)]
+    gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[both]
+    gate_up = Linear(weights.gate_up[both], gate_up_bias)
+    down_bias = weights.down_bias if shard.rank == 0 else None
+    down = Linear(weights.down[:, part.start : part.stop].contiguous(), down_bias)
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up(unit_rms(hidden, config.rms_norm_eps).to(config.dtype)).chunk(2, dim=-1)
+        return down(functional.silu(gate) * up)
+
+    return run
+
+
 def _scaled(part: range, factor: int) -> range:
     return range(part.start * factor, part.stop * factor)
 
@@ -156,6 +173,9 @@ class LayerGroup:
     All queries, keys and values of the group come from one product, one attention call serves N x H
     heads, one batched product applies the output projections. MLPs run one after the other on the running
     residual, or (staged) all at once, each on the attention accumulated up to its place.
+
+    With `ranks`, `config` and `weights` are this rank's shard (tensor parallelism): attention and MLP outputs are summed
+    over ranks, two collectives a layer, or for a staged group two in all.
     """
 
     def __init__(
@@ -165,7 +185,9 @@ class LayerGroup:
         weights: Sequence[LayerWeights],
         mlp: MlpPlacement,
         attention: AttentionFunction,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
+        self._ranks = ranks
         self._config = config
         self._layers = layers
         self._attention = attention
@@ -194,19 +216,24 @@ class LayerGroup:
 
     def __call__(self, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
         """[T, E] -> [T, E]; writes the group's keys and values of all rows into the pool."""
-        attended = self._attend(hidden, state)  # [N, T, H * G * D]
-        if len(self._layers) == 1:
-            hidden = hidden + self._output(attended[0])
-            return hidden + self._mlp(0, hidden)
-        outputs = torch.bmm(attended, self._outputs)  # [N, T, E]
-        if self._output_biases is not None:
-            outputs += self._output_biases
+        outputs = self._ranks.sum(self.attention_outputs(hidden, state))  # [N, T, E]
         if self._is_staged:
-            return self._staged_mlps(hidden, outputs)
+            residuals = hidden + outputs.cumsum(dim=0)
+            return residuals[-1] + self._ranks.sum(self.staged_mlp_outputs(residuals).sum(dim=0))
         for layer, output in enumerate(outputs):
             hidden = hidden + output
-            hidden = hidden + self._mlp(layer, hidden)
+            hidden = hidden + self._ranks.sum(self.mlp_output(layer, hidden))
         return hidden
+
+    def attention_outputs(self, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
+        """A_i of every layer on the same hidden state, [T, E] -> [N, T, E]; writes keys and values."""
+        attended = self._attend(hidden, state)  # [N, T, H * G * D]
+        if len(self._layers) == 1:
+            return self._output(attended[0]).unsqueeze(0)
+        outputs = torch.bmm(attended, self._outputs)
+        if self._output_biases is not None:
+            outputs += self._output_biases
+        return outputs
 
     def _attend(self, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
         """Attention of every layer of the group on the same hidden state: [T, E] -> [N, T, H * G * D]."""
@@ -261,14 +288,16 @@ class LayerGroup:
         entries = self._entries(state.write_entries)
         writable.index_copy_(0, entries, pairs.reshape(-1, pairs.shape[2]).to(writable.dtype))
 
-    def _mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def mlp_output(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The MLP of the group's `layer`-th layer, [T, E] -> [T, E]."""
         gate_up, down = self._mlps[layer]
         gate, up = gate_up(unit_rms(hidden, self._eps).to(self._config.dtype)).chunk(2, dim=-1)  # [T, F] each
         return down(functional.silu(gate) * up)
 
-    def _staged_mlps(self, hidden: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """All MLPs at once: M_i = MLP_i(h + A_1 + ... + A_i); returns h + sum of A + sum of M."""
-        residuals = hidden + outputs.cumsum(dim=0)  # [N, T, E]
+    def staged_mlp_outputs(self, residuals: torch.Tensor) -> torch.Tensor:
+        """All MLPs at once, M_i = MLP_i(h + A_1 + ... + A_i) of the running residuals [N, T, E]."""
+        if not self._is_staged:  # a single layer
+            return self.mlp_output(0, residuals[0]).unsqueeze(0)
         gate_up = torch.bmm(unit_rms(residuals, self._eps).to(self._config.dtype), self._gate_ups)  # [N, T, 2 * F]
         if self._gate_up_biases is not None:
             gate_up += self._gate_up_biases
@@ -276,7 +305,7 @@ class LayerGroup:
         downs = torch.bmm(functional.silu(gate) * up, self._downs)  # [N, T, E]
         if self._down_biases is not None:
             downs += self._down_biases
-        return residuals[-1] + downs.sum(dim=0)
+        return downs
 
 
 def _cat(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -122,7 +122,7 @@ class RowLayout:
     """Tensors of one pass, the same for all layers.
 
     token_ids, positions, slots: [T] int64. place_of_row: [T], where a row stands among the query rows of all groups,
-    or None where that is its own number. `num_rows` per segment excludes padding.
+    or None where that is its own number. `num_rows` per segment excludes padding. `segments` are what it was made of.
     """
 
     token_ids: torch.Tensor
@@ -132,6 +132,7 @@ class RowLayout:
     place_of_row: torch.Tensor | None
     num_rows: tuple[int, ...]
     first_rows: tuple[int, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def num_segments(self) -> int:
@@ -173,7 +174,7 @@ def lay_out(
         groups, places = builder.build_all(first_rows, total)
         place_of_row = torch.from_numpy(places).to(device)
     token_ids, positions, slots = (torch.from_numpy(part).to(device) for part in rows)
-    return RowLayout(token_ids, positions, slots, groups, place_of_row, num_rows, first_rows)
+    return RowLayout(token_ids, positions, slots, groups, place_of_row, num_rows, first_rows, tuple(segments))
 
 
 class _GroupBuilder:

@@ -44,8 +44,12 @@ class Shard:
 
     def vocabulary(self, vocab_size: int) -> range:
         """This rank's token ids; all ranks' shares but the last are equally large."""
-        share = -(-vocab_size // self.size)
+        share = self.vocabulary_share(vocab_size)
         return range(min(self.rank * share, vocab_size), min((self.rank + 1) * share, vocab_size))
+
+    def vocabulary_share(self, vocab_size: int) -> int:
+        """Token ids of every rank but the last, which may have fewer."""
+        return -(-vocab_size // self.size)
 
     def kv_heads(self, num_kv_heads: int) -> range:
         """The KV heads that this rank's query heads read."""

@@ -1,0 +1,71 @@
+"""How rank 0 leads: before each of its passes it tells the others, in one broadcast, what to compute.
+
+Only the device's part is shared. Sessions, slots, trees and choices exist on rank 0 alone, so nothing that it decides by
+the clock or by load can make the ranks diverge.
+"""
+
+from __future__ import annotations
+
+import enum
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from easyspec.model.row_layout import BLOCK_SIZE, Int64Array, Segment, TreeColumns
+from easyspec.parallel.layer_groups import LayerPlan
+
+
+class Order(enum.Enum):
+    """What followers do when there is no pass."""
+
+    STAY = "stay"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class PassOrder:
+    """A forward pass, and the rows of which logits are wanted."""
+
+    segments: tuple[Segment, ...]
+    plan: LayerPlan
+    logit_rows: tuple[int, ...]
+
+
+def encode_order(order: PassOrder | Order) -> bytes:
+    """Bytes for `Ranks.share`; they come from our own rank 0 over the group's own connections, hence pickle."""
+    if isinstance(order, Order):
+        return pickle.dumps(order)
+    segments = tuple(_compact(segment) for segment in order.segments)
+    return pickle.dumps(PassOrder(segments, order.plan, order.logit_rows), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode_order(payload: bytes) -> PassOrder | Order:
+    """What `encode_order` was given; slots beyond the blocks that a segment reads are cut off."""
+    order: PassOrder | Order = pickle.loads(payload)
+    return order
+
+
+def _compact(segment: Segment) -> Segment:
+    tree = segment.tree
+    return Segment(
+        token_ids=_narrow(segment.token_ids),
+        positions=_narrow(segment.positions),
+        slots=_narrow(segment.slots),
+        num_visible=_narrow(segment.num_visible),
+        slots_by_position=_read_slots(segment),
+        tree=None if tree is None else TreeColumns(_narrow(tree.slots), _narrow(tree.positions), tree.visible),
+    )
+
+
+def _narrow(values: Sequence[int]) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _read_slots(segment: Segment) -> Int64Array:
+    """The slots of whole blocks up to the last position that a row stands at or sees."""
+    positions = [*segment.positions, *(segment.tree.positions if segment.tree is not None else ())]
+    last = max(max(segment.num_visible), max(positions) + 1)
+    num_blocks = -(-last // BLOCK_SIZE)
+    return np.ascontiguousarray(segment.slots_by_position[: num_blocks * BLOCK_SIZE])
