@@ -103,26 +103,44 @@ class Decoder:
         """The layout of a pass over `segments`."""
         return lay_out(segments, self.layer_config.num_queries_per_kv, self.device, is_flat=not self._is_exact)
 
-    def forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan | None = None) -> torch.Tensor:
-        """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row."""
-        return self._forward(layout, pool, plan or self.sequential_plan, ())
+    def forward(
+        self,
+        layout: RowLayout,
+        pool: KVPool,
+        plan: LayerPlan | None = None,
+        logit_rows: Sequence[Sequence[int]] = (),
+    ) -> torch.Tensor:
+        """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row.
+
+        `logit_rows` announces the calls of `logits` that follow, as the rows of each: other ranks take part in them.
+        """
+        plan = plan or self.sequential_plan
+        self._lead(PassOrder(layout.segments, plan, tuple(tuple(rows) for rows in logit_rows)))
+        state = PassState(
+            layout=layout,
+            rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
+            pool=pool,
+            read_entries=tuple(pool.entries(group.columns) for group in layout.groups),
+            write_entries=pool.entries(layout.slots),
+        )
+        hidden = self._embeddings[layout.token_ids]
+        for group in self._plan_groups(plan):
+            hidden = group(hidden, state)
+        return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
 
     def row_logits(
         self, layout: RowLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None
     ) -> torch.Tensor:
         """Run a pass as `forward` does and apply the head to some of its rows, at least one: float32 [R, V]."""
-        hidden = self._forward(layout, pool, plan or self.sequential_plan, rows)
-        return self.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        return self.logits(self.forward(layout, pool, plan, [rows])[_index(rows, self.device)])
 
     def follow(self, pool: KVPool) -> None:
         """Compute this rank's part of the passes that rank 0 runs, until it leaves; raises RankLostError."""
         while (order := decode_order(self._ranks.share(None))) is not Order.LEAVE:
             if isinstance(order, PassOrder):
-                layout = self.lay_out(order.segments)
-                if order.logit_rows:
-                    self.row_logits(layout, order.logit_rows, pool, order.plan)
-                else:
-                    self.forward(layout, pool, order.plan)
+                hidden = self.forward(self.lay_out(order.segments), pool, order.plan)
+                for rows in order.logit_rows:
+                    self.logits(hidden[_index(rows, self.device)])
 
     def keep_followers(self) -> None:
         """Tell the other ranks that rank 0 lives, and learn that they do; raises RankLostError. For idle times."""
@@ -136,22 +154,8 @@ class Decoder:
         if self._ranks.size > 1 and self._ranks.rank == 0:
             self._ranks.share(encode_order(order))
 
-    def _forward(self, layout: RowLayout, pool: KVPool, plan: LayerPlan, logit_rows: Sequence[int]) -> torch.Tensor:
-        self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
-        state = PassState(
-            layout=layout,
-            rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
-            pool=pool,
-            read_entries=tuple(pool.entries(group.columns) for group in layout.groups),
-            write_entries=pool.entries(layout.slots),
-        )
-        hidden = self._embeddings[layout.token_ids]
-        for group in self._plan_groups(plan):
-            hidden = group(hidden, state)
-        return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Head: hidden states [R, E] -> float32 logits [R, V]. Over several ranks only `row_logits` may call this."""
+        """Head: hidden states [R, E] -> float32 logits [R, V]. Over several ranks the call must be announced."""
         num_rows = hidden.shape[0]
         if self._is_exact:
             # R is any number here, and products of few or odd row counts differ from others in their last bits.
@@ -200,3 +204,7 @@ class Decoder:
             single = LayerGroup(self.layer_config, layers, weights, MlpPlacement.SEQUENTIAL, self._attention, ranks)
             self._single_layers[layer] = single
         return self._single_layers[layer]
+
+
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -174,8 +174,8 @@ class LayerGroup:
     heads, one batched product applies the output projections. MLPs run one after the other on the running
     residual, or (staged) all at once, each on the attention accumulated up to its place.
 
-    With `ranks`, `config` and `weights` are this rank's shard (tensor parallelism): attention and MLP outputs are summed
-    over ranks, two collectives a layer, or for a staged group two in all.
+    With `ranks`, `config` and `weights` are this rank's shard (tensor parallelism): attention and MLP outputs are
+    summed over ranks, two collectives a layer, or for a staged group two in all.
     """
 
     def __init__(

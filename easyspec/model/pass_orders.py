@@ -1,7 +1,7 @@
 """How rank 0 leads: before each of its passes it tells the others, in one broadcast, what to compute.
 
-Only the device's part is shared. Sessions, slots, trees and choices exist on rank 0 alone, so nothing that it decides by
-the clock or by load can make the ranks diverge.
+Only the device's part is shared. Sessions, slots, trees and choices exist on rank 0 alone, so nothing that it decides
+by the clock or by load can make the ranks diverge.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class PassOrder:
-    """A forward pass, and the rows of which logits are wanted."""
+    """A forward pass, and the calls of the head that follow, as the rows of each."""
 
     segments: tuple[Segment, ...]
     plan: LayerPlan
-    logit_rows: tuple[int, ...]
+    logit_rows: tuple[tuple[int, ...], ...]
 
 
 def encode_order(order: PassOrder | Order) -> bytes:

@@ -48,8 +48,7 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
 
 def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
     """Logits of `rows` of the first segment."""
-    hidden = decoder.forward(decoder.lay_out(segments), memory.pool)
-    return decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+    return decoder.row_logits(decoder.lay_out(segments), rows, memory.pool)
 
 
 def _as_prompt(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:

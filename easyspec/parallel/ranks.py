@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,12 @@ DEFAULT_TIMEOUT_S = 300.0
 _HEADER_BYTES = 8
 # What a step's metadata needs most of the time: one broadcast carries it all.
 _INLINE_BYTES = 32 * 1024
+
+
+# Renamed in torch 2.13.
+_gather_into: Callable[[torch.Tensor, torch.Tensor], object] = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
 
 
 class RankLostError(UnavailableError):
@@ -118,7 +125,7 @@ class GroupRanks:
         part = part.contiguous()
         parts = part.new_empty(self.size, *part.shape)
         try:
-            dist.all_gather_into_tensor(parts.view(-1), part.view(-1))
+            _gather_into(parts.view(-1), part.view(-1))
         except RuntimeError as error:
             raise RankLostError(f"rank {self.rank}: a collective failed: {error}") from error
         return parts

@@ -10,9 +10,11 @@ import torch
 
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
+from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
 from easyspec.model.row_layout import Segment, TreeColumns
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.speculation.token_tree import TokenTree
 
 CPU = torch.device("cpu")
@@ -66,10 +68,19 @@ class Session:
 class Passes:
     """A decoder over a checkpoint and its KV memory."""
 
-    def __init__(self, folder: Path, *, is_exact: bool, dtype: str = "auto", num_slots: int = 2000) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_exact: bool,
+        dtype: str = "auto",
+        num_slots: int = 2000,
+        ranks: Ranks = SINGLE_RANK,
+        placement: RankPlacement = RankPlacement.TENSOR,
+    ) -> None:
         self.config = load_config(folder, dtype)
-        self.decoder = Decoder(folder, self.config, CPU, is_exact=is_exact)
-        self.pool = KVPool(self.config, num_slots, CPU)
+        self.decoder = Decoder(folder, self.config, CPU, is_exact=is_exact, ranks=ranks, placement=placement)
+        self.pool = KVPool(self.decoder.layer_config, num_slots, CPU)
         self.memory = KvMemory(self.pool, shares_prefixes=False)
 
     def open(self) -> Session:
@@ -79,10 +90,9 @@ class Passes:
     def run(self, *segments: Segment, plan: LayerPlan | None = None) -> list[torch.Tensor]:
         """One pass; the logits of every segment's rows."""
         layout = self.decoder.lay_out(segments)
-        hidden = self.decoder.forward(layout, self.pool, plan)
         counts = [len(segment) for segment in segments]
         rows = [layout.flat_row(index, row) for index, count in enumerate(counts) for row in range(count)]
-        return list(self.decoder.logits(hidden[rows]).split(counts))
+        return list(self.decoder.row_logits(layout, rows, self.pool, plan).split(counts))
 
     def prefill(self, token_ids: Sequence[int], plan: LayerPlan | None = None) -> torch.Tensor:
         """Logits of a whole text in one pass; leaves no slot behind."""

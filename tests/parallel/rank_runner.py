@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def _receive(rank: int, pipe: Connection) -> Any:
         raise RuntimeError(f"rank {rank} died") from None
     if not is_result:
         raise RuntimeError(f"rank {rank} raised\n{value}")
-    return value
+    return pickle.loads(value)
 
 
 def _run(module: str, name: str, arguments: Any, rank: int, size: int, port: int, pipe: Connection) -> None:
@@ -65,7 +66,8 @@ def _run(module: str, name: str, arguments: Any, rank: int, size: int, port: int
     torch.set_num_threads(1)
     try:
         function = getattr(importlib.import_module(module), name)
-        pipe.send((True, function(*arguments)))
+        # Pickled here: torch would send tensors by handles that die with this process.
+        pipe.send((True, pickle.dumps(function(*arguments))))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
