@@ -16,5 +16,11 @@ def build(settings: DrafterSettings) -> DrafterServer:
     return DrafterServer(DrafterEngine(settings), settings.session_idle_timeout_s)
 
 
+def follow(settings: DrafterSettings) -> None:
+    from drafter_service.engine import follow
+
+    follow(settings)
+
+
 if __name__ == "__main__":
-    sys.exit(run_role("drafter", DrafterSettings, build))
+    sys.exit(run_role("drafter", DrafterSettings, build, follow=follow))

@@ -33,6 +33,12 @@ class DrafterSettings(EngineSettings):
         description="sequential or staged: MLPs of a group one after the other, as in the paper, or all at once. "
         "staged measured faster at almost the same acceptance.",
     )
+    rank_placement: Literal["layers", "layers-sharded-mlp", "tensor"] = Field(
+        default="layers",
+        description="layers, layers-sharded-mlp or tensor: what the ranks that torchrun starts share. layers: each "
+        "runs the attention of its layers of a group, and all the MLPs alike (or, staged, those of its layers), which "
+        "is the paper's way; layers-sharded-mlp splits sequential MLPs over the ranks; tensor splits every layer.",
+    )
     initial_sharpness: float = Field(
         default=2.0,
         ge=0.25,

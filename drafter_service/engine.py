@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.growth import RankingSettings
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
@@ -35,6 +38,10 @@ class DrafterEngine:
     async def stop(self) -> None:
         """End after the step in progress; waiting requests fail as unavailable."""
         await self._thread.stop()
+
+    async def wait_lost(self) -> None:
+        """Return when the device or another rank is lost; otherwise never."""
+        await self._thread.wait_lost()
 
     @property
     def model_info(self) -> ModelInfo:
@@ -73,7 +80,9 @@ class DrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
-        self._loaded = loaded = load_model(settings, is_exact=False)
+        self._loaded = loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
+        self._thread.when_idle = loaded.decoder.keep_followers
+        self._thread.when_stopped = loaded.decoder.dismiss_followers
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         source = LayerParallelSource(
@@ -88,6 +97,13 @@ class DrafterEngine:
         self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
+
+
+def follow(settings: DrafterSettings) -> None:
+    """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
+    loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
+    with torch.inference_mode():
+        loaded.decoder.follow(loaded.memory.pool)
 
 
 def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:

@@ -42,6 +42,9 @@ class DrafterEngine(Protocol):
     async def stop(self) -> None:
         """End the engine's thread; also after a `start` that failed or was cancelled."""
 
+    async def wait_lost(self) -> None:
+        """Return when the device or another rank is lost, which no request can mend; otherwise never."""
+
     def kv_usage(self) -> KvUsage: ...
 
     async def open(self, request: OpenSpeculation) -> int:
@@ -71,6 +74,9 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     async def stop(self) -> None:
         await self._engine.stop()
+
+    async def wait_lost(self) -> None:
+        await self._engine.wait_lost()
 
     async def Speculate(  # noqa: N802
         self, request_iterator: AsyncIterator[drafter_pb2.SpeculateRequest], context: Any

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
-from easyspec.errors import UnavailableError
+from easyspec.errors import EngineLostError, UnavailableError
 
 ResultT = TypeVar("ResultT")
 
@@ -57,14 +57,24 @@ class Core(Protocol):
         """A bug broke `step`: fail every task that is waiting, so that nobody hangs."""
 
 
+def _do_nothing() -> None: ...
+
+
 class DeviceThread:
-    """Runs a core on its own thread; the event loop submits tasks and awaits their futures."""
+    """Runs a core on its own thread; the event loop submits tasks and awaits their futures.
+
+    `when_idle` is called about every second in which nothing is asked, `when_stopped` at the end; both on the thread,
+    and set before there are tasks. EngineLostError from a step or from `when_idle` ends the thread.
+    """
 
     def __init__(self, name: str) -> None:
         self._inbox: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._name = name
         self._is_stopped = False
+        self._lost: Future[None] = Future()
+        self.when_idle: Callable[[], None] = _do_nothing
+        self.when_stopped: Callable[[], None] = _do_nothing
 
     async def start(self, build: Callable[[], Core]) -> None:
         """Build the core on the thread, which may take long, and begin to step; raises what `build` raises."""
@@ -79,6 +89,10 @@ class DeviceThread:
         self._inbox.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    async def wait_lost(self) -> None:
+        """Return when the device or another rank is lost; never, if none is."""
+        await asyncio.shield(asyncio.wrap_future(self._lost))
 
     def submit(self, task: Task[ResultT]) -> asyncio.Future[ResultT]:
         """Queue a task; its result or error arrives in the returned future of the running loop."""
@@ -117,19 +131,36 @@ class DeviceThread:
             built.set_exception(error)
             return
         built.set_result(None)
+        try:
+            self._work(core)
+        except EngineLostError as error:
+            structlog.get_logger().error("engine_lost", thread=self._name, reason=str(error))
+            self._is_stopped = True
+            core.abandon(UnavailableError(str(error)))
+            self._lost.set_result(None)
+        else:
+            core.abandon(UnavailableError("the engine has stopped"))
+            self.when_stopped()
+        for task in self._take(wait=False):
+            task.fail(UnavailableError("the engine has stopped"))
+
+    def _work(self, core: Core) -> None:
+        """Step until told to stop; raises EngineLostError."""
         is_busy = False
         while not self._is_stopped:
-            for task in self._take(wait=not is_busy):
+            tasks = self._take(wait=not is_busy)
+            for task in tasks:
                 self._accept(core, task)
             try:
+                if not tasks and not is_busy:
+                    self.when_idle()
                 is_busy = core.step()
+            except EngineLostError:
+                raise
             except Exception as error:
                 structlog.get_logger().exception("engine_step_failed", thread=self._name)
                 core.abandon(error)
                 is_busy = False
-        core.abandon(UnavailableError("the engine has stopped"))
-        for task in self._take(wait=False):
-            task.fail(UnavailableError("the engine has stopped"))
 
     def _accept(self, core: Core, task: Task[Any]) -> None:
         """Hand a task over; a bug that it meets is its own answer, and the thread lives on."""

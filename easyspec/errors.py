@@ -87,6 +87,10 @@ class WrongModelError(UnavailableError):
         super().__init__(f"this replica serves the model {served[:12]}, the session is for {fingerprint[:12]}")
 
 
+class EngineLostError(UnavailableError):
+    """The device or another rank is gone for good: the process must end, so that it can be started again."""
+
+
 class DeadlineError(EasyspecError):
     """The caller's time ran out."""
 

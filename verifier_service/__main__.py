@@ -16,5 +16,11 @@ def build(settings: VerifierSettings) -> VerifierServer:
     return VerifierServer(VerifierEngine(settings), settings.session_idle_timeout_s)
 
 
+def follow(settings: VerifierSettings) -> None:
+    from verifier_service.engine import follow
+
+    follow(settings)
+
+
 if __name__ == "__main__":
-    sys.exit(run_role("verifier", VerifierSettings, build))
+    sys.exit(run_role("verifier", VerifierSettings, build, follow=follow))

@@ -10,7 +10,7 @@ from easyspec.device_thread import DeviceThread
 from easyspec.errors import CapacityError, ConfigurationError
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.row_layout import MAX_TREE_COLUMNS
-from easyspec.model.row_probe import make_row_invariant
+from easyspec.model.row_probe import make_row_invariant, tile_products
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
@@ -40,6 +40,10 @@ class VerifierEngine:
     async def stop(self) -> None:
         """End after the step in progress; waiting requests fail as unavailable."""
         await self._thread.stop()
+
+    async def wait_lost(self) -> None:
+        """Return when the device or another rank is lost; otherwise never."""
+        await self._thread.wait_lost()
 
     @property
     def model_info(self) -> ModelInfo:
@@ -80,6 +84,8 @@ class VerifierEngine:
     def _build(self) -> Verifier:
         settings = self._settings
         self._loaded = loaded = load_model(settings, is_exact=True)
+        self._thread.when_idle = loaded.decoder.keep_followers
+        self._thread.when_stopped = loaded.decoder.dismiss_followers
         with torch.inference_mode():
             self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool)
         info = loaded.info
@@ -95,3 +101,11 @@ class VerifierEngine:
         )
         self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits)
         return self._verifier
+
+
+def follow(settings: VerifierSettings) -> None:
+    """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
+    loaded = load_model(settings, is_exact=True)
+    with torch.inference_mode():
+        tile_products(loaded.decoder)
+        loaded.decoder.follow(loaded.memory.pool)

@@ -1,6 +1,6 @@
 """Log-probabilities of a prompt's own tokens, collected while it is prefilled.
 
-Dimension key: `T` rows of the chunk, `E` hidden size, `V` vocabulary.
+Dimension key: `T` rows of the pass, `E` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class PromptLogprobs:
         self._num_top = num_top
         self._entries: list[TokenLogprobs] = []
 
-    def add(self, decoder: Decoder, hidden: Tensor, position: int) -> None:
-        """Take the hidden states [T, E] of T positions from `position` on.
+    def add(self, decoder: Decoder, hidden: Tensor, rows: range, position: int) -> None:
+        """Take `rows` of the last pass's hidden states [T, E], which stand at `position` and on.
 
         Rows that predict no prompt token are left out, and those seen before: a preempted prompt is computed again.
         """
-        hidden = hidden[len(self._entries) - position :]
+        rows = rows[len(self._entries) - position :]
         first = len(self._entries) + 1  # the token that the first row predicts
-        hidden = hidden[: max(0, len(self._token_ids) - first)]
-        for start in range(0, len(hidden), _NUM_ROWS_AT_ONCE):
-            logits = decoder.logits(hidden[start : start + _NUM_ROWS_AT_ONCE])  # [<= 16, V]
+        rows = rows[: max(0, len(self._token_ids) - first)]
+        for start in range(0, len(rows), _NUM_ROWS_AT_ONCE):
+            logits = decoder.logits(hidden, rows[start : start + _NUM_ROWS_AT_ONCE])  # [<= 16, V]
             next_token_ids = self._token_ids[first + start : first + start + len(logits)]
             self._entries += token_logprobs(logits, next_token_ids, self._num_top)
 

@@ -39,6 +39,9 @@ class VerifierEngine(Protocol):
     async def stop(self) -> None:
         """End the engine's thread; also after a `start` that failed or was cancelled."""
 
+    async def wait_lost(self) -> None:
+        """Return when the device or another rank is lost, which no request can mend; otherwise never."""
+
     def kv_usage(self) -> KvUsage: ...
 
     async def open(self, request: OpenVerification) -> int:
@@ -68,6 +71,9 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
 
     async def stop(self) -> None:
         await self._engine.stop()
+
+    async def wait_lost(self) -> None:
+        await self._engine.wait_lost()
 
     async def Verify(  # noqa: N802
         self, request_iterator: AsyncIterator[verifier_pb2.VerifyRequest], context: Any

@@ -19,7 +19,7 @@ from easyspec.device_thread import Task
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.model.row_layout import RowLayout, Segment, TreeColumns
 from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
@@ -218,25 +218,18 @@ class Verifier:
         started_ns = time.monotonic_ns()
         segments = [work.session.segment(work.slots, work.tree) for work in works]
         layout = self._decoder.lay_out(segments)
-        hidden = self._decoder.forward(layout, self._memory.pool)
         judged: list[VerifierSession] = []
         cases: list[Case] = []
         rows: list[int] = []
         for index, work in enumerate(works):
-            session, tree, first = work.session, work.tree, layout.flat_row(index, 0)
-            num_tokens = len(work.slots)
-            if session.prompt_logprobs is not None:
-                position = session.slots.num_cached - num_tokens
-                session.prompt_logprobs.add(self._decoder, hidden[first : first + num_tokens], position)
-            if tree is not None:  # else it is a piece of a prompt
-                judged.append(session)
-                cases.append(session.case(tree, first_row=len(rows)))
-                root = first + num_tokens - 1
-                rows += range(root, root + len(tree) + 1)
-        outcomes: list[Verdict | EasyspecError] = []
-        if rows:
-            logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
-            outcomes = decide(logits, cases)
+            if work.tree is not None:  # else it is a piece of a prompt
+                judged.append(work.session)
+                cases.append(work.session.case(work.tree, first_row=len(rows)))
+                root = layout.flat_row(index, len(work.slots) - 1)
+                rows += range(root, root + len(work.tree) + 1)
+        hidden = self._decoder.forward(layout, self._memory.pool, logit_rows=rows)
+        outcomes = decide(self._decoder.logits(hidden, rows), cases) if rows else []
+        self._add_prompt_logprobs(works, layout, hidden)
         compute_ns = time.monotonic_ns() - started_ns
         num_rows = sum(layout.num_rows)
         for session, outcome in zip(judged, outcomes, strict=True):
@@ -250,6 +243,15 @@ class Verifier:
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, num_rows, len(works))
             task.finish((session.with_prompt_logprobs(outcome), timings))
         self._scheduler.computed(works, compute_ns)
+
+    def _add_prompt_logprobs(
+        self, works: Sequence[Work[VerifierSession]], layout: RowLayout, hidden: torch.Tensor
+    ) -> None:
+        for index, work in enumerate(works):
+            entries, num_tokens, first = work.session.prompt_logprobs, len(work.slots), layout.flat_row(index, 0)
+            if entries is not None:
+                position = work.session.slots.num_cached - num_tokens
+                entries.add(self._decoder, hidden, range(first, first + num_tokens), position)
 
     def _give_up(self, session: VerifierSession) -> None:
         """Nothing more will come of the session: free the tree, and wait to be closed."""

@@ -22,7 +22,7 @@ from drafter_service.sources.source import DraftJob, DraftSession, Progress, Pro
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
-from easyspec.model.row_layout import ROW_BUCKETS, RowLayout, Segment
+from easyspec.model.row_layout import ROW_BUCKETS, Segment
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.messages import DraftTimings
@@ -204,17 +204,18 @@ class LayerParallelSource:
     def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
         """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
         started_ns = time.monotonic_ns()
-        layout, hidden = self._forward([chain.segment for chain in chains], plan)
+        layout = self._decoder.lay_out([chain.segment for chain in chains])
         calibrated = [
             (chain.drafting, layout.flat_row(index, len(chain.segment) - 1))
             for index, chain in enumerate(chains)
             if chain.drafting is not None
         ]
+        rows = [row for _, row in calibrated]
+        hidden = self._decoder.forward(layout, self._memory.pool, plan, rows)
         if calibrated:
             draftings = [drafting for drafting, _ in calibrated]
             self._draw_noise(draftings)
-            rows = torch.tensor([row for _, row in calibrated], device=hidden.device)
-            self._add_level(draftings, self._decoder.logits(hidden[rows]))
+            self._add_level(draftings, self._decoder.logits(hidden, rows))
         elapsed_ns = time.monotonic_ns() - started_ns
         for chain in chains:
             is_unbroken = chain.state.num_exact + len(chain.segment) == chain.state.slots.num_cached
@@ -237,18 +238,14 @@ class LayerParallelSource:
         """One fuzzy pass over the frontiers, and the level that its rows give."""
         started_ns = time.monotonic_ns()
         segments = [frontier.segment for frontier in group]
-        layout, hidden = self._forward(segments, plan)
+        layout = self._decoder.lay_out(segments)
         rows = [layout.flat_row(index, row) for index, segment in enumerate(segments) for row in range(len(segment))]
-        draft_logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        draft_logits = self._decoder.row_logits(layout, rows, self._memory.pool, plan)
         draftings = [frontier.drafting for frontier in group]
         self._add_level(draftings, draft_logits)
         for drafting in draftings:
             drafting.num_fuzzy_steps += 1
             drafting.fuzzy_ns += time.monotonic_ns() - started_ns
-
-    def _forward(self, segments: Sequence[Segment], plan: LayerPlan) -> tuple[RowLayout, torch.Tensor]:
-        layout = self._decoder.lay_out(segments)
-        return layout, self._decoder.forward(layout, self._memory.pool, plan)
 
     def _draw_noise(self, draftings: Sequence[Drafting]) -> None:
         """The noise of the rounds that begin, where somebody samples and it is little enough to draw all of it."""

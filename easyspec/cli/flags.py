@@ -30,6 +30,12 @@ NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no dr
 Gateway = Annotated[
     str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
 ]
+TensorParallelSize = Annotated[
+    int, typer.Option(min=1, help="Ranks (processes, one a GPU) that share the base model's layers.")
+]
+DrafterRanks = Annotated[
+    int, typer.Option(min=1, help="Ranks that share the draft model's layers; see --rank-placement of the drafter.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs of the services that are started.")]
 
 Seed = Annotated[int | None, typer.Option(help="Reproduces a completion. Unset: drawn, and reported.")]

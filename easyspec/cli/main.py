@@ -75,6 +75,8 @@ def up(
     verifiers: Annotated[
         int, typer.Option(min=1, help="Verifier replicas; those after the first take free ports.")
     ] = 1,
+    tensor_parallel_size: flags.TensorParallelSize = 1,
+    drafter_ranks: flags.DrafterRanks = 1,
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
     log_flags = ("--log-format", "console" if sys.stderr.isatty() else "json")
@@ -86,6 +88,7 @@ def up(
         drafter_address=checked_address("--drafter-address", drafter_address),
         http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
         num_verifiers=verifiers,
+        num_ranks={"verifier": tensor_parallel_size, "drafter": drafter_ranks},
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))
@@ -121,6 +124,8 @@ def generate(
     show_speculation: Annotated[
         bool, typer.Option("--show-speculation", help="Colour accepted draft tokens green and bonus tokens yellow.")
     ] = False,
+    tensor_parallel_size: flags.TensorParallelSize = 1,
+    drafter_ranks: flags.DrafterRanks = 1,
     verbose: flags.Verbose = False,
 ) -> None:
     """Stream a completion to stdout, and statistics to stderr."""
@@ -146,7 +151,8 @@ def generate(
     if gateway is not None:
         work = stream_completion(checked_address("--gateway", gateway), request, show_speculation)
     else:
-        settings = StackSettings(base=base, draft=None if no_draft else draft)
+        num_ranks = {"verifier": tensor_parallel_size, "drafter": drafter_ranks}
+        settings = StackSettings(base=base, draft=None if no_draft else draft, num_ranks=num_ranks)
         work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
 

@@ -18,6 +18,7 @@ from typing import Self
 import easyspec
 from easyspec.cli.clients import is_drafter_ready, is_serving
 from easyspec.errors import ConfigurationError, EasyspecError
+from easyspec.parallel.launch import torchrun_arguments
 
 FREE_PORT = "127.0.0.1:0"
 HTTP_OFF = "off"
@@ -51,7 +52,8 @@ class StackSettings:
     `num_verifiers` the first listens on `verifier_address`, the others on free ports. Without an
     `http_address` there is no REST.
     `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
-    follows the Python interpreter for a role. `ready_timeout_s` bounds loading, `stop_grace_s` draining.
+    follows the Python interpreter for a role; a role with more than one of `num_ranks` runs under torchrun.
+    `ready_timeout_s` bounds loading, `stop_grace_s` draining.
     """
 
     base: Path = DEFAULT_BASE
@@ -63,6 +65,7 @@ class StackSettings:
     num_verifiers: int = 1
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    num_ranks: Mapping[str, int] = field(default_factory=dict)
     ready_timeout_s: float = 300.0
     stop_grace_s: float = 10.0
 
@@ -286,7 +289,8 @@ class ServiceStack:
     def _process(self, role: str, address: str, arguments: Sequence[str], on_log: LogSink) -> ServiceProcess:
         address = _with_port(address)
         module = role if role == GATEWAY else f"{role}_service"
-        command = self._settings.commands.get(role, ("-m", module))
+        launcher = torchrun_arguments(self._settings.num_ranks.get(role, 1))
+        command = self._settings.commands.get(role, (*launcher, "-m", module))
         flags = self._settings.flags.get(role, ())
         return ServiceProcess(role, [*command, "--address", address, *arguments, *flags], address, on_log)
 

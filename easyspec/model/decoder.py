@@ -13,13 +13,14 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from easyspec.errors import ConfigurationError
 from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
 from easyspec.model.config import ModelConfig
 from easyspec.model.distributed_group import DistributedLayerGroup, RankPlacement, sharded_mlp
 from easyspec.model.kv_cache import KVPool
 from easyspec.model.layers import LayerGroup, LayerWeights, PassState, load_layer, unit_rms
 from easyspec.model.linear import Linear
-from easyspec.model.pass_orders import Order, PassOrder, decode_order, encode_order
+from easyspec.model.pass_orders import HeadOrder, Order, PassOrder, decode_order, encode_order
 from easyspec.model.rope import rotation_table
 from easyspec.model.row_layout import RowLayout, Segment, bucket, lay_out
 from easyspec.model.weights import Checkpoint
@@ -57,9 +58,14 @@ class Decoder:
         """Raises ConfigurationError for a missing or corrupt checkpoint, or one that does not split evenly."""
         self._shard = Shard(ranks.rank, ranks.size) if placement is RankPlacement.TENSOR else WHOLE
         self._shard.check(config)
+        if placement is RankPlacement.LAYERS_SHARDED_MLP and config.intermediate_size % ranks.size != 0:
+            raise ConfigurationError(
+                f"an MLP of {config.intermediate_size} cannot be split over {ranks.size} ranks; allowed: its divisors"
+            )
         self.config = config
         self.layer_config = self._shard.of(config)
         self._ranks = ranks
+        self._announced_rows: tuple[int, ...] = ()
         self._placement = placement
         self.device = device
         self.sequential_plan = sequential_plan(config.num_layers)
@@ -108,14 +114,15 @@ class Decoder:
         layout: RowLayout,
         pool: KVPool,
         plan: LayerPlan | None = None,
-        logit_rows: Sequence[Sequence[int]] = (),
+        logit_rows: Sequence[int] = (),
     ) -> torch.Tensor:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row.
 
-        `logit_rows` announces the calls of `logits` that follow, as the rows of each: other ranks take part in them.
+        `logit_rows` announces what the next call of `logits` will ask for, which saves other ranks an order of its own.
         """
         plan = plan or self.sequential_plan
-        self._lead(PassOrder(layout.segments, plan, tuple(tuple(rows) for rows in logit_rows)))
+        self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
+        self._announced_rows = tuple(logit_rows)
         state = PassState(
             layout=layout,
             rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
@@ -132,31 +139,38 @@ class Decoder:
         self, layout: RowLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None
     ) -> torch.Tensor:
         """Run a pass as `forward` does and apply the head to some of its rows, at least one: float32 [R, V]."""
-        return self.logits(self.forward(layout, pool, plan, [rows])[_index(rows, self.device)])
+        return self.logits(self.forward(layout, pool, plan, rows), rows)
 
     def follow(self, pool: KVPool) -> None:
-        """Compute this rank's part of the passes that rank 0 runs, until it leaves; raises RankLostError."""
+        """Compute this rank's part of the passes that rank 0 runs, until it leaves; raises EngineLostError."""
+        hidden = torch.empty(0)
         while (order := decode_order(self._ranks.share(None))) is not Order.LEAVE:
             if isinstance(order, PassOrder):
-                hidden = self.forward(self.lay_out(order.segments), pool, order.plan)
-                for rows in order.logit_rows:
-                    self.logits(hidden[_index(rows, self.device)])
+                hidden = self.forward(self.lay_out(order.segments), pool, order.plan, order.logit_rows)
+            if isinstance(order, PassOrder | HeadOrder) and order.logit_rows:
+                self.logits(hidden, order.logit_rows)
 
     def keep_followers(self) -> None:
-        """Tell the other ranks that rank 0 lives, and learn that they do; raises RankLostError. For idle times."""
+        """Tell the other ranks that rank 0 lives, and learn that they do; raises EngineLostError. For idle times."""
         self._lead(Order.STAY)
 
     def dismiss_followers(self) -> None:
         """End the other ranks' `follow`."""
         self._lead(Order.LEAVE)
 
-    def _lead(self, order: PassOrder | Order) -> None:
+    def _lead(self, order: PassOrder | HeadOrder | Order) -> None:
         if self._ranks.size > 1 and self._ranks.rank == 0:
             self._ranks.share(encode_order(order))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Head: hidden states [R, E] -> float32 logits [R, V]. Over several ranks the call must be announced."""
-        num_rows = hidden.shape[0]
+    def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Head: some rows, at least one, of the last pass's hidden states [T, E] -> float32 logits [R, V]."""
+        announced, self._announced_rows = self._announced_rows, ()
+        if announced:
+            assert announced == tuple(rows), "what was announced comes first"
+        elif self._shard.size > 1:
+            self._lead(HeadOrder(tuple(rows)))
+        num_rows = len(rows)
+        hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
         if self._is_exact:
             # R is any number here, and products of few or odd row counts differ from others in their last bits.
             hidden = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
@@ -204,7 +218,3 @@ class Decoder:
             single = LayerGroup(self.layer_config, layers, weights, MlpPlacement.SEQUENTIAL, self._attention, ranks)
             self._single_layers[layer] = single
         return self._single_layers[layer]
-
-
-def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -12,9 +12,12 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
 from easyspec.model.decoder import Decoder
+from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
 from easyspec.model.kv_cache import KvMemory, KVPool
+from easyspec.parallel.launch import local_rank
+from easyspec.parallel.ranks import join_group
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
@@ -59,16 +62,23 @@ class LoadedModel:
     folder: Path
 
 
-def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
-    """Read checkpoint and tokenizer onto the device; raises ConfigurationError."""
+def load_model(
+    settings: ModelSettings, *, is_exact: bool, placement: RankPlacement = RankPlacement.TENSOR
+) -> LoadedModel:
+    """Read checkpoint and tokenizer onto the device; raises ConfigurationError.
+
+    Under torchrun it reads this rank's part, and all ranks agree on the size of their pools.
+    """
     device = _device(settings.device)
     folder = checkpoint_folder(settings.model)
     config = load_config(folder, settings.dtype, settings.max_model_len)
     num_threads = settings.num_threads or _num_threads(config)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    decoder = Decoder(folder, config, device, is_exact=is_exact)
-    num_slots = num_pool_slots(config, device, settings.num_kv_slots, settings.kv_memory_fraction)
+    ranks = join_group(device)
+    decoder = Decoder(folder, config, device, is_exact=is_exact, ranks=ranks, placement=placement)
+    fitting = num_pool_slots(decoder.layer_config, device, settings.num_kv_slots, settings.kv_memory_fraction)
+    num_slots = int(ranks.gather(torch.tensor([fitting], device=device)).min())
     context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)
     if context < config.max_model_len:
         structlog.get_logger().warning("context_cut_to_kv_memory", max_model_len=context, num_kv_slots=num_slots)
@@ -83,7 +93,7 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
         num_layers=config.num_layers,
         fingerprint=model_fingerprint(folder, config),
     )
-    memory = KvMemory(KVPool(config, num_slots, device), shares_prefixes=settings.share_prefixes)
+    memory = KvMemory(KVPool(decoder.layer_config, num_slots, device), shares_prefixes=settings.share_prefixes)
     return LoadedModel(decoder, memory, info, folder)
 
 
@@ -95,7 +105,10 @@ def _num_threads(config: ModelConfig) -> int | None:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device is 'cuda'; allowed here: cpu, as torch finds no GPU")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())

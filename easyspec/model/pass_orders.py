@@ -26,24 +26,31 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class PassOrder:
-    """A forward pass, and the calls of the head that follow, as the rows of each."""
+    """A forward pass, and the rows that the head is applied to after it."""
 
     segments: tuple[Segment, ...]
     plan: LayerPlan
-    logit_rows: tuple[tuple[int, ...], ...]
+    logit_rows: tuple[int, ...]
 
 
-def encode_order(order: PassOrder | Order) -> bytes:
+@dataclass(frozen=True)
+class HeadOrder:
+    """The head, applied to further rows of the last pass."""
+
+    logit_rows: tuple[int, ...]
+
+
+def encode_order(order: PassOrder | HeadOrder | Order) -> bytes:
     """Bytes for `Ranks.share`; they come from our own rank 0 over the group's own connections, hence pickle."""
-    if isinstance(order, Order):
+    if not isinstance(order, PassOrder):
         return pickle.dumps(order)
     segments = tuple(_compact(segment) for segment in order.segments)
     return pickle.dumps(PassOrder(segments, order.plan, order.logit_rows), protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def decode_order(payload: bytes) -> PassOrder | Order:
+def decode_order(payload: bytes) -> PassOrder | HeadOrder | Order:
     """What `encode_order` was given; slots beyond the blocks that a segment reads are cut off."""
-    order: PassOrder | Order = pickle.loads(payload)
+    order: PassOrder | HeadOrder | Order = pickle.loads(payload)
     return order
 
 

@@ -19,15 +19,20 @@ _CONTEXT = BLOCK_SIZE - 3  # so that the probe crosses the border of a block
 _NUM_ROWS = 6
 
 
-def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
-    """Tile the products whose bits depend on the number of rows, then probe whole passes.
-
-    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass gave the
-    same bits.
-    """
+def tile_products(decoder: Decoder) -> None:
+    """Tile the products whose bits depend on the number of rows; on every rank, as each has its own."""
     for linear in decoder.linears():
         if not linear.is_row_invariant(ROW_BUCKETS):
             linear.tile_rows = FALLBACK_TILE_ROWS
+
+
+def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
+    """Tile products where needed, then probe whole passes.
+
+    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass gave the
+    same bits. Of several ranks, rank 0 calls it while the others follow.
+    """
+    tile_products(decoder)
     length = min(_CONTEXT, decoder.config.max_model_len - _NUM_ROWS)
     if pool.num_slots < 3 * (length + _NUM_ROWS) or length < 1:
         return False

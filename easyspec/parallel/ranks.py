@@ -10,7 +10,6 @@ Dimensions: `R` ranks.
 from __future__ import annotations
 
 import datetime
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from easyspec.errors import ConfigurationError, UnavailableError
+from easyspec.errors import ConfigurationError, EngineLostError
+from easyspec.parallel.launch import group_size
 
 # A follower that misses several heartbeats of rank 0 gives up; longer than any single pass takes.
 DEFAULT_TIMEOUT_S = 300.0
@@ -32,10 +32,6 @@ _INLINE_BYTES = 32 * 1024
 _gather_into: Callable[[torch.Tensor, torch.Tensor], object] = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 )
-
-
-class RankLostError(UnavailableError):
-    """A rank died or does not answer; the whole group has to go."""
 
 
 class Ranks(Protocol):
@@ -78,7 +74,7 @@ SINGLE_RANK = SingleRank()
 
 
 class GroupRanks:
-    """Ranks of a torch.distributed process group. Raises RankLostError when the others cannot be reached.
+    """Ranks of a torch.distributed process group. Raises EngineLostError when the others cannot be reached.
 
     `num_collectives` counts what was called, by name, for tests and plans. Not thread-safe: the device thread owns it.
     """
@@ -127,7 +123,7 @@ class GroupRanks:
         try:
             _gather_into(parts.view(-1), part.view(-1))
         except RuntimeError as error:
-            raise RankLostError(f"rank {self.rank}: a collective failed: {error}") from error
+            raise EngineLostError(f"rank {self.rank}: a collective failed: {error}") from error
         return parts
 
     def _broadcast(self, message: torch.Tensor) -> torch.Tensor:
@@ -135,18 +131,13 @@ class GroupRanks:
         try:
             dist.broadcast(on_device, src=0)
         except RuntimeError as error:
-            raise RankLostError(f"rank {self.rank}: a collective failed: {error}") from error
+            raise EngineLostError(f"rank {self.rank}: a collective failed: {error}") from error
         return on_device.cpu()
-
-
-def is_launched_as_group() -> bool:
-    """True under torchrun with more than one process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join_group(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ranks:
     """The ranks that torchrun started, or SINGLE_RANK; NCCL on GPUs, gloo elsewhere. Raises ConfigurationError."""
-    if not is_launched_as_group():
+    if group_size() == 1:
         return SINGLE_RANK
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

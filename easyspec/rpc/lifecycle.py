@@ -16,7 +16,8 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from easyspec.errors import ConfigurationError
+from easyspec.errors import ConfigurationError, EngineLostError
+from easyspec.parallel.launch import die_with_launcher, is_follower
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.settings import ServerSettings, load_settings
@@ -24,6 +25,7 @@ from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
 
 EXIT_CONFIGURATION = 2
+EXIT_LOST = 3
 
 # After the last RPC: time for its status to reach the client, while health watchers hold their streams open.
 _FLUSH_GRACE_S = 0.2
@@ -75,6 +77,14 @@ class Guarded(Protocol):
     def authenticate(self, authorization: str | None) -> str | None:
         """The client's name by the `authorization` metadata of an RPC, None where anyone may call; raises
         UnauthenticatedError."""
+
+
+@runtime_checkable
+class Mortal(Protocol):
+    """An application whose process may have to end by itself."""
+
+    async def wait_lost(self) -> None:
+        """Return when it cannot go on; otherwise never."""
 
 
 @runtime_checkable
@@ -149,23 +159,29 @@ class RpcServer:
 
 
 async def serve(application: Application, settings: ServerSettings, stopping: asyncio.Event) -> None:
-    """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises."""
+    """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises, and
+    EngineLostError, without waiting for anybody, if the application cannot go on."""
     server = RpcServer(application, settings.address, settings.server_tls, settings.reflection)
     port = await server.listen()
     host = settings.address.rpartition(":")[0]
     _log.info("listening", address=f"{host}:{port}", port=port)
     starting = asyncio.ensure_future(server.start())
     stop_waiter = asyncio.ensure_future(stopping.wait())
+    lost_waiter = asyncio.ensure_future(_lost(application))
+    grace_s = settings.drain_grace_s
     try:
         await asyncio.wait((starting, stop_waiter), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             _log.info("serving", address=f"{host}:{port}", port=port)
-            await stop_waiter
-        _log.info("draining", grace_s=settings.drain_grace_s)
+            await asyncio.wait((stop_waiter, lost_waiter), return_when=asyncio.FIRST_COMPLETED)
+        if lost_waiter.done():
+            grace_s = 0.0
+            raise EngineLostError("the device or another rank is lost")
+        _log.info("draining", grace_s=grace_s)
     finally:
-        await _cancelled(starting, stop_waiter)
-        await server.drain(settings.drain_grace_s)
+        await _cancelled(starting, stop_waiter, lost_waiter)
+        await server.drain(grace_s)
     _log.info("stopped")
 
 
@@ -174,21 +190,33 @@ def run_role(
     settings_type: type[_SettingsT],
     build: Callable[[_SettingsT], Application],
     arguments: Sequence[str] | None = None,
+    follow: Callable[[_SettingsT], None] | None = None,
 ) -> int:
     """A whole process: settings, logs, application, service until SIGTERM or SIGINT. Returns the exit code.
 
-    A ConfigurationError is one line on stderr and exit code 2. A second signal ends the process without draining.
+    A ConfigurationError is one line on stderr and exit code 2, EngineLostError one event and exit code 3. A second
+    signal ends the process without draining. Under torchrun only rank 0 serves; the others `follow` until it dismisses
+    them, whatever signals they get.
     """
     # Read when the model library is first imported, which is later: idle threads of the computation must sleep, not
     # spin, as roles may share cores (beside other load spinning made a pass of 0.3 B parameters 5 to 12 times slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    die_with_launcher()
     try:
         settings = load_settings(settings_type, sys.argv[1:] if arguments is None else arguments)
         configure_logging(role, settings.log_format, level=settings.log_level)
-        uvloop.run(_serve_until_signal(build(settings), settings))
+        if follow is not None and is_follower():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            follow(settings)
+        else:
+            uvloop.run(_serve_until_signal(build(settings), settings))
     except ConfigurationError as error:
         print(f"{role}: {error}", file=sys.stderr)
         return EXIT_CONFIGURATION
+    except EngineLostError as error:
+        _log.error("lost", reason=str(error))
+        return EXIT_LOST
     return 0
 
 
@@ -206,6 +234,13 @@ async def _serve_until_signal(application: Application, settings: ServerSettings
     if isinstance(application, Reloadable):
         loop.add_signal_handler(signal.SIGHUP, application.reload)
     await serve(application, settings, stopping)
+
+
+async def _lost(application: Application) -> None:
+    if isinstance(application, Mortal):
+        await application.wait_lost()
+    else:
+        await asyncio.Event().wait()
 
 
 async def _cancelled(*tasks: asyncio.Future[Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, RankLostError, join_group
+from easyspec.errors import EngineLostError
+from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, join_group
 from tests.parallel.rank_runner import run_ranks
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def loses_a_rank() -> Any:
     ranks = joined()
     if ranks.rank == 1:
         return "left"
-    with pytest.raises(RankLostError):
+    with pytest.raises(EngineLostError):
         keep_asking(ranks)
     return "noticed"
 
