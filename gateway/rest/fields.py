@@ -35,6 +35,7 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "min_tokens": "use logit_bias against the end token",
         "moderation": "there is no moderation here",
         "prediction": "the drafter predicts; no hint is needed",
+        "prompt_cache_options": "there is no cache that a client could steer",
         "prompt_logprobs": "use echo with logprobs on /v1/completions",
         "reasoning_effort": "use chat_template_kwargs, if the model's chat template has such a switch",
         "structural_tag": "use tools",

@@ -19,10 +19,10 @@ _REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
 class JsonSchemaFormat(RestModel):
     """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
 
-    name: Text | None = None
-    description: Text | None = None
+    name: Text | None = Field(None, description="Accepted; has no effect.")
+    description: Text | None = Field(None, description="Accepted; has no effect.")
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="Unset: any JSON object.")
-    strict: Boolean | None = None
+    strict: Boolean | None = Field(None, description="Accepted; the schema always holds.")
 
 
 class ResponseFormat(RestModel):
