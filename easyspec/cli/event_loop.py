@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 _T = TypeVar("_T")
+
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EventLoopThread:
     """The process's one event loop, running from enter to exit, also while the main thread reads a line.
 
-    `run` is for the main thread. Ctrl-C cancels what it runs, awaits the cancellation and raises KeyboardInterrupt.
+    `run` is for the main thread. A signal cancels what it runs and awaits the cancellation; then Ctrl-C raises
+    KeyboardInterrupt, SIGTERM and a closed terminal SystemExit.
     """
 
     def __init__(self) -> None:
@@ -32,28 +37,62 @@ class EventLoopThread:
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Its result, or its exception. A signal handler's SystemExit is treated as Ctrl-C is."""
-        task = asyncio.run_coroutine_threadsafe(_start(work), self._loop).result()
-        ended = asyncio.run_coroutine_threadsafe(_ended(task), self._loop)
-        interruption: BaseException | None = None
-        while True:
-            try:
-                ended.result()
-                break
-            except (KeyboardInterrupt, SystemExit) as error:
-                interruption = error
-                self._loop.call_soon_threadsafe(task.cancel)
-        if interruption is not None and (task.cancelled() or isinstance(interruption, SystemExit)):
-            raise interruption
-        return task.result()
+        """Its result, or its exception."""
+        job = _Job(self._loop, work)
+        # Exceptions out of signal handlers could come between any two lines and leave the job running.
+        with _signals_cancel(job):
+            job.start()
+            job.ended.wait()
+        end = next((number for number in job.signals if number in _END_SIGNALS), None)
+        if end is not None:
+            raise SystemExit(128 + end)
+        if job.signals and job.task.cancelled():
+            raise KeyboardInterrupt
+        return job.task.result()
 
 
-async def _start(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-    return asyncio.create_task(work)
+class _Job(Generic[_T]):
+    """Work in the loop's thread, as the main thread sees it; `task` is valid once `ended` is set."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T]) -> None:
+        self._loop = loop
+        self._work = work
+        self._started: list[asyncio.Task[_T]] = []
+        self.ended = threading.Event()
+        self.signals: list[int] = []
+
+    @property
+    def task(self) -> asyncio.Task[_T]:
+        return self._started[0]
+
+    def start(self) -> None:
+        self._loop.call_soon_threadsafe(self._start)
+
+    def cancel(self, number: int, _frame: object) -> None:
+        """A signal handler."""
+        self.signals.append(number)
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _start(self) -> None:
+        task = self._loop.create_task(self._work)
+        self._started.append(task)
+        task.add_done_callback(lambda _: self.ended.set())
+        if self.signals:
+            task.cancel()
+
+    def _cancel(self) -> None:
+        for task in self._started:
+            task.cancel()
 
 
-async def _ended(task: asyncio.Task[_T]) -> None:
-    await asyncio.wait([task])
+@contextmanager
+def _signals_cancel(job: _Job[Any]) -> Iterator[None]:
+    before = {number: signal.signal(number, job.cancel) for number in (signal.SIGINT, *_END_SIGNALS)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _finish(loop: asyncio.AbstractEventLoop) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import re
@@ -49,15 +50,27 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._descriptor, keys.encode())
 
-    async def expect(self, text: str, times: int = 1) -> None:
-        """Return when `text` has been shown that often; fail after 20 s."""
+    async def expect(self, text: str, times: int = 1, timeout_s: float = 20) -> None:
+        """Return when `text` has been shown that often."""
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(timeout_s):
                 while self.text.count(text) < times:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
             raise AssertionError(f"{text!r} was not shown {times} times in {self.text!r}") from None
+
+    async def press_until(self, keys: str, text: str, times: int) -> None:
+        """Type `keys` once a second until `text` has been shown that often.
+
+        input() misses a signal that comes between a key's echo and its next wait. No person is so fast, but a test is,
+        and on a busy machine that moment is long.
+        """
+        for _ in range(20):
+            self.type(keys)
+            with contextlib.suppress(AssertionError):
+                return await self.expect(text, times, timeout_s=1)
+        raise AssertionError(f"{keys!r} does not lead to {text!r}: {self.text!r}")
 
     async def ended(self) -> int:
         """The exit code."""
