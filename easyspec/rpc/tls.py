@@ -116,7 +116,11 @@ def channel_credentials(tls: ChannelTls) -> grpc.ChannelCredentials:
 
 def is_loopback(address: str) -> bool:
     """Whether `address` (`host:port` or a gRPC target such as `dns:///host:port`) is reached on this machine alone."""
-    host = address.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].strip("[]")
+    places = address.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").split(",")
+    return all(_is_loopback_host(place.rpartition(":")[0].strip("[]")) for place in places)
+
+
+def _is_loopback_host(host: str) -> bool:
     if host == "localhost":
         return True
     try:
