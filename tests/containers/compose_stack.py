@@ -24,10 +24,6 @@ class Engine:
     compose: tuple[str, ...]
     containers: str
 
-    @property
-    def is_docker(self) -> bool:
-        return self.containers == "docker"
-
 
 def find_engine() -> Engine | str:
     """The engine, or why there is none. `COMPOSE` names the compose command (say, `podman-compose`)."""
@@ -80,6 +76,15 @@ class ComposeStack:
     async def compose(self, *arguments: str) -> str:
         """Run a compose command to its end; its output. Fails the test if it fails."""
         return await self._run(*self.engine.compose, *arguments)
+
+    async def down(self) -> None:
+        """Stop and remove everything, replicas included, of which podman-compose knows only the first."""
+        project = f"label=com.docker.compose.project={self.project}"
+        left = (await self._run(self.engine.containers, "ps", "--all", "--quiet", "--filter", project)).split()
+        if left:
+            await self._run(self.engine.containers, "stop", *left)
+            await self._run(self.engine.containers, "rm", "--force", *left)
+        await self.compose("down", "--volumes")
 
     async def containers(self, service: str) -> list[str]:
         """Ids of the service's running containers."""

@@ -21,7 +21,7 @@ from tests.containers.compose_stack import ComposeStack, find_engine
 PROMPT = "def fibonacci(n):"
 SHORT = GenerateFlags(PROMPT, SamplingFlags(seed=7, temperature=0.8), StopConditions(60, ignore_eos=True))
 # Long enough that a container can be killed meanwhile.
-LONG = replace(SHORT, stop=StopConditions(1500, ignore_eos=True))
+LONG = replace(SHORT, stop=StopConditions(800, ignore_eos=True))
 NUM_STREAMS = 4
 LOADING_TIMEOUT_S = 600.0
 
@@ -62,7 +62,7 @@ async def stack() -> AsyncIterator[ComposeStack]:
         await until(lambda: is_drafter_ready(stack.grpc_address), 60, "the gateway has its drafter")
         yield stack
     finally:
-        await stack.compose("down", "--volumes")
+        await stack.down()
 
 
 async def generate(stack: ComposeStack, flags: GenerateFlags, stream: Stream | None = None) -> Stream:
