@@ -50,6 +50,8 @@ def _channel_options(health_service: str | None) -> list[tuple[str, int | str]]:
         # A peer that restarts is found again in well under a second; gRPC's own backoff grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A replica that was restarted may have another address; gRPC would not look again within 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # Peers are neighbours: an http_proxy in the environment is not meant for them.
         ("grpc.enable_http_proxy", 0),
     ]

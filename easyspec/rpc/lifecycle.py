@@ -37,6 +37,9 @@ _SERVER_OPTIONS = (
     # Clients ping every 30 s, also during a long prefill; the default rules answer that with GOAWAY.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Clients look names up when they connect, and at no other time: only so do they find replicas that were added.
+    # Streams that are open go on over the old connection until they end.
+    ("grpc.max_connection_age_ms", 60_000),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )

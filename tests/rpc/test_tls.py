@@ -224,6 +224,8 @@ def test_files_that_cannot_be_used_are_named(
         ("[::1]:1", True),
         ("dns:///localhost:1", True),
         ("ipv4:127.0.0.1:1", True),
+        ("ipv4:127.0.0.1:1,127.0.0.2:2", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
         ("0.0.0.0:1", False),
         ("[::]:1", False),
         ("10.0.0.1:1", False),
