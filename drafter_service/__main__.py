@@ -7,13 +7,15 @@ import sys
 from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterServer
 from easyspec.rpc.lifecycle import run_role
+from easyspec.telemetry.metrics import EngineMetrics
 
 
 def build(settings: DrafterSettings) -> DrafterServer:
     # Imported here: torch takes seconds, and --help and bad settings need none of it.
     from drafter_service.engine import DrafterEngine
 
-    return DrafterServer(DrafterEngine(settings), settings.session_idle_timeout_s)
+    metrics = EngineMetrics("drafter")
+    return DrafterServer(DrafterEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from easyspec.speculation.checks import check_model, check_prompt, check_token_i
 from easyspec.speculation.messages import Calibration, Draft, DraftTimings, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 
 @dataclass(eq=False)
@@ -62,12 +63,14 @@ class Drafter:
         source: DraftSource,
         default_plan: LayerPlan,
         limits: DrafterLimits,
+        on_step: StepObserver = ignore_step,
     ) -> None:
         self._config = config
         self._pool = pool
         self._source = source
         self._default_plan = default_plan
         self._limits = limits
+        self._on_step = on_step
         self._sessions: dict[int, DraftSession] = {}
         self._session_ids = itertools.count(1)
         self._unprepared: list[DraftSession] = []
@@ -117,11 +120,13 @@ class Drafter:
         self._close(session_id)
 
     def _prepare(self, session: DraftSession) -> None:
+        started_ns = time.monotonic_ns()
         try:
             is_prepared = self._source.prepare(session)
         except Exception as error:
             self._break(session.session_id, error)
             raise
+        self._on_step(StepReport("prefill", time.monotonic_ns() - started_ns, 0, 1))
         if not is_prepared:
             self._unprepared.append(session)
 
@@ -193,12 +198,15 @@ class Drafter:
             if job is not None:
                 jobs[index] = job
         proposals = dict(zip(jobs, self._source.propose([*jobs.values()]), strict=True)) if jobs else {}
+        num_rows = 0
         for index, task in enumerate(tasks):
             del self._waiting[task.session_id]
             length = len(self._sessions[task.session_id].token_ids)
             proposal = proposals.get(index)
             tree, timings = self._answer(task, proposal)
             task.finish(Draft(length, tree, replace(timings, queue_ns=started_ns - task.arrived_ns)))
+            num_rows += len(task.calibration.token_ids) + len(tree)
+        self._on_step(StepReport("draft", time.monotonic_ns() - started_ns, num_rows, len(tasks)))
 
     def _job(self, task: DraftTask) -> DraftJob | None:
         """What to ask of the source; None where the draft model's context is full."""

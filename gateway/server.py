@@ -33,6 +33,8 @@ from gateway.generation import (
     SpeculationWish,
     TokenIds,
 )
+from gateway.metrics import GatewayMetrics, GatewayState, PeerSample
+from gateway.observation import RequestLog, everyone
 from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
 from gateway.rest.service import RestServer
@@ -71,8 +73,10 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
 
     service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
         self._settings = settings
+        self.metrics = metrics or GatewayMetrics()
+        self.metrics.watch(self._state)
         self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
@@ -159,7 +163,23 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             settings.default_budget,
             limits=settings,
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
+            observe=everyone(self.metrics, RequestLog),
         )
+
+    def _state(self) -> GatewayState | None:
+        generator = self._generator
+        info = generator.verifier_peer.info if generator is not None else None
+        if generator is None or info is None:
+            return None
+        sets = {"verifier": generator.verifier_peer, "drafter": generator.drafter_peer}
+        peers = [
+            PeerSample(role, replica.address, replica.peer.state, replica.num_sessions)
+            for role, replicas in sets.items()
+            if replicas is not None
+            for replica in replicas.replicas
+        ]
+        kv = [replica.peer.info.kv for replica in generator.verifier_peer.replicas if replica.peer.info is not None]
+        return GatewayState(info.model.name, generator.num_running, generator.num_waiting, tuple(kv), tuple(peers))
 
     def _verifiers(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[VerifyConnection]:
         replicas: list[Replica[VerifyConnection]] = []

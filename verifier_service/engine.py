@@ -12,6 +12,7 @@ from easyspec.model.row_probe import make_row_invariant
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.telemetry.metrics import StepObserver, ignore_step
 from verifier_service.config import VerifierSettings
 from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
 
@@ -19,13 +20,14 @@ from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLim
 class VerifierEngine:
     """Loads the base model on its own thread and hands sessions' tasks to it."""
 
-    def __init__(self, settings: VerifierSettings) -> None:
+    def __init__(self, settings: VerifierSettings, on_step: StepObserver = ignore_step) -> None:
         if settings.max_tree_nodes > MAX_TREE_COLUMNS:
             raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
         if settings.num_kv_slots < settings.max_tree_nodes + 2:  # a prompt token, an output token and a tree
             least = settings.max_tree_nodes + 2
             raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._settings = settings
+        self._on_step = on_step
         self._thread = DeviceThread("verifier-device")
         self._loaded: LoadedModel | None = None
         self._verifier: Verifier | None = None
@@ -82,5 +84,6 @@ class VerifierEngine:
             VerifierLimits(
                 settings.served_model_name, settings.max_tree_nodes, settings.max_batch_rows, settings.prefill_chunk
             ),
+            self._on_step,
         )
         return self._verifier

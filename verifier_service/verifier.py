@@ -26,6 +26,7 @@ from easyspec.speculation.grammar import CompiledGrammar, GrammarState
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
 from verifier_service.verdicts import Case, decide
 
@@ -137,10 +138,13 @@ class VerifierSession:
 class Verifier:
     """Steps over batches of sessions: all trees that are ready at once, then one chunk of one prompt."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, limits: VerifierLimits) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, limits: VerifierLimits, on_step: StepObserver = ignore_step
+    ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._limits = limits
+        self._on_step = on_step
         self._sessions: dict[int, VerifierSession] = {}
         self._session_ids = itertools.count(1)
         self._ready: list[VerifierSession] = []
@@ -235,10 +239,12 @@ class Verifier:
     def _advance(self, session: VerifierSession) -> None:
         """Prefill one chunk; the last chunk carries the tree too."""
         if session.num_uncached > self._limits.prefill_chunk:
+            started_ns = time.monotonic_ns()
             layout = self._decoder.lay_out([session.chain_segment(self._limits.prefill_chunk)])
             hidden = self._decoder.forward(layout, self._pool)
             if session.prompt_logprobs is not None:
                 session.prompt_logprobs.add(self._decoder, hidden[: self._limits.prefill_chunk])
+            self._on_step(StepReport("prefill", time.monotonic_ns() - started_ns, self._limits.prefill_chunk, 1))
             self._prefilling.append(session)
         else:
             self._verify([session])
@@ -267,6 +273,7 @@ class Verifier:
         logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
         outcomes = decide(logits, cases)
         compute_ns = time.monotonic_ns() - started_ns
+        self._on_step(StepReport("verify", compute_ns, sum(map(len, segments)), len(batch)))
         for session, outcome in zip(batch, outcomes, strict=True):
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"
