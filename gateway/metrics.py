@@ -25,6 +25,7 @@ _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 _REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
 _COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _REASONS = ("stop", "length", "abort", "error")
+_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 _MODEL = ("model_name",)
 _NS = 1e-9
 
@@ -34,6 +35,12 @@ class GatewayMetrics(RoleMetrics):
 
     def __init__(self) -> None:
         super().__init__("gateway")
+        self._http_requests = Counter(
+            "easyspec_http_requests",
+            "HTTP requests answered.",
+            ("route", "method", "status"),
+            registry=self.registry,
+        )
         self._instruments = _Instruments(self)
         self._by_model: dict[str, _ModelMetrics] = {}
 
@@ -41,6 +48,10 @@ class GatewayMetrics(RoleMetrics):
         if model not in self._by_model:
             self._by_model[model] = _ModelMetrics(self._instruments, model)
         return _RequestMetrics(self._by_model[model])
+
+    def http_finished(self, route: str, method: str, status: int) -> None:
+        """Count an HTTP request. `route` is the template of one of our routes, not the path."""
+        self._http_requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
 
     def watch(self, read_state: Callable[[], GatewayState | None]) -> None:
         """Export what is known at the moment of a scrape; called once."""

@@ -17,6 +17,7 @@ from easyspec import __version__
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
+from easyspec.rpc.tls import ServerCertificates
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
@@ -38,6 +39,7 @@ from gateway.observation import RequestLog, everyone
 from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
 from gateway.rest.service import RestServer
+from gateway.rest.trust import RestTrust
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tokenizer import ChatTurn, Tokenizer
 from gateway.trace import RoundTrace
@@ -80,8 +82,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
-        self._rest = RestServer(self, settings.http_address) if settings.http_address != HTTP_OFF else None
         self._keys = _api_keys(settings)
+        self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
 
     @property
     def request_timeout_s(self) -> float:
@@ -180,6 +182,17 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         ]
         kv = [replica.peer.info.kv for replica in generator.verifier_peer.replicas if replica.peer.info is not None]
         return GatewayState(info.model.name, generator.num_running, generator.num_waiting, tuple(kv), tuple(peers))
+
+    def _rest_server(self) -> RestServer:
+        settings = self._settings
+        trust = RestTrust(
+            self.authenticate,
+            settings.max_request_bytes,
+            self.metrics,
+            self.metrics.render if settings.http_metrics else None,
+        )
+        tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
+        return RestServer(self, settings.http_address, trust, tls)
 
     def _verifiers(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[VerifyConnection]:
         replicas: list[Replica[VerifyConnection]] = []
