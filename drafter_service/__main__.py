@@ -8,6 +8,7 @@ from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterServer
 from easyspec.rpc.lifecycle import run_role
 from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import open_tracing
 
 
 def build(settings: DrafterSettings) -> DrafterServer:
@@ -15,7 +16,8 @@ def build(settings: DrafterSettings) -> DrafterServer:
     from drafter_service.engine import DrafterEngine
 
     metrics = EngineMetrics("drafter")
-    return DrafterServer(DrafterEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics)
+    tracing = open_tracing("drafter", settings.otlp_endpoint)
+    return DrafterServer(DrafterEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics, tracing)
 
 
 if __name__ == "__main__":

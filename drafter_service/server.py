@@ -16,6 +16,7 @@ from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
 
 
@@ -65,10 +66,12 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         engine: DrafterEngine,
         session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
         metrics: EngineMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._engine = engine
         self._session_idle_timeout_s = session_idle_timeout_s
         self._is_started = False
+        self.rpc_tracing = tracing
         self.metrics = metrics or EngineMetrics("drafter")
         self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
@@ -81,6 +84,8 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     async def stop(self) -> None:
         await self._engine.stop()
+        if self.rpc_tracing is not None:
+            await self.rpc_tracing.close()
 
     async def Speculate(  # noqa: N802
         self, request_iterator: AsyncIterator[drafter_pb2.SpeculateRequest], context: Any

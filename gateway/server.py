@@ -18,6 +18,7 @@ from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.tls import ServerCertificates
+from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
@@ -35,9 +36,10 @@ from gateway.generation import (
     TokenIds,
 )
 from gateway.metrics import GatewayMetrics, GatewayState, PeerSample
-from gateway.observation import RequestLog, everyone
+from gateway.observation import GenerationObserver, RequestLog, everyone
 from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
+from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.statistics import RoundTimings, SpeculationStatistics
@@ -82,6 +84,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
+        self._tracing = open_tracing("gateway", settings.otlp_endpoint)
         self._keys = _api_keys(settings)
         self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
 
@@ -145,6 +148,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         await asyncio.gather(*self._watches, return_exceptions=True)
         for channel in self._channels:
             await channel.close()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     def _build(self, tokenizer: Tokenizer) -> Generator:
         settings = self._settings
@@ -165,7 +170,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             settings.default_budget,
             limits=settings,
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
-            observe=everyone(self.metrics, RequestLog),
+            observe=self._observer(),
         )
 
     def _state(self) -> GatewayState | None:
@@ -182,6 +187,11 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         ]
         kv = [replica.peer.info.kv for replica in generator.verifier_peer.replicas if replica.peer.info is not None]
         return GatewayState(info.model.name, generator.num_running, generator.num_waiting, tuple(kv), tuple(peers))
+
+    def _observer(self) -> GenerationObserver:
+        if self._tracing is None:
+            return everyone(self.metrics, RequestLog)
+        return everyone(self.metrics, RequestLog, request_spans(self._tracing))
 
     def _rest_server(self) -> RestServer:
         settings = self._settings

@@ -6,6 +6,7 @@ import sys
 
 from easyspec.rpc.lifecycle import run_role
 from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import open_tracing
 from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer
 
@@ -15,7 +16,8 @@ def build(settings: VerifierSettings) -> VerifierServer:
     from verifier_service.engine import VerifierEngine
 
     metrics = EngineMetrics("verifier")
-    return VerifierServer(VerifierEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics)
+    tracing = open_tracing("verifier", settings.otlp_endpoint)
+    return VerifierServer(VerifierEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics, tracing)
 
 
 if __name__ == "__main__":

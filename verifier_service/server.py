@@ -17,6 +17,7 @@ from easyspec.speculation.checks import check_fingerprint
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
 
 
@@ -62,10 +63,12 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
         engine: VerifierEngine,
         session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
         metrics: EngineMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._engine = engine
         self._session_idle_timeout_s = session_idle_timeout_s
         self._is_started = False
+        self.rpc_tracing = tracing
         self.metrics = metrics or EngineMetrics("verifier")
         self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
@@ -78,6 +81,8 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
 
     async def stop(self) -> None:
         await self._engine.stop()
+        if self.rpc_tracing is not None:
+            await self.rpc_tracing.close()
 
     async def Verify(  # noqa: N802
         self, request_iterator: AsyncIterator[verifier_pb2.VerifyRequest], context: Any

@@ -24,6 +24,7 @@ from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
 from easyspec.telemetry.metrics import RoleMetrics
 from easyspec.telemetry.metrics_server import MetricsServer
+from easyspec.telemetry.tracing import Tracing
 
 EXIT_CONFIGURATION = 2
 
@@ -88,6 +89,14 @@ class Metered(Protocol):
 
 
 @runtime_checkable
+class Traced(Protocol):
+    """An application whose RPCs have spans."""
+
+    @property
+    def rpc_tracing(self) -> Tracing | None: ...
+
+
+@runtime_checkable
 class Reloadable(Protocol):
     """An application that has something to read again on SIGHUP."""
 
@@ -108,7 +117,8 @@ class RpcServer:
         self.is_serving = False
         authenticate = application.authenticate if isinstance(application, Guarded) else None
         observer = application.metrics if isinstance(application, Metered) else None
-        self._boundary = RpcBoundary("loading: try again later", authenticate, observer)
+        tracing = application.rpc_tracing if isinstance(application, Traced) else None
+        self._boundary = RpcBoundary("loading: try again later", authenticate, observer, tracing)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
 

@@ -79,6 +79,12 @@ class ServerSettings(BaseSettings):
         description="host:port of a small HTTP server with /metrics (Prometheus) and /health, port 0 to 65535. It asks "
         "for no key, and speaks TLS if the main port does. Unset: none.",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/]+:\d+$",
+        description="http://host:port (or https://) of an OpenTelemetry collector that spans are sent to over gRPC; "
+        "needs the extra `tracing`. Unset: nothing is traced, and nothing of it loaded.",
+    )
     tls_certificate: Path | None = Field(
         default=None,
         description="PEM file with this server's certificate chain; turns TLS on. Read again when it is renewed.",
@@ -120,6 +126,8 @@ class ServerSettings(BaseSettings):
         check_plaintext("address", self.address, is_allowed, "tls_certificate")
         if self.metrics_address is not None:
             check_plaintext("metrics_address", self.metrics_address, is_allowed, "tls_certificate")
+        if self.otlp_endpoint is not None and self.otlp_endpoint.startswith("http://"):
+            check_plaintext("otlp_endpoint", self.otlp_endpoint, self.allow_plaintext, "an https:// endpoint")
         return self
 
     @field_validator("address", "metrics_address")

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from easyspec.errors import EasyspecError
 from easyspec.rpc.errors import mapping_of
+from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
 from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
 from gateway.rest.gate import Gate
 from gateway.rest.trust import Door, RestTrust
@@ -45,6 +46,7 @@ class RestBoundary:
         # uvicorn runs every request in a task of its own, so this binds it for this request alone.
         request_id = _request_id(scope["headers"])
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        bind_traceparent(_text_of(scope["headers"], TRACEPARENT_KEY.encode()))
         answer = _Answer(send, request_id)
         started_ns = time.monotonic_ns()
         try:
@@ -141,11 +143,13 @@ def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The caller's request id if it is fit for a log, else a new one."""
-    for name, value in headers:
-        text = value.decode("ascii", errors="ignore") if name == REQUEST_ID_HEADER else ""
-        if text and text.isprintable():
-            return text[:_MAX_REQUEST_ID_CHARS]
-    return uuid.uuid4().hex
+    text = _text_of(headers, REQUEST_ID_HEADER)
+    return text[:_MAX_REQUEST_ID_CHARS] if text and text.isprintable() else uuid.uuid4().hex
+
+
+def _text_of(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str | None:
+    """The first header of that name."""
+    return next((value.decode("ascii", errors="ignore") for name, value in headers if name == wanted), None)
 
 
 def _route(scope: Scope) -> str:
