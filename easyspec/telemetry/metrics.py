@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,6 +26,8 @@ class RoleMetrics:
     """The registry of one process, and the RPCs it answers. Made once, at the process's edge, and handed down."""
 
     def __init__(self, role: str) -> None:
+        # A second series beside every counter and histogram, which says when it was made and which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         build = Gauge("easyspec_build_info", "Always 1; the labels tell.", ("role", "version"), registry=self.registry)
