@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Proposal
+from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.device_thread import Task
-from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
+from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.config import ModelConfig
-from easyspec.model.kv_cache import KVPool
+from easyspec.model.kv_cache import KvMemory
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
-from easyspec.speculation.messages import Calibration, Draft, DraftTimings, KvUsage, OpenSpeculation
+from easyspec.speculation.messages import Calibration, Draft, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
-from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 
@@ -32,10 +31,11 @@ class OpenTask(Task[int]):
 
 @dataclass(eq=False)
 class DraftTask(Task[Draft]):
-    """Commit the verdict's tokens and draft the next tree."""
+    """Commit the verdict's tokens and draft the next tree, which began at `begun_ns`."""
 
     session_id: int
     calibration: Calibration
+    begun_ns: int = 0
 
 
 @dataclass(eq=False)
@@ -47,43 +47,45 @@ class CloseTask(Task[None]):
 
 @dataclass(frozen=True)
 class DrafterLimits:
-    """What one session may ask for."""
+    """What one session may ask for; `max_model_len` is what fits the KV memory."""
 
     served_model_name: str
+    max_model_len: int
     max_tree_nodes: int
 
 
 class Drafter:
-    """Steps over batches: every session whose verdict has come drafts its next tree together with the others."""
+    """Steps over batches: sessions draft together, each joining when its verdict has come."""
 
     def __init__(
         self,
         config: ModelConfig,
-        pool: KVPool,
+        memory: KvMemory,
         source: DraftSource,
         default_plan: LayerPlan,
         limits: DrafterLimits,
         on_step: StepObserver = ignore_step,
     ) -> None:
         self._config = config
-        self._pool = pool
+        self._memory = memory
         self._source = source
         self._default_plan = default_plan
         self._limits = limits
         self._on_step = on_step
         self._sessions: dict[int, DraftSession] = {}
         self._session_ids = itertools.count(1)
-        self._unprepared: list[DraftSession] = []
+        self._evicted: set[int] = set()
         self._waiting: dict[int, DraftTask] = {}
+        self._new: list[DraftTask] = []
 
     @property
     def max_model_len(self) -> int:
         """Most tokens a session can hold."""
-        return self._config.max_model_len
+        return self._limits.max_model_len
 
     def usage(self) -> KvUsage:
         """KV memory as it is now; may be read from another thread."""
-        return KvUsage(self._pool.num_slots, self._pool.num_used_slots, len(self._sessions))
+        return self._memory.usage(len(self._sessions))
 
     def accept(self, task: Task[Any]) -> None:
         """Open, commit or close; an error that the caller made is the answer to that task alone."""
@@ -98,42 +100,51 @@ class Drafter:
             task.fail(error)
 
     def step(self) -> bool:
-        """One round for every session that is ready, then one piece of one session's prefill."""
+        """One piece of work for every session that has some; True if there is more."""
+        started_ns = time.monotonic_ns()
+        new, self._new = self._new, []
+        for task in new:
+            task.begun_ns = started_ns
+            self._source.begin(self._job(task))
         with torch.inference_mode():
-            unprepared = {session.session_id for session in self._unprepared}
-            ready = [task for session_id, task in self._waiting.items() if session_id not in unprepared]
-            if ready:
-                self._draft(ready)
-            if self._unprepared:
-                self._prepare(self._unprepared.pop(0))
-        return bool(self._unprepared or self._waiting)
+            progress = self._source.step()
+        self._report(progress, time.monotonic_ns() - started_ns)
+        for proposal in progress.proposals:
+            self._answer(proposal)
+        for session in progress.evicted:
+            self._evict(session)
+        return progress.has_more
+
+    def _report(self, progress: Progress, duration_ns: int) -> None:
+        if progress.proposals:
+            rows = [each.job.num_new_tokens + len(each.tree.tree) for each in progress.proposals]
+            self._on_step(StepReport("draft", duration_ns, sum(rows), len(rows)))
+        elif progress.has_more:
+            self._on_step(StepReport("prefill", duration_ns, 0, 0))
 
     def abandon(self, error: BaseException) -> None:
-        """Fail every waiting task and end its session, whose KV may be half written."""
+        """End every session that had something to do, and fail those that wait."""
+        for session in self._source.abandon():
+            self._break(session.session_id, error)
         for session_id in [*self._waiting]:
             self._break(session_id, error)
 
     def _break(self, session_id: int, error: BaseException) -> None:
-        """End a session whose KV may be half written; fail its task, if it has one."""
-        if session_id in self._waiting:
-            self._waiting[session_id].fail(error)
+        """End a session; fail its task, if it has one."""
+        task = self._waiting.get(session_id)
         self._close(session_id)
+        if task is not None:
+            task.fail(error)
 
-    def _prepare(self, session: DraftSession) -> None:
-        started_ns = time.monotonic_ns()
-        try:
-            is_prepared = self._source.prepare(session)
-        except Exception as error:
-            self._break(session.session_id, error)
-            raise
-        self._on_step(StepReport("prefill", time.monotonic_ns() - started_ns, 0, 1))
-        if not is_prepared:
-            self._unprepared.append(session)
+    def _evict(self, session: DraftSession) -> None:
+        """The session's memory has gone to older ones. It learns so at once, or when it asks for the next tree."""
+        self._break(session.session_id, _evicted())
+        self._evicted.add(session.session_id)
 
     def _open(self, request: OpenSpeculation) -> int:
         config = self._config
         check_model(request.model, self._limits.served_model_name)
-        check_prompt(request.prompt_token_ids, config.vocab_size, config.max_model_len)
+        check_prompt(request.prompt_token_ids, config.vocab_size, self.max_model_len)
         request.sampling.check(config.vocab_size)
         session = DraftSession(
             session_id=next(self._session_ids),
@@ -145,7 +156,6 @@ class Drafter:
         )
         self._source.open(session)
         self._sessions[session.session_id] = session
-        self._unprepared.append(session)
         return session.session_id
 
     def _plan(self, request: LayerPlanRequest) -> LayerPlan:
@@ -156,13 +166,15 @@ class Drafter:
 
     def _max_length(self, request: OpenSpeculation) -> int:
         """Most tokens the session can come to hold."""
-        wanted = request.max_total_length or self._config.max_model_len
-        return min(max(wanted, len(request.prompt_token_ids)), self._config.max_model_len)
+        wanted = request.max_total_length or self.max_model_len
+        return min(max(wanted, len(request.prompt_token_ids)), self.max_model_len)
 
     def _commit(self, task: DraftTask) -> None:
         """Append the verdict's tokens; the stale and the malformed change nothing."""
         calibration = task.calibration
         session = self._sessions.get(task.session_id)
+        if task.session_id in self._evicted:
+            raise _evicted()
         if session is None:
             raise InvalidRequestError("session", task.session_id, "an open session")
         if task.session_id in self._waiting or calibration.base_length != len(session.token_ids):
@@ -175,7 +187,11 @@ class Drafter:
             raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{session.max_length} in all")
         self._check_budget(calibration.budget)
         session.token_ids.extend(calibration.token_ids)
+        if self._max_level(session) < 1:  # the draft model's context is full
+            task.finish(Draft(len(session.token_ids), EMPTY_TREE))
+            return
         self._waiting[task.session_id] = task
+        self._new.append(task)
 
     def _check_budget(self, budget: TreeBudget) -> None:
         most = self._limits.max_tree_nodes
@@ -184,45 +200,29 @@ class Drafter:
             raise InvalidRequestError("budget.width", budget.width, f"width x (num_levels - 1) up to {most}")
 
     def _close(self, session_id: int) -> None:
+        self._evicted.discard(session_id)
         session = self._sessions.pop(session_id, None)
         if session is not None:
             self._source.close(session)
-            self._unprepared = [other for other in self._unprepared if other is not session]
             self._waiting.pop(session_id, None)
+            self._new = [task for task in self._new if task.session_id != session_id]
 
-    def _draft(self, tasks: Sequence[DraftTask]) -> None:
-        started_ns = time.monotonic_ns()
-        jobs: dict[int, DraftJob] = {}
-        for index, task in enumerate(tasks):
-            job = self._job(task)
-            if job is not None:
-                jobs[index] = job
-        proposals = dict(zip(jobs, self._source.propose([*jobs.values()]), strict=True)) if jobs else {}
-        num_rows = 0
-        for index, task in enumerate(tasks):
-            del self._waiting[task.session_id]
-            length = len(self._sessions[task.session_id].token_ids)
-            proposal = proposals.get(index)
-            tree, timings = self._answer(task, proposal)
-            task.finish(Draft(length, tree, replace(timings, queue_ns=started_ns - task.arrived_ns)))
-            num_rows += len(task.calibration.token_ids) + len(tree)
-        self._on_step(StepReport("draft", time.monotonic_ns() - started_ns, num_rows, len(tasks)))
-
-    def _job(self, task: DraftTask) -> DraftJob | None:
-        """What to ask of the source; None where the draft model's context is full."""
-        session = self._sessions[task.session_id]
-        room = self._max_level(session)
-        if room < 1:
-            return None
-        budget = task.calibration.budget
-        budget = replace(budget, num_levels=min(budget.num_levels, room))
+    def _job(self, task: DraftTask) -> DraftJob:
+        session, budget = self._sessions[task.session_id], task.calibration.budget
+        budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
         return DraftJob(session, len(task.calibration.token_ids), budget)
 
     def _max_level(self, session: DraftSession) -> int:
         """Deepest level whose expanded nodes still have a position in the draft model's context."""
-        return self._config.max_model_len - len(session.token_ids) + 1
+        return self.max_model_len - len(session.token_ids) + 1
 
-    def _answer(self, task: DraftTask, proposal: Proposal | None) -> tuple[TokenTree, DraftTimings]:
-        if proposal is None:
-            return EMPTY_TREE, DraftTimings()
-        return proposal.tree.pruned(task.calibration.budget.num_nodes), proposal.timings
+    def _answer(self, proposal: Proposal) -> None:
+        session = proposal.job.session
+        task = self._waiting.pop(session.session_id)
+        tree = proposal.tree.pruned(task.calibration.budget.num_nodes)
+        timings = replace(proposal.timings, queue_ns=task.begun_ns - task.arrived_ns)
+        task.finish(Draft(len(session.token_ids), tree, timings))
+
+
+def _evicted() -> CapacityError:
+    return CapacityError("KV memory is full: this session's slots were taken back for older ones")

@@ -63,7 +63,7 @@ class DrafterEngine:
 
     async def open(self, request: OpenSpeculation) -> int:
         """Open a session and return its id; raises the EasyspecError that the request deserves."""
-        return await self._thread.submit(OpenTask(request))
+        return await self._thread.submit_opening(OpenTask(request), self.close)
 
     async def draft(self, session_id: int, calibration: Calibration) -> Draft:
         """The next tree; raises StalePositionError or InvalidRequestError and then changes nothing."""
@@ -75,17 +75,19 @@ class DrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
-        least = _WARM_UP_TOKENS + settings.max_tree_nodes
-        if settings.num_kv_slots < least:
-            raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._loaded = loaded = load_model(settings, is_exact=False)
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         source = LayerParallelSource(
-            loaded.decoder, loaded.pool, settings.prefill_chunk, settings.max_tree_nodes, ranking
+            loaded.decoder,
+            loaded.memory,
+            settings.prefill_chunk,
+            settings.max_tree_nodes,
+            ranking,
+            settings.max_prefill_slowdown,
         )
-        limits = DrafterLimits(settings.served_model_name, settings.max_tree_nodes)
-        self._drafter = Drafter(loaded.decoder.config, loaded.pool, source, self._plan, limits, self._on_step)
+        limits = DrafterLimits(settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes)
+        self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 

@@ -75,37 +75,26 @@ class Sharpness:
         self.value = max(low, min(high, self.value + self._learning_rate * gradient))
 
 
-class RoundNoise:
-    """The noise of every level of a round for all tokens, drawn at once: a small vocabulary's is cheap in one call.
-
-    `first_positions` and `num_levels` say, per sampled request of the batch, which positions a tree may choose at.
-    """
-
-    def __init__(
-        self,
-        samplings: Sequence[SamplingParameters],
-        first_positions: Sequence[int],
-        num_levels: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        keys = [
-            (sampling.seed, position)
-            for sampling, first, count in zip(samplings, first_positions, num_levels, strict=True)
-            for position in range(first, first + count)
-        ]
-        self._row_of_key = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        seeds = torch.tensor([signed_seed(seed) for seed, _ in self._row_of_key], device=device)
-        positions = torch.tensor([position for _, position in self._row_of_key], device=device)
-        self._table = gumbel_noise(seeds, positions, torch.arange(vocab_size, device=device))
-
-    def rows(self, samplings: Sequence[SamplingParameters], positions: Sequence[int]) -> torch.Tensor:
-        """Noise [R, V] of each row; that of a greedy request is never used and may be any."""
-        rows = [
-            self._row_of_key.get((sampling.seed, position), 0)
-            for sampling, position in zip(samplings, positions, strict=True)
-        ]
-        return self._table[torch.tensor(rows, device=self._table.device)]
+def draw_noise(
+    samplings: Sequence[SamplingParameters],
+    first_positions: Sequence[int],
+    num_levels: Sequence[int],
+    vocab_size: int,
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Per request the noise of its next positions for all tokens, [levels, V]: a small vocabulary's is cheap in one
+    call for a whole round."""
+    counts = list(num_levels)
+    seeds = [
+        signed_seed(sampling.seed) for sampling, count in zip(samplings, counts, strict=True) for _ in range(count)
+    ]
+    positions = [first + level for first, count in zip(first_positions, counts, strict=True) for level in range(count)]
+    noise = gumbel_noise(
+        torch.tensor(seeds, device=device),
+        torch.tensor(positions, device=device),
+        torch.arange(vocab_size, device=device),
+    )
+    return list(noise.split(counts))
 
 
 def rank_candidates(
@@ -113,17 +102,17 @@ def rank_candidates(
     positions: Sequence[int],
     samplings: Sequence[SamplingParameters],
     num_candidates: int,
-    noise: RoundNoise | None = None,
+    noise: torch.Tensor | None = None,
 ) -> list[Candidates]:
     """The best `num_candidates` next tokens of every row of `draft_logits` [R, V] float32; one host sync.
 
-    `positions` are those of the tokens to be chosen, `samplings` the rows' requests. Without `noise` drawn before,
-    only each row's likeliest tokens get noise.
+    `positions` are those of the tokens to be chosen, `samplings` the rows' requests. Without `noise` [R, V] drawn
+    before (that of a greedy row may be any), only each row's likeliest tokens get noise.
     """
     num_tokens = draft_logits.shape[-1]
     is_any_sampled = not all(sampling.is_greedy for sampling in samplings)
     if is_any_sampled and noise is not None:
-        ranked = _perturbed(draft_logits, noise.rows(samplings, positions), samplings)
+        ranked = _perturbed(draft_logits, noise, samplings)
         best = ranked.topk(min(num_candidates, num_tokens), dim=-1)
         scores, token_ids = best.values, best.indices
     else:

@@ -18,6 +18,8 @@ from easyspec.errors import UnavailableError
 
 ResultT = TypeVar("ResultT")
 
+_LONGEST_WAIT_S = 1.0
+
 
 @dataclass(eq=False)
 class Task(Generic[ResultT]):
@@ -26,10 +28,12 @@ class Task(Generic[ResultT]):
     future: Future[ResultT] = field(default_factory=Future, init=False)
     arrived_ns: int = field(default_factory=time.monotonic_ns, init=False)
 
-    def finish(self, result: ResultT) -> None:
-        """Answer, unless the asker has gone."""
-        if self.future.set_running_or_notify_cancel():
+    def finish(self, result: ResultT) -> bool:
+        """Answer; False if the asker has gone."""
+        is_awaited = self.future.set_running_or_notify_cancel()
+        if is_awaited:
             self.future.set_result(result)
+        return is_awaited
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless the asker has gone."""
@@ -44,7 +48,10 @@ class Core(Protocol):
         """Take a task up; quick."""
 
     def step(self) -> bool:
-        """Compute one batch of what is ready; True if more is waiting."""
+        """Compute one batch of what is ready; True if more is.
+
+        Else it is called again when a task comes, and every second in between, for what depends on the clock.
+        """
 
     def abandon(self, error: BaseException) -> None:
         """A bug broke `step`: fail every task that is waiting, so that nobody hangs."""
@@ -80,6 +87,22 @@ class DeviceThread:
         else:
             self._inbox.put(task)
         return asyncio.wrap_future(task.future)
+
+    async def submit_opening(self, task: Task[int], close: Callable[[int], None]) -> int:
+        """The id of the session that `task` opens. If the caller stops waiting, the task is withdrawn, and a session
+        that was opened all the same is closed: nobody else would ever know its id.
+        """
+        try:
+            return await self.submit(task)
+        except asyncio.CancelledError:
+            task.future.cancel()  # in vain if the device thread has just answered
+
+            def close_opened(future: Future[int]) -> None:
+                if not future.cancelled() and future.exception() is None:
+                    close(future.result())
+
+            task.future.add_done_callback(close_opened)
+            raise
 
     def post(self, task: Task[Any]) -> None:
         """Queue a task nobody waits for; needs no event loop."""
@@ -117,10 +140,10 @@ class DeviceThread:
             task.fail(error)
 
     def _take(self, *, wait: bool) -> list[Task[Any]]:
-        """Everything in the inbox; waits for the first if told to."""
+        """Everything in the inbox; waits for the first, but not for ever, if told to."""
         tasks: list[Task[Any]] = []
         with contextlib.suppress(queue.Empty):
-            task = self._inbox.get(block=wait)
+            task = self._inbox.get(block=wait, timeout=_LONGEST_WAIT_S)
             while True:
                 if task is not None:
                     tasks.append(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -66,6 +66,11 @@ class GatewaySettings(ServerSettings, RequestLimits):
         le=4096,
         description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, which "
         "is a size that passes are padded to and costs little more than a single row.",
+    )
+    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
+        default="auto",
+        description="auto, hermes, llama3_json, mistral or none: how the model writes tool calls. auto looks at its "
+        "chat template, which is what the model was trained with.",
     )
     draft_deadline_ms: int = Field(
         default=1000,

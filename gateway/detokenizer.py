@@ -21,15 +21,16 @@ class TokenDecoder(Protocol):
 
 
 class TokenTextStream:
-    """Turns tokens into text one by one; all texts joined are the decode of all tokens, special tokens left out.
+    """Turns tokens into text one by one; all texts joined are the decode of all tokens, special tokens left out but for
+    those in `visible_token_ids`.
 
     Decoding a token alone is not enough: a character may span tokens, and some tokenizers drop the blank of a first
     word. So a window is decoded that begins with the tokens already finished (prefix offset technique).
     """
 
-    def __init__(self, tokenizer: TokenDecoder) -> None:
+    def __init__(self, tokenizer: TokenDecoder, visible_token_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._special_token_ids = tokenizer.special_token_ids
+        self._special_token_ids = tokenizer.special_token_ids - visible_token_ids
         self._window: list[int] = []
         self._num_finished_tokens = 0  # of the window; their text ends on a character boundary
         self._num_emitted_chars = 0  # of the window's text
@@ -115,8 +116,13 @@ class Detokenizer:
     """One request's output, from tokens to text. Takes several tokens per round and treats them one by one, so the
     text does not depend on how the tokens were cut into rounds."""
 
-    def __init__(self, tokenizer: TokenDecoder, stop_strings: Sequence[str]) -> None:
-        self._stream = TokenTextStream(tokenizer)
+    def __init__(
+        self,
+        tokenizer: TokenDecoder,
+        stop_strings: Sequence[str],
+        visible_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._stream = TokenTextStream(tokenizer, visible_token_ids)
         self._matcher = StopMatcher(stop_strings)
 
     def push(self, token_ids: Sequence[int], is_last: bool) -> DetokenizedRound:

@@ -23,17 +23,20 @@ from easyspec.speculation.parameters import (
 )
 from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
+from gateway.answer import AnswerRound, AnswerText
 from gateway.api_keys import ClientLimiter
 from gateway.choices import choice_seed, merged
+from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
-from gateway.detokenizer import Detokenizer
 from gateway.draft_session import DrafterPool, ResilientDraftSession
 from gateway.limits import RequestLimits
 from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
 from gateway.replicas import ReplicaSet
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
-from gateway.tokenizer import ChatTurn, Tokenizer
+from gateway.tokenizer import Tokenizer
+from gateway.tool_parser import ToolCallDelta
+from gateway.tools import ToolDialect, forced_grammar
 from gateway.trace import RoundTrace, trace_of
 from gateway.verify_session import ResilientVerifySession, VerifierPool
 
@@ -43,13 +46,6 @@ class TokenIds:
     """A prompt that is tokenized already."""
 
     ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A prompt to be rendered with the model's chat template."""
-
-    turns: tuple[ChatTurn, ...]
 
 
 class SpeculationMode(enum.Enum):
@@ -94,7 +90,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """The end of a completion. With STOP exactly one of the `matched_` fields is set."""
+    """The end of a choice. With STOP exactly one of the `matched_` fields is set."""
 
     finish_reason: FinishReason
     matched_token_id: int | None
@@ -109,8 +105,8 @@ class Completion:
 class GenerationChunk:
     """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
 
-    With logprobs there is one entry per token, None for a token that nothing precedes. An echoed prompt is a chunk of
-    its own, the choice's first.
+    `text` is what is said, `tool_calls` what is called. With logprobs there is one entry per token, None for a token
+    that nothing precedes. An echoed prompt is a chunk of its own, the choice's first.
     """
 
     text: str
@@ -122,6 +118,7 @@ class GenerationChunk:
     choice_index: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     trace: RoundTrace | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class Generator:
@@ -137,8 +134,10 @@ class Generator:
         limits: RequestLimits,
         clients: ClientLimiter,
         observe: GenerationObserver,
+        tool_dialect: ToolDialect = ToolDialect.NONE,
     ) -> None:
         self._tokenizer = tokenizer
+        self._tool_dialect = tool_dialect
         self._verifiers = verifiers
         self._drafters = drafters
         self._admission = admission
@@ -185,6 +184,7 @@ class Generator:
     ) -> AsyncGenerator[GenerationChunk, None]:
         arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
+        request = self._with_forced_calls(request)
         async with contextlib.AsyncExitStack() as places:
             places.enter_context(self._clients.place(request.client))
             prompt = await self._encode(request.prompt)
@@ -212,7 +212,9 @@ class Generator:
             rounds = await sessions.enter_async_context(
                 contextlib.aclosing(decode(len(prompt), budget, verifier, drafter))
             )
-            output = _Output(request, len(prompt), self._tokenizer, drafter, verifier, arrival_ns)
+            tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+            answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect)
+            output = _Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
             is_prompt_due = request.echo
             async for round_ in rounds:
                 if is_prompt_due:
@@ -222,6 +224,20 @@ class Generator:
                 yield chunk
                 if chunk.completion is not None:
                     return
+
+    def _with_forced_calls(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, with the grammar that its choice of tools amounts to."""
+        tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+        if tools is None or not tools.is_forced:
+            return request
+        tools.check()
+        if request.sampling.grammar is not None:
+            raise InvalidRequestError("tool_choice", tools.mode.value, "auto or none together with a grammar")
+        grammar = forced_grammar(tools, self._tool_dialect)
+        num_bytes, most = len(grammar.text.encode()), self._limits.max_grammar_bytes
+        if num_bytes > most:
+            raise InvalidRequestError("tools", f"{num_bytes} bytes of schemas", f"at most {most} bytes")
+        return replace(request, sampling=replace(request.sampling, grammar=grammar))
 
     def _echoed(self, request: GenerationRequest, prompt: tuple[int, ...], first: Round) -> GenerationChunk:
         text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
@@ -262,15 +278,21 @@ class Generator:
     async def _encode(self, prompt: str | TokenIds | Conversation) -> tuple[int, ...]:
         if isinstance(prompt, TokenIds):
             return prompt.ids
+        self.check_size(prompt)
         # A long text takes milliseconds: not on the event loop.
         if isinstance(prompt, Conversation):
-            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
-            self._limits.check_text("prompt.chat.messages", sum(len(turn.content) for turn in prompt.turns))
-            return await asyncio.to_thread(self._tokenizer.encode_chat, prompt.turns)
+            return await asyncio.to_thread(self._tokenizer.encode_chat, prompt)
         if not prompt:
             raise InvalidRequestError("prompt.text", prompt, "at least one character")
-        self._limits.check_text("prompt.text", len(prompt))
         return await asyncio.to_thread(self._tokenizer.encode, prompt)
+
+    def check_size(self, prompt: str | Conversation) -> None:
+        """Raise InvalidRequestError for a prompt that is too large to be worth tokenizing."""
+        if isinstance(prompt, Conversation):
+            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
+            self._limits.check_text("prompt.chat.messages", prompt.num_chars)
+        else:
+            self._limits.check_text("prompt.text", len(prompt))
 
     @contextlib.asynccontextmanager
     async def _draft_session(
@@ -303,6 +325,7 @@ class _Output:
         request: GenerationRequest,
         num_prompt_tokens: int,
         tokenizer: Tokenizer,
+        answer: AnswerText,
         drafter: DraftSession,
         verifier: ResilientVerifySession,
         arrival_ns: int,
@@ -312,36 +335,39 @@ class _Output:
         self._tokenizer = tokenizer
         self._drafter = drafter
         self._verifier = verifier
-        self._detokenizer = Detokenizer(tokenizer, request.stop_strings)
+        self._answer = answer
         self._recorder = StatisticsRecorder(arrival_ns)
         self._num_output_tokens = 0
 
     def take(self, round_: Round) -> GenerationChunk:
         """The chunk for a round; its `completion` is set if the output ends here."""
         verdict = round_.answer.verdict
-        detokenized = self._detokenizer.push(verdict.token_ids, is_last=verdict.finish_reason is not None)
-        token_ids = verdict.token_ids[: detokenized.num_tokens]
+        answer = self._answer.push(verdict.token_ids, is_last=verdict.finish_reason is not None)
+        token_ids = verdict.token_ids[: answer.num_tokens]
         num_accepted = min(verdict.num_accepted, len(token_ids))
         self._num_output_tokens += len(token_ids)
         timings = self._recorder.record(round_, num_accepted)
         is_traced = self._request.speculation.is_traced
         has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
         return GenerationChunk(
-            text=detokenized.text,
+            text=answer.text,
             token_ids=token_ids,
             num_accepted=num_accepted,
             token_texts=tuple(map(self._tokenizer.token_text, token_ids)) if has_token_texts else (),
             timings=timings,
-            completion=self._completion(round_, detokenized.matched_stop),
+            completion=self._completion(round_, answer),
             logprobs=verdict.logprobs[: len(token_ids)],
             trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
+            tool_calls=answer.tool_calls,
         )
 
-    def _completion(self, round_: Round, matched_stop: str | None) -> Completion | None:
-        verdict = round_.answer.verdict
-        reason = FinishReason.STOP if matched_stop is not None else verdict.finish_reason
+    def _completion(self, round_: Round, answer: AnswerRound) -> Completion | None:
+        verdict, matched_stop = round_.answer.verdict, answer.matched_stop
+        reason = FinishReason.STOP if matched_stop is not None or answer.is_over else verdict.finish_reason
         if reason is None:
             return None
+        if reason is FinishReason.STOP and self._answer.has_calls:
+            reason = FinishReason.TOOL_CALLS
         drafter = self._drafter
         num_failures = drafter.num_failures if isinstance(drafter, ResilientDraftSession) else 0
         return Completion(

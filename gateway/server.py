@@ -24,10 +24,10 @@ from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.clients import DrafterClient, VerifierClient
 from gateway.config import HTTP_OFF, GatewaySettings
+from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.draft_session import DraftConnection, DrafterPool, DraftLimits
 from gateway.generation import (
     Completion,
-    Conversation,
     GenerationChunk,
     GenerationRequest,
     Generator,
@@ -43,7 +43,9 @@ from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.statistics import RoundTimings, SpeculationStatistics
-from gateway.tokenizer import ChatTurn, Tokenizer
+from gateway.tokenizer import Tokenizer
+from gateway.tool_parser import ToolCallDelta
+from gateway.tools import ToolDialect, dialect_of
 from gateway.trace import RoundTrace
 from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
 
@@ -68,6 +70,16 @@ _PEER_STATES: Mapping[PeerState, _PeerState.PeerState.ValueType] = MappingProxyT
         PeerState.READY: _PeerState.PEER_STATE_READY,
         PeerState.UNREACHABLE: _PeerState.PEER_STATE_UNREACHABLE,
         PeerState.REFUSED: _PeerState.PEER_STATE_REFUSED,
+    }
+)
+_ToolMode = generation_pb2.ToolChoice
+_TOOL_MODES: Mapping[int, ToolMode] = MappingProxyType(
+    {
+        _ToolMode.MODE_UNSPECIFIED: ToolMode.AUTO,
+        _ToolMode.MODE_AUTO: ToolMode.AUTO,
+        _ToolMode.MODE_NONE: ToolMode.NONE,
+        _ToolMode.MODE_REQUIRED: ToolMode.REQUIRED,
+        _ToolMode.MODE_NAMED: ToolMode.NAMED,
     }
 )
 
@@ -171,6 +183,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             limits=settings,
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
             observe=self._observer(),
+            tool_dialect=_tool_dialect(settings, tokenizer),
         )
 
     def _state(self) -> GatewayState | None:
@@ -279,6 +292,12 @@ def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
     return ApiKeys(settings.api_keys_file, settings.api_keys.get_secret_value() if settings.api_keys else None)
 
 
+def _tool_dialect(settings: GatewaySettings, tokenizer: Tokenizer) -> ToolDialect:
+    if settings.tool_call_format == "auto":
+        return dialect_of(tokenizer.chat_template(has_tools=True))
+    return ToolDialect(settings.tool_call_format)
+
+
 @dataclass(frozen=True)
 class _Caller:
     """What the boundary has found out about an RPC before we are asked."""
@@ -315,8 +334,37 @@ def _prompt_from_pb(message: generation_pb2.GenerateRequest) -> str | TokenIds |
     if kind == "token_ids":
         return TokenIds(tuple(message.token_ids.ids))
     if kind == "chat":
-        return Conversation(tuple(ChatTurn(turn.role, turn.content) for turn in message.chat.messages))
+        return _conversation_from_pb(message.chat)
     raise InvalidRequestError("prompt", None, "text, token_ids or chat")
+
+
+def _conversation_from_pb(message: generation_pb2.ChatPrompt) -> Conversation:
+    turns = tuple(
+        ChatTurn(
+            turn.role,
+            turn.content,
+            tuple(ToolCall(call.id, call.name, call.arguments) for call in turn.tool_calls),
+            turn.tool_call_id,
+            turn.name,
+        )
+        for turn in message.messages
+    )
+    return Conversation(turns, _tools_from_pb(message), continues_last_turn=message.continue_final_message)
+
+
+def _tools_from_pb(message: generation_pb2.ChatPrompt) -> Tools | None:
+    choice = message.tool_choice
+    if choice.mode not in _TOOL_MODES:
+        raise InvalidRequestError("tool_choice.mode", choice.mode, "a Mode: auto, none, required, named or unset")
+    if not message.tools:
+        if message.HasField("tool_choice") and choice.mode != _ToolMode.MODE_NONE:
+            raise InvalidRequestError("tool_choice", "set", "only together with tools")
+        return None
+    definitions = tuple(
+        ToolDefinition(tool.name, tool.description, tool.parameters_json_schema) for tool in message.tools
+    )
+    is_parallel = message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True
+    return Tools(definitions, _TOOL_MODES[choice.mode], choice.name, is_parallel)
 
 
 def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> SpeculationWish:
@@ -342,6 +390,13 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         choice_index=chunk.choice_index,
         logprobs=[convert.logprobs_to_pb(entry) if entry else types_pb2.TokenLogprobs() for entry in chunk.logprobs],
         trace=_trace_to_pb(chunk.trace) if chunk.trace is not None else None,
+        tool_calls=[_tool_call_to_pb(call) for call in chunk.tool_calls],
+    )
+
+
+def _tool_call_to_pb(call: ToolCallDelta) -> generation_pb2.ToolCallDelta:
+    return generation_pb2.ToolCallDelta(
+        index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments
     )
 
 

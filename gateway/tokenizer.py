@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+from gateway.conversation import Conversation
 
-CHAT_ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """One message of a conversation."""
-
-    role: str
-    content: str
+# What the library takes for itself beside what it hands to a template.
+_RENDER_ARGUMENTS = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
+    | {"continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"}
+    | {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_METASPACE = "\u2581"
 
 
 class Tokenizer:
@@ -31,6 +32,11 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
+        self._added_texts: Mapping[int, str] = {
+            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()
+        }
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        self._byte_of_char = _byte_of_char() if "ByteLevel" in json.dumps(decoder) else None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -55,23 +61,42 @@ class Tokenizer:
         """Token ids of a prompt, with the special tokens this tokenizer adds by default."""
         return tuple(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
-    def encode_chat(self, turns: Sequence[ChatTurn]) -> tuple[int, ...]:
-        """Token ids of a conversation, ready for the assistant to answer."""
-        if not turns:
-            raise InvalidRequestError("prompt.chat.messages", [], "at least one message")
-        for index, turn in enumerate(turns):
-            if turn.role not in CHAT_ROLES:
-                raise InvalidRequestError(f"prompt.chat.messages[{index}].role", turn.role, ", ".join(CHAT_ROLES))
-        return tuple(self._tokenizer(self._render(turns), add_special_tokens=False, verbose=False)["input_ids"])
+    def encode_chat(self, conversation: Conversation) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant to answer unless it says otherwise."""
+        conversation.check()
+        text = self._render(conversation)
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _render(self, turns: Sequence[ChatTurn]) -> str:
+    def chat_template(self, has_tools: bool) -> str:
+        """The template that conversations with or without tools are rendered with; "" if there is none."""
         if not self._tokenizer.chat_template:
+            return ""
+        return str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None))
+
+    def _render(self, conversation: Conversation) -> str:
+        tools = conversation.template_tools()
+        template = self.chat_template(tools is not None)
+        if not template:
             raise InvalidRequestError("prompt", "a conversation", "text or token ids: the model has no chat template")
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if tools is not None and "tools" not in template:
+            raise InvalidRequestError("tools", f"{len(tools)} functions", "none: the model's chat template knows none")
+        for name in conversation.template_arguments:
+            if name in _RENDER_ARGUMENTS or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise InvalidRequestError("chat_template_kwargs", name, "names that the model's chat template uses")
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(
+                self._tokenizer.apply_chat_template(
+                    conversation.template_messages(knows_developer="developer" in template),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=conversation.opens_answer and not conversation.continues_last_turn,
+                    continue_final_message=conversation.continues_last_turn,
+                    **conversation.template_arguments,
+                )
+            )
         except Exception as error:  # templates are programs and refuse in their own words
-            raise InvalidRequestError("prompt.chat.messages", f"{len(turns)} messages", str(error)) from error
+            shown = f"{len(conversation.turns)} messages"
+            raise InvalidRequestError("prompt.chat.messages", shown, str(error)) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids as they stand, special tokens included; broken UTF-8 becomes U+FFFD."""
@@ -80,3 +105,26 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of one token alone, for display."""
         return self.decode((token_id,))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token alone, which may be part of a character; of a special token, its name."""
+        added = self._added_texts.get(token_id)
+        if added is not None:
+            return added.encode()
+        token = str(self._backend.id_to_token(token_id) or "")
+        if self._byte_of_char is not None:
+            return bytes(self._byte_of_char.get(char, ord("?")) for char in token)
+        fallback = _BYTE_FALLBACK.fullmatch(token)
+        return bytes.fromhex(fallback.group(1)) if fallback else token.replace(_METASPACE, " ").encode()
+
+    def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of the special tokens whose text is one of `texts`."""
+        return frozenset(token_id for token_id in self.special_token_ids if self._added_texts[token_id] in texts)
+
+
+def _byte_of_char() -> Mapping[str, int]:
+    """The character of each byte in byte-level vocabularies, turned round: visible Latin-1 stands for itself, the
+    other bytes, in order, for the characters from 256 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -218,3 +218,33 @@ async def test_an_idle_thread_waits_without_stepping(thread: DeviceThread, core:
     core.is_stepping.clear()
     await asyncio.sleep(0.02)
     assert not core.is_stepping.is_set()
+
+
+async def test_an_opening_nobody_waits_for_any_more_is_withdrawn(thread: DeviceThread, core: DoublingCore) -> None:
+    closed: list[int] = []
+    core.gate.clear()
+    in_step = asyncio.ensure_future(thread.submit(Number(1)))
+    await asyncio.to_thread(core.is_stepping.wait, 5)
+    number = Number(21)
+    opening = asyncio.ensure_future(thread.submit_opening(number, closed.append))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert number.future.cancelled()
+    core.gate.set()
+    assert await in_step == 2
+    assert closed == []
+
+
+async def test_an_opening_that_is_answered_while_its_caller_goes_away_is_closed(thread: DeviceThread) -> None:
+    """The answer has left the device thread and not yet reached the event loop."""
+    closed: list[int] = []
+    number = Number(21)
+    opening = asyncio.ensure_future(thread.submit_opening(number, closed.append))
+    await asyncio.sleep(0)
+    assert number.future.result(5) == 42  # blocks the loop, so that it cannot have seen it
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert closed == [42]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import torch
 
 from easyspec.device_thread import DeviceThread
-from easyspec.errors import ConfigurationError
+from easyspec.errors import CapacityError, ConfigurationError
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.row_layout import MAX_TREE_COLUMNS
 from easyspec.model.row_probe import make_row_invariant
@@ -14,6 +16,7 @@ from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, 
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import StepObserver, ignore_step
 from verifier_service.config import VerifierSettings
+from verifier_service.scheduler import SchedulerLimits
 from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
 
 
@@ -23,9 +26,6 @@ class VerifierEngine:
     def __init__(self, settings: VerifierSettings, on_step: StepObserver = ignore_step) -> None:
         if settings.max_tree_nodes > MAX_TREE_COLUMNS:
             raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
-        if settings.num_kv_slots < settings.max_tree_nodes + 2:  # a prompt token, an output token and a tree
-            least = settings.max_tree_nodes + 2
-            raise ConfigurationError(f"num_kv_slots is {settings.num_kv_slots}; allowed: at least {least}")
         self._settings = settings
         self._on_step = on_step
         self._thread = DeviceThread("verifier-device")
@@ -55,13 +55,21 @@ class VerifierEngine:
         return self._verifier.usage()
 
     async def open(self, request: OpenVerification) -> int:
-        """Open a session and return its id; raises the EasyspecError that the request deserves."""
-        grammar = request.sampling.grammar
-        if grammar is None:
-            return await self._thread.submit(OpenTask(request))
-        assert self._grammars is not None, "started"
-        request.sampling.check(self.model_info.vocab_size)
-        return await self._thread.submit(OpenTask(request, await self._grammars.compile(grammar)))
+        """Open a session and return its id, waiting for KV memory if need be.
+
+        Raises the EasyspecError that the request deserves. Whoever stops waiting holds nothing.
+        """
+        grammar, compiled = request.sampling.grammar, None
+        if grammar is not None:
+            assert self._grammars is not None, "started"
+            request.sampling.check(self.model_info.vocab_size)
+            compiled = await self._grammars.compile(grammar)
+        timeout_s = self._settings.admission_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._thread.submit_opening(OpenTask(request, compiled), self.close)
+        except TimeoutError:
+            raise CapacityError(f"KV memory was full for {timeout_s:g} s", timeout_s) from None
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         """The verdict on a tree; raises StalePositionError or InvalidTreeError and then changes nothing."""
@@ -75,15 +83,17 @@ class VerifierEngine:
         settings = self._settings
         self._loaded = loaded = load_model(settings, is_exact=True)
         with torch.inference_mode():
-            self.row_invariant = make_row_invariant(loaded.decoder, loaded.pool)
+            self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool)
         info = loaded.info
         self._grammars = GrammarCompiler(loaded.folder, info.vocab_size, info.eos_token_ids)
-        self._verifier = Verifier(
-            loaded.decoder,
-            loaded.pool,
-            VerifierLimits(
-                settings.served_model_name, settings.max_tree_nodes, settings.max_batch_rows, settings.prefill_chunk
-            ),
-            self._on_step,
+        limits = VerifierLimits(settings.served_model_name, info.max_model_len, settings.max_tree_nodes)
+        scheduler_limits = SchedulerLimits(
+            max_batch_rows=settings.max_batch_rows,
+            prefill_chunk=settings.prefill_chunk,
+            max_tree_nodes=settings.max_tree_nodes,
+            max_waiting_sessions=settings.max_waiting_sessions,
+            retry_after_s=settings.admission_timeout_s,
+            max_prefill_slowdown=settings.max_prefill_slowdown,
         )
+        self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
         return self._verifier

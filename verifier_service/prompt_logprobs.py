@@ -25,8 +25,12 @@ class PromptLogprobs:
         self._num_top = num_top
         self._entries: list[TokenLogprobs] = []
 
-    def add(self, decoder: Decoder, hidden: Tensor) -> None:
-        """Take the hidden states [T, E] of the next T positions; those that predict no prompt token are left out."""
+    def add(self, decoder: Decoder, hidden: Tensor, position: int) -> None:
+        """Take the hidden states [T, E] of T positions from `position` on.
+
+        Rows that predict no prompt token are left out, and those seen before: a preempted prompt is computed again.
+        """
+        hidden = hidden[len(self._entries) - position :]
         first = len(self._entries) + 1  # the token that the first row predicts
         hidden = hidden[: max(0, len(self._token_ids) - first)]
         for start in range(0, len(hidden), _NUM_ROWS_AT_ONCE):

@@ -44,7 +44,7 @@ class VerifierEngine(Protocol):
     def kv_usage(self) -> KvUsage: ...
 
     async def open(self, request: OpenVerification) -> int:
-        """A new session's id; raises EasyspecError subclasses, and then nothing is held."""
+        """A new session's id; raises EasyspecError subclasses, and then, as when cancelled, nothing is held."""
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         """The verdict on `tree`; raises EasyspecError subclasses, and then nothing has changed."""

@@ -18,8 +18,8 @@ import torch
 from easyspec.device_thread import Task
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool, SessionSlots
-from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns
 from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
@@ -28,6 +28,7 @@ from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
+from verifier_service.scheduler import ScheduledSession, Scheduler, SchedulerLimits, Work
 from verifier_service.verdicts import Case, decide
 
 
@@ -57,20 +58,30 @@ class CloseTask(Task[None]):
 
 @dataclass(frozen=True)
 class VerifierLimits:
-    """What one session and one step may take, in tokens and rows."""
+    """What one session may ask for; `max_model_len` is what fits the KV memory."""
 
     served_model_name: str
+    max_model_len: int
     max_tree_nodes: int
-    max_batch_rows: int
-    prefill_chunk: int
 
 
-class VerifierSession:
-    """One request at the verifier: its tokens, their slots, and the tree it waits for."""
+class VerifierSession(ScheduledSession):
+    """One request at the verifier: its tokens, their slots, and the verdict it waits for."""
 
     def __init__(
-        self, request: OpenVerification, limits: StopLimits, slots: SessionSlots, grammar: GrammarState | None
+        self,
+        session_id: int,
+        request: OpenVerification,
+        limits: StopLimits,
+        slots: SessionSlots,
+        grammar: GrammarState | None,
     ) -> None:
+        super().__init__(
+            session_id,
+            [*request.prompt_token_ids, *request.output_token_ids],
+            slots,
+            takes_prefixes=not request.prompt_logprobs,  # these need the rows of the whole prompt
+        )
         self.sampling = request.sampling
         self.grammar = grammar
         self.num_top_logprobs = request.num_top_logprobs
@@ -78,11 +89,8 @@ class VerifierSession:
         if request.prompt_logprobs and request.num_top_logprobs is not None:
             self.prompt_logprobs = PromptLogprobs(request.prompt_token_ids, request.num_top_logprobs)
         self.limits = limits
-        self.slots = slots
-        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.history = TokenHistory(request.prompt_token_ids, request.output_token_ids)
         self.waiting: VerifyTask | None = None
-        self.tree_slots: list[int] = []
         self.is_finished = False
 
     def case(self, tree: TokenTree, first_row: int) -> Case:
@@ -98,24 +106,20 @@ class VerifierSession:
         entries, self.prompt_logprobs = self.prompt_logprobs.entries(), None
         return replace(verdict, prompt_logprobs=entries)
 
-    @property
-    def num_uncached(self) -> int:
-        """Committed tokens without K and V; 1 (the root) once the prompt is prefilled."""
-        return len(self.token_ids) - self.slots.num_cached
+    def segment(self, slots: Sequence[int], tree: TokenTree | None) -> Segment:
+        """Rows for the committed tokens that live in `slots`, and for the nodes of a tree behind the last of them."""
+        chain = self._chain_segment(slots)
+        return chain if tree is None or not tree.token_ids else self._tree_segment(chain, tree)
 
-    def chain_segment(self, num_tokens: int) -> Segment:
-        """Rows for the next uncached tokens, each seeing what comes before it and itself."""
-        start = self.slots.num_cached
-        positions = range(start, start + num_tokens)
-        slots = self.slots.extend(num_tokens)
+    def _chain_segment(self, slots: Sequence[int]) -> Segment:
+        """Rows for the last cached tokens, each seeing what comes before it and itself."""
+        positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
         visible = [position + 1 for position in positions]
-        return Segment(self.token_ids[start : start + num_tokens], positions, slots, visible, self.slots.by_position)
+        token_ids = self.token_ids[positions.start : positions.stop]
+        return Segment(token_ids, positions, slots, visible, self.slots.by_position)
 
-    def tree_segment(self, tree: TokenTree) -> Segment:
-        """Rows for every uncached token, the last one being the root, and for the nodes, which have `tree_slots`."""
-        chain = self.chain_segment(self.num_uncached)
-        if not tree.token_ids:
-            return chain
+    def _tree_segment(self, chain: Segment, tree: TokenTree) -> Segment:
+        """Rows of `chain`, the last one being the root, and of the nodes, which have `tree_slots`."""
         root_position = len(self.token_ids) - 1
         last_position = self.limits.max_total_length - 1  # deeper nodes can never be emitted
         positions = [min(root_position + depth, last_position) for depth in tree.row_depths[1:]]
@@ -136,145 +140,114 @@ class VerifierSession:
 
 
 class Verifier:
-    """Steps over batches of sessions: all trees that are ready at once, then one chunk of one prompt."""
+    """Steps over batches of sessions: the trees that are ready and pieces of the prompts that came in."""
 
     def __init__(
-        self, decoder: Decoder, pool: KVPool, limits: VerifierLimits, on_step: StepObserver = ignore_step
+        self,
+        decoder: Decoder,
+        memory: KvMemory,
+        limits: VerifierLimits,
+        scheduler_limits: SchedulerLimits,
+        on_step: StepObserver = ignore_step,
     ) -> None:
         self._decoder = decoder
-        self._pool = pool
+        self._memory = memory
         self._limits = limits
         self._on_step = on_step
-        self._sessions: dict[int, VerifierSession] = {}
+        self._scheduler: Scheduler[VerifierSession] = Scheduler(memory, scheduler_limits)
         self._session_ids = itertools.count(1)
-        self._ready: list[VerifierSession] = []
-        self._prefilling: list[VerifierSession] = []
 
     def usage(self) -> KvUsage:
         """KV memory as it is now; may be read from another thread."""
-        return KvUsage(self._pool.num_slots, self._pool.num_used_slots, len(self._sessions))
+        return self._memory.usage(self._scheduler.num_sessions)
 
     def accept(self, task: Task[Any]) -> None:
         """Open, queue or close; an error that the caller made is the answer to that task alone."""
         try:
             if isinstance(task, OpenTask):
-                task.finish(self._open(task.request, task.grammar))
+                self._open(task)
             elif isinstance(task, VerifyTask):
                 self._enqueue(task)
             elif isinstance(task, CloseTask):
-                self._close(task.session_id)
+                self._scheduler.close(task.session_id)
         except EasyspecError as error:
             task.fail(error)
 
     def step(self) -> bool:
-        """One pass over every tree that is ready, then one prompt chunk; True if something is still waiting."""
+        """One pass over what the scheduler chose; True if there is more to compute."""
         with torch.inference_mode():
-            if self._ready:
-                self._verify(self._next_batch())
-            if self._prefilling:
-                self._advance(self._prefilling.pop(0))
-        return bool(self._ready or self._prefilling)
+            works = self._scheduler.plan()
+            if works:
+                self._verify(works)
+        return bool(works) and self._scheduler.is_anyone_waiting
 
     def abandon(self, error: BaseException) -> None:
         """Fail every waiting task and end its session, whose KV may be half written."""
-        for session in [*self._sessions.values()]:
+        self._scheduler.fail_openings(error)
+        for session in self._scheduler.abandon():
             if session.waiting is not None:
                 session.waiting.fail(error)
-                session.waiting, session.is_finished = None, True
-        self._ready.clear()
-        self._prefilling.clear()
+            session.waiting, session.is_finished = None, True
 
-    def _open(self, request: OpenVerification, compiled: CompiledGrammar | None) -> int:
-        config = self._decoder.config
+    def _open(self, task: OpenTask) -> None:
+        """Check the request and let its session in as soon as there is room."""
+        request, config = task.request, self._decoder.config
         check_model(request.model, self._limits.served_model_name)
-        check_prompt(request.prompt_token_ids, config.vocab_size, config.max_model_len)
+        check_prompt(request.prompt_token_ids, config.vocab_size, self._limits.max_model_len)
         check_token_ids("output_token_ids", request.output_token_ids, config.vocab_size)
         request.sampling.check(config.vocab_size)
         request.stop.check(config.vocab_size)
         num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
         # Where a grammar allows an end of sequence it means it (see `grammar.py`).
-        stop = request.stop if compiled is None else replace(request.stop, ignore_eos=False)
-        limits = stop_limits(stop, num_prompt, config.eos_token_ids, config.max_model_len)
+        stop = request.stop if task.grammar is None else replace(request.stop, ignore_eos=False)
+        limits = stop_limits(stop, num_prompt, config.eos_token_ids, self._limits.max_model_len)
         if num_prompt + num_output >= limits.max_total_length:
             raise InvalidRequestError("output_token_ids", f"{num_output} tokens", "fewer than max_tokens")
         has_prompt = request.prompt_logprobs
         check_logprobs(request.num_top_logprobs, has_prompt=has_prompt, num_prompt_tokens=num_prompt)
-        grammar = None if compiled is None else _replayed(compiled, request)
-        slots = SessionSlots(self._pool, limits.max_total_length + self._limits.max_tree_nodes, BLOCK_SIZE)
-        session_id = next(self._session_ids)
-        self._sessions[session_id] = VerifierSession(request, limits, slots, grammar)
-        return session_id
+        grammar = None if task.grammar is None else _replayed(task.grammar, request)
+        slots = SessionSlots(self._memory)
+        session = VerifierSession(next(self._session_ids), request, limits, slots, grammar)
+        self._scheduler.open(session, task)
 
     def _enqueue(self, task: VerifyTask) -> None:
-        session = self._sessions.get(task.session_id)
+        session = self._scheduler.get(task.session_id)
         if session is None or session.is_finished:
             raise InvalidRequestError("session", task.session_id, "an open session that has not finished")
         if session.waiting is not None or task.base_length != len(session.token_ids):
             raise StalePositionError(task.base_length, len(session.token_ids))
         task.tree.check(self._decoder.config.vocab_size, self._limits.max_tree_nodes)
         session.waiting = task
-        (self._ready if session.num_uncached == 1 else self._prefilling).append(session)
+        self._scheduler.submit(session, task.tree)
 
-    def _close(self, session_id: int) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            self._pool.free(session.tree_slots)
-            session.slots.release()
-            self._ready = [other for other in self._ready if other is not session]
-            self._prefilling = [other for other in self._prefilling if other is not session]
-
-    def _next_batch(self) -> list[VerifierSession]:
-        """As many ready sessions as fit a step, first come first served."""
-        batch: list[VerifierSession] = []
-        num_rows = 0
-        while self._ready:
-            waiting = self._ready[0].waiting
-            assert waiting is not None, "a ready session waits for a verdict"
-            num_rows += len(waiting.tree) + 1
-            if batch and num_rows > self._limits.max_batch_rows:
-                break
-            batch.append(self._ready.pop(0))
-        return batch
-
-    def _advance(self, session: VerifierSession) -> None:
-        """Prefill one chunk; the last chunk carries the tree too."""
-        if session.num_uncached > self._limits.prefill_chunk:
-            started_ns = time.monotonic_ns()
-            layout = self._decoder.lay_out([session.chain_segment(self._limits.prefill_chunk)])
-            hidden = self._decoder.forward(layout, self._pool)
-            if session.prompt_logprobs is not None:
-                session.prompt_logprobs.add(self._decoder, hidden[: self._limits.prefill_chunk])
-            self._on_step(StepReport("prefill", time.monotonic_ns() - started_ns, self._limits.prefill_chunk, 1))
-            self._prefilling.append(session)
-        else:
-            self._verify([session])
-
-    def _verify(self, batch: Sequence[VerifierSession]) -> None:
-        """One pass over the batch, then a verdict for each session."""
+    def _verify(self, works: Sequence[Work[VerifierSession]]) -> None:
+        """One pass over the batch, then a verdict for each session whose tree it holds."""
         started_ns = time.monotonic_ns()
-        trees: list[TokenTree] = []
-        segments: list[Segment] = []
-        for session in batch:
-            assert session.waiting is not None, "a batched session waits for a verdict"
-            tree = session.waiting.tree
-            trees.append(tree)
-            session.tree_slots = self._pool.allocate(len(tree))
-            segments.append(session.tree_segment(tree))
+        segments = [work.session.segment(work.slots, work.tree) for work in works]
         layout = self._decoder.lay_out(segments)
-        hidden = self._decoder.forward(layout, self._pool)
+        hidden = self._decoder.forward(layout, self._memory.pool)
+        judged: list[VerifierSession] = []
         cases: list[Case] = []
         rows: list[int] = []
-        for index, (session, segment, tree) in enumerate(zip(batch, segments, trees, strict=True)):
-            root = layout.flat_row(index, len(segment) - len(tree) - 1)
+        for index, work in enumerate(works):
+            session, tree, first = work.session, work.tree, layout.flat_row(index, 0)
+            num_tokens = len(work.slots)
             if session.prompt_logprobs is not None:
-                session.prompt_logprobs.add(self._decoder, hidden[layout.flat_row(index, 0) : root + 1])
-            cases.append(session.case(tree, first_row=len(rows)))
-            rows += range(root, root + len(tree) + 1)
-        logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
-        outcomes = decide(logits, cases)
+                position = session.slots.num_cached - num_tokens
+                session.prompt_logprobs.add(self._decoder, hidden[first : first + num_tokens], position)
+            if tree is not None:  # else it is a piece of a prompt
+                judged.append(session)
+                cases.append(session.case(tree, first_row=len(rows)))
+                root = first + num_tokens - 1
+                rows += range(root, root + len(tree) + 1)
+        outcomes: list[Verdict | EasyspecError] = []
+        if rows:
+            logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+            outcomes = decide(logits, cases)
         compute_ns = time.monotonic_ns() - started_ns
-        self._on_step(StepReport("verify", compute_ns, sum(map(len, segments)), len(batch)))
-        for session, outcome in zip(batch, outcomes, strict=True):
+        num_rows = sum(layout.num_rows)
+        self._on_step(StepReport("verify" if judged else "prefill", compute_ns, num_rows, len(works)))
+        for session, outcome in zip(judged, outcomes, strict=True):
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"
             if isinstance(outcome, EasyspecError):
@@ -282,19 +255,20 @@ class Verifier:
                 task.fail(outcome)
                 continue
             self._commit(session, outcome)
-            timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, len(rows), len(batch))
+            timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, num_rows, len(works))
             task.finish((session.with_prompt_logprobs(outcome), timings))
+        self._scheduler.computed(works, compute_ns)
 
     def _give_up(self, session: VerifierSession) -> None:
         """Nothing more will come of the session: free the tree, and wait to be closed."""
-        self._pool.free(session.tree_slots)
+        self._memory.free(session.tree_slots)
         session.tree_slots, session.is_finished = [], True
 
     def _commit(self, session: VerifierSession, verdict: Verdict) -> None:
         """Accepted nodes keep their slots as committed positions; the others are freed. Nothing is copied."""
         tree_slots, session.tree_slots = session.tree_slots, []
         kept = [tree_slots[row - 1] for row in verdict.accepted_rows]
-        self._pool.free(sorted(set(tree_slots) - set(kept)))
+        self._memory.free(sorted(set(tree_slots) - set(kept)))
         session.slots.append(kept)
         session.token_ids.extend(verdict.token_ids)
         session.history.commit(verdict.token_ids)

@@ -2,31 +2,29 @@
 
 A round: drop the fuzzy KV entries of the last tree, run one exact, layer-sequential pass over the accepted and
 bonus tokens (bonus calibration), whose last row yields the first level; then one fuzzy step per further level.
+
+Sessions share every pass and need not be in step: each of our steps calibrates who has come, reads a piece of the
+prompts, and grows every tree by a level. Who comes late joins at the next level.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import numpy as np
 import torch
 
-from drafter_service.growth import (
-    DEFAULT_RANKING,
-    Candidates,
-    GrowingTree,
-    RankingSettings,
-    RoundNoise,
-    Sharpness,
-    rank_candidates,
-)
-from drafter_service.sources.source import DraftJob, DraftSession, Proposal
+from drafter_service.growth import DEFAULT_RANKING, RankingSettings, draw_noise, rank_candidates
+from drafter_service.sources.rounds import Drafting, SessionState
+from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
+from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool, SessionSlots
-from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
+from easyspec.model.kv_cache import KvMemory
+from easyspec.model.row_layout import ROW_BUCKETS, RowLayout, Segment
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.messages import DraftTimings
 
 # Children looked at per row: the chance that the base model picks a later one is small. The same number for every
@@ -34,217 +32,302 @@ from easyspec.speculation.messages import DraftTimings
 _NUM_CANDIDATES = 8
 # Up to this many tokens noise is drawn for all of them, once a round; beyond, for the likeliest of each row.
 _MAX_NOISED_VOCABULARY = 8192
+# Who had a tree so recently will soon come for the next one, and would wait for a long step.
+_DRAFTING_WITHIN_NS = 1_000_000_000
+
+_ItemT = TypeVar("_ItemT")
 
 
-class _SessionState:
-    """A session's KV: slots of committed tokens, and of the last tree's expanded nodes (row -> slot)."""
+@dataclass(frozen=True)
+class _Chain:
+    """Committed tokens to compute: a piece of a prompt, or (with a drafting) all that a calibration covers."""
 
-    def __init__(self, slots: SessionSlots, ranking: RankingSettings) -> None:
-        self.slots = slots
-        self.sharpness = Sharpness(ranking)
-        self.tree: GrowingTree | None = None
-        self.tree_slots: dict[int, int] = {}
+    state: SessionState
+    segment: Segment
+    drafting: Drafting | None
 
 
-@dataclass
-class _Drafting:
-    """A job while it is being worked on."""
+@dataclass(frozen=True)
+class _Frontier:
+    """Nodes of a tree to expand."""
 
-    job: DraftJob
-    state: _SessionState
-    tree: GrowingTree
-
-    @property
-    def base_length(self) -> int:
-        return len(self.job.session.token_ids)
+    drafting: Drafting
+    segment: Segment
 
 
 class LayerParallelSource:
-    """Guesses with the draft model. Jobs of one plan share every pass."""
+    """Guesses with the draft model. Sessions of one plan share every pass.
+
+    A session takes slots as it grows; when there are none left, the youngest loses its own, and is over: its gateway
+    decodes plainly and comes back later.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
-        pool: KVPool,
+        memory: KvMemory,
         prefill_chunk: int,
         max_tree_slots: int,
         ranking: RankingSettings = DEFAULT_RANKING,
+        max_prefill_slowdown: float = 1.7,
     ) -> None:
         self._ranking = ranking
         self._decoder = decoder
-        self._pool = pool
-        self._prefill_chunk = prefill_chunk
+        self._memory = memory
         self._max_tree_slots = max_tree_slots
-        self._states: dict[int, _SessionState] = {}
+        self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk, ROW_BUCKETS)
+        self._states: dict[int, SessionState] = {}  # in the order of their age
+        self._unread: list[SessionState] = []  # prompts to prefill, least recently served first
+        self._evicted: list[DraftSession] = []
+        self._last_job_ns = -_DRAFTING_WITHIN_NS
 
     def open(self, session: DraftSession) -> None:
-        """Reserve KV memory for the session; raises CapacityError."""
-        slots = SessionSlots(self._pool, session.max_length + self._max_tree_slots, BLOCK_SIZE)
-        self._states[session.session_id] = _SessionState(slots, self._ranking)
+        """Let the session in if there is room for its prompt and a tree; raises CapacityError."""
+        state = SessionState(session, self._memory, self._ranking)
+        num_hit = state.slots.take_prefix(session.token_ids[:-1])
+        state.num_exact = state.slots.num_cached
+        wanted = state.num_uncached + self._max_tree_slots
+        if self._states and wanted > self._memory.num_available:
+            state.slots.release()
+            raise CapacityError(
+                f"KV memory is full: {wanted} token slots wanted, {self._memory.num_available} of "
+                f"{self._memory.num_slots} free"
+            )
+        self._memory.num_query_tokens += len(session.token_ids) - 1
+        self._memory.num_hit_tokens += num_hit
+        self._states[session.session_id] = state
+        if state.num_unread > 0:
+            self._unread.append(state)
 
     def close(self, session: DraftSession) -> None:
-        """Free the session's KV memory; idempotent."""
-        state = self._states.pop(session.session_id, None)
+        """Free the session's KV memory, of which exact entries stay as a prefix for others; idempotent."""
+        state = self._forget(session)
         if state is not None:
-            self._pool.free([*state.tree_slots.values()])
+            state.share()
             state.slots.release()
 
-    def prepare(self, session: DraftSession) -> bool:
-        """Prefill one chunk, exactly; the last token is left to the calibration, which needs a row."""
-        state = self._states[session.session_id]
-        num_left = len(session.token_ids) - 1 - state.slots.num_cached
-        if num_left > 0:
-            segment = _chain_segment(session, state, min(self._prefill_chunk, num_left))
-            self._decoder.forward(self._decoder.lay_out([segment]), self._pool)
-        return num_left <= self._prefill_chunk
+    def abandon(self) -> Sequence[DraftSession]:
+        """End the sessions that had something to do, and share nothing of them."""
+        busy = [state for state in self._states.values() if state.drafting is not None or state in self._unread]
+        for state in busy:
+            self._forget(state.session)
+            state.slots.release()
+        return [state.session for state in busy]
 
-    def propose(self, jobs: Sequence[DraftJob]) -> list[Proposal]:
-        """One calibration pass and one fuzzy step per further level for each set of jobs with the same plan."""
-        by_plan: dict[tuple[LayerPlan, bool], list[int]] = {}
-        for index, job in enumerate(jobs):
-            by_plan.setdefault((job.session.plan, job.session.calibration), []).append(index)
-        proposals: dict[int, Proposal] = {}
-        for (plan, calibration), indexes in by_plan.items():
-            group = [jobs[index] for index in indexes]
-            proposals.update(zip(indexes, self._propose(group, plan, calibration), strict=True))
-        return [proposals[index] for index in range(len(jobs))]
+    def begin(self, job: DraftJob) -> None:
+        """Learn from the verdict and drop the last tree; the next step calibrates."""
+        self._states[job.session.session_id].begin(job)
 
-    def _propose(self, jobs: Sequence[DraftJob], plan: LayerPlan, calibration: bool) -> list[Proposal]:
+    def step(self) -> Progress:
+        """Calibrate who has come, beside pieces of prompts; then one level for every tree that is not full."""
         started_ns = time.monotonic_ns()
-        draftings = [self._begin(job) for job in jobs]
-        draft_logits = self._calibrate(draftings, self._decoder.sequential_plan if calibration else plan)
-        noise = self._draw_noise(draftings)
-        self._add_level(draftings, draft_logits, noise)
-        calibrated_ns = time.monotonic_ns()
-        num_fuzzy_steps = 0
-        while active := [drafting for drafting in draftings if drafting.tree.frontier]:
-            self._add_level(active, self._fuzzy_step(active, plan), noise)
-            num_fuzzy_steps += 1
-        timings = DraftTimings(
-            calibrate_ns=calibrated_ns - started_ns,
-            fuzzy_ns=time.monotonic_ns() - calibrated_ns,
-            num_fuzzy_steps=num_fuzzy_steps,
-        )
-        return [Proposal(drafting.tree.scored(), timings) for drafting in draftings]
+        chains = self._chains()
+        for plan, members in _by_plan(chains, self._plan_of_chain):
+            self._run_chains(members, plan)
+        num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
+        num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.drafting is None)
+        growing = [drafting for drafting in self._draftings() if drafting.is_calibrated and drafting.tree.frontier]
+        frontiers = [frontier for drafting in growing if (frontier := self._frontier(drafting)) is not None]
+        for plan, group in _by_plan(frontiers, lambda frontier: frontier.drafting.job.session.plan):
+            self._grow(group, plan)
+        if chains or frontiers:
+            num_rows = num_chain_rows + sum(len(frontier.segment) for frontier in frontiers)
+            self._pace.observe(num_rows, num_prompt_rows, time.monotonic_ns() - started_ns)
+        evicted, self._evicted = self._evicted, []
+        proposals = [self._finish(drafting) for drafting in self._draftings() if _is_finished(drafting)]
+        return Progress(proposals, evicted, has_more=bool(self._unread or self._draftings()))
 
-    def _begin(self, job: DraftJob) -> _Drafting:
-        """Learn from the verdict and drop the last tree; without calibration its accepted entries stay."""
-        session = job.session
-        state = self._states[session.session_id]
-        kept: list[int] = []
-        if state.tree is not None:
-            new_tokens = session.token_ids[len(session.token_ids) - job.num_new_tokens :]
-            kept = _learn(state, new_tokens)
-        if session.calibration:
-            kept = []
-        kept_slots = [state.tree_slots.pop(row) for row in kept[: job.num_new_tokens - 1]]  # the bonus token has none
-        self._pool.free([*state.tree_slots.values()])
-        state.slots.append(kept_slots)
-        state.tree_slots = {}
-        state.tree = GrowingTree(job.budget, state.sharpness)
-        return _Drafting(job, state, state.tree)
+    def _draftings(self) -> list[Drafting]:
+        return [state.drafting for state in self._states.values() if state.drafting is not None]
 
-    def _calibrate(self, draftings: Sequence[_Drafting], plan: LayerPlan) -> torch.Tensor:
-        """Exact pass over every committed token without exact KV: logits of the last rows [B, V]."""
-        segments = [
-            _chain_segment(drafting.job.session, drafting.state, drafting.base_length - drafting.state.slots.num_cached)
-            for drafting in draftings
+    def _forget(self, session: DraftSession) -> SessionState | None:
+        state = self._states.pop(session.session_id, None)
+        if state is not None:
+            state.drop_tree()
+            state.drafting = None
+            self._unread = [other for other in self._unread if other is not state]
+        return state
+
+    def _chains(self) -> list[_Chain]:
+        """This step's calibrations and pieces of prompts, with their slots."""
+        waiting = [drafting for drafting in self._draftings() if not drafting.is_calibrated]
+        ready = [drafting for drafting in waiting if drafting.state.num_unread <= 0]
+        wanted: dict[int, tuple[SessionState, int, Drafting | None]] = {
+            drafting.job.session.session_id: (drafting.state, drafting.state.num_uncached, drafting)
+            for drafting in ready
+        }
+        num_rows = sum(num_tokens for _, num_tokens, _ in wanted.values())
+        for state, num_tokens in self._prompt_shares(num_rows):
+            wanted[state.session.session_id] = (state, num_tokens, None)
+        chains: list[_Chain] = []
+        for session_id, (state, num_tokens, drafting) in sorted(wanted.items()):
+            if session_id in self._states and self._make_room(num_tokens, state):
+                chains.append(_Chain(state, state.chain_segment(state.slots.extend(num_tokens)), drafting))
+        return chains
+
+    def _prompt_shares(self, num_other_rows: int) -> list[tuple[SessionState, int]]:
+        """Pieces of prompts for a step: fair shares, first for those who waited longest; short ones leave the rest."""
+        for state in self._unread:
+            self._memory.num_hit_tokens += state.slots.take_prefix(
+                state.session.token_ids[: state.num_prompt_tokens - 1]
+            )
+            state.num_exact = state.slots.num_cached
+        self._unread = [state for state in self._unread if state.num_unread > 0]
+        if not self._unread:
+            return []
+        is_anyone_drafting = bool(self._draftings()) or time.monotonic_ns() - self._last_job_ns < _DRAFTING_WITHIN_NS
+        num_rows = self._pace.num_prompt_rows(num_other_rows, is_anyone_decoding=is_anyone_drafting)
+        served = self._without_twins()[: max(1, num_rows // MIN_PROMPT_ROWS)]
+        self._unread = [state for state in self._unread if state not in served] + served
+        shares: list[tuple[SessionState, int]] = []
+        for index, state in enumerate(sorted(served, key=lambda state: state.num_unread)):
+            num_tokens = min(state.num_unread, num_rows // (len(served) - index))
+            num_rows -= num_tokens
+            if num_tokens > 0:
+                shares.append((state, num_tokens))
+        return shares
+
+    def _without_twins(self) -> list[SessionState]:
+        """Who has to read a prompt; who would compute the same as another waits a step, and finds it done."""
+        if not self._memory.shares_prefixes:
+            return self._unread
+        first: dict[tuple[int, int], SessionState] = {}
+        for state in self._unread:
+            first.setdefault((id(state.slots.prefix), state.session.token_ids[state.slots.num_cached]), state)
+        return [*first.values()]
+
+    def _plan_of_chain(self, chain: _Chain) -> LayerPlan:
+        """Exact, but for the ablation that keeps fuzzy entries."""
+        is_exact = chain.drafting is None or chain.state.session.calibration
+        return self._decoder.sequential_plan if is_exact else chain.state.session.plan
+
+    def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
+        """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
+        started_ns = time.monotonic_ns()
+        layout, hidden = self._forward([chain.segment for chain in chains], plan)
+        calibrated = [
+            (chain.drafting, layout.flat_row(index, len(chain.segment) - 1))
+            for index, chain in enumerate(chains)
+            if chain.drafting is not None
         ]
-        layout = self._decoder.lay_out(segments)
-        hidden = self._decoder.forward(layout, self._pool, plan)
-        last_rows = [layout.flat_row(index, len(segment) - 1) for index, segment in enumerate(segments)]
-        return self._decoder.logits(hidden[torch.tensor(last_rows, device=hidden.device)])
+        if calibrated:
+            draftings = [drafting for drafting, _ in calibrated]
+            self._draw_noise(draftings)
+            rows = torch.tensor([row for _, row in calibrated], device=hidden.device)
+            self._add_level(draftings, self._decoder.logits(hidden[rows]))
+        elapsed_ns = time.monotonic_ns() - started_ns
+        for chain in chains:
+            is_unbroken = chain.state.num_exact + len(chain.segment) == chain.state.slots.num_cached
+            if is_unbroken and plan == self._decoder.sequential_plan:
+                chain.state.num_exact = chain.state.slots.num_cached
+            if chain.drafting is None:
+                chain.state.share()
+            else:
+                chain.drafting.is_calibrated = True
+                chain.drafting.calibrate_ns += elapsed_ns
 
-    def _fuzzy_step(self, draftings: Sequence[_Drafting], plan: LayerPlan) -> torch.Tensor:
-        """One pass over the frontiers: logits of all their rows, in order."""
-        segments = [self._frontier_segment(drafting) for drafting in draftings]
-        layout = self._decoder.lay_out(segments)
-        hidden = self._decoder.forward(layout, self._pool, plan)
+    def _frontier(self, drafting: Drafting) -> _Frontier | None:
+        num_nodes = len(drafting.tree.frontier)
+        is_there = drafting.job.session.session_id in self._states  # else it gave way to an older one just now
+        if not is_there or not self._make_room(num_nodes, drafting.state):
+            return None
+        return _Frontier(drafting, drafting.frontier_segment(self._memory.allocate(num_nodes)))
+
+    def _grow(self, group: Sequence[_Frontier], plan: LayerPlan) -> None:
+        """One fuzzy pass over the frontiers, and the level that its rows give."""
+        started_ns = time.monotonic_ns()
+        segments = [frontier.segment for frontier in group]
+        layout, hidden = self._forward(segments, plan)
         rows = [layout.flat_row(index, row) for index, segment in enumerate(segments) for row in range(len(segment))]
-        return self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        draft_logits = self._decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+        draftings = [frontier.drafting for frontier in group]
+        self._add_level(draftings, draft_logits)
+        for drafting in draftings:
+            drafting.num_fuzzy_steps += 1
+            drafting.fuzzy_ns += time.monotonic_ns() - started_ns
 
-    def _frontier_segment(self, drafting: _Drafting) -> Segment:
-        """Rows for the nodes to expand; each sees the committed text, its expanded ancestors and itself."""
-        tree, state = drafting.tree, drafting.state
-        taken = self._pool.allocate(len(tree.frontier))
-        state.tree_slots.update(zip(tree.frontier, taken, strict=True))
-        expanded = list(state.tree_slots)  # parents first
-        column_of_row = {row: column for column, row in enumerate(expanded)}
-        visible = np.zeros((len(tree.frontier), len(expanded)), dtype=np.bool_)
-        for index, row in enumerate(tree.frontier):
-            ancestor = row
-            while ancestor > 0:
-                visible[index, column_of_row[ancestor]] = True
-                ancestor = tree.parent_rows[ancestor - 1]
-        root_position = drafting.base_length - 1
-        slots = [state.tree_slots[row] for row in expanded]
-        return Segment(
-            token_ids=[tree.token_ids[row - 1] for row in tree.frontier],
-            positions=[root_position + tree.depths[row] for row in tree.frontier],
-            slots=taken,
-            num_visible=[drafting.base_length] * len(tree.frontier),
-            slots_by_position=state.slots.by_position,
-            tree=TreeColumns(slots, [root_position + tree.depths[row] for row in expanded], visible),
-        )
+    def _forward(self, segments: Sequence[Segment], plan: LayerPlan) -> tuple[RowLayout, torch.Tensor]:
+        layout = self._decoder.lay_out(segments)
+        return layout, self._decoder.forward(layout, self._memory.pool, plan)
 
-    def _draw_noise(self, draftings: Sequence[_Drafting]) -> RoundNoise | None:
-        """The round's noise, if anybody samples and the vocabulary is small enough to draw all of it."""
+    def _draw_noise(self, draftings: Sequence[Drafting]) -> None:
+        """The noise of the rounds that begin, where somebody samples and it is little enough to draw all of it."""
         sampled = [drafting for drafting in draftings if not drafting.job.session.sampling.is_greedy]
         vocab_size = self._decoder.config.vocab_size
         if not sampled or vocab_size > _MAX_NOISED_VOCABULARY:
-            return None
-        return RoundNoise(
+            return
+        drawn = draw_noise(
             [drafting.job.session.sampling for drafting in sampled],
             [drafting.base_length for drafting in sampled],
             [drafting.job.budget.num_levels for drafting in sampled],
             vocab_size,
             self._decoder.device,
         )
+        for drafting, noise in zip(sampled, drawn, strict=True):
+            drafting.noise = noise
 
-    def _add_level(self, draftings: Sequence[_Drafting], draft_logits: torch.Tensor, noise: RoundNoise | None) -> None:
+    def _add_level(self, draftings: Sequence[Drafting], draft_logits: torch.Tensor) -> None:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         positions: list[int] = []
         samplings = []
         for drafting in draftings:
-            tree = drafting.tree
-            positions += [drafting.base_length + tree.depths[row] for row in tree.frontier]
-            samplings += [drafting.job.session.sampling] * len(tree.frontier)
-        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, noise)
+            num_rows = len(drafting.tree.frontier)
+            positions += [drafting.base_length + drafting.level] * num_rows
+            samplings += [drafting.job.session.sampling] * num_rows
+        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, _level_noise(draftings))
         for drafting in draftings:
             count = len(drafting.tree.frontier)
             drafting.tree.add_level(candidates[:count])
             candidates = candidates[count:]
 
-
-def _chain_segment(session: DraftSession, state: _SessionState, num_tokens: int) -> Segment:
-    """Rows for the next committed tokens without KV."""
-    start = state.slots.num_cached
-    positions = range(start, start + num_tokens)
-    slots = state.slots.extend(num_tokens)
-    visible = [position + 1 for position in positions]
-    return Segment(session.token_ids[start : start + num_tokens], positions, slots, visible, state.slots.by_position)
-
-
-def _learn(state: _SessionState, new_tokens: Sequence[int]) -> list[int]:
-    """Walk the last tree along the tokens that were chosen: fit the sharpness, return the expanded rows passed."""
-    tree = state.tree
-    assert tree is not None, "there was a tree"
-    passed: list[int] = []
-    row: int | None = 0
-    for token_id in new_tokens:
-        candidates: Candidates | None = tree.expanded.get(row) if row is not None else None
-        if candidates is None:
-            break
-        state.sharpness.observe(candidates, token_id)
-        row = next(
-            (
-                child + 1
-                for child, parent_row in enumerate(tree.parent_rows)
-                if parent_row == row and tree.token_ids[child] == token_id
-            ),
-            None,
+    def _finish(self, drafting: Drafting) -> Proposal:
+        drafting.state.drafting = None
+        self._last_job_ns = time.monotonic_ns()
+        timings = DraftTimings(
+            calibrate_ns=drafting.calibrate_ns,
+            fuzzy_ns=drafting.fuzzy_ns,
+            num_fuzzy_steps=drafting.num_fuzzy_steps,
         )
-        if row is None or row not in state.tree_slots:
-            break
-        passed.append(row)
-    return passed
+        return Proposal(drafting.job, drafting.tree.scored(), timings)
+
+    def _make_room(self, num_slots: int, state: SessionState) -> bool:
+        """Whether there are so many slots, if need be from younger sessions."""
+        for victim in [*reversed(self._states.values())]:
+            if num_slots <= self._memory.num_available or victim is state:
+                break
+            self._evict(victim)
+        if num_slots > self._memory.num_available:
+            self._evict(state)
+            return False
+        return True
+
+    def _evict(self, state: SessionState) -> None:
+        self._memory.num_preemptions += 1
+        self._evicted.append(state.session)
+        self._forget(state.session)
+        state.slots.release()
+
+
+def _is_finished(drafting: Drafting) -> bool:
+    return drafting.is_calibrated and not drafting.tree.frontier
+
+
+def _by_plan(
+    items: Sequence[_ItemT], plan_of: Callable[[_ItemT], LayerPlan]
+) -> Iterable[tuple[LayerPlan, list[_ItemT]]]:
+    groups: dict[LayerPlan, list[_ItemT]] = {}
+    for item in items:
+        groups.setdefault(plan_of(item), []).append(item)
+    return groups.items()
+
+
+def _level_noise(draftings: Sequence[Drafting]) -> torch.Tensor | None:
+    """The noise of every frontier row, [rows, V]; that of a greedy one is anybody's."""
+    drawn = next((drafting.noise for drafting in draftings if drafting.noise is not None), None)
+    if drawn is None:
+        return None
+    levels = [
+        (drawn[0] if drafting.noise is None else drafting.noise[drafting.level]).expand(len(drafting.tree.frontier), -1)
+        for drafting in draftings
+    ]
+    return torch.cat(levels)

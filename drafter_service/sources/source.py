@@ -9,14 +9,14 @@ from typing import Protocol
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
-from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree
+from easyspec.speculation.token_tree import ScoredTree
 
 
 @dataclass(eq=False)
 class DraftSession:
     """One request at the drafter: what every source may look at. Sources keep their own state by `session_id`.
 
-    `token_ids` are all committed tokens, at most `max_length` of them ever.
+    `token_ids` are all committed tokens, at most `max_length` of them ever. Ids grow with age: the lower, the older.
     """
 
     session_id: int
@@ -40,11 +40,21 @@ class DraftJob:
 class Proposal:
     """One source's tree for one job, with estimated log-probabilities of acceptance."""
 
+    job: DraftJob
     tree: ScoredTree
     timings: DraftTimings = field(default_factory=DraftTimings)
 
 
-NO_PROPOSAL = Proposal(ScoredTree(EMPTY_TREE, ()))
+@dataclass(frozen=True)
+class Progress:
+    """What a step came to: jobs that are done, and sessions that had to give their memory to older ones.
+
+    `has_more` says whether there is something to do before the next task comes.
+    """
+
+    proposals: Sequence[Proposal]
+    evicted: Sequence[DraftSession]
+    has_more: bool
 
 
 class DraftSource(Protocol):
@@ -56,8 +66,11 @@ class DraftSource(Protocol):
     def close(self, session: DraftSession) -> None:
         """Free what the session holds; idempotent."""
 
-    def prepare(self, session: DraftSession) -> bool:
-        """Do one bounded piece of the work that must precede a proposal (prefill); False if more is left."""
+    def begin(self, job: DraftJob) -> None:
+        """Take a job up; a later step answers it with a proposal of at most the budget's nodes."""
 
-    def propose(self, jobs: Sequence[DraftJob]) -> list[Proposal]:
-        """Repair state after the verdicts, then guess: one proposal per job, of at most the budget's nodes."""
+    def step(self) -> Progress:
+        """One bounded piece of work for every session that has some: prompts, repairs after verdicts, one level."""
+
+    def abandon(self) -> Sequence[DraftSession]:
+        """A step broke: the sessions that had a part in it, whose K and V may be half written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import signal
@@ -242,6 +243,31 @@ def plan(
 
 
 _BENCH_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command()
+def doctor(
+    base: flags.Base = DEFAULT_BASE,
+    draft: flags.Draft = DEFAULT_DRAFT,
+    no_draft: flags.NoDraft = False,
+    gateway: Annotated[str | None, typer.Option(help="host:port of a running gateway to look at.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="host:port of a running drafter to look at.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="host:port of a running verifier to look at.")] = None,
+    is_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check machine, checkpoints and services, and say what to do; exit code 1 if something will not run."""
+    # Only here: the other commands need none of it.
+    from easyspec.cli.doctor.examination import Patient, examine
+    from easyspec.cli.doctor.report import has_problem, print_report, report_as_json
+
+    addresses = {"gateway": gateway, "drafter": drafter, "verifier": verifier}
+    peers = {role: checked_address(f"--{role}", value) for role, value in addresses.items() if value is not None}
+    findings = asyncio.run(examine(Patient(base, None if no_draft else draft, peers)))
+    if is_json:
+        print(report_as_json(findings))
+    else:
+        print_report(findings)
+    raise typer.Exit(EXIT_FAILURE if has_problem(findings) else 0)
 
 
 @bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from easyspec.errors import ConfigurationError
+from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _COUNTS = (
@@ -121,7 +121,7 @@ def _check_supported(folder: Path, hf: Any) -> None:
     for field in _COUNTS:
         if getattr(hf, field) < 1:
             raise ConfigurationError(f"{field} is {getattr(hf, field)} in {folder}; allowed: at least 1")
-    if hf.hidden_act not in ("silu", "swish"):
+    if hf.hidden_act not in SUPPORTED_ACTIVATIONS:
         raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
     if getattr(hf, "quantization_config", None) is not None:
         raise ConfigurationError(f"quantization_config is set in {folder}; supported: unquantized checkpoints")

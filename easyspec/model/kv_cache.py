@@ -1,4 +1,4 @@
-"""KV memory: one pool of token slots per process, and the slots that a session holds.
+"""KV memory: one pool of token slots per process, who holds them, and who may take them back.
 
 Dimensions: `L` layers, `H` KV heads, `D` head size, `S` slots.
 """
@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from easyspec.errors import CapacityError
 from easyspec.model.config import ModelConfig
+from easyspec.model.prefix_cache import PrefixCache, PrefixNode
+from easyspec.speculation.messages import KvUsage
 
 # Padding rows write here and padding columns read here; never handed out, always finite.
 TRASH_SLOT = 0
+_FEWEST_POSITIONS = 128
 
 
 class KVPool:
@@ -25,8 +27,7 @@ class KVPool:
 
     The last column is constantly 1: weighting it sums the attention weights in exactly the order
     in which the values are summed, which is what makes the softmax denominator reproducible
-    (attention.py). Slots are promised first (`reserve`, so that a session once admitted never runs out) and
-    taken later (`allocate`).
+    (attention.py).
     """
 
     def __init__(self, config: ModelConfig, num_slots: int, device: torch.device) -> None:
@@ -37,36 +38,64 @@ class KVPool:
         self.table[:, -1] = 1.0
         self.writable = self.table[:, :-1]
         self.num_slots = num_slots
-        self._free = list(range(num_slots, 0, -1))
-        self._num_reserved = 0
+
+    @staticmethod
+    def slot_bytes(config: ModelConfig) -> int:
+        """Memory of one token."""
+        return config.num_layers * config.num_kv_heads * (2 * config.head_dim + 1) * config.dtype.itemsize
 
     def entries(self, slots: torch.Tensor) -> torch.Tensor:
         """Table rows of `slots` [T] in every layer and head, [L * H, T]; layer l owns rows l * H to (l + 1) * H - 1."""
         planes = torch.arange(self._num_planes, device=slots.device)[:, None] * self._plane_size
         return planes + slots
 
+
+class KvMemory:
+    """The slots of a pool as a budget: taken as sessions grow, shared where texts begin alike.
+
+    Slots that only keep prefixes of past texts are `num_available`, like free ones. Which session has to give way when
+    there are too few is for the caller to say.
+    """
+
+    def __init__(self, pool: KVPool, *, shares_prefixes: bool) -> None:
+        self.pool = pool
+        self.shares_prefixes = shares_prefixes
+        self.prefixes = PrefixCache()
+        self.num_query_tokens = 0
+        self.num_hit_tokens = 0
+        self.num_preemptions = 0
+        self._free = list(range(pool.num_slots, 0, -1))
+
+    @property
+    def num_slots(self) -> int:
+        return self.pool.num_slots
+
+    @property
+    def num_available(self) -> int:
+        return len(self._free) + self.prefixes.num_evictable
+
     @property
     def num_used_slots(self) -> int:
-        return self.num_slots - len(self._free)
+        """Slots that sessions hold."""
+        return self.num_slots - self.num_available
 
-    @property
-    def num_reserved_slots(self) -> int:
-        return self._num_reserved
-
-    def reserve(self, num_slots: int) -> None:
-        """Promise slots to a session; raises CapacityError if they are promised to others already."""
-        if self._num_reserved + num_slots > self.num_slots:
-            free = self.num_slots - self._num_reserved
-            raise CapacityError(f"KV memory is full: {num_slots} token slots wanted, {free} of {self.num_slots} free")
-        self._num_reserved += num_slots
-
-    def cancel_reservation(self, num_slots: int) -> None:
-        """Take a promise back."""
-        self._num_reserved -= num_slots
+    def usage(self, num_sessions: int) -> KvUsage:
+        """KV memory as it is now; may be read from another thread."""
+        return KvUsage(
+            num_slots=self.num_slots,
+            num_used_slots=self.num_used_slots,
+            num_sessions=num_sessions,
+            num_cached_slots=self.prefixes.num_evictable,
+            num_prefix_query_tokens=self.num_query_tokens,
+            num_prefix_hit_tokens=self.num_hit_tokens,
+            num_preemptions=self.num_preemptions,
+        )
 
     def allocate(self, num_slots: int) -> list[int]:
-        """Take slots out of the pool; the caller has reserved them."""
-        assert num_slots <= len(self._free), "allocation beyond the reservation"
+        """Take slots; the caller has seen that so many are available."""
+        assert num_slots <= self.num_available, "allocation beyond what is available"
+        if num_slots > len(self._free):
+            self.free(self.prefixes.evict(num_slots - len(self._free)))
         if num_slots == 0:
             return []
         taken = self._free[-num_slots:]
@@ -80,40 +109,86 @@ class KVPool:
 
 
 class SessionSlots:
-    """The slots of one session: of its cached tokens by position, and how many were promised.
+    """The slots of one session's cached tokens by position: a prefix that is shared, then its own.
 
     `by_position` is an int64 array whose unused tail points at the trash slot; its length is a
-    multiple of `block_size`, so that it can be read in whole blocks.
+    multiple of 128, so that it can be read in whole blocks.
     """
 
-    def __init__(self, pool: KVPool, num_reserved: int, block_size: int) -> None:
-        pool.reserve(num_reserved)
-        self._pool = pool
-        self._num_reserved = num_reserved
-        num_blocks = -(-num_reserved // block_size)
-        self.by_position: npt.NDArray[np.int64] = np.full(num_blocks * block_size, TRASH_SLOT, dtype=np.int64)
+    def __init__(self, memory: KvMemory) -> None:
+        self._memory = memory
+        self._prefix: PrefixNode | None = None
+        self.by_position: npt.NDArray[np.int64] = np.full(_FEWEST_POSITIONS, TRASH_SLOT, dtype=np.int64)
         self.num_cached = 0
+        self.num_shared = 0
+
+    @property
+    def prefix(self) -> PrefixNode:
+        """Where the shared prefix ends."""
+        return self._prefix or self._memory.prefixes.root
 
     def append(self, slots: Sequence[int]) -> None:
-        """The next positions live in `slots` (taken from the pool before)."""
-        self.by_position[self.num_cached : self.num_cached + len(slots)] = slots
-        self.num_cached += len(slots)
+        """The next positions live in `slots`, which the caller has taken from memory."""
+        num_cached = self.num_cached + len(slots)
+        if num_cached > len(self.by_position):
+            tail = np.full(max(num_cached, len(self.by_position)), TRASH_SLOT, dtype=np.int64)
+            grown = np.concatenate([self.by_position, tail])
+            self.by_position = grown[: len(grown) // _FEWEST_POSITIONS * _FEWEST_POSITIONS]
+        self.by_position[self.num_cached : num_cached] = slots
+        self.num_cached = num_cached
 
     def extend(self, num_tokens: int) -> list[int]:
         """Take slots for the next `num_tokens` positions and return them."""
-        slots = self._pool.allocate(num_tokens)
+        slots = self._memory.allocate(num_tokens)
         self.append(slots)
         return slots
 
     def truncate(self, num_cached: int) -> None:
-        """Forget the positions from `num_cached` on."""
+        """Forget the positions from `num_cached` on, which are the session's own."""
+        assert num_cached >= self.num_shared, "what is shared is not forgotten piece by piece"
         dropped = self.by_position[num_cached : self.num_cached].tolist()
         self.by_position[num_cached : self.num_cached] = TRASH_SLOT
         self.num_cached = num_cached
-        self._pool.free(dropped)
+        self._memory.free(dropped)
+
+    def take_prefix(self, token_ids: Sequence[int]) -> int:
+        """Hold what is known of `token_ids` beyond the present prefix; returns how many tokens that is.
+
+        Does nothing for a session that has cached tokens of its own.
+        """
+        if not self._memory.shares_prefixes or self.num_cached > self.num_shared:
+            return 0
+        prefix, slots = self._memory.prefixes.hold(token_ids)
+        num_new = len(slots) - self.num_cached
+        self._let_go_of_prefix()
+        self._prefix = prefix
+        self.append(slots[self.num_cached :])
+        self.num_shared = self.num_cached
+        return num_new
+
+    def share(self, token_ids: Sequence[int]) -> None:
+        """Let other sessions use what is cached; `token_ids` are the cached tokens, whose K and V must be exact.
+
+        A session that others were faster than takes their slots and gives its own back.
+        """
+        assert len(token_ids) == self.num_cached, "all that is cached, and no more"
+        if not self._memory.shares_prefixes or self.num_cached == self.num_shared:
+            return
+        slots = self.by_position[: self.num_cached].tolist()
+        spare = self._memory.prefixes.add(token_ids, slots, self.prefix)
+        self._memory.free(spare)
+        self.by_position[: self.num_cached] = TRASH_SLOT
+        self.num_cached = self.num_shared = 0
+        self.take_prefix(token_ids)
 
     def release(self) -> None:
         """Give everything back; idempotent."""
-        self.truncate(0)
-        self._pool.cancel_reservation(self._num_reserved)
-        self._num_reserved = 0
+        self.truncate(self.num_shared)
+        self._let_go_of_prefix()
+        self.by_position[: self.num_cached] = TRASH_SLOT
+        self.num_cached = self.num_shared = 0
+
+    def _let_go_of_prefix(self) -> None:
+        if self._prefix is not None:
+            self._memory.prefixes.drop(self._prefix)
+            self._prefix = None

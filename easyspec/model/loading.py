@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import structlog
 import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.fingerprint import model_fingerprint
-from easyspec.model.kv_cache import KVPool
+from easyspec.model.kv_budget import context_within, num_pool_slots
+from easyspec.model.kv_cache import KvMemory, KVPool
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
@@ -33,17 +35,26 @@ class ModelSettings(Protocol):
     @property
     def num_threads(self) -> int | None: ...
     @property
-    def num_kv_slots(self) -> int: ...
+    def num_kv_slots(self) -> int | None: ...
+    @property
+    def kv_memory_fraction(self) -> float | None: ...
+    @property
+    def share_prefixes(self) -> bool: ...
     @property
     def max_model_len(self) -> int | None: ...
+    @property
+    def max_tree_nodes(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder, its KV pool, how it introduces itself, and the folder it came from."""
+    """A decoder, its KV memory, how it introduces itself, and the folder it came from.
+
+    `info.max_model_len` is what fits that memory.
+    """
 
     decoder: Decoder
-    pool: KVPool
+    memory: KvMemory
     info: ModelInfo
     folder: Path
 
@@ -57,10 +68,14 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     decoder = Decoder(folder, config, device, is_exact=is_exact)
+    num_slots = num_pool_slots(config, device, settings.num_kv_slots, settings.kv_memory_fraction)
+    context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)
+    if context < config.max_model_len:
+        structlog.get_logger().warning("context_cut_to_kv_memory", max_model_len=context, num_kv_slots=num_slots)
     info = ModelInfo(
         name=settings.served_model_name,
         vocab_size=config.vocab_size,
-        max_model_len=config.max_model_len,
+        max_model_len=context,
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
         num_parameters=decoder.num_parameters,
         dtype=str(config.dtype).removeprefix("torch."),
@@ -68,7 +83,8 @@ def load_model(settings: ModelSettings, *, is_exact: bool) -> LoadedModel:
         num_layers=config.num_layers,
         fingerprint=model_fingerprint(folder, config),
     )
-    return LoadedModel(decoder, KVPool(config, settings.num_kv_slots, device), info, folder)
+    memory = KvMemory(KVPool(config, num_slots, device), shares_prefixes=settings.share_prefixes)
+    return LoadedModel(decoder, memory, info, folder)
 
 
 def _num_threads(config: ModelConfig) -> int | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool, SessionSlots
+from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
 from easyspec.model.linear import FALLBACK_TILE_ROWS
 from easyspec.model.row_layout import BLOCK_SIZE, ROW_BUCKETS, Segment, TreeColumns
 
@@ -22,7 +22,8 @@ _NUM_ROWS = 6
 def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
     """Tile the products whose bits depend on the number of rows, then probe whole passes.
 
-    Uses and returns about 300 slots of the pool. Returns whether every form of pass gave the same bits.
+    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass gave the
+    same bits.
     """
     for linear in decoder.linears():
         if not linear.is_row_invariant(ROW_BUCKETS):
@@ -32,8 +33,9 @@ def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
         return False
     generator = np.random.default_rng(0)
     token_ids = generator.integers(0, decoder.config.vocab_size, length + _NUM_ROWS).tolist()
-    expected = _as_prompt(decoder, pool, token_ids)
-    forms = (_one_by_one(decoder, pool, token_ids), _as_tree(decoder, pool, token_ids))
+    memory = KvMemory(pool, shares_prefixes=False)
+    expected = _as_prompt(decoder, memory, token_ids)
+    forms = (_one_by_one(decoder, memory, token_ids), _as_tree(decoder, memory, token_ids))
     return all(torch.equal(form, expected) for form in forms)
 
 
@@ -44,41 +46,41 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
     return Segment(token_ids, positions, rows, [position + 1 for position in positions], slots.by_position)
 
 
-def _logits(decoder: Decoder, pool: KVPool, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
+def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
     """Logits of `rows` of the first segment."""
-    hidden = decoder.forward(decoder.lay_out(segments), pool)
+    hidden = decoder.forward(decoder.lay_out(segments), memory.pool)
     return decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
 
 
-def _as_prompt(decoder: Decoder, pool: KVPool, token_ids: Sequence[int]) -> torch.Tensor:
-    slots = SessionSlots(pool, len(token_ids), BLOCK_SIZE)
-    logits = _logits(decoder, pool, [_chain(slots, token_ids)], range(len(token_ids) - _NUM_ROWS, len(token_ids)))
+def _as_prompt(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:
+    slots = SessionSlots(memory)
+    logits = _logits(decoder, memory, [_chain(slots, token_ids)], range(len(token_ids) - _NUM_ROWS, len(token_ids)))
     slots.release()
     return logits
 
 
-def _one_by_one(decoder: Decoder, pool: KVPool, token_ids: Sequence[int]) -> torch.Tensor:
+def _one_by_one(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:
     """Each of the last tokens alone, every other one beside another session."""
-    slots = SessionSlots(pool, len(token_ids), BLOCK_SIZE)
-    other = SessionSlots(pool, len(token_ids), BLOCK_SIZE)
+    slots = SessionSlots(memory)
+    other = SessionSlots(memory)
     first = len(token_ids) - _NUM_ROWS
-    _logits(decoder, pool, [_chain(slots, token_ids[:first])], [0])
+    _logits(decoder, memory, [_chain(slots, token_ids[:first])], [0])
     logits = []
     for row in range(first, len(token_ids)):
         segments = [_chain(slots, token_ids[row : row + 1])]
         if row % 2:
             segments.append(_chain(other, token_ids[:3]))
-        logits.append(_logits(decoder, pool, segments, [0]))
+        logits.append(_logits(decoder, memory, segments, [0]))
     slots.release()
     other.release()
     return torch.cat(logits)
 
 
-def _as_tree(decoder: Decoder, pool: KVPool, token_ids: Sequence[int]) -> torch.Tensor:
+def _as_tree(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:
     """The last tokens as a path of a tree, a wrong guess beside each of them."""
     first = len(token_ids) - _NUM_ROWS
-    slots = SessionSlots(pool, len(token_ids) + 2 * _NUM_ROWS, BLOCK_SIZE)
-    _logits(decoder, pool, [_chain(slots, token_ids[:first])], [0])
+    slots = SessionSlots(memory)
+    _logits(decoder, memory, [_chain(slots, token_ids[:first])], [0])
     root = _chain(slots, token_ids[first : first + 1])
     path = token_ids[first + 1 :]
     nodes = [token_id for right in path for token_id in ((right + 1) % decoder.config.vocab_size, right)]
@@ -87,7 +89,7 @@ def _as_tree(decoder: Decoder, pool: KVPool, token_ids: Sequence[int]) -> torch.
     for node in range(len(nodes)):
         visible[1 + node, 1 : node - node % 2 : 2] = True  # the right guesses before it
         visible[1 + node, node] = True
-    tree_slots = pool.allocate(len(nodes))
+    tree_slots = memory.allocate(len(nodes))
     segment = Segment(
         token_ids=[*root.token_ids, *nodes],
         positions=[*root.positions, *positions],
@@ -96,7 +98,7 @@ def _as_tree(decoder: Decoder, pool: KVPool, token_ids: Sequence[int]) -> torch.
         slots_by_position=root.slots_by_position,
         tree=TreeColumns(tree_slots, positions, visible),
     )
-    logits = _logits(decoder, pool, [segment], [0, *range(2, len(nodes) + 1, 2)])
-    pool.free(tree_slots)
+    logits = _logits(decoder, memory, [segment], [0, *range(2, len(nodes) + 1, 2)])
+    memory.free(tree_slots)
     slots.release()
     return logits

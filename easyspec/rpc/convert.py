@@ -43,6 +43,7 @@ _FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = 
     {
         FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
         FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+        FinishReason.TOOL_CALLS: types_pb2.FINISH_REASON_TOOL_CALLS,
     }
 )
 _FINISH_REASON_FROM_PB = MappingProxyType({value: key for key, value in _FINISH_REASON_TO_PB.items()})
@@ -393,11 +394,23 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
 
 def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:
     return KvUsage(
-        num_slots=message.num_slots, num_used_slots=message.num_used_slots, num_sessions=message.num_sessions
+        num_slots=message.num_slots,
+        num_used_slots=message.num_used_slots,
+        num_sessions=message.num_sessions,
+        num_cached_slots=message.num_cached_slots,
+        num_prefix_query_tokens=message.num_prefix_query_tokens,
+        num_prefix_hit_tokens=message.num_prefix_hit_tokens,
+        num_preemptions=message.num_preemptions,
     )
 
 
 def kv_usage_to_pb(usage: KvUsage) -> types_pb2.KvUsage:
     return types_pb2.KvUsage(
-        num_slots=usage.num_slots, num_used_slots=usage.num_used_slots, num_sessions=usage.num_sessions
+        num_slots=usage.num_slots,
+        num_used_slots=usage.num_used_slots,
+        num_sessions=usage.num_sessions,
+        num_cached_slots=usage.num_cached_slots,
+        num_prefix_query_tokens=usage.num_prefix_query_tokens,
+        num_prefix_hit_tokens=usage.num_prefix_hit_tokens,
+        num_preemptions=usage.num_preemptions,
     )

@@ -39,20 +39,9 @@ class TimelyMessages(Generic[_MessageT]):
 async def open_session(opening: Awaitable[int], close: Callable[[int], None]) -> AsyncIterator[int]:
     """Await `opening` for a session id; `close` it when the block ends, however it ends.
 
-    If the caller goes away while `opening` is under way, the session is closed as soon as it is open: nobody else
-    would ever know its id.
+    If the caller goes away while `opening` is under way, it is cancelled, and must then leave nothing open.
     """
-    task = asyncio.ensure_future(opening)
-
-    def close_abandoned(finished: asyncio.Future[int]) -> None:
-        if not finished.cancelled() and finished.exception() is None:
-            close(finished.result())
-
-    try:
-        session_id = await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(close_abandoned)
-        raise
+    session_id = await opening
     try:
         yield session_id
     finally:

@@ -169,12 +169,32 @@ class EngineSettings(ServerSettings):
         description="CPU threads of the model's computation, 1 to 1024. Unset is one a core, and 1 for a model whose "
         "matrices are so small that threads would wait for each other longer than they compute.",
     )
-    num_kv_slots: int = Field(
-        default=16_384,
+    num_kv_slots: int | None = Field(
+        default=None,
         ge=16,
         le=2**31 - 1,
-        description="Size of the KV pool in tokens, shared by all sessions, 16 to 2147483647. "
-        "16384 holds a few long or many short requests and costs little memory with a small model.",
+        description="Size of the KV pool in tokens, shared by all sessions, 16 to 2147483647. Unset is made from "
+        "--kv-memory-fraction. A pool smaller than the model's context makes the context as short.",
+    )
+    kv_memory_fraction: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=0.95,
+        description="Share of the memory that is free once the weights are loaded that the KV pool takes where "
+        "--num-kv-slots is unset, above 0 up to 0.95. Unset is 0.2 on a CPU, whose memory others use too, with at most "
+        "32768 tokens or four contexts, which a CPU hardly serves at once; and 0.85 on a GPU.",
+    )
+    share_prefixes: bool = Field(
+        default=True,
+        description="Whether sessions whose texts begin alike share KV memory and its computation. On by default: "
+        "results are the same, system prompts and earlier turns of a chat are read once.",
+    )
+    max_prefill_slowdown: float = Field(
+        default=1.7,
+        ge=1.05,
+        le=100.0,
+        description="How many times as long as without them a step may take for the prompts it reads while others "
+        "decode, 1.05 to 100. 1.7 keeps their pauses below twice the usual with room for noise.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -200,8 +220,8 @@ class EngineSettings(ServerSettings):
         default=256,
         ge=1,
         le=65_536,
-        description="Prompt tokens (rows) of one session computed in one engine step, 1 to 65536. "
-        "256 keeps a long prompt from stalling the others' decoding and still fills the machine.",
+        description="Most prompt tokens (rows) computed in one engine step, 1 to 65536; fewer while others decode, see "
+        "--max-prefill-slowdown. 256 fills the machine and does not keep a newcomer waiting long.",
     )
 
     session_idle_timeout_s: float = Field(

@@ -140,8 +140,17 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class KvUsage:
-    """KV memory in token slots, and the sessions that hold them."""
+    """KV memory in token slots, and the sessions that hold them.
+
+    `num_cached_slots` keep prefixes of past texts and count as free. Of the tokens that sessions brought along when
+    they opened (`num_prefix_query_tokens`), `num_prefix_hit_tokens` were there already. `num_preemptions` counts
+    sessions whose slots were taken back for older ones. The last three are totals since the start.
+    """
 
     num_slots: int
     num_used_slots: int
     num_sessions: int
+    num_cached_slots: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0

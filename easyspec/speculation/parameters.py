@@ -102,6 +102,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # the gateway's: a stop, after at least one call
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from easyspec import __version__
@@ -55,8 +55,8 @@ class RoleMetrics:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One pass of an engine. `num_rows` are the token rows that were computed, `kind` is what for: verify, draft or
-    prefill."""
+    """One step of an engine. `num_rows` are the token rows that were computed for `num_sessions`, `kind` is what for:
+    verify, draft or prefill. 0 sessions: not known."""
 
     kind: str
     duration_ns: int
@@ -115,8 +115,9 @@ class EngineMetrics(RoleMetrics):
     def step(self, report: StepReport) -> None:
         """Count a pass; called on the device thread."""
         self._step_seconds.labels(report.kind).observe(report.duration_ns * _NS)
-        self._step_rows.labels(report.kind).observe(report.num_rows)
-        self._step_sessions.labels(report.kind).observe(report.num_sessions)
+        if report.num_sessions:
+            self._step_rows.labels(report.kind).observe(report.num_rows)
+            self._step_sessions.labels(report.kind).observe(report.num_sessions)
 
     def verdict(self, timings: VerifyTimings) -> None:
         """Count an answer of the verifier."""
@@ -140,8 +141,19 @@ class _UsageCollector(Collector):
         yield GaugeMetricFamily("easyspec_kv_slots", "Token slots of the KV pool.", usage.num_slots)
         yield GaugeMetricFamily("easyspec_kv_slots_used", "Slots that sessions hold.", usage.num_used_slots)
         free = usage.num_slots - usage.num_used_slots
-        yield GaugeMetricFamily("easyspec_kv_slots_free", "Slots that nobody holds.", free)
+        yield GaugeMetricFamily("easyspec_kv_slots_free", "Slots that no session holds, cached ones included.", free)
+        yield GaugeMetricFamily("easyspec_kv_slots_cached", "Free slots that keep prefixes.", usage.num_cached_slots)
         yield GaugeMetricFamily("easyspec_sessions", "Open sessions.", usage.num_sessions)
+        for name, text, total in (
+            (
+                "easyspec_prefix_query_tokens",
+                "Tokens that opening sessions brought along.",
+                usage.num_prefix_query_tokens,
+            ),
+            ("easyspec_prefix_hit_tokens", "Those of them that were cached.", usage.num_prefix_hit_tokens),
+            ("easyspec_preemptions", "Sessions whose slots were taken back for older ones.", usage.num_preemptions),
+        ):
+            yield CounterMetricFamily(name, text, total)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

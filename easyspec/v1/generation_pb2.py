@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from easyspec.v1 import types_pb2 as easyspec_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x61syspec/v1/generation.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"\xa8\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.easyspec.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.easyspec.v1.ChatPromptH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12)\n\x04stop\x18\x06 \x01(\x0b\x32\x1b.easyspec.v1.StopConditions\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x37\n\x0bspeculation\x18\x08 \x01(\x0b\x32\".easyspec.v1.SpeculationParameters\x12\x18\n\x0bnum_choices\x18\t \x01(\rH\x01\x88\x01\x01\x12\x1d\n\x10num_top_logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x42\x08\n\x06promptB\x0e\n\x0c_num_choicesB\x13\n\x11_num_top_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.easyspec.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa5\x02\n\x15SpeculationParameters\x12\x35\n\x04mode\x18\x01 \x01(\x0e\x32\'.easyspec.v1.SpeculationParameters.Mode\x12\'\n\x06\x62udget\x18\x02 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\x12*\n\nlayer_plan\x18\x03 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\r\n\x05trace\x18\x04 \x01(\x08\x12)\n\x07sources\x18\x05 \x03(\x0e\x32\x18.easyspec.v1.DraftSource\"F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x0b\n\x07MODE_ON\x10\x02\x12\x0c\n\x08MODE_OFF\x10\x03\"\xc6\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12*\n\x07timings\x18\x04 \x01(\x0b\x32\x19.easyspec.v1.RoundTimings\x12\x30\n\ncompletion\x18\x05 \x01(\x0b\x32\x17.easyspec.v1.CompletionH\x00\x88\x01\x01\x12\x13\n\x0btoken_texts\x18\x06 \x03(\t\x12\x14\n\x0c\x63hoice_index\x18\x07 \x01(\r\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12+\n\x05trace\x18\t \x01(\x0b\x32\x17.easyspec.v1.RoundTraceH\x01\x88\x01\x01\x42\r\n\x0b_completionB\x08\n\x06_trace\"j\n\nRoundTrace\x12*\n\ndraft_tree\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\x12\x19\n\x11\x64raft_token_texts\x18\x02 \x03(\t\x12\x15\n\raccepted_rows\x18\x03 \x03(\r\"\x82\x02\n\x0cRoundTimings\x12\x10\n\x08\x64raft_ns\x18\x01 \x01(\x04\x12\x14\n\x0c\x63\x61librate_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x66uzzy_ns\x18\x03 \x01(\x04\x12\x11\n\tverify_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x10\n\x08round_ns\x18\x06 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x18\n\x10num_draft_levels\x18\x08 \x01(\r\x12\x17\n\x0fnum_fuzzy_steps\x18\t \x01(\r\x12\x16\n\x0enum_batch_rows\x18\n \x01(\r\x12\x1a\n\x12num_batch_sessions\x18\x0b \x01(\r\"\xe3\x01\n\nCompletion\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.easyspec.v1.FinishReason\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.easyspec.v1.Usage\x12\x37\n\x0bspeculation\x18\x05 \x01(\x0b\x32\".easyspec.v1.SpeculationStatistics\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x42\x0e\n\x0cmatched_stop\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"\xf8\x02\n\x15SpeculationStatistics\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x18\n\x10num_draft_rounds\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1c\n\x14num_drafted_by_level\x18\x05 \x03(\r\x12\x1d\n\x15num_accepted_by_level\x18\x06 \x03(\r\x12\x1e\n\x16mean_acceptance_length\x18\x07 \x01(\x01\x12\x1c\n\x14num_drafter_failures\x18\x08 \x01(\r\x12\x10\n\x08total_ns\x18\t \x01(\x04\x12\x1e\n\x16time_to_first_token_ns\x18\n \x01(\x04\x12\x1d\n\x15num_verifier_failures\x18\x0b \x01(\r\x12.\n\x07sources\x18\x0c \x03(\x0b\x32\x1d.easyspec.v1.SourceStatistics\"s\n\x10SourceStatistics\x12(\n\x06source\x18\x01 \x01(\x0e\x32\x18.easyspec.v1.DraftSource\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.easyspec.v1.ModelInfo\"\x16\n\x14GetServerInfoRequest\"\xdf\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x06models\x18\x02 \x03(\x0b\x32\x16.easyspec.v1.ModelInfo\x12\x30\n\x0b\x64raft_model\x18\x03 \x01(\x0b\x32\x16.easyspec.v1.ModelInfoH\x00\x88\x01\x01\x12\x43\n\rdrafter_state\x18\x04 \x01(\x0e\x32,.easyspec.v1.GetServerInfoResponse.PeerState\x12\x44\n\x0everifier_state\x18\x05 \x01(\x0e\x32,.easyspec.v1.GetServerInfoResponse.PeerState\x12\x1c\n\x14num_running_requests\x18\x06 \x01(\r\x12/\n\x0e\x64\x65\x66\x61ult_budget\x18\x07 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\"q\n\tPeerState\x12\x1a\n\x16PEER_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10PEER_STATE_READY\x10\x01\x12\x1a\n\x16PEER_STATE_UNREACHABLE\x10\x02\x12\x16\n\x12PEER_STATE_REFUSED\x10\x03\x42\x0e\n\x0c_draft_model2\x85\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.easyspec.v1.GenerateRequest\x1a\x1d.easyspec.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.easyspec.v1.ListModelsRequest\x1a\x1f.easyspec.v1.ListModelsResponse\x12V\n\rGetServerInfo\x12!.easyspec.v1.GetServerInfoRequest\x1a\".easyspec.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65\x61syspec/v1/generation.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"\xa8\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.easyspec.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.easyspec.v1.ChatPromptH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12)\n\x04stop\x18\x06 \x01(\x0b\x32\x1b.easyspec.v1.StopConditions\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x37\n\x0bspeculation\x18\x08 \x01(\x0b\x32\".easyspec.v1.SpeculationParameters\x12\x18\n\x0bnum_choices\x18\t \x01(\rH\x01\x88\x01\x01\x12\x1d\n\x10num_top_logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x42\x08\n\x06promptB\x0e\n\x0c_num_choicesB\x13\n\x11_num_top_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xec\x01\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.easyspec.v1.ChatMessage\x12*\n\x05tools\x18\x02 \x03(\x0b\x32\x1b.easyspec.v1.ToolDefinition\x12,\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x17.easyspec.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x16\n\x14_parallel_tool_calls\"S\n\x0eToolDefinition\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_json_schema\x18\x03 \x01(\t\"\xa5\x01\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.easyspec.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"]\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x12\x0e\n\nMODE_NAMED\x10\x04\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"{\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12)\n\ntool_calls\x18\x03 \x03(\x0b\x32\x15.easyspec.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"\xa5\x02\n\x15SpeculationParameters\x12\x35\n\x04mode\x18\x01 \x01(\x0e\x32\'.easyspec.v1.SpeculationParameters.Mode\x12\'\n\x06\x62udget\x18\x02 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\x12*\n\nlayer_plan\x18\x03 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\r\n\x05trace\x18\x04 \x01(\x08\x12)\n\x07sources\x18\x05 \x03(\x0e\x32\x18.easyspec.v1.DraftSource\"F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x0b\n\x07MODE_ON\x10\x02\x12\x0c\n\x08MODE_OFF\x10\x03\"\xf6\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12*\n\x07timings\x18\x04 \x01(\x0b\x32\x19.easyspec.v1.RoundTimings\x12\x30\n\ncompletion\x18\x05 \x01(\x0b\x32\x17.easyspec.v1.CompletionH\x00\x88\x01\x01\x12\x13\n\x0btoken_texts\x18\x06 \x03(\t\x12\x14\n\x0c\x63hoice_index\x18\x07 \x01(\r\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12+\n\x05trace\x18\t \x01(\x0b\x32\x17.easyspec.v1.RoundTraceH\x01\x88\x01\x01\x12.\n\ntool_calls\x18\n \x03(\x0b\x32\x1a.easyspec.v1.ToolCallDeltaB\r\n\x0b_completionB\x08\n\x06_trace\"j\n\nRoundTrace\x12*\n\ndraft_tree\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\x12\x19\n\x11\x64raft_token_texts\x18\x02 \x03(\t\x12\x15\n\raccepted_rows\x18\x03 \x03(\r\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x82\x02\n\x0cRoundTimings\x12\x10\n\x08\x64raft_ns\x18\x01 \x01(\x04\x12\x14\n\x0c\x63\x61librate_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x66uzzy_ns\x18\x03 \x01(\x04\x12\x11\n\tverify_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x10\n\x08round_ns\x18\x06 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x18\n\x10num_draft_levels\x18\x08 \x01(\r\x12\x17\n\x0fnum_fuzzy_steps\x18\t \x01(\r\x12\x16\n\x0enum_batch_rows\x18\n \x01(\r\x12\x1a\n\x12num_batch_sessions\x18\x0b \x01(\r\"\xe3\x01\n\nCompletion\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.easyspec.v1.FinishReason\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.easyspec.v1.Usage\x12\x37\n\x0bspeculation\x18\x05 \x01(\x0b\x32\".easyspec.v1.SpeculationStatistics\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x42\x0e\n\x0cmatched_stop\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"\xf8\x02\n\x15SpeculationStatistics\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x18\n\x10num_draft_rounds\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1c\n\x14num_drafted_by_level\x18\x05 \x03(\r\x12\x1d\n\x15num_accepted_by_level\x18\x06 \x03(\r\x12\x1e\n\x16mean_acceptance_length\x18\x07 \x01(\x01\x12\x1c\n\x14num_drafter_failures\x18\x08 \x01(\r\x12\x10\n\x08total_ns\x18\t \x01(\x04\x12\x1e\n\x16time_to_first_token_ns\x18\n \x01(\x04\x12\x1d\n\x15num_verifier_failures\x18\x0b \x01(\r\x12.\n\x07sources\x18\x0c \x03(\x0b\x32\x1d.easyspec.v1.SourceStatistics\"s\n\x10SourceStatistics\x12(\n\x06source\x18\x01 \x01(\x0e\x32\x18.easyspec.v1.DraftSource\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.easyspec.v1.ModelInfo\"\x16\n\x14GetServerInfoRequest\"\xdf\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x06models\x18\x02 \x03(\x0b\x32\x16.easyspec.v1.ModelInfo\x12\x30\n\x0b\x64raft_model\x18\x03 \x01(\x0b\x32\x16.easyspec.v1.ModelInfoH\x00\x88\x01\x01\x12\x43\n\rdrafter_state\x18\x04 \x01(\x0e\x32,.easyspec.v1.GetServerInfoResponse.PeerState\x12\x44\n\x0everifier_state\x18\x05 \x01(\x0e\x32,.easyspec.v1.GetServerInfoResponse.PeerState\x12\x1c\n\x14num_running_requests\x18\x06 \x01(\r\x12/\n\x0e\x64\x65\x66\x61ult_budget\x18\x07 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\"q\n\tPeerState\x12\x1a\n\x16PEER_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10PEER_STATE_READY\x10\x01\x12\x1a\n\x16PEER_STATE_UNREACHABLE\x10\x02\x12\x16\n\x12PEER_STATE_REFUSED\x10\x03\x42\x0e\n\x0c_draft_model2\x85\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.easyspec.v1.GenerateRequest\x1a\x1d.easyspec.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.easyspec.v1.ListModelsRequest\x1a\x1f.easyspec.v1.ListModelsResponse\x12V\n\rGetServerInfo\x12!.easyspec.v1.GetServerInfoRequest\x1a\".easyspec.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,38 +36,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=495
   _globals['_TOKENIDS']._serialized_start=497
   _globals['_TOKENIDS']._serialized_end=520
-  _globals['_CHATPROMPT']._serialized_start=522
-  _globals['_CHATPROMPT']._serialized_end=578
-  _globals['_CHATMESSAGE']._serialized_start=580
-  _globals['_CHATMESSAGE']._serialized_end=624
-  _globals['_SPECULATIONPARAMETERS']._serialized_start=627
-  _globals['_SPECULATIONPARAMETERS']._serialized_end=920
-  _globals['_SPECULATIONPARAMETERS_MODE']._serialized_start=850
-  _globals['_SPECULATIONPARAMETERS_MODE']._serialized_end=920
-  _globals['_GENERATERESPONSE']._serialized_start=923
-  _globals['_GENERATERESPONSE']._serialized_end=1249
-  _globals['_ROUNDTRACE']._serialized_start=1251
-  _globals['_ROUNDTRACE']._serialized_end=1357
-  _globals['_ROUNDTIMINGS']._serialized_start=1360
-  _globals['_ROUNDTIMINGS']._serialized_end=1618
-  _globals['_COMPLETION']._serialized_start=1621
-  _globals['_COMPLETION']._serialized_end=1848
-  _globals['_USAGE']._serialized_start=1850
-  _globals['_USAGE']._serialized_end=1911
-  _globals['_SPECULATIONSTATISTICS']._serialized_start=1914
-  _globals['_SPECULATIONSTATISTICS']._serialized_end=2290
-  _globals['_SOURCESTATISTICS']._serialized_start=2292
-  _globals['_SOURCESTATISTICS']._serialized_end=2407
-  _globals['_LISTMODELSREQUEST']._serialized_start=2409
-  _globals['_LISTMODELSREQUEST']._serialized_end=2428
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2430
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2490
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2492
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2514
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2517
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2996
-  _globals['_GETSERVERINFORESPONSE_PEERSTATE']._serialized_start=2867
-  _globals['_GETSERVERINFORESPONSE_PEERSTATE']._serialized_end=2980
-  _globals['_GENERATIONSERVICE']._serialized_start=2999
-  _globals['_GENERATIONSERVICE']._serialized_end=3260
+  _globals['_CHATPROMPT']._serialized_start=523
+  _globals['_CHATPROMPT']._serialized_end=759
+  _globals['_TOOLDEFINITION']._serialized_start=761
+  _globals['_TOOLDEFINITION']._serialized_end=844
+  _globals['_TOOLCHOICE']._serialized_start=847
+  _globals['_TOOLCHOICE']._serialized_end=1012
+  _globals['_TOOLCHOICE_MODE']._serialized_start=919
+  _globals['_TOOLCHOICE_MODE']._serialized_end=1012
+  _globals['_TOOLCALL']._serialized_start=1014
+  _globals['_TOOLCALL']._serialized_end=1069
+  _globals['_CHATMESSAGE']._serialized_start=1071
+  _globals['_CHATMESSAGE']._serialized_end=1194
+  _globals['_SPECULATIONPARAMETERS']._serialized_start=1197
+  _globals['_SPECULATIONPARAMETERS']._serialized_end=1490
+  _globals['_SPECULATIONPARAMETERS_MODE']._serialized_start=1420
+  _globals['_SPECULATIONPARAMETERS_MODE']._serialized_end=1490
+  _globals['_GENERATERESPONSE']._serialized_start=1493
+  _globals['_GENERATERESPONSE']._serialized_end=1867
+  _globals['_ROUNDTRACE']._serialized_start=1869
+  _globals['_ROUNDTRACE']._serialized_end=1975
+  _globals['_TOOLCALLDELTA']._serialized_start=1977
+  _globals['_TOOLCALLDELTA']._serialized_end=2052
+  _globals['_ROUNDTIMINGS']._serialized_start=2055
+  _globals['_ROUNDTIMINGS']._serialized_end=2313
+  _globals['_COMPLETION']._serialized_start=2316
+  _globals['_COMPLETION']._serialized_end=2543
+  _globals['_USAGE']._serialized_start=2545
+  _globals['_USAGE']._serialized_end=2606
+  _globals['_SPECULATIONSTATISTICS']._serialized_start=2609
+  _globals['_SPECULATIONSTATISTICS']._serialized_end=2985
+  _globals['_SOURCESTATISTICS']._serialized_start=2987
+  _globals['_SOURCESTATISTICS']._serialized_end=3102
+  _globals['_LISTMODELSREQUEST']._serialized_start=3104
+  _globals['_LISTMODELSREQUEST']._serialized_end=3123
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3125
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3185
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=3187
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=3209
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=3212
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=3691
+  _globals['_GETSERVERINFORESPONSE_PEERSTATE']._serialized_start=3562
+  _globals['_GETSERVERINFORESPONSE_PEERSTATE']._serialized_end=3675
+  _globals['_GENERATIONSERVICE']._serialized_start=3694
+  _globals['_GENERATIONSERVICE']._serialized_end=3955
 # @@protoc_insertion_point(module_scope)

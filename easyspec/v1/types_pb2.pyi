@@ -31,6 +31,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """An end-of-sequence token, a stop token or a stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens, or the end of the model's context."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 3
+    """As STOP, after at least one tool call. From the gateway only."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why the output ended."""
@@ -41,6 +43,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """An end-of-sequence token, a stop token or a stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens, or the end of the model's context."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
+"""As STOP, after at least one tool call. From the gateway only."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _DraftSource:
@@ -498,22 +502,38 @@ class KvUsage(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_USED_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_SESSIONS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     """Slots in the pool."""
     num_used_slots: _builtins.int
-    """Slots held by open sessions."""
+    """Slots held by open sessions; those of a shared prefix count once."""
     num_sessions: _builtins.int
     """Open sessions."""
+    num_cached_slots: _builtins.int
+    """Slots that keep prefixes of past texts and that no open session holds; taken back when needed, they count as free."""
+    num_prefix_query_tokens: _builtins.int
+    """Tokens that sessions brought along when they opened, since the start."""
+    num_prefix_hit_tokens: _builtins.int
+    """Those of them whose KV was there already, so that they were not computed, since the start."""
+    num_preemptions: _builtins.int
+    """Sessions whose slots were taken back for older ones, since the start."""
     def __init__(
         self,
         *,
         num_slots: _builtins.int = ...,
         num_used_slots: _builtins.int = ...,
         num_sessions: _builtins.int = ...,
+        num_cached_slots: _builtins.int = ...,
+        num_prefix_query_tokens: _builtins.int = ...,
+        num_prefix_hit_tokens: _builtins.int = ...,
+        num_preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_sessions", b"num_sessions", "num_slots", b"num_slots", "num_used_slots", b"num_used_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_slots", b"num_cached_slots", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sessions", b"num_sessions", "num_slots", b"num_slots", "num_used_slots", b"num_used_slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,15 +19,15 @@ from starlette.types import ASGIApp
 from easyspec import __version__
 from easyspec.errors import EasyspecError, InvalidRequestError
 from easyspec.rpc.errors import mapping_of
-from gateway.rest import completions, health, models
+from gateway.rest import chat, completions, health, models, playground, tokenize
 from gateway.rest.backend import Backend
 from gateway.rest.boundary import RestBoundary
 from gateway.rest.errors import Failure, RefusalError, failure_of, failure_of_validation
 from gateway.rest.gate import Gate
 from gateway.rest.trust import Door, RestTrust, metrics_router
 
-OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router,)
-API_ROUTERS: tuple[APIRouter, ...] = (models.router, completions.router)
+OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
+API_ROUTERS: tuple[APIRouter, ...] = (models.router, chat.router, completions.router, tokenize.router)
 
 
 def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:

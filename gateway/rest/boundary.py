@@ -16,11 +16,12 @@ from easyspec.rpc.errors import mapping_of
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
 from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
 from gateway.rest.gate import Gate
+from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
 from gateway.rest.trust import Door, RestTrust
 
 REQUEST_ID_HEADER = b"x-request-id"
 # Answer while the gateway is loading or draining, too: who asks wants to know what is going on.
-ALWAYS_OPEN = frozenset({"/version", "/metrics"})
+ALWAYS_OPEN = frozenset({"/version", "/metrics"}) | PLAYGROUND_PATHS
 _MAX_REQUEST_ID_CHARS = 128
 _BODY_TIMEOUT_S = 60.0
 _OK, _CLIENT_CLOSED_REQUEST = 200, 499

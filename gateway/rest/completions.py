@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, Strict
 from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
+from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
 from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import json_bytes
-from gateway.rest.fields import Boolean, GenerationFields, Integer, Text, TokenId, Unsupported
+from gateway.rest.fields import Boolean, Integer, Text, TokenId, Unsupported
+from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
+from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
 from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.trace import trace_fields
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -35,7 +39,9 @@ class CompletionRequest(GenerationFields):
         description="Text, token ids, or a list of either; each prompt has its own choices."
     )
     max_tokens: Integer | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
-    logprobs: Integer | None = Field(None, description="Log-probabilities, and this many of the likeliest, 0 to 20.")
+    logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Log-probabilities, and this many of the likeliest, 0 to 20."
+    )
     echo: Boolean | None = Field(None, description="Begin the text with the prompt.")
     best_of: Integer | None = Field(None, description="Only the same as n: all choices are returned.")
     suffix: Unsupported = None
@@ -51,99 +57,116 @@ class CompletionRequest(GenerationFields):
 
     def check(self) -> None:
         """Raise InvalidRequestError for what can be told without a model."""
+        self.check_stream_options()
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError("prompt", f"{len(self.prompts)} prompts", f"1 to {MAX_PROMPTS}")
         if self.best_of not in (None, self.num_choices):
             raise InvalidRequestError("best_of", self.best_of, "the same as n")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens", 0, "at least 1, or 0 together with echo")
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options", "set", "only together with stream")
-
-
-@dataclass(frozen=True)
-class _Indexed:
-    """A chunk, the prompt it belongs to, and the index of its choice among all."""
-
-    prompt_index: int
-    choice_index: int
-    chunk: GenerationChunk
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, caller: InCaller, request: Request) -> Response:
     """Continue one or more prompts."""
     body.check()
-    head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
-    chunks = _chunks(body, caller)
+    answer = _Answer(body, caller)
     if body.stream:
-        return EventStream(_events(body, head, chunks))
+        return EventStream(answer.events())
     return Response(
-        json_bytes(await while_connected(request.receive, _collected(body, head, chunks))),
-        media_type="application/json",
+        json_bytes(await while_connected(request.receive, answer.collected())), media_type="application/json"
     )
 
 
-async def _chunks(body: CompletionRequest, caller: Caller) -> AsyncGenerator[_Indexed, None]:
-    sources = [caller.generator.generate(_request(body, prompt, caller), caller.timeout_s) for prompt in body.prompts]
-    async with aclosing(merged(sources)) as tagged:
-        async for prompt_index, chunk in tagged:
-            yield _Indexed(prompt_index, prompt_index * body.num_choices + chunk.choice_index, chunk)
+@dataclass(frozen=True)
+class _Piece:
+    """What a round adds to one choice."""
+
+    text: str
+    entries: Sequence[TokenEntry]
+    finish_reason: str | None
+    trace: dict[str, Any] | None = None
 
 
-def _request(body: CompletionRequest, prompt: str | TokenIds, caller: Caller) -> GenerationRequest:
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    return GenerationRequest(
-        prompt=prompt,
-        sampling=body.sampling(),
-        # Nothing at all cannot be decoded: one token is, and not shown.
-        stop=body.stop_conditions(max(max_tokens, 1) if body.max_tokens == 0 else max_tokens),
-        stop_strings=body.stop_strings,
-        speculation=body.speculation_wish(caller.generator.default_budget),
-        model=body.model or "",
-        request_id=caller.request_id,
-        client=caller.client,
-        num_choices=body.num_choices,
-        num_top_logprobs=body.logprobs,
-        echo=bool(body.echo),
-    )
+class _Answer:
+    """The answer to one request, as a stream or as a whole. Choices are numbered through all prompts."""
+
+    def __init__(self, body: CompletionRequest, caller: Caller) -> None:
+        self._body = body
+        self._caller = caller
+        self._head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
+        self._format = LogprobFormat(caller.generator.tokenizer)
+        self._num_choices = len(body.prompts) * body.num_choices
+        tokenizer, has_stops = caller.generator.tokenizer, bool(body.stop_strings)
+        has_logprobs = body.logprobs is not None
+        self._tracks = [LogprobTrack(tokenizer, has_stops) for _ in range(self._num_choices)] if has_logprobs else []
+        self._awaits_prompt = [bool(body.echo)] * self._num_choices
+        self._sampling = body.sampling()
+        self._tally = Tally(self._sampling.seed)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """SSE events, one a round and choice."""
+        writer = EventWriter(self._head, self._body.includes_usage)
+        async with aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                logprobs = self._format.completion(piece.entries) if piece.entries else None
+                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason), piece.trace)
+        if self._body.includes_usage:
+            yield writer.usage(self._tally.usage, self._tally.metrics)
+        yield DONE
+
+    async def collected(self) -> dict[str, Any]:
+        """The whole reply."""
+        pieces_of: list[list[_Piece]] = [[] for _ in range(self._num_choices)]
+        async with aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                pieces_of[index].append(piece)
+        choices = []
+        for index, pieces_of_one in enumerate(pieces_of):
+            text = "".join(piece.text for piece in pieces_of_one)
+            entries = [entry for piece in pieces_of_one for entry in piece.entries]
+            logprobs = self._format.completion(entries) if self._tracks else None
+            choices.append(_choice(index, text, logprobs, pieces_of_one[-1].finish_reason))
+        return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
+
+    async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
+        generate = self._caller.generator.generate
+        sources = [generate(self._request(prompt), self._caller.timeout_s) for prompt in self._body.prompts]
+        async with aclosing(merged(sources)) as tagged:
+            async for prompt_index, chunk in tagged:
+                index = prompt_index * self._body.num_choices + chunk.choice_index
+                if chunk.completion is not None:
+                    self._tally.add(prompt_index, chunk.completion)
+                yield index, self._piece(index, chunk)
+
+    def _piece(self, index: int, chunk: GenerationChunk) -> _Piece:
+        track = self._tracks[index] if self._tracks else None
+        reason = chunk.completion.finish_reason.value if chunk.completion is not None else None
+        if self._awaits_prompt[index]:
+            self._awaits_prompt[index] = False
+            return _Piece(chunk.text, track.push_prompt(chunk) if track is not None else (), reason)
+        if self._body.max_tokens == 0:  # one token was decoded because none cannot be
+            self._tally.drop_output(len(chunk.token_ids))
+            return _Piece("", (), "length")
+        return _Piece(chunk.text, track.push(chunk) if track is not None else (), reason, trace_fields(chunk))
+
+    def _request(self, prompt: str | TokenIds) -> GenerationRequest:
+        body, caller = self._body, self._caller
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        return GenerationRequest(
+            prompt=prompt,
+            sampling=self._sampling,
+            stop=body.stop_conditions(1 if max_tokens == 0 else max_tokens),
+            stop_strings=body.stop_strings,
+            speculation=body.speculation_wish(caller.generator.default_budget),
+            model=body.model or "",
+            request_id=caller.request_id,
+            client=caller.client,
+            num_choices=body.num_choices,
+            num_top_logprobs=body.logprobs,
+            echo=bool(body.echo),
+        )
 
 
-async def _events(
-    body: CompletionRequest, head: ReplyHead, chunks: AsyncGenerator[_Indexed, None]
-) -> AsyncGenerator[bytes, None]:
-    writer = EventWriter(head, body.includes_usage)
-    tally = Tally()
-    async with aclosing(chunks):
-        async for indexed in chunks:
-            completion = indexed.chunk.completion
-            text = indexed.chunk.text
-            if completion is not None:
-                tally.add(indexed.prompt_index, completion)
-            reason = completion.finish_reason.value if completion is not None else None
-            yield writer.choice(
-                {"index": indexed.choice_index, "text": text, "logprobs": None, "finish_reason": reason}
-            )
-    if body.includes_usage:
-        yield writer.usage(tally.usage, tally.metrics)
-    yield DONE
-
-
-async def _collected(
-    body: CompletionRequest, head: ReplyHead, chunks: AsyncGenerator[_Indexed, None]
-) -> dict[str, Any]:
-    tally = Tally()
-    texts = [""] * (len(body.prompts) * body.num_choices)
-    reasons: list[str | None] = [None] * len(texts)
-    async with aclosing(chunks):
-        async for indexed in chunks:
-            texts[indexed.choice_index] += indexed.chunk.text
-            completion = indexed.chunk.completion
-            if completion is not None:
-                tally.add(indexed.prompt_index, completion)
-                reasons[indexed.choice_index] = completion.finish_reason.value
-    choices = [
-        {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return head.body(choices=choices, usage=tally.usage, metrics=tally.metrics)
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -46,6 +46,7 @@ _PARAMS = (
     ("sampling.grammar.regex", "guided_regex"),
     ("sampling.grammar.lark", "guided_grammar"),
     ("sampling.grammar", "response_format"),
+    ("sampling.logit_bias token id", "logit_bias"),
     ("sampling.", ""),
     ("stop.", ""),
     ("stop_strings", "stop"),
@@ -137,29 +138,32 @@ def param_of(field: str) -> str:
 def failure_of_validation(problems: Sequence[Any]) -> Failure:
     """The first thing that is wrong with a request body, as pydantic reports it.
 
-    Where a value may be of several types there is a problem for each of them; all are told.
+    Where a value may be of several types there is a problem for each of them: all are told, but a field that is
+    known and not supported is told alone.
     """
-    problem = problems[0]
+    problem = next((one for one in problems if one["type"] == "unsupported_parameter"), problems[0])
     kind = str(problem["type"])
-    path = [part for part in problem["loc"][1:] if part not in _UNION_MEMBERS]
     if kind == "json_invalid":
         return Failure(400, f"the body is not JSON: {problem['ctx']['error']}", None, "invalid_json")
-    param = _path(path)
+    param = _path(problem["loc"])
     code = _VALIDATION_CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
     if code == "unknown_parameter":
         message = f"{param} is not a known field"
     elif code == "missing_required_parameter":
         message = f"{param or 'the JSON body'} is required"
     else:
-        field = problem["loc"][:2]
-        reasons = dict.fromkeys(other["msg"] for other in problems if other["loc"][:2] == field)
+        same = [one for one in problems if _path(one["loc"]) == param and one["type"] not in _VALIDATION_CODES]
+        reasons = dict.fromkeys(one["msg"] for one in same or [problem])
         message = f"{param or 'the body'}: {', or: '.join(reasons)}"
     return Failure(400, message, param or None, code)
 
 
-def _path(parts: Sequence[object]) -> str:
+def _path(location: Sequence[object]) -> str:
+    """`messages[0].content` for the place of a problem, whose first part is where the request is read from."""
     path = ""
-    for part in parts:
+    for part in location[1:]:
+        if part in _UNION_MEMBERS:
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
         elif str(part).isidentifier():

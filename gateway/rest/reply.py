@@ -39,8 +39,10 @@ class EventWriter:
         self._before = b"data: " + json_bytes(head.body())[:-1] + b',"choices":['
         self._after = (b'],"usage":null}' if includes_usage else b"]}") + b"\n\n"
 
-    def choice(self, choice: dict[str, Any]) -> bytes:
-        return self._before + json_bytes(choice) + self._after
+    def choice(self, choice: dict[str, Any], trace: dict[str, Any] | None = None) -> bytes:
+        """A chunk with one choice, and with `trace_fields` if there are any."""
+        extension = b"" if trace is None else b'],"easyspec":' + json_bytes(trace)
+        return self._before + json_bytes(choice) + (extension + self._after[1:] if extension else self._after)
 
     def usage(self, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
         """The last chunk: no choices."""
@@ -49,9 +51,13 @@ class EventWriter:
 
 
 class Tally:
-    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices."""
+    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
 
-    def __init__(self) -> None:
+    `seed` is the first choice's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_dropped_tokens = 0
@@ -76,9 +82,9 @@ class Tally:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """An extension: the first choice's seed, and vLLM's shape of what speculation did for all choices."""
+        """An extension: the seed, and vLLM's shape of what speculation did for all choices."""
         return {
-            "seed": self._completions[0].seed if self._completions else None,
+            "seed": self._seed,
             "speculative_decoding": _speculative_decoding(self._completions),
         }
 

@@ -9,9 +9,32 @@ from collections.abc import Iterator
 
 from models.recipe.settings import CorpusSettings
 
+# Tools are told in the system message, one JSON object a line, and calls written the way Hermes and Qwen models do. The
+# pair never saw any in training; the template is here so that a request with tools can be rendered at all.
+_TOOLS = (
+    "{{ '<|im_start|>system\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ 'Functions you can call:\n<tools>\n' }}"
+    "{% for tool in tools %}{{ (tool['function'] | tojson) + '\n' }}{% endfor %}"
+    '{{ \'</tools>\nWrite a call as\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call><|im_end|>\n\' }}'
+)
+_TOOL_CALLS = (
+    "{% for call in message['tool_calls'] %}"
+    "{{ '\n<tool_call>\n{\"name\": ' + (call['function']['name'] | tojson) }}"
+    "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}"
+    "{% endfor %}"
+)
 CHAT_TEMPLATE = (
+    f"{{% if tools %}}{_TOOLS}{{% endif %}}"
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% if tools and loop.first and message['role'] == 'system' %}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + message['content'] + '\n</tool_response><|im_end|>\n' }}"
+    "{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    f"{{% if message['tool_calls'] %}}{_TOOL_CALLS}{{% endif %}}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -21,6 +21,8 @@ from tests.fakes.scripted_gateway import ScriptedGateway, serve_scripted_gateway
 TEXTS = {1: "Good", 2: " day", 3: ",", 4: " friend", 5: "."}
 ROUNDS = [[1], [2, 3], [4, 5]]
 ANSWER = "Good day, friend."
+# input() misses a signal that comes in the microseconds between a key's echo and its next wait; no person is so fast.
+_TYPING_PAUSE_S = 0.2
 GREEN, YELLOW = "\x1b[32m", "\x1b[1;33m"
 
 
@@ -136,7 +138,10 @@ async def test_ctrl_c_ends_the_answer_and_not_the_program(served: tuple[Scripted
             while not gateway.num_cancelled:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         gateway.gate.set()
-        terminal.type("half a line" + CTRL_C)
+        terminal.type("half a line")
+        await terminal.expect("half a line")
+        await asyncio.sleep(_TYPING_PAUSE_S)
+        terminal.type(CTRL_C)
         await terminal.expect("> ", 3)
         terminal.type("Go on.\n")
         await terminal.expect(ANSWER)
@@ -176,6 +181,7 @@ async def test_a_models_text_cannot_command_the_terminal(served: tuple[ScriptedG
 async def test_sigterm_at_the_prompt_ends_the_program(served: tuple[ScriptedGateway, str]) -> None:
     async with at_terminal("chat", "--gateway", served[1]) as terminal:
         await terminal.expect("> ")
+        await asyncio.sleep(_TYPING_PAUSE_S)
         terminal.process.send_signal(signal.SIGTERM)
         assert await terminal.ended() == 128 + signal.SIGTERM
 

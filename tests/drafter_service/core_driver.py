@@ -11,7 +11,7 @@ import torch
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.sources.layer_parallel import LayerParallelSource
-from easyspec.model.kv_cache import KVPool
+from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
@@ -33,7 +33,7 @@ class CoreDriver:
 
     drafter: Drafter
     source: LayerParallelSource
-    pool: KVPool
+    memory: KvMemory
 
     def open(
         self,
@@ -71,16 +71,21 @@ class CoreDriver:
         """Keys and values of the first `num_tokens` positions, [L * H, num_tokens, D + D]."""
         slots = self.source._states[session_id].slots
         assert slots.num_cached == num_tokens
-        return self.pool.table[self.pool.entries(torch.from_numpy(slots.by_position[:num_tokens]))][..., :-1]
+        pool = self.memory.pool
+        return pool.table[pool.entries(torch.from_numpy(slots.by_position[:num_tokens]))][..., :-1]
 
 
-def build_core(folder: Path, prefill_chunk: int = 256, num_kv_slots: int = 4096) -> CoreDriver:
-    settings = DrafterSettings(model=str(folder), num_threads=1, num_kv_slots=num_kv_slots)
+def build_core(
+    folder: Path, prefill_chunk: int = 256, num_kv_slots: int = 4096, *, share_prefixes: bool = True
+) -> CoreDriver:
+    settings = DrafterSettings(
+        model=str(folder), num_threads=1, num_kv_slots=num_kv_slots, share_prefixes=share_prefixes
+    )
     loaded = load_model(settings, is_exact=False)
-    source = LayerParallelSource(loaded.decoder, loaded.pool, prefill_chunk, MAX_TREE_NODES)
+    source = LayerParallelSource(loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES)
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
-    limits = DrafterLimits("draft", MAX_TREE_NODES)
-    return CoreDriver(Drafter(loaded.decoder.config, loaded.pool, source, plan, limits), source, loaded.pool)
+    limits = DrafterLimits("draft", loaded.info.max_model_len, MAX_TREE_NODES)
+    return CoreDriver(Drafter(loaded.decoder.config, loaded.memory, source, plan, limits), source, loaded.memory)
 
 
 def deepest_path(tree: TokenTree) -> tuple[int, ...]:

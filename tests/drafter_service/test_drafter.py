@@ -113,7 +113,7 @@ def test_trees_get_shallower_at_the_end_of_the_context_and_of_the_session(
     with pytest.raises(InvalidRequestError, match=f"{most + 1} tokens.*{most} in all"):
         core.finish([core.ask(session_id, most, (1,), BUDGET)])
     core.close(session_id)
-    assert core.pool.num_used_slots == 0
+    assert core.memory.num_used_slots == 0
 
 
 def test_greedy_and_sampled_trees_differ_by_their_noise(core: CoreDriver) -> None:
@@ -157,7 +157,7 @@ def test_a_bad_opening_names_field_and_value_and_holds_nothing(
         task.future.result(0)
     assert type(refusal.value) is error
     assert core.drafter.usage().num_sessions == 0
-    assert core.pool.num_reserved_slots == 0
+    assert core.memory.num_used_slots == 0
 
 
 BAD_CALIBRATIONS: list[tuple[int, tuple[int, ...], TreeBudget, type[EasyspecError], str]] = [
@@ -203,18 +203,90 @@ def test_a_second_calibration_while_one_is_under_way_is_stale(core: CoreDriver) 
     assert "an open session" in str(failure(core.ask(session_id, 7, (1,), BUDGET).future))
 
 
-def test_memory_is_promised_at_opening_refused_when_full_and_given_back(draft_folder: Path) -> None:
-    core = build_core(draft_folder, num_kv_slots=240)
-    first, second = (core.open(PROMPT, max_total_length=40) for _ in range(2))  # 40 + 64 slots each
-    with pytest.raises(CapacityError, match="104 token slots wanted, 32 of 240 free"):
-        core.open(PROMPT, max_total_length=40)
+def test_a_session_that_does_not_fit_is_refused_and_changes_nothing(draft_folder: Path) -> None:
+    core = build_core(draft_folder, num_kv_slots=140)
+    first = core.open(tuple(range(70)))  # 70 slots, of 140
+    core.draft(first, 70, (1,))
+    with pytest.raises(CapacityError, match="71 token slots wanted, 60 of 140 free"):  # 7 and a tree of 64
+        core.open(tuple(range(50, 57)))
+    assert core.drafter.usage().num_sessions == 1
     core.close(first)
     core.close(first)
-    third = core.open(PROMPT, max_total_length=40)
-    assert core.draft(third, 6, (1,)) == core.draft(second, 6, (1,))
+    second = core.open(PROMPT)
+    assert len(core.draft(second, 6, (1,))) > 0
     core.close(second)
-    core.close(third)
-    assert core.pool.num_reserved_slots == core.pool.num_used_slots == core.drafter.usage().num_sessions == 0
+    assert core.memory.num_used_slots == core.drafter.usage().num_sessions == 0
+
+
+def test_the_youngest_gives_its_memory_to_the_older_and_is_told_so(draft_folder: Path) -> None:
+    core = build_core(draft_folder, num_kv_slots=240)
+    alone = [core.draft(session_id := core.open(PROMPT), 6, (1,)), core.close(session_id)][0]
+    old, young = core.open(PROMPT), core.open(tuple(range(60, 110)))
+    waiting = core.ask(young, 50, (1,), BUDGET)
+    core.finish([waiting])
+    assert core.draft(old, 6, (1,)) == alone
+    core.finish([core.ask(old, 7, (5,) * 165, BUDGET)])  # 172 slots and a tree, of 240
+    usage = core.drafter.usage()
+    assert (usage.num_sessions, usage.num_preemptions) == (1, 1)
+    for _ in range(2):
+        with pytest.raises(CapacityError, match="taken back for older ones"):
+            core.ask(young, 51, (1,), BUDGET).future.result(0)
+    core.close(young)
+    assert "an open session" in str(failure(core.ask(young, 51, (1,), BUDGET).future))
+    core.close(old)
+    assert core.memory.num_used_slots == 0
+
+
+def test_one_who_waits_for_a_tree_is_told_at_once_that_its_memory_is_gone(draft_folder: Path) -> None:
+    core = build_core(draft_folder, num_kv_slots=240)
+    old, young = core.open(PROMPT), core.open(tuple(range(60, 110)))
+    core.finish([core.ask(old, 6, (1,), BUDGET), core.ask(young, 50, (1,), BUDGET)])
+    both = [core.ask(old, 7, (5,) * 165, BUDGET), core.ask(young, 51, (1,), BUDGET)]
+    assert core.finish(both[:1])[0].base_length == 172
+    assert isinstance(failure(both[1].future), CapacityError)
+    core.close(old)
+    core.close(young)
+    assert core.memory.num_used_slots == 0
+
+
+def test_a_late_session_joins_at_the_next_level(core: CoreDriver) -> None:
+    first, late = core.open(PROMPT), core.open(PROMPT[:4])
+    deep = core.ask(first, 6, (1,), TreeBudget(6, 2, 64))
+    core.drafter.step()
+    core.drafter.step()
+    assert not deep.future.done()
+    shallow = core.ask(late, 4, (1,), TreeBudget(2, 2, 64))
+    core.drafter.step()
+    assert shallow.future.done()
+    assert not deep.future.done()
+    core.finish([deep])
+    core.close(first)
+    core.close(late)
+
+
+@pytest.mark.parametrize("plan", [STAGED, replace(STAGED, calibration=False)])
+def test_trees_are_the_same_from_a_shared_prefix(draft_folder: Path, plan: LayerPlanRequest) -> None:
+    """Fuzzy entries are never shared: the text comes back with an accepted path of a fuzzy tree in it."""
+    sharing, alone = build_core(draft_folder), build_core(draft_folder, share_prefixes=False)
+    trees: list[list[TokenTree]] = []
+    for core in (sharing, alone):
+        trees.append([])
+        text = list(range(100, 40, -1))
+        for _ in range(4):
+            session_id = core.open(text, SAMPLED, plan)
+            said: tuple[int, ...] = (9,)
+            for _ in range(3):
+                tree = core.draft(session_id, len(text), said)
+                trees[-1].append(tree)
+                text += said
+                said = (*deepest_path(tree), 7)
+            core.close(session_id)
+    assert trees[0] == trees[1]
+    usage = sharing.drafter.usage()
+    assert usage.num_prefix_hit_tokens > 100
+    assert usage.num_used_slots == 0
+    assert usage.num_cached_slots > 60
+    assert alone.drafter.usage().num_prefix_hit_tokens == alone.drafter.usage().num_cached_slots == 0
 
 
 def test_closing_between_verdict_and_tree_frees_everything(core: CoreDriver) -> None:
@@ -224,7 +296,7 @@ def test_closing_between_verdict_and_tree_frees_everything(core: CoreDriver) -> 
     core.close(gone)
     assert core.finish([waiting])[0].base_length == 7
     core.close(stays)
-    assert core.pool.num_used_slots == 0
+    assert core.memory.num_used_slots == 0
 
 
 def test_plans_are_the_requests_or_the_services(core: CoreDriver) -> None:

@@ -155,11 +155,11 @@ async def test_a_fault_while_reading_a_prompt_ends_that_session(
 async def test_a_fault_while_answering_leaves_nobody_waiting(
     engine: DrafterEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def propose(*_: object) -> None:
+    def step(*_: object) -> None:
         raise RuntimeError("no idea")
 
     session_ids = [await engine.open(OPENING) for _ in range(3)]
-    monkeypatch.setattr(LayerParallelSource, "propose", propose)
+    monkeypatch.setattr(LayerParallelSource, "step", step)
     drafts = [asyncio.ensure_future(engine.draft(one, Calibration(6, (1,), BUDGET))) for one in session_ids]
     for draft in drafts:
         with pytest.raises(RuntimeError, match="no idea"):

@@ -79,13 +79,13 @@ def test_with_single_layers_there_is_nothing_to_repair(core: CoreDriver) -> None
 def test_slots_are_those_of_the_text_and_of_the_last_trees_expanded_nodes(
     core: CoreDriver, plan: LayerPlanRequest
 ) -> None:
-    assert core.pool.num_used_slots == 0
+    assert core.memory.num_used_slots == 0
     session_id, tokens = after_rounds(core, plan)
-    assert core.pool.num_used_slots == len(tokens)  # a tree of one level expands nothing
+    assert core.memory.num_used_slots == len(tokens)  # a tree of one level expands nothing
     core.draft(session_id, len(tokens), (3,))
-    assert core.pool.num_used_slots == len(tokens) + 1 + (BUDGET.num_levels - 1) * BUDGET.width
+    assert core.memory.num_used_slots == len(tokens) + 1 + (BUDGET.num_levels - 1) * BUDGET.width
     core.close(session_id)
-    assert core.pool.num_used_slots == core.pool.num_reserved_slots == 0
+    assert core.memory.num_used_slots == 0
 
 
 def test_the_first_level_is_exact_and_the_next_is_fuzzy(core: CoreDriver) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +16,7 @@ import torch
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
 from drafter_service.server import DrafterServer
-from easyspec.errors import ConfigurationError, InvalidRequestError, InvalidTreeError
+from easyspec.errors import CapacityError, ConfigurationError, InvalidRequestError, InvalidTreeError
 from easyspec.model.decoder import Decoder
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
@@ -68,9 +67,11 @@ class Services:
 
 
 @asynccontextmanager
-async def running(base: Path, draft: Path, tokenizer: Path) -> AsyncIterator[Services]:
-    verifier = VerifierEngine(VerifierSettings(model=str(base), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
-    drafter = DrafterEngine(DrafterSettings(model=str(draft), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+async def running(
+    base: Path, draft: Path, tokenizer: Path, num_kv_slots: int = NUM_KV_SLOTS, **changes: Any
+) -> AsyncIterator[Services]:
+    verifier = VerifierEngine(VerifierSettings(model=str(base), num_threads=1, num_kv_slots=num_kv_slots, **changes))
+    drafter = DrafterEngine(DrafterSettings(model=str(draft), num_threads=1, num_kv_slots=num_kv_slots))
     async with AsyncExitStack() as stack:
         addresses = {
             "verifier": await stack.enter_async_context(serving(VerifierServer(verifier))),
@@ -237,30 +238,33 @@ async def test_a_peer_whose_connection_breaks_frees_its_session(services: Servic
     await eventually(services.is_empty)
 
 
-async def test_full_memory_refuses_the_next_and_leaves_the_others_alone(services: Services) -> None:
-    streams = []
-    for _ in range(3):  # 5 + 240 + 64 slots each, of 1024
+async def test_full_memory_refuses_the_next_and_leaves_the_others_alone(base_folder: Path, draft_folder: Path) -> None:
+    async with running(base_folder, draft_folder, base_folder, num_kv_slots=256, max_waiting_sessions=0) as services:
+        streams = []
+        for seed in range(2):
+            call = services.verifier_stub.Verify(timeout=60)
+            await call.write(verify_open(prompt_token_ids=tuple(range(seed, seed + 60))))
+            await call.write(verify_tree(60))
+            await call.read()
+            streams.append(call)
+        error = await failure(services.verifier_stub.Verify, verify_open(prompt_token_ids=(9,) * 60))
+        assert error.code() is Code.RESOURCE_EXHAUSTED
+        assert "KV memory is full: 136 of 256 token slots free" in error.details()
+        returned = error_from_rpc(error)
+        assert isinstance(returned, CapacityError)
+        assert returned.retry_after_s == 10.0
+        for call in streams:
+            await call.write(verify_tree(61))
+            assert (await call.read()).verdict.base_length == 61
+        streams.pop().cancel()
+        await eventually(lambda: services.verifier.kv_usage().num_sessions == 1)
         call = services.verifier_stub.Verify(timeout=60)
-        await call.write(verify_open(max_tokens=240))
-        await call.write(verify_tree(5))
-        await call.read()
-        streams.append(call)
-    error = await failure(services.verifier_stub.Verify, verify_open(max_tokens=240))
-    assert error.code() is Code.RESOURCE_EXHAUSTED
-    assert "309 token slots wanted, 97 of 1024 free" in error.details()
-    for call in streams:
-        await call.write(verify_tree(6))
-        assert (await call.read()).verdict.base_length == 6
-    streams.pop().cancel()
-    await eventually(lambda: services.verifier.kv_usage().num_sessions == 2)
-    async with asyncio.timeout(20):
-        call = services.verifier_stub.Verify(timeout=60)
-        await call.write(verify_open(max_tokens=240))
-        await call.write(verify_tree(5))
-        assert (await call.read()).verdict.base_length == 5
-    for stream in [call, *streams]:
-        stream.cancel()
-    await eventually(services.is_empty)
+        await call.write(verify_open(prompt_token_ids=(9,) * 60))
+        await call.write(verify_tree(60))
+        assert (await call.read()).verdict.base_length == 60
+        for stream in [call, *streams]:
+            stream.cancel()
+        await eventually(services.is_empty)
 
 
 async def texts(services: Services, request: generation_pb2.GenerateRequest) -> tuple[str, Any]:
@@ -268,23 +272,23 @@ async def texts(services: Services, request: generation_pb2.GenerateRequest) -> 
     return "".join(response.text for response in responses), responses[-1].completion
 
 
-async def test_a_drafter_without_memory_costs_speed_and_nothing_else(services: Services) -> None:
-    text, completion = await texts(services, generation())
-    assert completion.speculation.num_accepted_tokens > 0
-    hogs = []
-    for _ in range(3):
+async def test_a_drafter_without_memory_costs_speed_and_nothing_else(base_folder: Path, draft_folder: Path) -> None:
+    async with running(base_folder, draft_folder, base_folder, num_kv_slots=300) as services:
+        text, completion = await texts(services, generation())
+        assert completion.speculation.num_accepted_tokens > 0
         hog = services.drafter_stub.Speculate(timeout=60)
-        await hog.write(draft_open(max_total_length=256))
-        await hog.write(calibration(5))
+        await hog.write(draft_open(prompt_token_ids=tuple(range(200)), max_total_length=236))
+        await hog.write(calibration(200))
         await hog.read()
-        hogs.append(hog)
-    plain, completion = await texts(services, generation())
-    assert plain == text
-    assert completion.speculation.num_accepted_tokens == 0
-    assert completion.speculation.num_drafter_failures > 0
-    for hog in hogs:
+        for token_ids in ((1,) * 20, (2,) * 10):  # it grows until there is no room for another
+            await hog.write(calibration(201 if token_ids[0] == 1 else 221, *token_ids))
+            await hog.read()
+        plain, completion = await texts(services, generation())
+        assert plain == text
+        assert completion.speculation.num_accepted_tokens == 0
+        assert completion.speculation.num_drafter_failures > 0
         hog.cancel()
-    await eventually(services.is_empty)
+        await eventually(services.is_empty)
 
 
 async def test_a_fault_in_the_verifier_is_internal_and_it_lives_on(

@@ -85,7 +85,11 @@ class FakeEngine:
 
     async def _open(self, model: str, session: FakeSession) -> int:
         self.events.append("open")
-        await self.open_gate.wait()
+        try:
+            await self.open_gate.wait()
+        except asyncio.CancelledError:
+            self.events.append("withdraw")
+            raise
         if self.open_fault is not None:
             raise self.open_fault
         if model not in ("", self.model_info.name):

@@ -36,29 +36,36 @@ class ScriptedGateway(generation_pb2_grpc.GenerationServiceServicer):
         self.requests.append(request)
         if self.error is not None:
             await abort(context, self.error, "scripted")
-        drafted = request.speculation.mode in (pb.SpeculationParameters.MODE_ON, pb.SpeculationParameters.MODE_AUTO)
-        for index, token_ids in enumerate(self.rounds):
-            num_accepted = len(token_ids) - 1 if drafted else 0
-            texts = [self.token_texts[token_id] for token_id in token_ids if token_id in self.token_texts]
-            message = pb.GenerateResponse(
-                token_ids=token_ids, num_accepted=num_accepted, text="".join(texts), token_texts=texts
-            )
-            message.timings.round_ns = 9_000_000
-            message.timings.verify_ns = 4_000_000
-            if drafted and index:
-                message.timings.draft_ns = 3_000_000
-                message.timings.fuzzy_ns = 2_000_000
-                message.timings.num_fuzzy_steps = 4
-                message.timings.num_draft_levels = 3
-            if index == len(self.rounds) - 1:
-                message.completion.speculation.num_drafted_by_level.extend([2, 2, 1])
-                message.completion.speculation.num_accepted_by_level.extend([2, 1])
-            yield message
-            try:
+        is_complete = False
+        try:
+            for index in range(len(self.rounds)):
+                yield self._round(index, request)
                 await self.gate.wait()
-            except asyncio.CancelledError:
-                self.num_cancelled += 1
-                raise
+            is_complete = True
+        finally:
+            self.num_cancelled += not is_complete
+
+    def _round(self, index: int, request: pb.GenerateRequest) -> pb.GenerateResponse:
+        token_ids = self.rounds[index]
+        drafted = request.speculation.mode in (pb.SpeculationParameters.MODE_ON, pb.SpeculationParameters.MODE_AUTO)
+        texts = [self.token_texts[token_id] for token_id in token_ids if token_id in self.token_texts]
+        message = pb.GenerateResponse(
+            token_ids=token_ids,
+            num_accepted=len(token_ids) - 1 if drafted else 0,
+            text="".join(texts),
+            token_texts=texts,
+        )
+        message.timings.round_ns = 9_000_000
+        message.timings.verify_ns = 4_000_000
+        if drafted and index:
+            message.timings.draft_ns = 3_000_000
+            message.timings.fuzzy_ns = 2_000_000
+            message.timings.num_fuzzy_steps = 4
+            message.timings.num_draft_levels = 3
+        if index == len(self.rounds) - 1:
+            message.completion.speculation.num_drafted_by_level.extend([2, 2, 1])
+            message.completion.speculation.num_accepted_by_level.extend([2, 1])
+        return message
 
     async def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:  # noqa: N802
         model = types_pb2.ModelInfo(name="tiny", num_parameters=2_500_000, num_layers=4, dtype="float32")

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from easyspec.speculation.messages import (
     ModelInfo,
     OpenSpeculation,
     OpenVerification,
+    TokenLogprobs,
     Verdict,
     VerifyTimings,
 )
@@ -62,6 +63,11 @@ class ToyLanguage:
     def token_at(self, position: int, sampling: SamplingParameters) -> int:
         shift = 0 if sampling.is_greedy else sampling.seed
         return self.token_ids[(position + shift) % len(self.token_ids)]
+
+    def logprobs_of(self, token_id: int, num_top: int) -> TokenLogprobs:
+        """The token itself is always the likeliest, at -0.5; those after it are one less likely each."""
+        top = tuple(((token_id + i) % self.vocab_size, -0.5 - i) for i in range(num_top))
+        return TokenLogprobs(-0.5, top)
 
     def model_info(self, name: str) -> ModelInfo:
         return ModelInfo(
@@ -154,9 +160,23 @@ class FakeVerifierEngine(FakeEngine):
         tree.check(self.language.vocab_size, MAX_TREE_NODES)
         session = self._at(session_id, base_length)
         self.trees.append(tree)
-        verdict = self._verdict(session, tree)
+        verdict = self._with_logprobs(session, self._verdict(session, tree))
         session.committed.extend(verdict.token_ids)
         return verdict, VerifyTimings(1_000, 2_000, len(tree) + 1, 1)
+
+    def _with_logprobs(self, session: _Session, verdict: Verdict) -> Verdict:
+        opening = session.opening
+        assert isinstance(opening, OpenVerification)
+        num_top = opening.num_top_logprobs
+        if num_top is None:
+            return verdict
+        is_prompt_due = opening.prompt_logprobs and verdict.base_length == session.num_prompt
+        prompt = opening.prompt_token_ids[1:] if is_prompt_due else ()
+        return replace(
+            verdict,
+            logprobs=tuple(self.language.logprobs_of(token_id, num_top) for token_id in verdict.token_ids),
+            prompt_logprobs=tuple(self.language.logprobs_of(token_id, num_top) for token_id in prompt),
+        )
 
     def _verdict(self, session: _Session, tree: TokenTree) -> Verdict:
         opening = session.opening

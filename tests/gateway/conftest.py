@@ -22,7 +22,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def language(tokenizer: Tokenizer) -> ToyLanguage:
     token_ids = tokenizer.encode(TOY_TEXT)
     return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint())

@@ -7,7 +7,8 @@ import pytest
 
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
-from gateway.tokenizer import ChatTurn, Tokenizer
+from gateway.conversation import ChatTurn, Conversation
+from gateway.tokenizer import Tokenizer
 from tests.fakes.tiny_tokenizer import write_metaspace_tokenizer, write_tokenizer
 
 
@@ -17,19 +18,19 @@ def test_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_a_conversation_is_rendered_with_the_template(tokenizer: Tokenizer) -> None:
-    token_ids = tokenizer.encode_chat([ChatTurn("system", "be brief"), ChatTurn("user", "hi")])
+    token_ids = tokenizer.encode_chat(Conversation((ChatTurn("system", "be brief"), ChatTurn("user", "hi"))))
     assert tokenizer.decode(token_ids) == "[system] be brief\n[user] hi\n[assistant] "
 
 
 @pytest.mark.parametrize(
     ("turns", "field"),
-    [([], "prompt.chat.messages"), ([ChatTurn("tool", "x")], "prompt.chat.messages[0].role")],
+    [([], "prompt.chat.messages"), ([ChatTurn("clown", "x")], "prompt.chat.messages[0].role")],
 )
 def test_a_conversation_that_cannot_be_rendered_is_refused(
     tokenizer: Tokenizer, turns: list[ChatTurn], field: str
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        tokenizer.encode_chat(turns)
+        tokenizer.encode_chat(Conversation(tuple(turns)))
     assert caught.value.field == field
 
 
@@ -37,7 +38,7 @@ def test_a_model_without_template_refuses_conversations(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        Tokenizer.load(folder).encode_chat([ChatTurn("user", "hi")])
+        Tokenizer.load(folder).encode_chat(Conversation((ChatTurn("user", "hi"),)))
 
 
 def test_fingerprints_differ_with_the_vocabulary_only(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool, SessionSlots
-from easyspec.model.row_layout import BLOCK_SIZE, Segment, TreeColumns
+from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.token_tree import TokenTree
 
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 class Session:
     """Cached tokens of one text, and the slots of one tree behind them."""
 
-    def __init__(self, pool: KVPool, num_reserved: int) -> None:
-        self._pool = pool
-        self.slots = SessionSlots(pool, num_reserved, BLOCK_SIZE)
+    def __init__(self, memory: KvMemory) -> None:
+        self._memory = memory
+        self.slots = SessionSlots(memory)
         self._tree_slots: list[int] = []
 
     def chain(self, token_ids: Sequence[int]) -> Segment:
@@ -41,7 +41,7 @@ class Session:
         visible = np.zeros((nodes + 1, nodes), dtype=np.bool_)
         for row in range(1, nodes + 1):
             visible[row, [ancestor - 1 for ancestor in tree.path_rows(row)]] = True
-        self._tree_slots = self._pool.allocate(nodes)
+        self._tree_slots = self._memory.allocate(nodes)
         return Segment(
             token_ids=[root_token_id, *tree.token_ids],
             positions=[base - 1, *positions],
@@ -53,26 +53,27 @@ class Session:
 
     def drop_tree(self) -> None:
         """Forget the tree and its root."""
-        self._pool.free(self._tree_slots)
+        self._memory.free(self._tree_slots)
         self._tree_slots = []
         self.slots.truncate(self.slots.num_cached - 1)
 
     def close(self) -> None:
-        self._pool.free(self._tree_slots)
+        self._memory.free(self._tree_slots)
         self._tree_slots = []
         self.slots.release()
 
 
 class Passes:
-    """A decoder over a checkpoint and its KV pool."""
+    """A decoder over a checkpoint and its KV memory."""
 
     def __init__(self, folder: Path, *, is_exact: bool, dtype: str = "auto", num_slots: int = 2000) -> None:
         self.config = load_config(folder, dtype)
         self.decoder = Decoder(folder, self.config, CPU, is_exact=is_exact)
         self.pool = KVPool(self.config, num_slots, CPU)
+        self.memory = KvMemory(self.pool, shares_prefixes=False)
 
-    def open(self, num_reserved: int = 512) -> Session:
-        return Session(self.pool, num_reserved)
+    def open(self) -> Session:
+        return Session(self.memory)
 
     @torch.inference_mode()
     def run(self, *segments: Segment, plan: LayerPlan | None = None) -> list[torch.Tensor]:

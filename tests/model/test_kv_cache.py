@@ -8,16 +8,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from easyspec.errors import CapacityError
 from easyspec.model.config import ModelConfig, load_config
-from easyspec.model.kv_cache import TRASH_SLOT, KVPool, SessionSlots
+from easyspec.model.kv_cache import TRASH_SLOT, KvMemory, KVPool, SessionSlots
 from tests.fakes.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 40
-BLOCK_SIZE = 8
 # The pool asks for no more of a configuration than its sizes.
 CONFIG = ModelConfig(
     vocab_size=10,
@@ -37,134 +35,232 @@ CONFIG = ModelConfig(
 )
 
 
+def memory(num_slots: int = NUM_SLOTS, *, shares_prefixes: bool = True) -> KvMemory:
+    return KvMemory(KVPool(CONFIG, num_slots, CPU), shares_prefixes=shares_prefixes)
+
+
 @dataclass(eq=False)
 class Held:
-    """A session and what it should hold, in a list."""
+    """A session's text, of which `slots` are cached."""
 
     slots: SessionSlots
-    num_reserved: int
-    cached: list[int] = field(default_factory=list)
+    token_ids: list[int]
     tree: list[int] = field(default_factory=list)
+    is_open: bool = True
 
     @property
-    def num_left(self) -> int:
-        return self.num_reserved - len(self.cached) - len(self.tree)
+    def cached(self) -> list[int]:
+        return self.token_ids[: self.slots.num_cached]
 
 
-class PoolMachine(RuleBasedStateMachine):
-    """Sessions come, draft, commit, forget and go in any order; every slot has one owner at any time."""
+class MemoryMachine(RuleBasedStateMachine):
+    """Sessions come, share, draft, commit, forget and go in any order, over few tokens, so that texts often agree.
+
+    `written` is what was computed into every slot: the text up to its token, which is all that K and V depend on.
+    """
 
     sessions: Bundle[Held] = Bundle("sessions")
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = KVPool(CONFIG, NUM_SLOTS, CPU)
+        self.memory = memory()
         self.held: list[Held] = []
+        self.written: dict[int, tuple[int, ...]] = {}
 
-    @rule(target=sessions, num_reserved=st.integers(1, NUM_SLOTS + 5))
-    def open(self, num_reserved: int) -> object:
-        num_promised = sum(held.num_reserved for held in self.held)
-        if num_promised + num_reserved > NUM_SLOTS:
-            with pytest.raises(CapacityError) as caught:
-                SessionSlots(self.pool, num_reserved, BLOCK_SIZE)
-            assert f"{num_reserved} token slots wanted, {NUM_SLOTS - num_promised} of {NUM_SLOTS}" in str(caught.value)
-            return multiple()
-        held = Held(SessionSlots(self.pool, num_reserved, BLOCK_SIZE), num_reserved)
+    def write(self, held: Held, slots: list[int]) -> None:
+        for slot, length in zip(slots, range(held.slots.num_cached - len(slots), held.slots.num_cached), strict=True):
+            self.written[slot] = tuple(held.token_ids[: length + 1])
+
+    @rule(target=sessions, token_ids=st.lists(st.integers(0, 1), max_size=12))
+    def open(self, token_ids: list[int]) -> Held:
+        held = Held(SessionSlots(self.memory), token_ids)
         self.held.append(held)
         return held
 
+    @rule(held=sessions)
+    def take_prefix(self, held: Held) -> None:
+        if held.is_open:
+            before = held.slots.num_cached
+            assert held.slots.take_prefix(held.token_ids) == held.slots.num_cached - before
+
     @rule(held=sessions, data=st.data())
-    def extend(self, held: Held, data: st.DataObject) -> None:
-        slots = held.slots.extend(data.draw(st.integers(0, held.num_left)))
-        held.cached += slots
+    def prefill(self, held: Held, data: st.DataObject) -> None:
+        """A piece of a text, without looking what there is."""
+        if held.is_open:
+            most = min(self.memory.num_available, len(held.token_ids) - held.slots.num_cached)
+            self.write(held, held.slots.extend(data.draw(st.integers(0, most))))
 
     @rule(held=sessions, data=st.data())
     def draft(self, held: Held, data: st.DataObject) -> None:
-        held.tree += self.pool.allocate(data.draw(st.integers(0, held.num_left)))
+        if held.is_open:
+            held.tree += self.memory.allocate(data.draw(st.integers(0, min(8, self.memory.num_available))))
 
     @rule(held=sessions, data=st.data())
     def commit(self, held: Held, data: st.DataObject) -> None:
         """Keep some of the tree's slots, in any order, and give the others back."""
+        if not held.is_open or held.slots.num_cached < len(held.token_ids):
+            return
         order = data.draw(st.permutations(held.tree))
         num_accepted = data.draw(st.integers(0, len(order)))
+        held.token_ids += data.draw(st.lists(st.integers(0, 1), min_size=num_accepted, max_size=num_accepted))
         held.slots.append(order[:num_accepted])
-        self.pool.free(order[num_accepted:])
-        held.cached += order[:num_accepted]
+        self.write(held, list(order[:num_accepted]))
+        self.memory.free(order[num_accepted:])
         held.tree = []
+
+    @rule(held=sessions)
+    def share(self, held: Held) -> None:
+        if held.is_open:
+            held.slots.share(held.cached)
 
     @rule(held=sessions, data=st.data())
     def truncate(self, held: Held, data: st.DataObject) -> None:
-        num_cached = data.draw(st.integers(0, len(held.cached)))
-        held.slots.truncate(num_cached)
-        del held.cached[num_cached:]
+        if held.is_open:
+            held.slots.truncate(data.draw(st.integers(held.slots.num_shared, held.slots.num_cached)))
 
-    @rule(held=sessions, times=st.integers(1, 3))
-    def release(self, held: Held, times: int) -> None:
-        if held in self.held:
-            self.pool.free(held.tree)
-            self.held.remove(held)
+    @rule(held=sessions, times=st.integers(1, 3), is_kept=st.booleans())
+    def release(self, held: Held, times: int, is_kept: bool) -> None:
+        """Close, or (`is_kept`) preempt."""
+        if not held.is_open:
+            return
+        self.memory.free(held.tree)
+        held.tree = []
         for _ in range(times):
             held.slots.release()
-        held.cached, held.tree, held.num_reserved = [], [], 0
+        if not is_kept:
+            held.is_open = False
+            self.held.remove(held)
 
     @precondition(lambda self: self.held)
     @rule()
     def release_all(self) -> None:
         for held in list(self.held):
-            self.release(held, 1)
-        assert self.pool.num_used_slots == self.pool.num_reserved_slots == 0
+            self.release(held, 1, False)
+        assert self.memory.num_used_slots == 0
+        assert self.memory.num_available == NUM_SLOTS
+
+    @rule()
+    def all_of_what_is_available_can_be_had(self) -> None:
+        slots = self.memory.allocate(self.memory.num_available)
+        assert len(set(slots)) == len(slots)
+        self.memory.free(slots)
 
     @invariant()
     def every_slot_has_one_owner(self) -> None:
-        owned = [slot for held in self.held for slot in (*held.cached, *held.tree)]
-        assert len(set(owned)) == len(owned)
-        assert all(TRASH_SLOT < slot <= NUM_SLOTS for slot in owned)
-        assert self.pool.num_used_slots == len(owned)
-        assert self.pool.num_reserved_slots == sum(held.num_reserved for held in self.held)
+        own = [
+            slot for held in self.held for slot in held.slots.by_position[held.slots.num_shared : held.slots.num_cached]
+        ]
+        own += [slot for held in self.held for slot in held.tree]
+        shared = {slot for held in self.held for slot in held.slots.by_position[: held.slots.num_shared]}
+        assert len(set(own)) == len(own)
+        assert not shared.intersection(own)
+        assert all(TRASH_SLOT < slot <= NUM_SLOTS for slot in {*own, *shared})
+        # Slots of a prefix that was extended in place may be held beyond what the session itself uses.
+        assert self.memory.num_used_slots >= len(own) + len(shared)
+        assert self.memory.prefixes.num_slots - self.memory.prefixes.num_evictable + len(own) == (
+            self.memory.num_used_slots
+        )
 
     @invariant()
-    def positions_point_at_their_slots(self) -> None:
+    def positions_point_at_what_was_computed_for_their_text(self) -> None:
         for held in self.held:
-            by_position = held.slots.by_position
-            assert held.slots.num_cached == len(held.cached)
-            assert by_position[: len(held.cached)].tolist() == held.cached
-            assert (by_position[len(held.cached) :] == TRASH_SLOT).all()
-            assert len(by_position) % BLOCK_SIZE == 0
-            assert len(by_position) >= held.num_reserved
+            by_position, num_cached = held.slots.by_position, held.slots.num_cached
+            for position in range(num_cached):
+                assert self.written[int(by_position[position])] == tuple(held.token_ids[: position + 1])
+            assert (by_position[num_cached:] == TRASH_SLOT).all()
+            assert len(by_position) % 128 == 0
 
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
-def test_a_full_pool_hands_out_every_slot_once() -> None:
-    pool = KVPool(CONFIG, NUM_SLOTS, CPU)
-    session = SessionSlots(pool, NUM_SLOTS, BLOCK_SIZE)
+def test_a_full_memory_hands_out_every_slot_once() -> None:
+    full = memory()
+    session = SessionSlots(full)
     assert sorted(session.extend(NUM_SLOTS)) == list(range(1, NUM_SLOTS + 1))
-    assert pool.num_used_slots == NUM_SLOTS
-    with pytest.raises(AssertionError, match="allocation beyond the reservation"):
-        pool.allocate(1)
+    assert (full.num_used_slots, full.num_available) == (NUM_SLOTS, 0)
+    with pytest.raises(AssertionError, match="allocation beyond what is available"):
+        full.allocate(1)
 
 
-def test_a_refused_reservation_changes_nothing() -> None:
-    pool = KVPool(CONFIG, NUM_SLOTS, CPU)
-    first = SessionSlots(pool, 30, BLOCK_SIZE)
-    taken = first.extend(20)
-    with pytest.raises(CapacityError, match="KV memory is full: 11 token slots wanted, 10 of 40 free"):
-        SessionSlots(pool, 11, BLOCK_SIZE)
-    assert (pool.num_used_slots, pool.num_reserved_slots) == (20, 30)
-    assert first.by_position[:20].tolist() == taken
-    second = SessionSlots(pool, 10, BLOCK_SIZE)
-    assert set(second.extend(10)).isdisjoint(first.extend(10) + taken)
+def test_a_session_grows_beyond_its_first_block() -> None:
+    large = memory(1000)
+    session = SessionSlots(large)
+    taken = [slot for count in (1, 127, 1, 300, 4) for slot in session.extend(count)]
+    assert session.by_position[:433].tolist() == taken
+    assert len(session.by_position) % 128 == 0
+    assert (session.by_position[433:] == TRASH_SLOT).all()
 
 
-def test_a_released_session_takes_no_promise_of_others_along() -> None:
-    pool = KVPool(CONFIG, NUM_SLOTS, CPU)
-    first, second = SessionSlots(pool, 20, BLOCK_SIZE), SessionSlots(pool, 20, BLOCK_SIZE)
-    second.extend(3)
-    for _ in range(3):
-        first.release()
-    assert (pool.num_used_slots, pool.num_reserved_slots) == (3, 20)
+def computed(memory: KvMemory, token_ids: list[int]) -> SessionSlots:
+    session = SessionSlots(memory)
+    session.extend(len(token_ids))
+    session.share(token_ids)
+    return session
+
+
+def test_texts_that_begin_alike_share_slots_while_their_sessions_are_open() -> None:
+    shared = memory()
+    first = computed(shared, [1, 2, 3, 4, 5])
+    second = SessionSlots(shared)
+    assert second.take_prefix([1, 2, 3, 9, 9]) == 3
+    assert second.by_position[:3].tolist() == first.by_position[:3].tolist()
+    assert shared.num_used_slots == 5
+    second.extend(2)
+    second.share([1, 2, 3, 9, 9])
+    first.release()
+    assert shared.num_used_slots == 5
+    assert shared.usage(1).num_cached_slots == 2
+    third = SessionSlots(shared)
+    assert third.take_prefix([1, 2, 3, 4, 5, 6]) == 5
+
+
+def test_who_computed_the_same_at_the_same_time_ends_up_with_the_others_slots() -> None:
+    shared = memory()
+    first, second = SessionSlots(shared), SessionSlots(shared)
+    first.extend(4)
+    second.extend(4)
+    first.share([1, 2, 3, 4])
+    second.share([1, 2, 3, 4])
+    assert first.by_position.tolist() == second.by_position.tolist()
+    assert shared.num_used_slots == 4
+    assert first.take_prefix([1, 2, 3, 4]) == second.take_prefix([1, 2, 3, 4]) == 0
+
+
+def test_the_end_of_the_text_used_longest_ago_goes_first() -> None:
+    shared = memory(12)
+    for token_ids in ([1, 1, 1, 1], [2, 2, 2, 2], [1, 1, 3, 3]):
+        computed(shared, token_ids).release()
+    SessionSlots(shared).take_prefix([2, 2, 2, 2])  # held from here on
+    taken = shared.allocate(12 - 10 + 1)
+    known = {first: SessionSlots(shared) for first in (0, 1, 3)}
+    assert known[0].take_prefix([1, 1, 1, 1]) == 3
+    assert known[1].take_prefix([1, 1, 3, 3]) == 4
+    for session in known.values():
+        session.release()
+    taken += shared.allocate(5)
+    assert shared.num_available == 0
+    assert len(set(taken)) == 8
+    assert known[3].take_prefix([1, 1]) == 0
+
+
+def test_without_sharing_nothing_stays() -> None:
+    alone = memory(shares_prefixes=False)
+    session = computed(alone, [1, 2, 3])
+    assert SessionSlots(alone).take_prefix([1, 2, 3]) == 0
+    session.release()
+    assert (alone.num_used_slots, alone.usage(0).num_cached_slots, alone.prefixes.num_slots) == (0, 0, 0)
+
+
+def test_what_is_noted_of_prefixes_does_not_grow_with_their_use() -> None:
+    shared = memory()
+    computed(shared, [1, 2, 3]).release()
+    for _ in range(2000):
+        session = SessionSlots(shared)
+        session.take_prefix([1, 2, 3])
+        session.release()
+    assert len(shared.prefixes._leaves) < 200
 
 
 def test_entries_are_rows_of_layer_head_and_slot(tmp_path: Path) -> None:
@@ -176,5 +272,6 @@ def test_entries_are_rows_of_layer_head_and_slot(tmp_path: Path) -> None:
     assert entries.shape == (num_planes, 12)
     assert np.array_equal(np.sort(entries.numpy(), axis=None), np.arange(num_planes * 12))
     assert pool.table.shape == (num_planes * 12, 2 * 32 + 1)
+    assert pool.table.numel() * pool.table.itemsize == 12 * KVPool.slot_bytes(config)
     assert torch.equal(pool.table[:, -1], torch.ones(num_planes * 12))
     assert torch.equal(pool.entries(torch.tensor([7, 0, 7])), entries[:, [7, 0, 7]])

@@ -19,20 +19,23 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     num_threads: int | None = None
-    num_kv_slots: int = 64
+    num_kv_slots: int | None = 64
+    kv_memory_fraction: float | None = None
+    share_prefixes: bool = True
     max_model_len: int | None = None
+    max_tree_nodes: int = 16
 
 
 def test_a_checkpoint_introduces_itself(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen2", has_tokenizer=True, eos_token_id=[3, 4], dtype=torch.bfloat16)
-    loaded = load_model(Settings(str(tmp_path), max_model_len=100), is_exact=True)
+    loaded = load_model(Settings(str(tmp_path), max_model_len=48), is_exact=True)
     info = loaded.info
-    assert (info.name, info.vocab_size, info.max_model_len, info.num_layers) == ("tiny", VOCAB_SIZE, 100, 3)
+    assert (info.name, info.vocab_size, info.max_model_len, info.num_layers) == ("tiny", VOCAB_SIZE, 48, 3)
     assert (info.dtype, tuple(info.eos_token_ids)) == ("bfloat16", (3, 4))
     assert info.num_parameters == loaded.decoder.num_parameters
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path)
-    assert (loaded.pool.num_slots, loaded.pool.num_used_slots) == (64, 0)
-    assert loaded.pool.table.dtype == torch.bfloat16
+    assert (loaded.memory.num_slots, loaded.memory.num_used_slots) == (64, 0)
+    assert loaded.memory.pool.table.dtype == torch.bfloat16
 
 
 def test_num_threads_is_set(tmp_path: Path) -> None:

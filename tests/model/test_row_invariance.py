@@ -37,7 +37,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def passes(folder: Path) -> Passes:
     passes = Passes(folder, is_exact=True)
     assert make_row_invariant(passes.decoder, passes.pool) is True
-    assert passes.pool.num_used_slots == passes.pool.num_reserved_slots == 0
+    assert passes.memory.num_used_slots == 0
     return passes
 
 
@@ -60,7 +60,7 @@ def test_chunks_of_any_size_beside_any_sessions(
     session = passes.open()
     while (start := session.slots.num_cached) < _NUM_TOKENS:
         chunk = token_ids[start : start + int(rng.choice([1, 1, 2, 3, 5, 8, 17, 60, 130]))]
-        others = [passes.open(300) for _ in range(rng.integers(0, 4))]
+        others = [passes.open() for _ in range(rng.integers(0, 4))]
         segments = [
             other.chain(random_token_ids(int(rng.integers(1, 40)), passes.config.vocab_size, seed)) for other in others
         ]
@@ -131,16 +131,16 @@ def test_two_threads(folder: Path, token_ids: list[int]) -> None:
 def test_a_tree_costs_no_slot(passes: Passes) -> None:
     session = passes.open()
     passes.run(session.tree(1, TokenTree((2, 3), (0, 0))))
-    assert passes.pool.num_used_slots == 3
+    assert passes.memory.num_used_slots == 3
     session.drop_tree()
-    assert passes.pool.num_used_slots == session.slots.num_cached == 0
+    assert passes.memory.num_used_slots == session.slots.num_cached == 0
     session.close()
 
 
 def test_the_probe_sees_attention_that_depends_on_other_rows(folder: Path) -> None:
     passes = Passes(folder, is_exact=False)
     assert make_row_invariant(passes.decoder, passes.pool) is False
-    assert passes.pool.num_used_slots == passes.pool.num_reserved_slots == 0
+    assert passes.memory.num_used_slots == 0
 
 
 Product = Callable[..., torch.Tensor]

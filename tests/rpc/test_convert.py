@@ -156,7 +156,7 @@ def test_verify_timings(timings: VerifyTimings) -> None:
 
 @given(
     st.builds(ModelInfo, names, uint32s, uint32s, names, uint64s, names, token_ids, uint32s),
-    st.builds(KvUsage, uint32s, uint32s, uint32s),
+    st.builds(KvUsage, uint32s, uint32s, uint32s, uint32s, uint64s, uint64s, uint64s),
 )
 def test_information(info: ModelInfo, usage: KvUsage) -> None:
     assert convert.model_info_from_pb(sent(convert.model_info_to_pb(info))) == info

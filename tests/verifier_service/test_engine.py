@@ -153,27 +153,172 @@ async def test_two_trees_at_once_for_one_session_are_refused(engine: VerifierEng
     engine.close(session_id)
 
 
-async def test_memory_is_promised_at_opening_refused_when_full_and_given_back(engine: VerifierEngine) -> None:
+async def test_slots_are_taken_as_a_session_grows_shared_and_given_back(engine: VerifierEngine) -> None:
     long = replace(GOOD, stop=StopConditions(100, ignore_eos=True))
-    session_ids = [await engine.open(long) for _ in range(4)]  # 5 + 100 + 16 slots each, of 512
-    with pytest.raises(CapacityError, match="121 token slots wanted, 28 of 512 free"):
-        await engine.open(long)
+    session_ids = [await engine.open(long) for _ in range(4)]
+    assert engine.kv_usage().num_used_slots == 0
     verdicts = await asyncio.gather(
         *(engine.verify(session_id, 5, TokenTree((1, 2, 3), (0, 0, 1))) for session_id in session_ids)
     )
     assert len({verdict.token_ids for verdict, _ in verdicts}) == 1
     usage = engine.kv_usage()
     assert usage.num_sessions == 4
-    num_kept = 5 + verdicts[0][0].num_accepted
-    assert usage.num_used_slots == 4 * num_kept  # nodes that were not accepted have been given back
-    engine.close(session_ids[0])
-    engine.close(session_ids[0])
-    session_ids[0] = await engine.open(long)
-    for session_id in session_ids:
+    num_own = 1 + verdicts[0][0].num_accepted  # the root, which is always computed, and what follows it
+    assert 5 <= usage.num_used_slots <= 4 + 4 * num_own  # nodes that were not accepted have been given back
+    assert usage.num_prefix_query_tokens == 4 * 4
+    assert usage.num_prefix_hit_tokens == 3 * 4
+    for session_id in [*session_ids, session_ids[0]]:
         engine.close(session_id)
     await eventually(lambda: engine.kv_usage().num_sessions == 0)
-    assert engine.kv_usage().num_used_slots == 0
+    usage = engine.kv_usage()
+    assert (usage.num_used_slots, usage.num_preemptions) == (0, 0)
+    assert usage.num_cached_slots >= 5
     await generate(engine, long)
+
+
+async def test_without_sharing_every_prompt_is_computed_and_says_the_same(base_folder: Path) -> None:
+    said = []
+    for share_prefixes in (True, False):
+        engine = VerifierEngine(settings(base_folder, share_prefixes=share_prefixes))
+        await engine.start()
+        said.append([(await generate(engine, GOOD)).token_ids for _ in range(2)])
+        usage = engine.kv_usage()
+        assert (usage.num_prefix_hit_tokens > 0) == (usage.num_cached_slots > 0) == share_prefixes
+        await engine.stop()
+    assert said[0] == said[1]
+    assert len({*said[0], *said[1]}) == 1
+
+
+async def test_who_asks_for_the_prompts_logprobs_computes_the_prompt(engine: VerifierEngine) -> None:
+    await generate(engine, GOOD)
+    before = engine.kv_usage().num_prefix_hit_tokens
+    session_id = await engine.open(replace(GOOD, num_top_logprobs=0, prompt_logprobs=True))
+    _, timings = await engine.verify(session_id, 5, EMPTY_TREE)
+    assert timings.num_batch_rows == 5
+    assert engine.kv_usage().num_prefix_hit_tokens == before
+    engine.close(session_id)
+
+
+def hungry(seed: int, max_tokens: int = 150) -> OpenVerification:
+    prompt = tuple((seed * 7 + i * (seed + 3)) % VOCAB_SIZE for i in range(60))
+    return OpenVerification(
+        prompt, SamplingParameters(seed, temperature=0.8), StopConditions(max_tokens, ignore_eos=True)
+    )
+
+
+async def test_when_memory_runs_out_the_younger_give_way_and_all_say_what_they_say_alone(
+    base_folder: Path, verifier: VerifierEngine
+) -> None:
+    """Four sessions that come to 210 tokens each, in 512 slots."""
+    alone = [(await generate(verifier, hungry(seed))).said for seed in range(4)]
+    engine = VerifierEngine(settings(base_folder, num_kv_slots=512, max_tree_nodes=16, admission_timeout_s=60))
+    await engine.start()
+    together = await asyncio.gather(*(generate(engine, hungry(seed)) for seed in range(4)))
+    assert [output.said for output in together] == alone
+    await eventually(lambda: engine.kv_usage().num_sessions == 0)
+    usage = engine.kv_usage()
+    assert usage.num_preemptions > 0
+    assert usage.num_used_slots == 0
+    await engine.stop()
+
+
+async def fill(engine: VerifierEngine, num_sessions: int) -> list[int]:
+    """Sessions that hold their prompts of 60 tokens."""
+    session_ids = [await engine.open(hungry(seed)) for seed in range(num_sessions)]
+    await asyncio.gather(*(engine.verify(session_id, 60, EMPTY_TREE) for session_id in session_ids))
+    return session_ids
+
+
+@pytest.fixture
+async def crowded(base_folder: Path) -> AsyncIterator[VerifierEngine]:
+    """One in which two sessions of 60 tokens leave no room for a third, and one may wait, half a second."""
+    changes = {"num_kv_slots": 200, "max_tree_nodes": 16, "max_waiting_sessions": 1, "admission_timeout_s": 0.5}
+    engine = VerifierEngine(settings(base_folder, **changes))
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+async def test_a_full_engine_lets_few_wait_for_a_while_and_refuses_the_others_at_once(crowded: VerifierEngine) -> None:
+    session_ids = await fill(crowded, 2)
+    clock = asyncio.get_running_loop().time
+    started_s = clock()
+    waits = asyncio.ensure_future(crowded.open(hungry(2)))
+    await asyncio.sleep(0)
+    with pytest.raises(
+        CapacityError, match="KV memory is full: 80 of 200 token slots free, 1 sessions waiting"
+    ) as full:
+        await crowded.open(hungry(3))
+    assert full.value.retry_after_s == 0.5
+    assert clock() - started_s < 0.4
+    with pytest.raises(CapacityError, match="KV memory was full for"):
+        await waits
+    assert clock() - started_s >= 0.5
+    assert crowded.kv_usage().num_sessions == 2
+    waits = asyncio.ensure_future(crowded.open(hungry(4)))
+    await asyncio.sleep(0.05)
+    crowded.close(session_ids[0])
+    session_ids[0] = await waits
+    assert (await crowded.verify(session_ids[0], 60, EMPTY_TREE))[0].base_length == 60
+    for session_id in session_ids:
+        crowded.close(session_id)
+    await eventually(lambda: crowded.kv_usage().num_sessions == 0)
+    assert crowded.kv_usage().num_used_slots == 0
+
+
+async def test_who_gives_up_waiting_leaves_the_place_in_the_queue_and_holds_nothing(crowded: VerifierEngine) -> None:
+    session_ids = await fill(crowded, 2)
+    for seed in range(5, 10):
+        waits = asyncio.ensure_future(crowded.open(hungry(seed)))
+        await asyncio.sleep(0)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+    for session_id in session_ids:
+        crowded.close(session_id)
+    await eventually(lambda: crowded.kv_usage().num_sessions == 0)
+    assert crowded.kv_usage().num_used_slots == 0
+    session_id = await crowded.open(hungry(10))
+    assert crowded.kv_usage().num_sessions == 1
+    crowded.close(session_id)
+
+
+async def test_closing_a_preempted_session_frees_everything(crowded: VerifierEngine) -> None:
+    old, young = await fill(crowded, 2)
+    base_length = 61
+    while crowded.kv_usage().num_preemptions == 0:
+        verdict, _ = await crowded.verify(old, base_length, EMPTY_TREE)
+        base_length += len(verdict.token_ids)
+    waiting = asyncio.ensure_future(crowded.verify(young, 61, EMPTY_TREE))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    crowded.close(young)
+    await crowded.verify(old, base_length, EMPTY_TREE)
+    waiting.cancel()
+    crowded.close(old)
+    await eventually(lambda: crowded.kv_usage().num_sessions == 0)
+    assert crowded.kv_usage().num_used_slots == 0
+
+
+async def test_stopping_refuses_who_waits_for_memory(crowded: VerifierEngine) -> None:
+    await fill(crowded, 2)
+    waits = asyncio.ensure_future(crowded.open(hungry(2)))
+    await asyncio.sleep(0)
+    await crowded.stop()
+    with pytest.raises(UnavailableError):
+        await waits
+
+
+async def test_what_can_never_fit_is_refused_at_once(base_folder: Path) -> None:
+    """The context is as long as the memory: 100 slots, of which a tree takes 16."""
+    engine = VerifierEngine(settings(base_folder, num_kv_slots=100, max_tree_nodes=16))
+    await engine.start()
+    assert engine.model_info.max_model_len == 84
+    with pytest.raises(PromptTooLongError, match="'84 tokens'; allowed: below 84"):
+        await engine.open(replace(GOOD, prompt_token_ids=(1,) * 84))
+    output = await generate(engine, replace(GOOD, prompt_token_ids=(1,) * 83))
+    assert len(output.token_ids) == 1
+    await engine.stop()
 
 
 @pytest.mark.parametrize("prompt_length", [5, 200])
@@ -296,5 +441,6 @@ async def test_settings_that_do_not_fit_the_model_are_refused(base_folder: Path)
     assert "max_model_len is 257; allowed: up to 256" in await refusal(base_folder, max_model_len=257)
     with pytest.raises(ConfigurationError, match="max_tree_nodes is 65; allowed: 1 to 64"):
         VerifierEngine(settings(base_folder, max_tree_nodes=65))
-    with pytest.raises(ConfigurationError, match="num_kv_slots is 17; allowed: at least 18"):
-        VerifierEngine(settings(base_folder, max_tree_nodes=16, num_kv_slots=17))
+    assert "num_kv_slots is 17; allowed: at least 18" in await refusal(base_folder, max_tree_nodes=16, num_kv_slots=17)
+    too_long = await refusal(base_folder, max_tree_nodes=16, num_kv_slots=100, max_model_len=90)
+    assert "num_kv_slots is 100; allowed: at least 106" in too_long

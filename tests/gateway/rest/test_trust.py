@@ -133,6 +133,16 @@ async def test_the_body_limit_is_the_settings(pair: FakePair, tokenizer_folder: 
         assert refused(await rest.http.post("/v1/completions", json=completion_body(user="x" * 3000)), 413)
 
 
+async def test_what_is_too_long_is_not_tokenized(pair: FakePair, tokenizer_folder: Path) -> None:
+    async with serving_rest(pair, tokenizer_folder, max_prompt_chars=100) as rest:
+        for path, body in (
+            ("/v1/completions", {"prompt": "x" * 101}),
+            ("/tokenize", {"prompt": "x" * 101}),
+            ("/tokenize", {"messages": [{"role": "user", "content": "x" * 101}]}),
+        ):
+            assert "100 characters" in refused(await rest.http.post(path, json=body), 400)["message"]
+
+
 async def test_a_client_may_set_its_own_deadline(pair: FakePair, tokenizer_folder: Path) -> None:
     pair.verifier.delay_s = 0.1
     async with serving_rest(pair, tokenizer_folder) as rest:

@@ -1,0 +1,151 @@
+"""A session's KV at the drafter, and its round while it is being worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from drafter_service.growth import Candidates, GrowingTree, RankingSettings, Sharpness
+from drafter_service.sources.source import DraftJob, DraftSession
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns
+
+
+class SessionState:
+    """Slots of committed tokens, and of the last tree's expanded nodes (row -> slot).
+
+    The first `num_exact` cached tokens have exact K and V, which others may share.
+    """
+
+    def __init__(self, session: DraftSession, memory: KvMemory, ranking: RankingSettings) -> None:
+        self.session = session
+        self.slots = SessionSlots(memory)
+        self.num_prompt_tokens = len(session.token_ids)
+        self.num_exact = 0
+        self.sharpness = Sharpness(ranking)
+        self.tree: GrowingTree | None = None
+        self.tree_slots: dict[int, int] = {}
+        self.drafting: Drafting | None = None
+        self._memory = memory
+
+    @property
+    def num_uncached(self) -> int:
+        """Committed tokens without K and V."""
+        return len(self.session.token_ids) - self.slots.num_cached
+
+    @property
+    def num_unread(self) -> int:
+        """Prompt tokens to prefill; the last one is left to the first calibration, which needs a row."""
+        return self.num_prompt_tokens - 1 - self.slots.num_cached
+
+    def begin(self, job: DraftJob) -> None:
+        """Learn from the verdict and drop the last tree; without calibration its accepted entries stay."""
+        kept: list[int] = []
+        if self.tree is not None:
+            kept = self._learn(job.session.token_ids[len(job.session.token_ids) - job.num_new_tokens :])
+        if job.session.calibration:
+            kept = []
+        # Before the prompt is read there is nothing they could stand on. The bonus token has no slot.
+        kept_slots = [self.tree_slots.pop(row) for row in kept[: job.num_new_tokens - 1]]
+        self.drop_tree()
+        self.slots.append(kept_slots)
+        self.tree = GrowingTree(job.budget, self.sharpness)
+        self.drafting = Drafting(job, self, self.tree)
+
+    def drop_tree(self) -> None:
+        self._memory.free([*self.tree_slots.values()])
+        self.tree_slots = {}
+
+    def share(self) -> None:
+        """Let other sessions use what is cached, if all of it is exact."""
+        if self.slots.num_cached == self.num_exact:
+            self.slots.share(self.session.token_ids[: self.num_exact])
+
+    def chain_segment(self, slots: Sequence[int]) -> Segment:
+        """Rows for the last cached tokens, which live in `slots`."""
+        positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
+        visible = [position + 1 for position in positions]
+        token_ids = self.session.token_ids[positions.start : positions.stop]
+        return Segment(token_ids, positions, slots, visible, self.slots.by_position)
+
+    def _learn(self, new_tokens: Sequence[int]) -> list[int]:
+        """Walk the last tree along the chosen tokens: fit the sharpness, return the expanded rows passed."""
+        tree = self.tree
+        assert tree is not None, "there was a tree"
+        passed: list[int] = []
+        row: int | None = 0
+        for token_id in new_tokens:
+            candidates: Candidates | None = tree.expanded.get(row) if row is not None else None
+            if candidates is None:
+                break
+            self.sharpness.observe(candidates, token_id)
+            row = next(
+                (
+                    child + 1
+                    for child, parent_row in enumerate(tree.parent_rows)
+                    if parent_row == row and tree.token_ids[child] == token_id
+                ),
+                None,
+            )
+            if row is None or row not in self.tree_slots:
+                break
+            passed.append(row)
+        return passed
+
+
+@dataclass
+class Drafting:
+    """A job while it is being worked on; `noise` [levels, V] is that of its positions, None where there is none.
+
+    The times are those of the passes it took part in.
+    """
+
+    job: DraftJob
+    state: SessionState
+    tree: GrowingTree
+    noise: torch.Tensor | None = None
+    is_calibrated: bool = False
+    calibrate_ns: int = 0
+    fuzzy_ns: int = 0
+    num_fuzzy_steps: int = 0
+
+    @property
+    def base_length(self) -> int:
+        return len(self.job.session.token_ids)
+
+    @property
+    def level(self) -> int:
+        """Depth of the nodes to expand next; the root's is 0."""
+        return self.tree.depths[self.tree.frontier[0]]
+
+    def frontier_segment(self, slots: Sequence[int]) -> Segment:
+        """Rows for the nodes to expand, whose K and V go to `slots`.
+
+        Each sees the committed text, its expanded ancestors and itself.
+        """
+        tree, state = self.tree, self.state
+        state.tree_slots.update(zip(tree.frontier, slots, strict=True))
+        expanded = list(state.tree_slots)  # parents first
+        column_of_row = {row: column for column, row in enumerate(expanded)}
+        visible = np.zeros((len(tree.frontier), len(expanded)), dtype=np.bool_)
+        for index, row in enumerate(tree.frontier):
+            ancestor = row
+            while ancestor > 0:
+                visible[index, column_of_row[ancestor]] = True
+                ancestor = tree.parent_rows[ancestor - 1]
+        root_position = self.base_length - 1
+        return Segment(
+            token_ids=[tree.token_ids[row - 1] for row in tree.frontier],
+            positions=[root_position + tree.depths[row] for row in tree.frontier],
+            slots=slots,
+            num_visible=[self.base_length] * len(tree.frontier),
+            slots_by_position=state.slots.by_position,
+            tree=TreeColumns(
+                [state.tree_slots[row] for row in expanded],
+                [root_position + tree.depths[row] for row in expanded],
+                visible,
+            ),
+        )

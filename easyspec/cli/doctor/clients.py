@@ -1,0 +1,167 @@
+"""Checks of services that run: who answers, how soon, and whether they fit together."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from easyspec import __version__
+from easyspec.cli.doctor.report import Finding, ok, problem, warning
+from easyspec.rpc.channels import open_channel
+from easyspec.v1 import (
+    drafter_pb2,
+    drafter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    types_pb2,
+    verifier_pb2,
+    verifier_pb2_grpc,
+)
+
+ROLES = ("gateway", "drafter", "verifier")
+# A round is a few of these; between machines of one rack 0.1 to 0.5 ms is usual.
+SLOW_ROUND_TRIP_MS = 5.0
+
+_TIMEOUT_S = 2.0
+_NUM_ROUND_TRIPS = 7
+_SERVICES = {
+    "gateway": generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    "drafter": drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name,
+    "verifier": verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name,
+}
+_PeerState = generation_pb2.GetServerInfoResponse
+
+
+@dataclass(frozen=True)
+class PeerReport:
+    """What was found at one address; `model` is the base's at a gateway, None if nobody answered."""
+
+    findings: list[Finding]
+    model: types_pb2.ModelInfo | None = None
+
+
+async def role_at(address: str) -> str | None:
+    """The role of the easyspec service at `address`; None if there is none."""
+    async with open_channel(address) as channel:
+        for role in ROLES:
+            try:
+                await _health(channel, role)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    return None
+            else:
+                return role
+    return None
+
+
+async def check_peer(role: str, address: str) -> PeerReport:
+    """Health, model, version and round trip of the service that should be at `address`."""
+    async with open_channel(address) as channel:
+        try:
+            is_serving = await _health(channel, role)
+        except grpc.aio.AioRpcError as error:
+            return PeerReport([await _explain_absence(role, address, error)])
+        if not is_serving:
+            advice = "wait until it has loaded; its log says what it is doing"
+            return PeerReport([warning(role, f"{address} answers: not serving yet, or draining", advice)])
+        try:
+            return await _ASK[role](channel, address)
+        except grpc.aio.AioRpcError as error:
+            advice = f"see the log of the {role}"
+            return PeerReport([problem(role, f"{address}: {error.code().name}: {error.details()}", advice)])
+
+
+async def _explain_absence(role: str, address: str, error: grpc.aio.AioRpcError) -> Finding:
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        other = await role_at(address)
+        if other is not None:
+            return problem(role, f"{address} is a {other}", f"name the address of the {role}")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return problem(role, f"{address} speaks gRPC and is no easyspec service", f"name the address of the {role}")
+    return problem(role, f"nobody answers at {address}", f"start the {role} there, or name where it runs")
+
+
+async def _health(channel: grpc.aio.Channel, role: str) -> bool:
+    request = health_pb2.HealthCheckRequest(service=_SERVICES[role])
+    response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_S)
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _ask_verifier(channel: grpc.aio.Channel, address: str) -> PeerReport:
+    stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
+    info = await stub.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_TIMEOUT_S)
+    findings = await _about("verifier", address, channel, info.model, info.version)
+    if not info.row_invariant:
+        advice = "speculation may change a token now and then; float32 on this device may be exact"
+        findings.append(warning("verifier", "its passes are not bit-identical for different batches", advice))
+    return PeerReport(findings, info.model)
+
+
+async def _ask_drafter(channel: grpc.aio.Channel, address: str) -> PeerReport:
+    stub: drafter_pb2_grpc.DrafterServiceAsyncStub = drafter_pb2_grpc.DrafterServiceStub(channel)
+    info = await stub.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=_TIMEOUT_S)
+    return PeerReport(await _about("drafter", address, channel, info.model, info.version), info.model)
+
+
+async def _ask_gateway(channel: grpc.aio.Channel, address: str) -> PeerReport:
+    stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+    info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+    model = info.models[0] if info.models else None
+    findings = await _about("gateway", address, channel, model or types_pb2.ModelInfo(name="no model"), info.version)
+    findings += [
+        *_behind("verifier", info.verifier_state, is_vital=True),
+        *_behind("drafter", info.drafter_state, is_vital=False),
+    ]
+    return PeerReport(findings, model)
+
+
+_ASK: dict[str, Callable[[grpc.aio.Channel, str], Awaitable[PeerReport]]] = {
+    "gateway": _ask_gateway,
+    "drafter": _ask_drafter,
+    "verifier": _ask_verifier,
+}
+
+
+def _behind(role: str, state: int, is_vital: bool) -> list[Finding]:
+    """What the gateway says of a service behind it, where that is not as it should be."""
+    tell = problem if is_vital else warning
+    if state == _PeerState.PEER_STATE_REFUSED:
+        advice = f"start the {role} with a checkpoint that has the gateway's tokenizer"
+        return [tell("gateway", f"it refuses its {role}: another tokenizer", advice)]
+    if state == _PeerState.PEER_STATE_UNREACHABLE:
+        return [tell("gateway", f"it cannot reach its {role}", f"see its --{role}-address, and the {role}'s log")]
+    if state == _PeerState.PEER_STATE_UNSPECIFIED:
+        return [tell("gateway", f"it has no {role}: plain decoding", f"give it --{role}-address")]
+    return []
+
+
+async def _about(
+    role: str, address: str, channel: grpc.aio.Channel, model: types_pb2.ModelInfo, version: str
+) -> list[Finding]:
+    round_trip_ms = await _round_trip_ms(channel, role)
+    tokenizer = f"tokenizer {model.tokenizer_fingerprint[:12]}, " if model.tokenizer_fingerprint else ""
+    message = f"{address}: {model.name}, {model.dtype}, {tokenizer}round trip {round_trip_ms:.2f} ms"
+    if round_trip_ms > SLOW_ROUND_TRIP_MS:
+        advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
+        findings = [warning(role, message, advice)]
+    else:
+        findings = [ok(role, message)]
+    if version and version != __version__:
+        advice = "run the same version everywhere"
+        findings.append(warning(role, f"it is version {version}, this is {__version__}", advice))
+    return findings
+
+
+async def _round_trip_ms(channel: grpc.aio.Channel, role: str) -> float:
+    """The median of a few, by the smallest RPC there is."""
+    took = []
+    for _ in range(_NUM_ROUND_TRIPS):
+        started = time.monotonic()
+        await _health(channel, role)
+        took.append((time.monotonic() - started) * 1000)
+    return statistics.median(took)

@@ -1,0 +1,54 @@
+"""`easyspec doctor`: all checks, in order."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from easyspec.cli.doctor.checkpoints import checkpoint_findings
+from easyspec.cli.doctor.clients import PeerReport, check_peer
+from easyspec.cli.doctor.machine import machine_findings
+from easyspec.cli.doctor.ports import port_findings
+from easyspec.cli.doctor.report import Finding, ok, problem
+from easyspec.cli.doctor.weights import num_weight_bytes
+from easyspec.errors import ConfigurationError
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What to look at: checkpoint folders, and addresses of running services by role."""
+
+    base: Path
+    draft: Path | None
+    peers: dict[str, str] = field(default_factory=dict)
+
+
+async def examine(patient: Patient) -> list[Finding]:
+    """The whole report. Ports are looked at only where no running services are named."""
+    num_bytes = num_weight_bytes(patient.base) + (num_weight_bytes(patient.draft) if patient.draft is not None else 0)
+    findings = list(machine_findings(num_bytes))
+    findings += checkpoint_findings(patient.base, patient.draft)
+    if not patient.peers:
+        return findings + await port_findings()
+    reports = {role: await check_peer(role, address) for role, address in patient.peers.items()}
+    for report in reports.values():
+        findings += report.findings
+    return findings + _compare(reports, patient.base)
+
+
+def _compare(reports: dict[str, PeerReport], base: Path) -> list[Finding]:
+    """Whether all who answered, and the base checkpoint here, have one tokenizer."""
+    fingerprints = {
+        role: report.model.tokenizer_fingerprint for role, report in reports.items() if report.model is not None
+    }
+    if not fingerprints:
+        return []
+    with contextlib.suppress(ConfigurationError):  # told before
+        fingerprints["--base"] = tokenizer_fingerprint(base)
+    shown = ", ".join(f"{name} {fingerprint[:12]}" for name, fingerprint in fingerprints.items())
+    if len(set(fingerprints.values())) > 1:
+        advice = "give every service, and the gateway's --tokenizer, checkpoints with one tokenizer"
+        return [problem("peers", f"different tokenizers: {shown}", advice)]
+    return [ok("peers", f"one tokenizer: {', '.join(fingerprints)}")]

@@ -1,0 +1,175 @@
+"""Checks of the machine: Python, packages, processor, memory, GPU, containers. Imports no package it checks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from easyspec.cli.doctor.report import Finding, ok, problem, warning
+
+_INSTALL = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+_COMMAND_TIMEOUT_S = 5.0
+
+
+def check_python(version: str | None = None, required: str | None = None) -> Finding:
+    """This interpreter against what the package declares."""
+    version = version or platform.python_version()
+    required = required or _metadata_field("Requires-Python") or ">=3.11"
+    if Version(version) not in SpecifierSet(required):
+        return problem("python", f"{version}; needed: {required}", f"make a new environment with Python {required}")
+    return ok("python", f"{version} ({sys.executable})")
+
+
+def _metadata_field(name: str) -> str | None:
+    try:
+        return importlib.metadata.metadata("easyspec")[name]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages(requirements: Sequence[str] | None = None) -> list[Finding]:
+    """Every dependency: there, and recent enough. One line for all that fit, one for each that does not."""
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("easyspec") or []
+        except importlib.metadata.PackageNotFoundError:
+            return [warning("packages", "easyspec is not installed as a package: versions not checked", _INSTALL)]
+    findings = []
+    num_fitting = 0
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(problem("packages", f"{requirement.name} is missing; needed: {requirement}", _INSTALL))
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            num_fitting += 1
+        else:
+            findings.append(problem("packages", f"{requirement.name} is {version}; needed: {requirement}", _INSTALL))
+    return [*findings, *([ok("packages", f"{num_fitting} fit")] if num_fitting else [])]
+
+
+def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo"), cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
+    """Cores this process may use, the instructions that matter, and a container's quota."""
+    content = _read(cpuinfo)
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", content, re.MULTILINE)
+    has = set(found.group(1).split()) if found else set()
+    name = re.search(r"^model name\s*:\s*(.*)$", content, re.MULTILINE)
+    num_cores = len(os.sched_getaffinity(0))
+    features = ", ".join(feature for feature in _CPU_FEATURES if feature in has) or "no vector instructions known"
+    message = f"{num_cores} cores, {name.group(1).strip() if name else platform.machine()}, {features}"
+    quota = re.match(r"(\d+) (\d+)", _read(cpu_max))
+    num_allowed = int(quota.group(1)) / int(quota.group(2)) if quota else num_cores
+    if num_allowed < num_cores - 0.5:
+        advice = f"give each service --num-threads {max(1, int(num_allowed))}, or threads will be stalled by the quota"
+        return warning("cpu", f"{message}; a quota of {num_allowed:g} cores", advice)
+    if platform.machine() == "x86_64" and has and "avx2" not in has:
+        return warning("cpu", message, "models will be slow without AVX2: use another machine, or a GPU")
+    return ok("cpu", message)
+
+
+def check_memory(
+    num_weight_bytes: int,
+    meminfo: Path = Path("/proc/meminfo"),
+    memory_max: Path = Path("/sys/fs/cgroup/memory.max"),
+    memory_used: Path = Path("/sys/fs/cgroup/memory.current"),
+) -> Finding:
+    """What is free, against the weights of the checkpoints given."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _read(meminfo), re.MULTILINE)
+    if found is None:
+        return warning("memory", "free memory cannot be told here", "make sure the weights fit twice")
+    num_free = int(found.group(1)) * 1024
+    limit = _read(memory_max).strip()
+    if limit.isdecimal():
+        num_free = min(num_free, int(limit) - int(_read(memory_used).strip() or 0))
+    message = f"{_size(num_free)} free, weights {_size(num_weight_bytes)}"
+    if num_free < num_weight_bytes:
+        return problem("memory", message, "use a smaller model, free memory, or a GPU that holds the weights")
+    # Weights are laid out anew for the kernels while the file's pages are still mapped.
+    if num_free < 2 * num_weight_bytes + 2**30:
+        return warning("memory", message, "loading may need twice the weights for a moment: free some memory")
+    return ok("memory", message)
+
+
+def check_gpu(torch_version_file: Path | None = None) -> Finding:
+    """NVIDIA GPUs, and whether the installed torch can use them."""
+    cuda = _cuda_of_torch(torch_version_file)
+    listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if listed is None:
+        built = "" if cuda is None else f" (torch is built for CUDA {cuda})"
+        return ok("gpu", f"none found{built}; models run on the CPU")
+    gpus = "; ".join(line.strip() for line in listed.splitlines() if line.strip())
+    if cuda is None:
+        advice = "install a CUDA build: pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        return warning("gpu", f"{gpus}; the installed torch is a CPU build", advice)
+    return ok("gpu", f"{gpus}; torch is built for CUDA {cuda}")
+
+
+def _cuda_of_torch(version_file: Path | None) -> str | None:
+    """CUDA version of the torch build, read from its source: importing torch takes seconds."""
+    if version_file is None:
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            return None
+        version_file = Path(spec.origin).with_name("version.py")
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", _read(version_file), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def check_containers() -> Finding:
+    """An engine and its compose command, for docker-compose.yml; nothing else needs them."""
+    for engine in ("docker", "podman"):
+        if shutil.which(engine) is None:
+            continue
+        version = _output(engine, "version", "--format", "{{.Client.Version}}")
+        if _output(engine, "info") is None:
+            return warning("containers", f"{engine} is there and does not answer", f"start it, and see `{engine} info`")
+        if _output(engine, "compose", "version") is None:
+            return warning("containers", f"{engine} without compose", f"install the compose plugin of {engine}")
+        return ok("containers", f"{engine} {(version or '').strip()} with compose")
+    return warning("containers", "neither docker nor podman", "install one to use docker-compose.yml; `up` needs none")
+
+
+def machine_findings(num_weight_bytes: int) -> Iterator[Finding]:
+    """All checks of the machine, in the order of the report."""
+    yield check_python()
+    yield from check_packages()
+    yield check_cpu()
+    yield check_memory(num_weight_bytes)
+    yield check_gpu()
+    yield check_containers()
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not there, fails or takes too long."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

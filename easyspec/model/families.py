@@ -1,0 +1,6 @@
+"""What the decoder supports, for those who must know without loading a model."""
+
+from __future__ import annotations
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_ACTIVATIONS = ("silu", "swish")

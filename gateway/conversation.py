@@ -1,0 +1,183 @@
+"""A conversation, the tools it may use, and how a chat template sees them."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from easyspec.errors import InvalidRequestError
+
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_TOOLS = 128
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call the assistant has made; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One message of a conversation. `tool_calls` are an assistant's, `tool_call_id` is a tool's answer to one."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class ToolDefinition:
+    """A function that may be called; `parameters` is the JSON Schema of its arguments, as text ("": none)."""
+
+    name: str
+    description: str = ""
+    parameters: str = ""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema of the arguments; InvalidRequestError if it is none."""
+        schema = _parsed(self.parameters) if self.parameters else {"type": "object", "properties": {}}
+        if not isinstance(schema, dict):
+            raise InvalidRequestError(f"tools[{self.name}].parameters", self.parameters, "a JSON Schema object")
+        return schema
+
+
+class ToolMode(enum.Enum):
+    """Whether tools are called; NAMED is REQUIRED with one function."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+    NAMED = "named"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What may be called, and whether it must be. `name` goes with NAMED."""
+
+    definitions: tuple[ToolDefinition, ...]
+    mode: ToolMode = ToolMode.AUTO
+    name: str = ""
+    is_parallel: bool = True
+
+    @property
+    def is_forced(self) -> bool:
+        return self.mode in (ToolMode.REQUIRED, ToolMode.NAMED)
+
+    @property
+    def shown_definitions(self) -> tuple[ToolDefinition, ...]:
+        """Those that the model is told of: all or none, so that a choice does not change the prompt."""
+        return () if self.mode is ToolMode.NONE else self.definitions
+
+    @property
+    def callable_definitions(self) -> tuple[ToolDefinition, ...]:
+        """Those that this request may call."""
+        if self.mode is ToolMode.NONE:
+            return ()
+        return tuple(tool for tool in self.definitions if self.mode is not ToolMode.NAMED or tool.name == self.name)
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for the first thing that is not allowed."""
+        if not 1 <= len(self.definitions) <= MAX_TOOLS:
+            raise InvalidRequestError("tools", f"{len(self.definitions)} functions", f"1 to {MAX_TOOLS}")
+        names = [tool.name for tool in self.definitions]
+        for index, tool in enumerate(self.definitions):
+            if not tool.name or len(tool.name) > 64 or names.index(tool.name) != index:
+                raise InvalidRequestError(f"tools[{index}].name", tool.name, "1 to 64 characters, each name once")
+            if not isinstance(_parsed(tool.parameters or "{}"), dict):
+                raise InvalidRequestError(f"tools[{index}].parameters", tool.parameters, "a JSON Schema object")
+        if self.mode is ToolMode.NAMED and self.name not in names:
+            raise InvalidRequestError("tool_choice", self.name, f"one of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt to be rendered with the model's chat template.
+
+    `continues_last_turn` leaves the last turn open, for the model to go on with; otherwise a new turn of the assistant
+    is begun if `opens_answer`. `template_arguments` are handed to the template.
+    """
+
+    turns: tuple[ChatTurn, ...]
+    tools: Tools | None = None
+    opens_answer: bool = True
+    continues_last_turn: bool = False
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters that the template is handed."""
+        tools = self.tools.shown_definitions if self.tools is not None else ()
+        num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in tools)
+        calls = (call for turn in self.turns for call in turn.tool_calls)
+        return num_tool_chars + sum(len(turn.content) for turn in self.turns) + sum(len(c.arguments) for c in calls)
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for the first thing that is not allowed."""
+        if not self.turns:
+            raise InvalidRequestError("prompt.chat.messages", [], "at least one message")
+        for index, turn in enumerate(self.turns):
+            where = f"prompt.chat.messages[{index}]"
+            if turn.role not in CHAT_ROLES:
+                raise InvalidRequestError(f"{where}.role", turn.role, ", ".join(CHAT_ROLES))
+            if turn.tool_calls and turn.role != "assistant":
+                raise InvalidRequestError(f"{where}.tool_calls", "set", "only in a message of the assistant")
+            for number, call in enumerate(turn.tool_calls):
+                if not isinstance(_parsed(call.arguments), dict):
+                    name = f"{where}.tool_calls[{number}].function.arguments"
+                    raise InvalidRequestError(name, call.arguments, "a JSON object as text")
+        if self.continues_last_turn and self.turns[-1].role != "assistant":
+            raise InvalidRequestError("continue_final_message", True, "only if the last message is the assistant's")
+        if self.tools is not None:
+            self.tools.check()
+
+    def template_messages(self, knows_developer: bool) -> list[dict[str, Any]]:
+        """The turns in the form that Hugging Face chat templates expect, arguments as objects."""
+        return [_template_message(turn, knows_developer) for turn in self.turns]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """The tools in the form that Hugging Face chat templates expect; None if there are none."""
+        definitions = self.tools.shown_definitions if self.tools is not None else ()
+        return [
+            {
+                "type": "function",
+                "function": {"name": tool.name, "description": tool.description, "parameters": tool.schema},
+            }
+            for tool in definitions
+        ] or None
+
+
+def _template_message(turn: ChatTurn, knows_developer: bool) -> dict[str, Any]:
+    role = "system" if turn.role == "developer" and not knows_developer else turn.role
+    message: dict[str, Any] = {"role": role, "content": turn.content}
+    if turn.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in turn.tool_calls
+        ]
+    if turn.tool_call_id:
+        message["tool_call_id"] = turn.tool_call_id
+    if turn.name:
+        message["name"] = turn.name
+    return message
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value, or None where there is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,159 @@
+"""`/v1/chat/completions`: a conversation to answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from gateway.generation import GenerationChunk, GenerationRequest
+from gateway.rest.backend import Caller, InCaller
+from gateway.rest.chat_request import ChatRequest
+from gateway.rest.errors import json_bytes
+from gateway.rest.json_route import JsonRoute
+from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
+from gateway.rest.reply import EventWriter, ReplyHead, Tally
+from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.trace import trace_fields
+from gateway.tool_parser import ToolCallDelta
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, caller: InCaller, request: Request) -> Response:
+    """Answer a conversation."""
+    body.check_stream_options()
+    generation = _request(body, caller)
+    chunks = caller.generator.generate(generation, caller.timeout_s)
+    answer = _Answer(body, caller, generation.sampling.seed)
+    if body.stream:
+        return EventStream(answer.events(chunks))
+    return Response(
+        json_bytes(await while_connected(request.receive, answer.collected(chunks))), media_type="application/json"
+    )
+
+
+def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=body.prompt(),
+        sampling=body.sampling(),
+        stop=body.stop_conditions(body.most_tokens),
+        stop_strings=body.stop_strings,
+        speculation=body.speculation_wish(caller.generator.default_budget),
+        model=body.model or "",
+        request_id=caller.request_id,
+        client=caller.client,
+        num_choices=body.num_choices,
+        num_top_logprobs=body.num_top_logprobs,
+    )
+
+
+class _Answer:
+    """The answer to one request, as a stream or as a whole."""
+
+    def __init__(self, body: ChatRequest, caller: Caller, seed: int) -> None:
+        self._body = body
+        self._model = caller.model.name
+        self._format = LogprobFormat(caller.generator.tokenizer)
+        self._tracks = (
+            [LogprobTrack(caller.generator.tokenizer, bool(body.stop_strings)) for _ in range(body.num_choices)]
+            if body.logprobs
+            else []
+        )
+        self._tally = Tally(seed)
+
+    async def events(self, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
+        """SSE events, those of a round in one piece."""
+        body = self._body
+        writer = EventWriter(ReplyHead.new("chatcmpl", "chat.completion.chunk", self._model), body.includes_usage)
+        begun: set[int] = set()
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                index = chunk.choice_index
+                deltas = [] if index in begun else [writer.choice(_delta(index, {"role": "assistant", "content": ""}))]
+                begun.add(index)
+                entries = self._entries(chunk)
+                trace = trace_fields(chunk)
+                if chunk.text or entries or trace:
+                    logprobs = self._format.chat(entries) if entries else None
+                    deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace))
+                if chunk.tool_calls:
+                    calls = [_call_delta(call) for call in chunk.tool_calls]
+                    deltas.append(writer.choice(_delta(index, {"tool_calls": calls})))
+                if chunk.completion is not None:
+                    self._tally.add(0, chunk.completion)
+                    reason = chunk.completion.finish_reason.value
+                    deltas.append(writer.choice(_delta(index, {}, finish_reason=reason)))
+                if deltas:
+                    yield b"".join(deltas)
+        if body.includes_usage:
+            yield writer.usage(self._tally.usage, self._tally.metrics)
+        yield DONE
+
+    async def collected(self, chunks: AsyncGenerator[GenerationChunk, None]) -> dict[str, Any]:
+        """The whole reply."""
+        choices = [_Choice(index) for index in range(self._body.num_choices)]
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                choices[chunk.choice_index].add(chunk, self._entries(chunk))
+                if chunk.completion is not None:
+                    self._tally.add(0, chunk.completion)
+        head = ReplyHead.new("chatcmpl", "chat.completion", self._model)
+        rendered = [choice.body(self._format if self._body.logprobs else None) for choice in choices]
+        return head.body(choices=rendered, usage=self._tally.usage, metrics=self._tally.metrics)
+
+    def _entries(self, chunk: GenerationChunk) -> Sequence[TokenEntry]:
+        return self._tracks[chunk.choice_index].push(chunk) if self._tracks else ()
+
+
+class _Choice:
+    """One choice of a reply that is sent as a whole."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._texts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._entries: list[TokenEntry] = []
+        self._finish_reason: str | None = None
+
+    def add(self, chunk: GenerationChunk, entries: Sequence[TokenEntry]) -> None:
+        self._texts.append(chunk.text)
+        self._entries.extend(entries)
+        for call in chunk.tool_calls:
+            if call.index == len(self._calls):
+                function = {"name": call.name, "arguments": ""}
+                self._calls.append({"id": call.id, "type": "function", "function": function})
+            self._calls[call.index]["function"]["arguments"] += call.arguments
+        if chunk.completion is not None:
+            self._finish_reason = chunk.completion.finish_reason.value
+
+    def body(self, form: LogprobFormat | None) -> dict[str, Any]:
+        text = "".join(self._texts)
+        content = None if self._calls and not text else text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            message["tool_calls"] = self._calls
+        logprobs = form.chat(self._entries) if form is not None else None
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": self._finish_reason,
+        }
+
+
+def _delta(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}

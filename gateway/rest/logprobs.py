@@ -1,0 +1,117 @@
+"""Log-probabilities in the two shapes that OpenAI has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from easyspec.speculation.messages import TokenLogprobs
+from gateway.detokenizer import TokenTextStream
+from gateway.generation import GenerationChunk
+from gateway.tokenizer import Tokenizer
+
+# JSON knows no infinity; this is what OpenAI's API says for "practically impossible".
+_LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """One token of an output: where its text begins, and how likely it was (None if nothing precedes it)."""
+
+    token_id: int
+    text_offset: int
+    logprobs: TokenLogprobs | None
+
+
+class LogprobTrack:
+    """The entries of one choice, in step with its text: none is given out whose text is held back or cut off.
+
+    Tokens that lie in a matched stop string, and the end token, are not part of the text and have no entry.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, has_stop_strings: bool) -> None:
+        self._tokenizer = tokenizer
+        self._stream = TokenTextStream(tokenizer)
+        self._is_holding = has_stop_strings
+        self._num_chars = 0  # of the text given out
+        self._offset = 0  # where the next token's text begins
+        self._held: list[TokenEntry] = []
+
+    def push_prompt(self, chunk: GenerationChunk) -> list[TokenEntry]:
+        """Entries of an echoed prompt."""
+        entries = self._entries(chunk)
+        self._stream = TokenTextStream(self._tokenizer)
+        self._offset = self._num_chars = len(chunk.text)
+        return entries
+
+    def push(self, chunk: GenerationChunk) -> list[TokenEntry]:
+        """Entries that became final with a chunk of output."""
+        self._held += self._entries(chunk)
+        self._num_chars += len(chunk.text)
+        completion = chunk.completion
+        if completion is not None and completion.matched_token_id is not None:
+            del self._held[-1:]
+        is_cut = completion is not None and completion.matched_stop_string is not None
+        is_all_due = completion is not None or not self._is_holding
+        due = [entry for entry in self._held if entry.text_offset < self._num_chars or (is_all_due and not is_cut)]
+        self._held = self._held[len(due) :]
+        return due
+
+    def _entries(self, chunk: GenerationChunk) -> list[TokenEntry]:
+        entries = []
+        for token_id, logprobs in zip(chunk.token_ids, chunk.logprobs, strict=False):
+            entries.append(TokenEntry(token_id, self._offset, logprobs))
+            self._offset += len(self._stream.push(token_id))
+        return entries
+
+
+class LogprobFormat:
+    """Renders entries; `tokenizer` tells the bytes of a token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def chat(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        """As in chat completions: one object a token, with its bytes."""
+        return {"content": [self._chat_entry(entry) for entry in entries], "refusal": None}
+
+    def completion(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        """As in completions: parallel lists. The token itself is among the likeliest, as OpenAI has it."""
+        return {
+            "tokens": [self._text(entry.token_id) for entry in entries],
+            "token_logprobs": [_finite(entry.logprobs.logprob) if entry.logprobs else None for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": [entry.text_offset for entry in entries],
+        }
+
+    def _chat_entry(self, entry: TokenEntry) -> dict[str, Any]:
+        logprobs = entry.logprobs or TokenLogprobs(0.0)
+        top = [self._chat_token(token_id, logprob) for token_id, logprob in logprobs.top]
+        return {**self._chat_token(entry.token_id, logprobs.logprob), "top_logprobs": top}
+
+    def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
+
+    def _top(self, entry: TokenEntry) -> dict[str, float] | None:
+        if entry.logprobs is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.logprobs.top, (entry.token_id, entry.logprobs.logprob)):
+            top.setdefault(self._text(token_id), _finite(logprob))
+        return top
+
+    def _text(self, token_id: int) -> str:
+        raw = self._tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # part of a character
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

@@ -1,0 +1,63 @@
+"""The playground page at `/`: files of the package, no build step, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from importlib import resources
+from types import MappingProxyType
+
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+router = APIRouter()
+
+_SCRIPT = "text/javascript; charset=utf-8"
+# Only what is listed here is served: a path of a request never becomes the path of a file.
+FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "index.html": "text/html; charset=utf-8",
+        "playground.css": "text/css; charset=utf-8",
+        "icon.svg": "image/svg+xml",
+        "api.js": _SCRIPT,
+        "app.js": _SCRIPT,
+        "charts.js": _SCRIPT,
+        "request.js": _SCRIPT,
+        "run.js": _SCRIPT,
+        "tree.js": _SCRIPT,
+    }
+)
+PATHS = frozenset({"/", *(f"/static/{name}" for name in FILES if name != "index.html")})
+
+_HEADERS: Mapping[str, str] = MappingProxyType(
+    {
+        # Nothing inline, nothing from elsewhere, and in nobody's frame: the page holds an API key.
+        "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+        # The files belong together: after an upgrade none may stay behind.
+        "cache-control": "no-cache",
+    }
+)
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """The page itself."""
+    return await _file("index.html")
+
+
+@router.get("/static/{name}", include_in_schema=False)
+async def static(name: str) -> Response:
+    """What the page is made of."""
+    if f"/static/{name}" not in PATHS:
+        raise HTTPException(404)
+    return await _file(name)
+
+
+async def _file(name: str) -> Response:
+    content = await asyncio.to_thread((resources.files("gateway.rest") / "static" / name).read_bytes)
+    return Response(content, media_type=FILES[name], headers=dict(_HEADERS))

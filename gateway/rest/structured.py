@@ -1,0 +1,105 @@
+"""Structured output: what a request says about the form of its answer, as one grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import Field
+
+from easyspec.errors import InvalidRequestError
+from easyspec.speculation.parameters import Grammar, GrammarKind
+from gateway.rest.fields import Boolean, RestModel, Text, Unsupported
+
+_ANY_OBJECT = '{"type": "object"}'
+_REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
+
+
+class JsonSchemaFormat(RestModel):
+    """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Unset: any JSON object.")
+    strict: Boolean | None = None
+
+
+class ResponseFormat(RestModel):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(RestModel):
+    """vLLM's `structured_outputs`; exactly one is set."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1, max_length=1024)
+    grammar: Text | None = None
+    json_object: Boolean | None = None
+    structural_tag: Unsupported = None
+
+    def grammars(self) -> list[tuple[str, Grammar | None]]:
+        return [
+            ("structured_outputs.json", _json(self.json_)),
+            ("structured_outputs.json_object", _json(_ANY_OBJECT if self.json_object else None)),
+            ("structured_outputs.regex", _text(GrammarKind.REGEX, self.regex)),
+            ("structured_outputs.choice", _choice(self.choice)),
+            ("structured_outputs.grammar", _text(GrammarKind.LARK, self.grammar)),
+        ]
+
+
+class StructuredFields(RestModel):
+    """The fields that constrain the output; at most one of them may be set."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = Field(None, description="A JSON Schema.")
+    guided_regex: Text | None = Field(None, description="Rust's syntax, without look-around.")
+    guided_choice: list[Text] | None = Field(None, min_length=1, max_length=1024, description="One of these texts.")
+    guided_grammar: Text | None = Field(None, description="llguidance's dialect of Lark.")
+
+    def grammar(self) -> Grammar | None:
+        """What the output must match; InvalidRequestError if several things are asked for."""
+        found = [
+            ("response_format", _of_format(self.response_format)),
+            *(self.structured_outputs.grammars() if self.structured_outputs is not None else []),
+            ("guided_json", _json(self.guided_json)),
+            ("guided_regex", _text(GrammarKind.REGEX, self.guided_regex)),
+            ("guided_choice", _choice(self.guided_choice)),
+            ("guided_grammar", _text(GrammarKind.LARK, self.guided_grammar)),
+        ]
+        given = [(name, grammar) for name, grammar in found if grammar is not None]
+        if len(given) > 1:
+            raise InvalidRequestError(given[1][0], "set", f"unset together with {given[0][0]}")
+        return given[0][1] if given else None
+
+
+def _of_format(form: ResponseFormat | None) -> Grammar | None:
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return _json(_ANY_OBJECT)
+    if form.json_schema is None:
+        raise InvalidRequestError("response_format.json_schema", None, "an object with a schema")
+    return _json(_ANY_OBJECT if form.json_schema.schema_ is None else form.json_schema.schema_)
+
+
+def _json(schema: dict[str, Any] | str | None) -> Grammar | None:
+    if schema is None:
+        return None
+    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    return Grammar(GrammarKind.JSON_SCHEMA, text)
+
+
+def _text(kind: GrammarKind, text: str | None) -> Grammar | None:
+    return None if text is None else Grammar(kind, text)
+
+
+def _choice(texts: list[str] | None) -> Grammar | None:
+    if texts is None:
+        return None
+    return Grammar(GrammarKind.REGEX, "|".join(_REGEX_SPECIAL.sub(r"\\\g<0>", text) for text in texts))

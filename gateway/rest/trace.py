@@ -1,0 +1,38 @@
+"""A round's trace as JSON: the `easyspec` field of a streamed chunk, for requests with `speculation.trace`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.generation import GenerationChunk
+from gateway.statistics import RoundTimings
+
+_NS_PER_MS = 1e6
+
+
+def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
+    """What was guessed in the chunk's round, what was right, and what it cost; None if nobody asked.
+
+    The token texts are those of `generation.proto`: of each token alone, so that joined they may differ from the text.
+    """
+    trace = chunk.trace
+    if trace is None:
+        return None
+    return {
+        "token_texts": chunk.token_texts,
+        "accepted_rows": trace.accepted_rows,
+        "tree": {"token_texts": trace.draft_token_texts, "parent_rows": trace.draft_tree.parent_rows},
+        "timings_ms": _timings_ms(chunk.timings),
+        "num_fuzzy_steps": chunk.timings.num_fuzzy_steps,
+    }
+
+
+def _timings_ms(timings: RoundTimings) -> dict[str, float]:
+    return {
+        "draft": timings.draft_ns / _NS_PER_MS,
+        "calibrate": timings.calibrate_ns / _NS_PER_MS,
+        "fuzzy": timings.fuzzy_ns / _NS_PER_MS,
+        "verify": timings.verify_ns / _NS_PER_MS,
+        "compute": timings.compute_ns / _NS_PER_MS,
+        "round": timings.round_ns / _NS_PER_MS,
+    }

@@ -1,0 +1,299 @@
+"""Who computes in the next step, and who gives way when KV memory runs out (docs/decisions/0005).
+
+A session takes slots as it grows. When there are none left, the youngest sessions are preempted: their slots go back,
+and their tokens are computed again, like a prompt, once there is room. The oldest that computes is never preempted, so
+there is always progress. Sessions that cannot begin wait, first come first served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from easyspec.device_thread import Task
+from easyspec.errors import CapacityError
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import ROW_BUCKETS
+from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
+from easyspec.speculation.token_tree import TokenTree
+
+# Who had a verdict so recently will soon come with the next tree, and would wait for a long step.
+_DECODING_WITHIN_NS = 1_000_000_000
+# Who has asked for nothing for so long gives way to anybody: a client that reads slowly keeps nobody out.
+_STALLED_AFTER_NS = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Rows of a step, slots of a tree, sessions that may wait, and how far prompts may slow others' decoding down."""
+
+    max_batch_rows: int
+    prefill_chunk: int
+    max_tree_nodes: int
+    max_waiting_sessions: int
+    retry_after_s: float
+    max_prefill_slowdown: float
+
+
+class ScheduledSession:
+    """What the scheduler knows of a session: its tokens, their slots, and the tree it waits for.
+
+    `takes_prefixes` is False for one whose prompt must be computed whatever is cached. `is_admitted` says whether it
+    may hold slots. Ids grow with age: the lower, the older.
+    """
+
+    def __init__(self, session_id: int, token_ids: list[int], slots: SessionSlots, *, takes_prefixes: bool) -> None:
+        self.session_id = session_id
+        self.token_ids = token_ids
+        self.slots = slots
+        self.takes_prefixes = takes_prefixes
+        self.tree: TokenTree | None = None  # waits for a verdict
+        self.tree_slots: list[int] = []
+        self.is_admitted = False
+        self.is_sound = True
+        self.has_been_preempted = False
+        self.last_verdict_ns: int | None = None
+        self.last_seen_ns = 0
+
+    @property
+    def num_uncached(self) -> int:
+        """Committed tokens without K and V; 1 (the root) once the prompt is prefilled."""
+        return len(self.token_ids) - self.slots.num_cached
+
+
+SessionT = TypeVar("SessionT", bound=ScheduledSession)
+
+
+@dataclass(frozen=True)
+class Work(Generic[SessionT]):
+    """A session's part of a step: its next tokens, whose `slots` it has got, and the tree behind the last of them.
+
+    Without a tree it is a piece of a prompt.
+    """
+
+    session: SessionT
+    slots: Sequence[int]
+    tree: TokenTree | None
+
+
+@dataclass(frozen=True)
+class _Opening(Generic[SessionT]):
+    session: SessionT
+    task: Task[int]
+
+
+class Scheduler(Generic[SessionT]):
+    """Sessions from opening to closing. Runs on the device thread; `clock` counts nanoseconds."""
+
+    def __init__(self, memory: KvMemory, limits: SchedulerLimits, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._memory = memory
+        self._limits = limits
+        self._clock = clock
+        self._pace = PrefillPace(limits.max_prefill_slowdown, limits.prefill_chunk, ROW_BUCKETS)
+        self._openings: deque[_Opening[SessionT]] = deque()
+        self._sessions: dict[int, SessionT] = {}  # open ones, in the order of their age
+        self._waiting: list[SessionT] = []  # for a verdict, least recently served first
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def get(self, session_id: int) -> SessionT | None:
+        """An open session."""
+        return self._sessions.get(session_id)
+
+    def open(self, session: SessionT, task: Task[int]) -> None:
+        """Let a session in, now or as soon as there is room; raises CapacityError if too many wait already.
+
+        `task` is answered with the session's id when it is in; a session whose task is cancelled is forgotten.
+        """
+        self._openings = deque(opening for opening in self._openings if not opening.task.future.cancelled())
+        self._openings.append(_Opening(session, task))
+        self._admit()
+        if len(self._openings) > self._limits.max_waiting_sessions:
+            self._openings.pop()
+            raise CapacityError(
+                f"KV memory is full: {self._memory.num_available} of {self._memory.num_slots} token slots free, "
+                f"{len(self._openings)} sessions waiting for some",
+                self._limits.retry_after_s,
+            )
+
+    def submit(self, session: SessionT, tree: TokenTree) -> None:
+        """The session waits for a verdict on `tree`."""
+        session.tree = tree
+        session.last_seen_ns = self._clock()
+        self._waiting.append(session)
+
+    def close(self, session_id: int) -> None:
+        """Forget a session; what it has computed stays as a prefix for others. Idempotent."""
+        session = self._sessions.pop(session_id, None)
+        if session is None:
+            return
+        self._memory.free(session.tree_slots)
+        session.tree_slots = []
+        if session.is_sound:
+            session.slots.share(session.token_ids[: session.slots.num_cached])
+        session.slots.release()
+        self._waiting = [other for other in self._waiting if other is not session]
+
+    def abandon(self) -> list[SessionT]:
+        """A step broke: nobody waits any more. Returns who did; their K and V may be half written."""
+        abandoned, self._waiting = self._waiting, []
+        for session in abandoned:
+            session.is_sound = False
+            session.tree = None
+        return abandoned
+
+    def fail_openings(self, error: BaseException) -> None:
+        """Nobody waits to be let in any more."""
+        while self._openings:
+            self._openings.popleft().task.fail(error)
+
+    def plan(self) -> list[Work[SessionT]]:
+        """Who computes what next; they have got the slots for it. Every one is to be given to `computed`."""
+        self._admit()
+        ready = [session for session in self._waiting if session.is_admitted]
+        for session in ready:
+            num_tokens = self._take_prefix(session)
+            if not session.has_been_preempted:  # else it meets what it has computed itself
+                self._memory.num_hit_tokens += num_tokens
+        decoding = [session for session in ready if session.num_uncached == 1]
+        prefilling = [session for session in ready if session.num_uncached > 1]
+        shares: dict[int, tuple[SessionT, int, TokenTree | None]] = {}
+        num_left = self._limits.max_batch_rows - (MIN_PROMPT_ROWS if prefilling else 0)
+        for session in decoding:
+            assert session.tree is not None, "it waits for a verdict"
+            num_rows = 1 + len(session.tree)
+            if shares and num_rows > num_left:
+                break
+            num_left -= num_rows
+            shares[session.session_id] = (session, 1, session.tree)
+        if prefilling:
+            num_rows = self._limits.max_batch_rows - MIN_PROMPT_ROWS - num_left
+            pace = self._pace.num_prompt_rows(num_rows, is_anyone_decoding=self._is_anyone_decoding())
+            for share in self._prompt_shares(prefilling, min(pace, num_left + MIN_PROMPT_ROWS)):
+                shares[share[0].session_id] = share
+        return [work for _, share in sorted(shares.items()) if (work := self._with_slots(*share)) is not None]
+
+    def computed(self, works: Sequence[Work[SessionT]], elapsed_ns: int) -> None:
+        """A step is over: prompts read become prefixes for others, and the clock tells what rows cost."""
+        num_prompt_rows = num_decode_rows = 0
+        now = self._clock()
+        for work in works:
+            session, num_tokens = work.session, len(work.slots)
+            if num_tokens > 1:
+                num_prompt_rows += num_tokens
+                session.slots.share(session.token_ids[: session.slots.num_cached])
+            if work.tree is not None:
+                num_decode_rows += len(work.tree) + (num_tokens == 1)
+                session.tree = None
+                session.last_verdict_ns = now
+            self._waiting.remove(session)
+            if work.tree is None:
+                self._waiting.append(session)
+        self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
+
+    @property
+    def is_anyone_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def _admit(self) -> None:
+        """Let in who has room: first those who were preempted, oldest first, then newcomers in order."""
+        for session in sorted(self._waiting, key=lambda session: session.session_id):
+            if not session.is_admitted and not self._try_to_admit(session):
+                return
+        while self._openings:
+            opening = self._openings[0]
+            if not opening.task.future.cancelled() and not self._try_to_admit(opening.session):
+                return
+            self._openings.popleft()
+            self._enter(opening)
+
+    def _enter(self, opening: _Opening[SessionT]) -> None:
+        session = opening.session
+        session.last_seen_ns = self._clock()
+        self._sessions[session.session_id] = session
+        num_hit_tokens = session.slots.num_cached
+        if not opening.task.finish(session.session_id):
+            self.close(session.session_id)
+            return
+        self._memory.num_query_tokens += len(session.token_ids) - 1
+        self._memory.num_hit_tokens += num_hit_tokens
+
+    def _try_to_admit(self, session: SessionT) -> bool:
+        """Whether there is room for all that the session has to compute, a tree, and some growth."""
+        self._take_prefix(session)
+        wanted = session.num_uncached + self._limits.max_tree_nodes + MIN_PROMPT_ROWS
+        is_oldest = not any(other.is_admitted for other in self._sessions.values() if other is not session)
+        session.is_admitted = self._make_room(wanted, session) or is_oldest
+        if not session.is_admitted:
+            session.slots.release()
+        return session.is_admitted
+
+    def _take_prefix(self, session: SessionT) -> int:
+        """How many tokens were there already. The last one is left out: its row is the root of the tree."""
+        if not session.takes_prefixes or session.num_uncached == 1:
+            return 0
+        return session.slots.take_prefix(session.token_ids[:-1])
+
+    def _is_anyone_decoding(self) -> bool:
+        since = self._clock() - _DECODING_WITHIN_NS
+        return any(
+            session.last_verdict_ns is not None and session.last_verdict_ns > since
+            for session in self._sessions.values()
+        )
+
+    def _prompt_shares(
+        self, prefilling: Sequence[SessionT], num_rows: int
+    ) -> Iterator[tuple[SessionT, int, TokenTree | None]]:
+        """Give the rows to those who waited longest, a fair share each; what short prompts leave goes to the long."""
+        chosen: dict[object, SessionT] = {}
+        for session in prefilling:
+            # Who is about to compute the same as another waits a step, and finds it done.
+            token_id = session.token_ids[session.slots.num_cached]
+            has_twin = self._memory.shares_prefixes and session.takes_prefixes
+            chosen.setdefault((id(session.slots.prefix), token_id) if has_twin else session.session_id, session)
+        served = list(chosen.values())[: max(1, num_rows // MIN_PROMPT_ROWS)]
+        served.sort(key=lambda session: session.num_uncached)
+        for index, session in enumerate(served):
+            num_tokens = min(session.num_uncached, num_rows // (len(served) - index))
+            assert session.tree is not None, "it waits for a verdict"
+            tree = session.tree if num_tokens == session.num_uncached else None
+            if tree is not None and num_tokens + len(tree) > num_rows:
+                num_tokens, tree = num_tokens - 1, None  # the root comes with its tree, in the next step
+            if num_tokens > 0:
+                num_rows -= num_tokens + (len(tree) if tree is not None else 0)
+                yield session, num_tokens, tree
+
+    def _with_slots(self, session: SessionT, num_tokens: int, tree: TokenTree | None) -> Work[SessionT] | None:
+        """Take the slots, preempting who is younger; None if there are too few. Called for the oldest first."""
+        num_nodes = len(tree) if tree is not None else 0
+        if not session.is_admitted or not self._make_room(num_tokens + num_nodes, session):
+            return None
+        slots = session.slots.extend(num_tokens)
+        session.tree_slots = self._memory.allocate(num_nodes)
+        return Work(session, slots, tree)
+
+    def _make_room(self, num_slots: int, session: SessionT) -> bool:
+        if num_slots > self._memory.num_available:
+            stalled_since = self._clock() - _STALLED_AFTER_NS
+            others = [other for other in self._sessions.values() if other is not session and other.is_admitted]
+            stalled = [other for other in others if other.tree is None and other.last_seen_ns < stalled_since]
+            younger = [other for other in reversed(others) if other.session_id > session.session_id]
+            for victim in dict.fromkeys([*stalled, *younger]):
+                if num_slots <= self._memory.num_available:
+                    break
+                self._preempt(victim)
+        return num_slots <= self._memory.num_available
+
+    def _preempt(self, victim: SessionT) -> None:
+        """Take a session's slots; while nobody needs them, they keep what it had computed."""
+        assert not victim.tree_slots, "it has no part in this step"
+        victim.slots.share(victim.token_ids[: victim.slots.num_cached])
+        victim.slots.release()
+        victim.is_admitted = False
+        victim.has_been_preempted = True
+        self._memory.num_preemptions += 1
