@@ -155,7 +155,8 @@ class _ModelMetrics:
         self.output_size = instruments.output_size.labels(model)
         self.prompt_tokens = instruments.prompt_tokens.labels(model)
         self.output_tokens = instruments.output_tokens.labels(model)
-        self.finished = {reason: instruments.finished.labels(model, reason) for reason in _REASONS}
+        for reason in _REASONS:  # so that they are there, as 0, before the first
+            instruments.finished.labels(model, reason)
         self.drafts = instruments.drafts.labels(model)
         self.draft_tokens = instruments.draft_tokens.labels(model)
         self.accepted_tokens = instruments.accepted_tokens.labels(model)
@@ -169,6 +170,10 @@ class _ModelMetrics:
         self._model = model
         self._drafted: list[Counter] = []
         self._accepted: list[Counter] = []
+
+    def count_ending(self, reason: str) -> None:
+        """Count a request, or a choice of it, that ended so."""
+        self._instruments.finished.labels(self._model, reason).inc()
 
     def count_levels(self, num_drafted: int, num_accepted: int) -> None:
         """Count a tree's levels, of which the first `num_accepted` were emitted."""
@@ -236,11 +241,11 @@ class _RequestMetrics:
             model.drafter_failures.inc(completion.statistics.num_drafter_failures)
             model.verifier_failures.inc(completion.statistics.num_verifier_failures)
         if not ending.is_complete:
-            model.finished[ending.reason].inc()
+            model.count_ending(ending.reason)
             return
         for index, completion in ending.completions.items():
             clock = self._clocks[index]
-            model.finished[completion.finish_reason.value].inc()
+            model.count_ending(completion.finish_reason.value)
             model.request_seconds.observe((clock.last_ns - self._arrival_ns) * _NS)
             model.prompt_size.observe(self._num_prompt_tokens)
             model.output_size.observe(clock.num_tokens)

@@ -49,22 +49,36 @@ class GenerationObserver(Protocol):
 
 
 class _Everyone:
-    """Several observers as one."""
+    """Several observers as one. One that breaks is a bug, which is logged, and costs neither request nor others."""
 
     def __init__(self, observers: Sequence[RequestObserver]) -> None:
         self._observers = observers
 
     def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
         for observer in self._observers:
-            observer.started(num_prompt_tokens, queue_ns)
+            with _bugs_logged():
+                observer.started(num_prompt_tokens, queue_ns)
 
     def round(self, chunk: GenerationChunk) -> None:
         for observer in self._observers:
-            observer.round(chunk)
+            with _bugs_logged():
+                observer.round(chunk)
 
     def finished(self, ending: Ending) -> None:
         for observer in self._observers:
-            observer.finished(ending)
+            with _bugs_logged():
+                observer.finished(ending)
+
+
+class _bugs_logged:  # noqa: N801
+    """Around an observer's work. A class, not a generator: it is entered every round."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            _log.exception("observer_bug")
+        return isinstance(error, Exception)
 
 
 def everyone(*observers: GenerationObserver) -> GenerationObserver:

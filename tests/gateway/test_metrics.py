@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from easyspec.errors import CapacityError
 from easyspec.rpc.channels import open_channel, request_metadata
+from easyspec.speculation.parameters import FinishReason, SamplingParameters, StopConditions
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
+from gateway.generation import GenerationChunk, GenerationRequest
+from gateway.observation import Ending
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
 from tests.fakes.captured_logs import captured_logs
@@ -170,6 +174,35 @@ async def test_one_event_a_request_and_none_for_routine(live: Live) -> None:
     assert sorted(methods) == ["Generate", "Speculate", "Verify"]
     for word in ("secretprompt", "client wants", "never said", "quick", "brown"):
         assert word not in logs.getvalue()
+
+
+async def test_an_observer_that_breaks_costs_nobody_anything(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug of an observer")
+
+    for method in ("started", "round", "finished"):
+        monkeypatch.setattr(f"gateway.metrics._RequestMetrics.{method}", broken)
+    with captured_logs() as logs:
+        chunks = await live.generate()
+    assert chunks[-1].completion.usage.num_output_tokens == 40
+    assert "observer_bug" in logs.getvalue()
+    assert '"request_finished"' in logs.getvalue()
+
+
+async def test_every_reason_to_finish_is_counted(live: Live) -> None:
+    observer = live.server.metrics(GenerationRequest("p", SamplingParameters(0)), "toy-base")
+    [chunk] = [chunk async for chunk in _one_round(live)]
+    for reason in FinishReason:
+        completion = replace(chunk.completion, finish_reason=reason)
+        observer.round(chunk)
+        observer.finished(Ending(reason.value, {0: completion}, is_complete=True))
+        assert scrape(live.server)[("vllm:request_success_total", reason.value)] >= 1
+
+
+async def _one_round(live: Live) -> AsyncIterator[GenerationChunk]:
+    request = GenerationRequest("p", SamplingParameters(0), StopConditions(max_tokens=1))
+    async for chunk in live.server.generator.generate(request, 10):
+        yield chunk
 
 
 async def test_routine_rpcs_that_fail_are_still_told(live: Live) -> None:
