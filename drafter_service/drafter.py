@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Proposal
+from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.device_thread import Task
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.config import ModelConfig
@@ -19,6 +19,7 @@ from easyspec.speculation.checks import check_model, check_prompt, check_token_i
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE
+from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 
 @dataclass(eq=False)
@@ -63,12 +64,14 @@ class Drafter:
         source: DraftSource,
         default_plan: LayerPlan,
         limits: DrafterLimits,
+        on_step: StepObserver = ignore_step,
     ) -> None:
         self._config = config
         self._memory = memory
         self._source = source
         self._default_plan = default_plan
         self._limits = limits
+        self._on_step = on_step
         self._sessions: dict[int, DraftSession] = {}
         self._session_ids = itertools.count(1)
         self._evicted: set[int] = set()
@@ -105,11 +108,19 @@ class Drafter:
             self._source.begin(self._job(task))
         with torch.inference_mode():
             progress = self._source.step()
+        self._report(progress, time.monotonic_ns() - started_ns)
         for proposal in progress.proposals:
             self._answer(proposal)
         for session in progress.evicted:
             self._evict(session)
         return progress.has_more
+
+    def _report(self, progress: Progress, duration_ns: int) -> None:
+        if progress.proposals:
+            rows = [each.job.num_new_tokens + len(each.tree.tree) for each in progress.proposals]
+            self._on_step(StepReport("draft", duration_ns, sum(rows), len(rows)))
+        elif progress.has_more:
+            self._on_step(StepReport("prefill", duration_ns, 0, 0))
 
     def abandon(self, error: BaseException) -> None:
         """End every session that had something to do, and fail those that wait."""

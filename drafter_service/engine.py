@@ -15,6 +15,7 @@ from easyspec.model.loading import LoadedModel, load_model
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+from easyspec.telemetry.metrics import StepObserver, ignore_step
 
 # The length that a session comes to when kernels are warmed up.
 _WARM_UP_TOKENS = 3
@@ -23,8 +24,9 @@ _WARM_UP_TOKENS = 3
 class DrafterEngine:
     """Loads the draft model on its own thread and hands sessions' tasks to it."""
 
-    def __init__(self, settings: DrafterSettings) -> None:
+    def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         self._settings = settings
+        self._on_step = on_step
         self._thread = DeviceThread("drafter-device")
         self._loaded: LoadedModel | None = None
         self._drafter: Drafter | None = None
@@ -94,7 +96,7 @@ class DrafterEngine:
             settings.max_prefill_slowdown,
         )
         limits = DrafterLimits(settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes)
-        self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits)
+        self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 

@@ -15,6 +15,8 @@ from easyspec.rpc.sessions import TimelyMessages, open_session
 from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
+from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
 
 
@@ -62,18 +64,31 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     service_name: str = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
-    def __init__(self, engine: DrafterEngine, session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        engine: DrafterEngine,
+        session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
+        metrics: EngineMetrics | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._engine = engine
         self._session_idle_timeout_s = session_idle_timeout_s
+        self._is_started = False
+        self.rpc_tracing = tracing
+        self.metrics = metrics or EngineMetrics("drafter")
+        self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
         await self._engine.start()
+        self._is_started = True
 
     async def stop(self) -> None:
         await self._engine.stop()
+        if self.rpc_tracing is not None:
+            await self.rpc_tracing.close()
 
     async def wait_lost(self) -> None:
         await self._engine.wait_lost()
@@ -86,6 +101,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         async with open_session(self._engine.open(request), self._engine.close) as session_id:
             async for message in messages:
                 draft = await self._engine.draft(session_id, _calibration(message))
+                self.metrics.draft(draft.timings)
                 yield convert.draft_to_pb(draft)
 
     async def GetDrafterInfo(  # noqa: N802

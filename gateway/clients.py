@@ -15,6 +15,7 @@ from easyspec.rpc.channels import request_metadata
 from easyspec.rpc.convert import (
     calibration_to_pb,
     draft_from_pb,
+    kv_usage_from_pb,
     model_info_from_pb,
     open_speculation_to_pb,
     open_verification_to_pb,
@@ -56,7 +57,7 @@ class VerifierClient:
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
-        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes)
+        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
 
     @contextlib.asynccontextmanager
     async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[VerifierStream]:
@@ -106,7 +107,7 @@ class DrafterClient:
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
-        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes)
+        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
 
     def open(self, opening: OpenSpeculation) -> DrafterStream:
         """A session; returns at once, while the drafter is told the prompt in the background."""

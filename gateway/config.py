@@ -27,6 +27,11 @@ class GatewaySettings(ServerSettings, RequestLimits):
         description="host:port of the OpenAI-compatible REST API, port 0 to 65535; 0 takes a free port, named in the "
         "`rest_listening` event. `off` serves gRPC alone. 8000 is where clients of such APIs look first.",
     )
+    http_metrics: bool = Field(
+        default=True,
+        description="Whether that port serves /metrics too, which asks for no API key. Off: --metrics-address alone "
+        "does, where clients shall not see how busy the service is.",
+    )
     tokenizer: Path = Field(
         description="Folder with the base model's tokenizer.json, usually its checkpoint. "
         "No default: it must fit the verifier's model.",
@@ -181,6 +186,13 @@ class GatewaySettings(ServerSettings, RequestLimits):
     @classmethod
     def _check_http_address(cls, address: str) -> str:
         return address if address == HTTP_OFF else check_address(address)
+
+    @model_validator(mode="after")
+    def _check_http_tls(self) -> Self:
+        if self.http_address != HTTP_OFF:
+            is_allowed = self.server_tls is not None or self.allow_plaintext
+            check_plaintext("http_address", self.http_address, is_allowed, "tls_certificate")
+        return self
 
     @model_validator(mode="after")
     def _check_peer_tls(self) -> Self:

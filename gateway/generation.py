@@ -30,6 +30,7 @@ from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
 from gateway.draft_session import DrafterPool, ResilientDraftSession
 from gateway.limits import RequestLimits
+from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
 from gateway.replicas import ReplicaSet
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
@@ -132,6 +133,7 @@ class Generator:
         default_budget: TreeBudget,
         limits: RequestLimits,
         clients: ClientLimiter,
+        observe: GenerationObserver,
         tool_dialect: ToolDialect = ToolDialect.NONE,
     ) -> None:
         self._tokenizer = tokenizer
@@ -142,6 +144,7 @@ class Generator:
         self.default_budget = default_budget
         self._limits = limits
         self._clients = clients
+        self._observe = observe
 
     @property
     def num_running(self) -> int:
@@ -150,6 +153,10 @@ class Generator:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    @property
+    def num_waiting(self) -> int:
+        return self._admission.num_waiting
 
     @property
     def verifier_peer(self) -> ReplicaSet[Any]:
@@ -164,8 +171,18 @@ class Generator:
 
         All choices share one place and the prompt's tokens, and are decoded at the same time.
         """
-        arrival_ns = time.monotonic_ns()
         peer_info = self._verifier_info()
+        observer = self._observe(request, peer_info.model.name)
+        with observed(observer, request.num_choices) as after_chunk:
+            async with contextlib.aclosing(self._generate(request, timeout_s, peer_info, observer)) as chunks:
+                async for chunk in chunks:
+                    after_chunk(chunk)
+                    yield chunk
+
+    async def _generate(
+        self, request: GenerationRequest, timeout_s: float, peer_info: PeerInfo, observer: RequestObserver
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
         request = self._with_forced_calls(request)
         async with contextlib.AsyncExitStack() as places:
@@ -173,7 +190,9 @@ class Generator:
             prompt = await self._encode(request.prompt)
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
+            waiting_ns = time.monotonic_ns()
             await places.enter_async_context(self._admission.place())
+            observer.started(len(prompt), time.monotonic_ns() - waiting_ns)
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
                 for index in range(request.num_choices)
@@ -259,15 +278,21 @@ class Generator:
     async def _encode(self, prompt: str | TokenIds | Conversation) -> tuple[int, ...]:
         if isinstance(prompt, TokenIds):
             return prompt.ids
+        self.check_size(prompt)
         # A long text takes milliseconds: not on the event loop.
         if isinstance(prompt, Conversation):
-            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
-            self._limits.check_text("prompt.chat.messages", prompt.num_chars)
             return await asyncio.to_thread(self._tokenizer.encode_chat, prompt)
         if not prompt:
             raise InvalidRequestError("prompt.text", prompt, "at least one character")
-        self._limits.check_text("prompt.text", len(prompt))
         return await asyncio.to_thread(self._tokenizer.encode, prompt)
+
+    def check_size(self, prompt: str | Conversation) -> None:
+        """Raise InvalidRequestError for a prompt that is too large to be worth tokenizing."""
+        if isinstance(prompt, Conversation):
+            self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
+            self._limits.check_text("prompt.chat.messages", prompt.num_chars)
+        else:
+            self._limits.check_text("prompt.text", len(prompt))
 
     @contextlib.asynccontextmanager
     async def _draft_session(

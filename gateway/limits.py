@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Mapping
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from easyspec.errors import InvalidRequestError, RequestTooLargeError
@@ -109,29 +107,10 @@ class RequestLimits(BaseModel):
         if not 1 <= num_choices <= self.max_choices:
             raise InvalidRequestError(field, num_choices, f"1 to {self.max_choices}")
 
-    async def read_body(self, headers: Mapping[str, str], pieces: AsyncIterable[bytes]) -> bytes:
-        """The body of an HTTP request, whose `headers` have lower-case names.
-
-        Raises RequestTooLargeError as soon as it is known to be too large: by its declared length before anything is
-        read, otherwise after the first byte too many. What is left unread is for the server to discard.
-        """
-        declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self.max_request_bytes:
-            raise self._too_large(f"{declared[:20]} bytes")
-        body = bytearray()
-        async for piece in pieces:
-            body += piece
-            if len(body) > self.max_request_bytes:
-                raise self._too_large(f"more than {self.max_request_bytes} bytes")
-        return bytes(body)
-
     def check_message_bytes(self, num_bytes: int) -> None:
         """Raise RequestTooLargeError if a message is larger than a request may be."""
         if num_bytes > self.max_request_bytes:
-            raise self._too_large(f"{num_bytes} bytes")
-
-    def _too_large(self, shown: str) -> RequestTooLargeError:
-        return RequestTooLargeError("request", shown, f"at most {self.max_request_bytes} bytes")
+            raise RequestTooLargeError("request", f"{num_bytes} bytes", f"at most {self.max_request_bytes} bytes")
 
 
 def _check_count(field: str, count: int, most: int, unit: str) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from easyspec.errors import EasyspecError
-from easyspec.speculation.messages import ModelInfo
+from easyspec.speculation.messages import KvUsage, ModelInfo
 
 _log = structlog.get_logger()
 
@@ -28,10 +28,11 @@ class PeerState(enum.Enum):
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """The model behind a service, and the most nodes it takes in a tree."""
+    """The model behind a service, the most nodes it takes in a tree, and its KV memory when it was asked."""
 
     model: ModelInfo
     max_tree_nodes: int
+    kv: KvUsage | None = None
 
 
 class Backoff(Protocol):

@@ -17,6 +17,8 @@ from easyspec import __version__
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
+from easyspec.rpc.tls import ServerCertificates
+from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
@@ -33,9 +35,13 @@ from gateway.generation import (
     SpeculationWish,
     TokenIds,
 )
+from gateway.metrics import GatewayMetrics, GatewayState, PeerSample
+from gateway.observation import GenerationObserver, RequestLog, everyone
 from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
+from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
+from gateway.rest.trust import RestTrust
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tokenizer import Tokenizer
 from gateway.tool_parser import ToolCallDelta
@@ -83,13 +89,16 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
 
     service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
         self._settings = settings
+        self.metrics = metrics or GatewayMetrics()
+        self.metrics.watch(self._state)
         self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
         self._generator: Generator | None = None
-        self._rest = RestServer(self, settings.http_address) if settings.http_address != HTTP_OFF else None
+        self._tracing = open_tracing("gateway", settings.otlp_endpoint)
         self._keys = _api_keys(settings)
+        self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
 
     @property
     def request_timeout_s(self) -> float:
@@ -151,6 +160,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         await asyncio.gather(*self._watches, return_exceptions=True)
         for channel in self._channels:
             await channel.close()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     def _build(self, tokenizer: Tokenizer) -> Generator:
         settings = self._settings
@@ -171,8 +182,40 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             settings.default_budget,
             limits=settings,
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
+            observe=self._observer(),
             tool_dialect=_tool_dialect(settings, tokenizer),
         )
+
+    def _state(self) -> GatewayState | None:
+        generator = self._generator
+        info = generator.verifier_peer.info if generator is not None else None
+        if generator is None or info is None:
+            return None
+        sets = {"verifier": generator.verifier_peer, "drafter": generator.drafter_peer}
+        peers = [
+            PeerSample(role, replica.address, replica.peer.state, replica.num_sessions)
+            for role, replicas in sets.items()
+            if replicas is not None
+            for replica in replicas.replicas
+        ]
+        kv = [replica.peer.info.kv for replica in generator.verifier_peer.replicas if replica.peer.info is not None]
+        return GatewayState(info.model.name, generator.num_running, generator.num_waiting, tuple(kv), tuple(peers))
+
+    def _observer(self) -> GenerationObserver:
+        if self._tracing is None:
+            return everyone(self.metrics, RequestLog)
+        return everyone(self.metrics, RequestLog, request_spans(self._tracing))
+
+    def _rest_server(self) -> RestServer:
+        settings = self._settings
+        trust = RestTrust(
+            self.authenticate,
+            settings.max_request_bytes,
+            self.metrics,
+            self.metrics.render if settings.http_metrics else None,
+        )
+        tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
+        return RestServer(self, settings.http_address, trust, tls)
 
     def _verifiers(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[VerifyConnection]:
         replicas: list[Replica[VerifyConnection]] = []

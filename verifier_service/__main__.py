@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 from easyspec.rpc.lifecycle import run_role
+from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import open_tracing
 from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer
 
@@ -13,7 +15,9 @@ def build(settings: VerifierSettings) -> VerifierServer:
     # Imported here: torch takes seconds, and --help and bad settings need none of it.
     from verifier_service.engine import VerifierEngine
 
-    return VerifierServer(VerifierEngine(settings), settings.session_idle_timeout_s)
+    metrics = EngineMetrics("verifier")
+    tracing = open_tracing("verifier", settings.otlp_endpoint)
+    return VerifierServer(VerifierEngine(settings, metrics.step), settings.session_idle_timeout_s, metrics, tracing)
 
 
 def follow(settings: VerifierSettings) -> None:

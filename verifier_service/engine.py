@@ -14,6 +14,7 @@ from easyspec.model.row_probe import make_row_invariant, tile_products
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.telemetry.metrics import StepObserver, ignore_step
 from verifier_service.config import VerifierSettings
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
@@ -22,10 +23,11 @@ from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLim
 class VerifierEngine:
     """Loads the base model on its own thread and hands sessions' tasks to it."""
 
-    def __init__(self, settings: VerifierSettings) -> None:
+    def __init__(self, settings: VerifierSettings, on_step: StepObserver = ignore_step) -> None:
         if settings.max_tree_nodes > MAX_TREE_COLUMNS:
             raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
         self._settings = settings
+        self._on_step = on_step
         self._thread = DeviceThread("verifier-device")
         self._loaded: LoadedModel | None = None
         self._verifier: Verifier | None = None
@@ -99,7 +101,7 @@ class VerifierEngine:
             retry_after_s=settings.admission_timeout_s,
             max_prefill_slowdown=settings.max_prefill_slowdown,
         )
-        self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits)
+        self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
         return self._verifier
 
 

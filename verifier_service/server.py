@@ -16,6 +16,8 @@ from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.checks import check_fingerprint
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.telemetry.metrics import EngineMetrics
+from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
 
 
@@ -59,18 +61,31 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
 
     service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 
-    def __init__(self, engine: VerifierEngine, session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        engine: VerifierEngine,
+        session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
+        metrics: EngineMetrics | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._engine = engine
         self._session_idle_timeout_s = session_idle_timeout_s
+        self._is_started = False
+        self.rpc_tracing = tracing
+        self.metrics = metrics or EngineMetrics("verifier")
+        self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
         await self._engine.start()
+        self._is_started = True
 
     async def stop(self) -> None:
         await self._engine.stop()
+        if self.rpc_tracing is not None:
+            await self.rpc_tracing.close()
 
     async def wait_lost(self) -> None:
         await self._engine.wait_lost()
@@ -85,6 +100,7 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
             async for message in messages:
                 base_length, tree = _tree(message)
                 verdict, timings = await self._engine.verify(session_id, base_length, tree)
+                self.metrics.verdict(timings)
                 yield verifier_pb2.VerifyResponse(
                     verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
                 )

@@ -26,6 +26,7 @@ from easyspec.speculation.grammar import CompiledGrammar, GrammarState
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
 from verifier_service.scheduler import ScheduledSession, Scheduler, SchedulerLimits, Work
 from verifier_service.verdicts import Case, decide
@@ -142,11 +143,17 @@ class Verifier:
     """Steps over batches of sessions: the trees that are ready and pieces of the prompts that came in."""
 
     def __init__(
-        self, decoder: Decoder, memory: KvMemory, limits: VerifierLimits, scheduler_limits: SchedulerLimits
+        self,
+        decoder: Decoder,
+        memory: KvMemory,
+        limits: VerifierLimits,
+        scheduler_limits: SchedulerLimits,
+        on_step: StepObserver = ignore_step,
     ) -> None:
         self._decoder = decoder
         self._memory = memory
         self._limits = limits
+        self._on_step = on_step
         self._scheduler: Scheduler[VerifierSession] = Scheduler(memory, scheduler_limits)
         self._session_ids = itertools.count(1)
 
@@ -232,6 +239,7 @@ class Verifier:
         self._add_prompt_logprobs(works, layout, hidden)
         compute_ns = time.monotonic_ns() - started_ns
         num_rows = sum(layout.num_rows)
+        self._on_step(StepReport("verify" if judged else "prefill", compute_ns, num_rows, len(works)))
         for session, outcome in zip(judged, outcomes, strict=True):
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"

@@ -7,6 +7,7 @@ import json
 import grpc
 
 from easyspec.rpc.tls import ChannelTls, channel_credentials
+from easyspec.telemetry.trace_context import TRACEPARENT_KEY, current_traceparent
 
 # A prompt of 131 072 token ids is at most 0.7 MB on the wire; 16 MiB leaves room for long chats as text.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -30,8 +31,11 @@ def open_channel(address: str, health_service: str | None = None, tls: ChannelTl
 
 
 def request_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the request id to the next service."""
-    return ((REQUEST_ID_KEY, request_id),)
+    """Metadata that carries the request id, and the trace if there is one, to the next service."""
+    traceparent = current_traceparent()
+    if traceparent is None:
+        return ((REQUEST_ID_KEY, request_id),)
+    return ((REQUEST_ID_KEY, request_id), (TRACEPARENT_KEY, traceparent))
 
 
 def _channel_options(health_service: str | None) -> list[tuple[str, int | str]]:

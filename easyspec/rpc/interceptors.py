@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 import structlog
@@ -16,6 +16,8 @@ from google.protobuf.message import DecodeError
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.rpc.channels import REQUEST_ID_KEY
 from easyspec.rpc.errors import INTERNAL, abort, mapping_of
+from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
+from easyspec.telemetry.tracing import TracedSpan, Tracing
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -27,18 +29,35 @@ _AUTHORIZATION_KEY = "authorization"
 _log = structlog.get_logger(__name__)
 
 
+class RpcObserver(Protocol):
+    """Counts what ends here; quick, and raises nothing."""
+
+    def rpc_finished(self, method: str, code: str) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+
 class RpcBoundary(grpc.aio.ServerInterceptor):
     """Interceptor of one server; health and reflection pass untouched.
 
     Servicers behind it raise exceptions of `easyspec.errors` and write streaming methods as async generators, which
     are closed in the RPC's own task however the RPC ends. While `refuse` is in force, new RPCs get UNAVAILABLE.
     `authenticate` turns the `authorization` metadata into the client's name, raises UnauthenticatedError, or answers
-    None: anyone may call, and is known by network address. Either is bound as `client` for servicer and log.
+    None: anyone may call, and is known by network address. Either is bound as `client` for servicer and log, and the
+    caller's trace for whoever is asked next. With `tracing` every RPC has a span, but for those made in routine.
     """
 
-    def __init__(self, refusal: str, authenticate: Authenticate | None = None) -> None:
+    def __init__(
+        self,
+        refusal: str,
+        authenticate: Authenticate | None = None,
+        observer: RpcObserver | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._refusal: str | None = refusal
         self._authenticate = authenticate
+        self._observer = observer
+        self._tracing = tracing
         self._num_active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -104,10 +123,25 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         name = self._authenticate(_metadata(context, _AUTHORIZATION_KEY)) if self._authenticate is not None else None
         return name or context.peer().rpartition(":")[0]
 
+    def _begin_span(self, method: str, context: _Context, request_id: str) -> TracedSpan | None:
+        traceparent = _metadata(context, TRACEPARENT_KEY)
+        bind_traceparent(traceparent)
+        if self._tracing is None or _is_routine(method):
+            return None
+        return self._tracing.span(method.lstrip("/"), traceparent, {"easyspec.request_id": request_id})
+
+    def _count(self, method: str, outcome: Mapping[str, str]) -> None:
+        if self._observer is not None:
+            self._observer.rpc_finished(method, outcome["code"])
+            if "reason" in outcome:
+                self._observer.refused(outcome["reason"])
+
     @asynccontextmanager
     async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
         # gRPC runs every RPC in a task of its own, so this binds it for this RPC alone.
-        structlog.contextvars.bind_contextvars(request_id=_request_id(context))
+        request_id = _request_id(context)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        span = self._begin_span(method, context, request_id)
         started_ns = time.monotonic_ns()
         outcome = {"code": "OK"}
         self._num_active += 1
@@ -128,10 +162,20 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             await abort(context, error, structlog.contextvars.get_contextvars()["request_id"])
         finally:
             duration_ms = (time.monotonic_ns() - started_ns) / 1e6
-            _log.info("rpc_finished", method=method, duration_ms=round(duration_ms, 3), **outcome)
+            # Services ask each other who they are every few seconds.
+            log = _log.debug if outcome["code"] == "OK" and _is_routine(method) else _log.info
+            log("rpc_finished", method=method, duration_ms=round(duration_ms, 3), **outcome)
+            self._count(method, outcome)
+            if span is not None:
+                span.end({"rpc.grpc.status_code": outcome["code"]}, outcome.get("reason"))
             self._num_active -= 1
             if self._num_active == 0:
                 self._idle.set()
+
+
+def _is_routine(method: str) -> bool:
+    name = method.rpartition("/")[2]
+    return name.startswith("Get") and name.endswith("Info")
 
 
 def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:

@@ -23,6 +23,9 @@ from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.settings import ServerSettings, load_settings
 from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
+from easyspec.telemetry.metrics import RoleMetrics
+from easyspec.telemetry.metrics_server import MetricsServer
+from easyspec.telemetry.tracing import Tracing
 
 EXIT_CONFIGURATION = 2
 EXIT_LOST = 3
@@ -91,6 +94,22 @@ class Mortal(Protocol):
 
 
 @runtime_checkable
+class Metered(Protocol):
+    """An application that measures itself."""
+
+    @property
+    def metrics(self) -> RoleMetrics: ...
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """An application whose RPCs have spans."""
+
+    @property
+    def rpc_tracing(self) -> Tracing | None: ...
+
+
+@runtime_checkable
 class Reloadable(Protocol):
     """An application that has something to read again on SIGHUP."""
 
@@ -108,8 +127,11 @@ class RpcServer:
         self._address = address
         self._certificates = ServerCertificates(tls) if tls is not None else None
         self._has_reflection = reflection
+        self.is_serving = False
         authenticate = application.authenticate if isinstance(application, Guarded) else None
-        self._boundary = RpcBoundary("loading: try again later", authenticate)
+        observer = application.metrics if isinstance(application, Metered) else None
+        tracing = application.rpc_tracing if isinstance(application, Traced) else None
+        self._boundary = RpcBoundary("loading: try again later", authenticate, observer, tracing)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
 
@@ -143,6 +165,7 @@ class RpcServer:
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application."""
+        self.is_serving = False
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
@@ -157,6 +180,7 @@ class RpcServer:
             await self._application.drain(grace_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        self.is_serving = status == health_pb2.HealthCheckResponse.SERVING
         for name in ("", self._application.service_name):
             await self._health.set(name, status)
 
@@ -165,6 +189,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
     """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises, and
     EngineLostError, without waiting for anybody, if the application cannot go on."""
     server = RpcServer(application, settings.address, settings.server_tls, settings.reflection)
+    metrics_server = await _serve_metrics(application, server, settings)
     port = await server.listen()
     host = settings.address.rpartition(":")[0]
     _log.info("listening", address=f"{host}:{port}", port=port)
@@ -185,7 +210,20 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
     finally:
         await _cancelled(starting, stop_waiter, lost_waiter)
         await server.drain(grace_s)
+        if metrics_server is not None:
+            await metrics_server.close()
     _log.info("stopped")
+
+
+async def _serve_metrics(application: Application, server: RpcServer, settings: ServerSettings) -> MetricsServer | None:
+    """Open the port of the settings, if there is one: before the model is loaded, so that loading can be watched."""
+    if settings.metrics_address is None or not isinstance(application, Metered):
+        return None
+    tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
+    metrics_server = MetricsServer(application.metrics, lambda: server.is_serving, tls)
+    port = await metrics_server.listen(settings.metrics_address)
+    _log.info("metrics", address=f"{settings.metrics_address.rpartition(':')[0]}:{port}", port=port)
+    return metrics_server
 
 
 def run_role(

@@ -74,6 +74,17 @@ class ServerSettings(BaseSettings):
         description="debug, info or warning: the least important events that are written. debug adds RPCs that "
         "services make in routine, every few seconds.",
     )
+    metrics_address: str | None = Field(
+        default=None,
+        description="host:port of a small HTTP server with /metrics (Prometheus) and /health, port 0 to 65535. It asks "
+        "for no key, and speaks TLS if the main port does. Unset: none.",
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/]+:\d+$",
+        description="http://host:port (or https://) of an OpenTelemetry collector that spans are sent to over gRPC; "
+        "needs the extra `tracing`. Unset: nothing is traced, and nothing of it loaded.",
+    )
     tls_certificate: Path | None = Field(
         default=None,
         description="PEM file with this server's certificate chain; turns TLS on. Read again when it is renewed.",
@@ -111,13 +122,18 @@ class ServerSettings(BaseSettings):
             raise ValueError("tls_certificate and tls_key must be set together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key too")
-        check_plaintext("address", self.address, self.server_tls is not None or self.allow_plaintext, "tls_certificate")
+        is_allowed = self.server_tls is not None or self.allow_plaintext
+        check_plaintext("address", self.address, is_allowed, "tls_certificate")
+        if self.metrics_address is not None:
+            check_plaintext("metrics_address", self.metrics_address, is_allowed, "tls_certificate")
+        if self.otlp_endpoint is not None and self.otlp_endpoint.startswith("http://"):
+            check_plaintext("otlp_endpoint", self.otlp_endpoint, self.allow_plaintext, "an https:// endpoint")
         return self
 
-    @field_validator("address")
+    @field_validator("address", "metrics_address")
     @classmethod
-    def _check_address(cls, address: str) -> str:
-        return check_address(address)
+    def _check_address(cls, address: str | None) -> str | None:
+        return check_address(address) if address is not None else None
 
 
 def _last_part_of_model(fields: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
 """The REST application: routers behind the boundary, errors in OpenAI's shape.
 
-To add routes, put a router into one of the two lists; what must happen before every API request (authentication, say)
-is a dependency that `create_app` gets.
+To add routes, put a router into one of the two lists; those of the first ask for no API key.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request
@@ -18,46 +17,40 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from easyspec import __version__
-from easyspec.errors import EasyspecError
+from easyspec.errors import EasyspecError, InvalidRequestError
+from easyspec.rpc.errors import mapping_of
 from gateway.rest import chat, completions, health, models, playground, tokenize
 from gateway.rest.backend import Backend
 from gateway.rest.boundary import RestBoundary
 from gateway.rest.errors import Failure, RefusalError, failure_of, failure_of_validation
 from gateway.rest.gate import Gate
+from gateway.rest.trust import Door, RestTrust, metrics_router
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
 API_ROUTERS: tuple[APIRouter, ...] = (models.router, chat.router, completions.router, tokenize.router)
 
-# As much as the gRPC side takes.
-MAX_BODY_BYTES = 16 * 1024 * 1024
 
-
-def create_app(
-    backend: Backend,
-    gate: Gate,
-    api_dependencies: Sequence[Any] = (),
-    open_routers: Sequence[APIRouter] = OPEN_ROUTERS,
-    max_body_bytes: int = MAX_BODY_BYTES,
-) -> ASGIApp:
+def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
     """The whole application as one ASGI callable.
 
-    `api_dependencies` (made with fastapi.Depends) run before every route of API_ROUTERS; `open_routers` ask for
-    nothing. Requests wait behind `gate`, but for those in `boundary.ALWAYS_OPEN`.
+    OPEN_ROUTERS ask for no key, everything else does, as `trust` says. Requests wait behind `gate`, but for those in
+    `boundary.ALWAYS_OPEN`.
     """
-    return RestBoundary(create_routes(backend, api_dependencies, open_routers), gate, max_body_bytes)
+    open_routers = list(OPEN_ROUTERS)
+    if trust.render_metrics is not None:
+        open_routers.append(metrics_router(trust.render_metrics))
+    routes = create_routes(backend, open_routers)
+    routes.state.observer = trust.observer
+    return RestBoundary(routes, gate, Door(trust.authenticate, open_routers), trust)
 
 
-def create_routes(
-    backend: Backend, api_dependencies: Sequence[Any] = (), open_routers: Sequence[APIRouter] = OPEN_ROUTERS
-) -> FastAPI:
+def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROUTERS) -> FastAPI:
     """The routes alone, which know their OpenAPI document."""
     app = FastAPI(title="easyspec", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.backend = backend
     app.state.started_s = int(time.time())
-    for router in open_routers:
+    for router in (*open_routers, *API_ROUTERS):
         app.include_router(router)
-    for router in API_ROUTERS:
-        app.include_router(router, dependencies=list(api_dependencies))
     app.add_exception_handler(EasyspecError, _on_error)
     app.add_exception_handler(RefusalError, _on_refusal)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -65,15 +58,23 @@ def create_routes(
     return app
 
 
-async def _on_error(_request: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    _count(request, mapping_of(error).reason)
     return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", ""))).response
+
+
+def _count(request: Request, reason: str) -> None:
+    observer = getattr(request.app.state, "observer", None)  # not there where only the routes' document is wanted
+    if observer is not None:
+        observer.refused(reason)
 
 
 async def _on_refusal(_request: Request, error: Exception) -> Response:
     return cast(RefusalError, error).failure.response
 
 
-async def _on_invalid(_request: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    _count(request, mapping_of(InvalidRequestError("", None, "")).reason)
     return failure_of_validation(cast(RequestValidationError, error).errors()).response
 
 

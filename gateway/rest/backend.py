@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import structlog
 from fastapi import Depends, Request
 
-from easyspec.errors import UnavailableError
+from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
 from gateway.generation import Generator
+
+# As gRPC clients set a deadline: seconds after which the answer is of no use any more.
+TIMEOUT_HEADER = "x-request-timeout"
 
 
 class Backend(Protocol):
@@ -50,9 +54,22 @@ def caller_of(request: Request) -> Caller:
         generator=backend.generator,
         request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
         client=getattr(request.state, "client", peer),
-        timeout_s=backend.request_timeout_s,
+        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), backend.request_timeout_s),
         started_s=request.app.state.started_s,
     )
+
+
+def _timeout_s(wanted: str | None, most_s: float) -> float:
+    """Seconds that a request may take: what the client wants, and no more than the gateway allows."""
+    if wanted is None:
+        return most_s
+    try:
+        timeout_s = float(wanted)
+    except ValueError:
+        timeout_s = math.nan
+    if not timeout_s > 0:
+        raise InvalidRequestError(TIMEOUT_HEADER, wanted, "seconds, above 0")
+    return min(timeout_s, most_s)
 
 
 InCaller = Annotated[Caller, Depends(caller_of)]

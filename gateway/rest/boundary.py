@@ -1,4 +1,4 @@
-"""What stands between HTTP and every route: body limit, admission, request id, errors, one log event."""
+"""What stands between HTTP and every route: API keys, body limit, admission, request id, errors, one log event."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from easyspec.errors import EasyspecError
+from easyspec.rpc.errors import mapping_of
+from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
 from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
 from gateway.rest.gate import Gate
 from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
+from gateway.rest.trust import Door, RestTrust
 
 REQUEST_ID_HEADER = b"x-request-id"
 # Answer while the gateway is loading or draining, too: who asks wants to know what is going on.
 ALWAYS_OPEN = frozenset({"/version", "/metrics"}) | PLAYGROUND_PATHS
 _MAX_REQUEST_ID_CHARS = 128
 _BODY_TIMEOUT_S = 60.0
-_CLIENT_CLOSED_REQUEST = 499
+_OK, _CLIENT_CLOSED_REQUEST = 200, 499
+# Scrapers and probes come every few seconds.
+_ROUTINE = frozenset({"/health", "/metrics"})
 
 _log = structlog.get_logger(__name__)
 
 
 class RestBoundary:
-    """ASGI middleware around the whole application. Bodies have at most `max_body_bytes`."""
+    """ASGI middleware around the whole application. Keys are asked for at `door`, before a body is read."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, door: Door, trust: RestTrust) -> None:
         self._app = app
         self._gate = gate
-        self._max_body_bytes = max_body_bytes
+        self._door = door
+        self._max_body_bytes = trust.max_body_bytes
+        self._observer = trust.observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +47,7 @@ class RestBoundary:
         # uvicorn runs every request in a task of its own, so this binds it for this request alone.
         request_id = _request_id(scope["headers"])
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        bind_traceparent(_text_of(scope["headers"], TRACEPARENT_KEY.encode()))
         answer = _Answer(send, request_id)
         started_ns = time.monotonic_ns()
         try:
@@ -53,18 +61,20 @@ class RestBoundary:
         except Exception as error:
             if not isinstance(error, EasyspecError):
                 _log.exception("http_bug", path=_route(scope))
+            self._observer.refused(mapping_of(error).reason)
             await answer.fail(failure_of(error, request_id), scope, receive)
         finally:
             duration_ms = (time.monotonic_ns() - started_ns) / 1e6
-            _log.info(
-                "http_finished",
-                method=scope["method"],
-                path=_route(scope),
-                status=answer.status,
-                duration_ms=round(duration_ms, 3),
-            )
+            route, method, status = _route(scope), scope["method"], answer.status or _CLIENT_CLOSED_REQUEST
+            log = _log.debug if route in _ROUTINE and status == _OK else _log.info
+            log("http_finished", method=method, path=route, status=status, duration_ms=round(duration_ms, 3))
+            self._observer.http_finished(route, method, status)
 
     async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        client = self._door.enter(scope)
+        if client is not None:
+            structlog.contextvars.bind_contextvars(client=client)
+            scope.setdefault("state", {})["client"] = client
         replay = _replay(await self._read_body(scope, receive), receive)
         if scope["path"] in ALWAYS_OPEN:
             await self._app(scope, replay, answer.send)
@@ -134,11 +144,13 @@ def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The caller's request id if it is fit for a log, else a new one."""
-    for name, value in headers:
-        text = value.decode("ascii", errors="ignore") if name == REQUEST_ID_HEADER else ""
-        if text and text.isprintable():
-            return text[:_MAX_REQUEST_ID_CHARS]
-    return uuid.uuid4().hex
+    text = _text_of(headers, REQUEST_ID_HEADER)
+    return text[:_MAX_REQUEST_ID_CHARS] if text and text.isprintable() else uuid.uuid4().hex
+
+
+def _text_of(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str | None:
+    """The first header of that name."""
+    return next((value.decode("ascii", errors="ignore") for name, value in headers if name == wanted), None)
 
 
 def _route(scope: Scope) -> str:

@@ -88,13 +88,15 @@ class Failure:
 
     @property
     def response(self) -> Response:
-        headers = {}
+        headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             # Whole seconds are the standard; OpenAI's clients read the other one first.
             headers = {
                 "retry-after": str(max(1, math.ceil(self.retry_after_s))),
                 "retry-after-ms": str(max(1, round(self.retry_after_s * 1000))),
             }
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         return Response(json_bytes(self.body), self.status, headers, media_type="application/json")
 
 

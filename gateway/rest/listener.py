@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -28,9 +29,9 @@ class _EmbeddedServer(uvicorn.Server):
 
 
 class HttpListener:
-    """Serves `app` on `address` (host:port, port 0 for a free one) in the running event loop."""
+    """Serves `app` on `address` (host:port, port 0 for a free one) in the running event loop; over TLS with `tls`."""
 
-    def __init__(self, app: ASGIApp, address: str) -> None:
+    def __init__(self, app: ASGIApp, address: str, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
         config = uvicorn.Config(
             app,
@@ -45,6 +46,8 @@ class HttpListener:
             timeout_graceful_shutdown=_CLOSE_GRACE_S,
             backlog=_BACKLOG,
         )
+        config.load()
+        config.ssl = tls  # made by us: uvicorn reads its own from files once, and misses their renewal
         self._server = _EmbeddedServer(config)
         self._task: asyncio.Task[None] | None = None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+
 import structlog
 
 from gateway.rest.app import create_app
 from gateway.rest.backend import Backend
 from gateway.rest.gate import Gate
 from gateway.rest.listener import HttpListener
+from gateway.rest.trust import RestTrust
 
 _log = structlog.get_logger(__name__)
 
@@ -15,10 +18,10 @@ _log = structlog.get_logger(__name__)
 class RestServer:
     """`open` (everything is refused), `admit`, `drain`, `close`: in this order, in the gateway's event loop."""
 
-    def __init__(self, backend: Backend, address: str) -> None:
+    def __init__(self, backend: Backend, address: str, trust: RestTrust, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
         self._gate = Gate()
-        self._listener = HttpListener(create_app(backend, self._gate), address)
+        self._listener = HttpListener(create_app(backend, self._gate, trust), address, tls)
         self.port: int | None = None
 
     async def open(self) -> None:

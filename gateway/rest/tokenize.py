@@ -41,6 +41,7 @@ async def tokenize(body: TokenizeRequest, caller: InCaller) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", body.prompt, "exactly one of prompt and messages")
     tokenizer = caller.generator.tokenizer
+    caller.generator.check_size(body.prompt if body.prompt is not None else body.conversation())
     if body.prompt is not None:
         token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt)
     else:

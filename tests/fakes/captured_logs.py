@@ -9,19 +9,19 @@ from collections.abc import Iterator
 
 import structlog
 
-from easyspec.telemetry.logs import configure_logging
+from easyspec.telemetry.logs import LogLevel, configure_logging
 
 
 @contextlib.contextmanager
-def captured_logs(role: str = "tested") -> Iterator[io.StringIO]:
+def captured_logs(role: str = "tested", level: LogLevel = "info") -> Iterator[io.StringIO]:
     """Every event as a line of JSON."""
     stream = io.StringIO()
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    configure_logging(role, "json", stream)
+    handlers, root_level = root.handlers[:], root.level
+    configure_logging(role, "json", stream, level)
     try:
         yield stream
     finally:
         structlog.reset_defaults()
         root.handlers[:] = handlers
-        root.setLevel(level)
+        root.setLevel(root_level)

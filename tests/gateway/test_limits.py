@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import grpc
 import pytest
 from pydantic import ValidationError
 
-from easyspec.errors import InvalidRequestError, RequestTooLargeError
+from easyspec.errors import InvalidRequestError
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions
@@ -71,33 +71,6 @@ def test_the_last_that_fits_and_the_first_that_does_not(
     with pytest.raises(InvalidRequestError) as caught:
         check(*does_not)
     assert caught.value.field == field
-
-
-class Body:
-    """Pieces of a request's body; counts what has been asked for."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = pieces
-        self.num_read = 0
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self._pieces:
-            self.num_read += 1
-            yield piece
-
-
-async def test_a_body_is_refused_while_it_is_read() -> None:
-    assert await LIMITS.read_body({}, Body([b"x" * 512] * 2)) == b"x" * 1024
-    endless = Body(b"x" * 512 for _ in range(1_000_000))
-    with pytest.raises(RequestTooLargeError):
-        await LIMITS.read_body({}, endless)
-    assert endless.num_read == 3
-    declared = Body([b"x"])
-    for length in ("1025", "9" * 5000):
-        with pytest.raises(RequestTooLargeError):
-            await LIMITS.read_body({"content-length": length}, declared)
-    assert declared.num_read == 0
-    assert await LIMITS.read_body({"content-length": "nonsense"}, declared) == b"x"
 
 
 def test_limits_are_settings_with_ranges_of_their_own() -> None:

@@ -19,5 +19,5 @@ Events: TypeAlias = Callable[[], list[dict[str, Any]]]
 @pytest.fixture
 def events() -> Iterator[Events]:
     """Reads back every event logged so far."""
-    with captured_logs() as stream:
+    with captured_logs(level="debug") as stream:
         yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]

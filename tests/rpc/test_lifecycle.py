@@ -205,7 +205,7 @@ async def test_a_process_drains_on_a_signal_and_exits_0(signal_number: signal.Si
     rest = [json.loads(line) for line in (await running.stderr.read()).splitlines()]
     assert await running.wait() == 0
     names += [event["event"] for event in rest]
-    assert names == ["listening", "serving", "rpc_finished", "draining", "stopped"]
+    assert names == ["listening", "serving", "draining", "stopped"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Who may use the REST API, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import APIRouter
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from easyspec.telemetry.metrics import CONTENT_TYPE
+
+Authenticate = Callable[[str | None], str | None]
+
+
+class HttpObserver(Protocol):
+    """Counts HTTP requests; quick, and raises nothing."""
+
+    def http_finished(self, route: str, method: str, status: int) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class RestTrust:
+    """What REST and gRPC have in common: keys, limits, metrics.
+
+    `authenticate` turns an Authorization header into a client's name, None where anyone may call, or raises
+    UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port.
+    """
+
+    authenticate: Authenticate
+    max_body_bytes: int
+    observer: HttpObserver
+    render_metrics: Callable[[], bytes] | None
+
+
+class Door:
+    """Asks for a key before anything of a request is read, but for the routes of `open_routers`.
+
+    What is not open is closed: a route that is added later is behind the door.
+    """
+
+    def __init__(self, authenticate: Authenticate, open_routers: Sequence[APIRouter]) -> None:
+        self._authenticate = authenticate
+        self._open_routes = [route for router in open_routers for route in router.routes]
+
+    def enter(self, scope: Scope) -> str | None:
+        """The client's name, if it has one; raises UnauthenticatedError."""
+        if any(route.matches(scope)[0] is not Match.NONE for route in self._open_routes):
+            return None
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        return self._authenticate(header.decode("latin-1") if header is not None else None)
+
+
+def metrics_router(render: Callable[[], bytes]) -> APIRouter:
+    """`/metrics`: counts and times, so it asks for no key."""
+    router = APIRouter()
+
+    @router.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(render(), headers={"content-type": CONTENT_TYPE})
+
+    return router
