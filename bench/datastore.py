@@ -79,7 +79,7 @@ def _corpus(path: Path, num_tokens: int) -> Tokens:
 
 def _look_up(tokens: Tokens, datastore: Datastore, table: NgramTable, num_lookups: int) -> None:
     rng = np.random.default_rng(1)
-    contexts = []
+    contexts: list[list[int]] = []
     while len(contexts) < num_lookups:
         end = int(rng.integers(_CONTEXT_TOKENS, len(tokens)))
         context = tokens[end - _CONTEXT_TOKENS : end].tolist()
