@@ -205,6 +205,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
             await asyncio.wait((stop_waiter, lost_waiter), return_when=asyncio.FIRST_COMPLETED)
         if lost_waiter.done():
             grace_s = 0.0
+            lost_waiter.result()
             raise EngineLostError("the device or another rank is lost")
         _log.info("draining", grace_s=grace_s)
     finally:
