@@ -104,7 +104,9 @@ class Drafter:
         """Open, commit or close; an error that the caller made is the answer to that task alone."""
         try:
             if isinstance(task, OpenTask):
-                task.finish(self._open(task.request))
+                session_id = self._open(task.request)
+                if not task.finish(session_id):  # who asked has gone, and nobody else knows of it
+                    self._close(session_id)
             elif isinstance(task, DraftTask):
                 self._commit(task)
             elif isinstance(task, CloseTask):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 # Never fewer, or a prompt would hardly advance; and what is tried before anything has been measured.
 MIN_PROMPT_ROWS = 16
 _FIRST_PROMPT_ROWS = 32
+_FIRST_SLICED_ROWS = 64
 # How far an estimate follows one measurement, and how far a measurement may stray from it: a pause of the machine is
 # not a price.
 _RATE = 0.25
@@ -22,6 +23,7 @@ class PrefillPace:
         self._row_buckets = row_buckets
         self._step_ns: dict[int, float] = {}  # by bucket of rows
         self._row_ns: float | None = None
+        self._layer_row_ns: float | None = None
 
     def num_prompt_rows(self, num_decode_rows: int, *, is_anyone_decoding: bool) -> int:
         """The most prompt rows for a step that has `num_decode_rows` others."""
@@ -47,6 +49,22 @@ class PrefillPace:
         if without_ns is not None and num_prompt_rows >= MIN_PROMPT_ROWS:
             row_ns = max(elapsed_ns - without_ns, 0.05 * elapsed_ns) / num_prompt_rows
             self._row_ns = _followed(self._row_ns, row_ns)
+
+    def slice_ns(self, num_decode_rows: int) -> float:
+        """How long a step may compute layers of a prompt beside `num_decode_rows` others."""
+        return (self._max_slowdown - 1.0) * (self._expected_step_ns(num_decode_rows) or 0.0)
+
+    def num_sliced_rows(self) -> int:
+        """Rows of a piece that is computed layer by layer: as many as a layer may have within a step."""
+        step_ns = self._expected_step_ns(0)
+        if step_ns is None or self._layer_row_ns is None:
+            return min(_FIRST_SLICED_ROWS, self._most_rows)
+        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._layer_row_ns)
+        return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
+
+    def observe_layers(self, num_rows: int, num_layers: int, elapsed_ns: int) -> None:
+        """What a slice of a piece took."""
+        self._layer_row_ns = _followed(self._layer_row_ns, elapsed_ns / (num_rows * num_layers))
 
     def _bucket(self, num_rows: int) -> int:
         return next((size for size in self._row_buckets if num_rows <= size), self._row_buckets[-1])

@@ -100,6 +100,7 @@ class VerifierEngine:
             max_waiting_sessions=settings.max_waiting_sessions,
             retry_after_s=settings.admission_timeout_s,
             max_prefill_slowdown=settings.max_prefill_slowdown,
+            reads_on_the_side=loaded.decoder.can_slice,
         )
         self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
         return self._verifier

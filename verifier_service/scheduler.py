@@ -3,13 +3,16 @@
 A session takes slots as it grows. When there are none left, the youngest sessions are preempted: their slots go back,
 and their tokens are computed again, like a prompt, once there is room. The oldest that computes is never preempted, so
 there is always progress. Sessions that cannot begin wait, first come first served.
+
+While others decode, prompts that a step has time for are read in the same pass. Longer ones are read in *pieces* on
+the side, a few layers after each step: a long context costs too much for even a few rows of it to fit one step.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -28,7 +31,10 @@ _STALLED_AFTER_NS = 5_000_000_000
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Rows of a step, slots of a tree, sessions that may wait, and how far prompts may slow others' decoding down."""
+    """Rows of a step, slots of a tree, sessions that may wait, and how far prompts may slow others' decoding down.
+
+    `reads_on_the_side` says whether passes can be computed in slices.
+    """
 
     max_batch_rows: int
     prefill_chunk: int
@@ -36,6 +42,7 @@ class SchedulerLimits:
     max_waiting_sessions: int
     retry_after_s: float
     max_prefill_slowdown: float
+    reads_on_the_side: bool = True
 
 
 class ScheduledSession:
@@ -53,6 +60,7 @@ class ScheduledSession:
         self.tree: TokenTree | None = None  # waits for a verdict
         self.tree_slots: list[int] = []
         self.is_admitted = False
+        self.is_in_piece = False
         self.is_sound = True
         self.has_been_preempted = False
         self.last_verdict_ns: int | None = None
@@ -80,6 +88,16 @@ class Work(Generic[SessionT]):
 
 
 @dataclass(frozen=True)
+class _Share(Generic[SessionT]):
+    """What a session is to compute: of a step, or of the piece on the side."""
+
+    session: SessionT
+    num_tokens: int
+    tree: TokenTree | None
+    is_on_the_side: bool = False
+
+
+@dataclass(frozen=True)
 class _Opening(Generic[SessionT]):
     session: SessionT
     task: Task[int]
@@ -96,6 +114,9 @@ class Scheduler(Generic[SessionT]):
         self._openings: deque[_Opening[SessionT]] = deque()
         self._sessions: dict[int, SessionT] = {}  # open ones, in the order of their age
         self._waiting: list[SessionT] = []  # for a verdict, least recently served first
+        self.piece: list[Work[SessionT]] | None = None
+        self._num_step_rows = 0  # of those who decode in the present step
+        self._has_read_prompts = False
 
     @property
     def num_sessions(self) -> int:
@@ -132,6 +153,8 @@ class Scheduler(Generic[SessionT]):
         session = self._sessions.pop(session_id, None)
         if session is None:
             return
+        if session.is_in_piece:
+            self._drop_piece()
         self._memory.free(session.tree_slots)
         session.tree_slots = []
         if session.is_sound:
@@ -143,8 +166,9 @@ class Scheduler(Generic[SessionT]):
         """A step broke: nobody waits any more. Returns who did; their K and V may be half written."""
         abandoned, self._waiting = self._waiting, []
         for session in abandoned:
-            session.is_sound = False
+            session.is_sound = session.is_in_piece = False
             session.tree = None
+        self.piece = None
         return abandoned
 
     def fail_openings(self, error: BaseException) -> None:
@@ -153,30 +177,59 @@ class Scheduler(Generic[SessionT]):
             self._openings.popleft().task.fail(error)
 
     def plan(self) -> list[Work[SessionT]]:
-        """Who computes what next; they have got the slots for it. Every one is to be given to `computed`."""
+        """Who computes what next; they have got the slots for it. All are to be given to `computed`.
+
+        May also make a new `piece`.
+        """
         self._admit()
-        ready = [session for session in self._waiting if session.is_admitted]
+        ready = [session for session in self._waiting if session.is_admitted and not session.is_in_piece]
         for session in ready:
             num_tokens = self._take_prefix(session)
             if not session.has_been_preempted:  # else it meets what it has computed itself
                 self._memory.num_hit_tokens += num_tokens
-        decoding = [session for session in ready if session.num_uncached == 1]
         prefilling = [session for session in ready if session.num_uncached > 1]
-        shares: dict[int, tuple[SessionT, int, TokenTree | None]] = {}
         num_left = self._limits.max_batch_rows - (MIN_PROMPT_ROWS if prefilling else 0)
-        for session in decoding:
+        shares: list[_Share[SessionT]] = []
+        for session in ready:
+            if session.num_uncached > 1:
+                continue
             assert session.tree is not None, "it waits for a verdict"
-            num_rows = 1 + len(session.tree)
-            if shares and num_rows > num_left:
+            if shares and 1 + len(session.tree) > num_left:
                 break
-            num_left -= num_rows
-            shares[session.session_id] = (session, 1, session.tree)
-        if prefilling:
-            num_rows = self._limits.max_batch_rows - MIN_PROMPT_ROWS - num_left
-            pace = self._pace.num_prompt_rows(num_rows, is_anyone_decoding=self._is_anyone_decoding())
-            for share in self._prompt_shares(prefilling, min(pace, num_left + MIN_PROMPT_ROWS)):
-                shares[share[0].session_id] = share
-        return [work for _, share in sorted(shares.items()) if (work := self._with_slots(*share)) is not None]
+            num_left -= 1 + len(session.tree)
+            shares.append(_Share(session, 1, session.tree))
+        self._num_step_rows = sum(1 + len(share.tree or ()) for share in shares)
+        prompts = self._prompts(prefilling, num_left)
+        self._has_read_prompts = not all(share.is_on_the_side for share in prompts)
+        shares += prompts
+        works: list[Work[SessionT]] = []
+        piece: list[Work[SessionT]] = []
+        for share in sorted(shares, key=lambda share: share.session.session_id):
+            work = self._with_slots(share)
+            if work is not None:
+                share.session.is_in_piece = share.is_on_the_side
+                (piece if share.is_on_the_side else works).append(work)
+        if piece:
+            self.piece = piece
+        return works
+
+    def _prompts(self, prefilling: Sequence[SessionT], num_left: int) -> list[_Share[SessionT]]:
+        """What is read of prompts: in the step, and on the side if nothing is being read there."""
+        if not prefilling:
+            return []
+        num_rows = self._limits.max_batch_rows - MIN_PROMPT_ROWS - num_left
+        is_anyone_decoding = self._is_anyone_decoding()
+        pace = self._pace.num_prompt_rows(num_rows, is_anyone_decoding=is_anyone_decoding)
+        most = min(pace, num_left + MIN_PROMPT_ROWS)
+        if not is_anyone_decoding or not self._limits.reads_on_the_side:
+            return self._fair_shares(prefilling, most)
+        # Whose prompt's rows are looked at stays in the step, where they are.
+        short = [session for session in prefilling if session.num_uncached <= pace or not session.takes_prefixes]
+        long = [session for session in prefilling if session not in short]
+        shares = self._fair_shares(short, most) if short else []
+        if long and self.piece is None:
+            shares += self._fair_shares(long, self._pace.num_sliced_rows(), is_on_the_side=True)
+        return shares
 
     def computed(self, works: Sequence[Work[SessionT]], elapsed_ns: int) -> None:
         """A step is over: prompts read become prefixes for others, and the clock tells what rows cost."""
@@ -195,6 +248,33 @@ class Scheduler(Generic[SessionT]):
             if work.tree is None:
                 self._waiting.append(session)
         self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
+
+    def slice_ns(self) -> float | None:
+        """How long the piece may be worked on after this step; None is without limit."""
+        if not self._is_anyone_decoding():
+            return None
+        return 0.0 if self._has_read_prompts else self._pace.slice_ns(self._num_step_rows)
+
+    def piece_advanced(self, num_layers: int, elapsed_ns: int, *, is_computed: bool) -> None:
+        """Layers of the piece have been computed; the last ones make prefixes of it."""
+        assert self.piece is not None, "there is a piece"
+        self._pace.observe_layers(sum(len(work.slots) for work in self.piece), num_layers, elapsed_ns)
+        if not is_computed:
+            return
+        for work in self.piece:
+            session = work.session
+            session.is_in_piece = False
+            session.slots.share(session.token_ids[: session.slots.num_cached])
+            self._waiting.remove(session)
+            self._waiting.append(session)
+        self.piece = None
+
+    def _drop_piece(self) -> None:
+        """One of its sessions goes: what the others had begun is begun again."""
+        for work in self.piece or ():
+            work.session.is_in_piece = False
+            work.session.slots.truncate(work.session.slots.num_cached - len(work.slots))
+        self.piece = None
 
     @property
     def is_anyone_waiting(self) -> bool:
@@ -246,9 +326,9 @@ class Scheduler(Generic[SessionT]):
             for session in self._sessions.values()
         )
 
-    def _prompt_shares(
-        self, prefilling: Sequence[SessionT], num_rows: int
-    ) -> Iterator[tuple[SessionT, int, TokenTree | None]]:
+    def _fair_shares(
+        self, prefilling: Sequence[SessionT], num_rows: int, *, is_on_the_side: bool = False
+    ) -> list[_Share[SessionT]]:
         """Give the rows to those who waited longest, a fair share each; what short prompts leave goes to the long."""
         chosen: dict[object, SessionT] = {}
         for session in prefilling:
@@ -258,22 +338,25 @@ class Scheduler(Generic[SessionT]):
             chosen.setdefault((id(session.slots.prefix), token_id) if has_twin else session.session_id, session)
         served = list(chosen.values())[: max(1, num_rows // MIN_PROMPT_ROWS)]
         served.sort(key=lambda session: session.num_uncached)
+        shares: list[_Share[SessionT]] = []
         for index, session in enumerate(served):
             num_tokens = min(session.num_uncached, num_rows // (len(served) - index))
             assert session.tree is not None, "it waits for a verdict"
             tree = session.tree if num_tokens == session.num_uncached else None
-            if tree is not None and num_tokens + len(tree) > num_rows:
-                num_tokens, tree = num_tokens - 1, None  # the root comes with its tree, in the next step
+            if tree is not None and (is_on_the_side or num_tokens + len(tree) > num_rows):
+                num_tokens, tree = num_tokens - 1, None  # the root comes with its tree, in a later step
             if num_tokens > 0:
                 num_rows -= num_tokens + (len(tree) if tree is not None else 0)
-                yield session, num_tokens, tree
+                shares.append(_Share(session, num_tokens, tree, is_on_the_side))
+        return shares
 
-    def _with_slots(self, session: SessionT, num_tokens: int, tree: TokenTree | None) -> Work[SessionT] | None:
+    def _with_slots(self, share: _Share[SessionT]) -> Work[SessionT] | None:
         """Take the slots, preempting who is younger; None if there are too few. Called for the oldest first."""
+        session, tree = share.session, share.tree
         num_nodes = len(tree) if tree is not None else 0
-        if not session.is_admitted or not self._make_room(num_tokens + num_nodes, session):
+        if not session.is_admitted or not self._make_room(share.num_tokens + num_nodes, session):
             return None
-        slots = session.slots.extend(num_tokens)
+        slots = session.slots.extend(share.num_tokens)
         session.tree_slots = self._memory.allocate(num_nodes)
         return Work(session, slots, tree)
 
@@ -292,6 +375,8 @@ class Scheduler(Generic[SessionT]):
     def _preempt(self, victim: SessionT) -> None:
         """Take a session's slots; while nobody needs them, they keep what it had computed."""
         assert not victim.tree_slots, "it has no part in this step"
+        if victim.is_in_piece:
+            self._drop_piece()
         victim.slots.share(victim.token_ids[: victim.slots.num_cached])
         victim.slots.release()
         victim.is_admitted = False

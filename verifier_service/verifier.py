@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +156,7 @@ class Verifier:
         self._on_step = on_step
         self._scheduler: Scheduler[VerifierSession] = Scheduler(memory, scheduler_limits)
         self._session_ids = itertools.count(1)
+        self._slices: tuple[Sequence[Work[VerifierSession]], Iterator[bool]] | None = None
 
     def usage(self) -> KvUsage:
         """KV memory as it is now; may be read from another thread."""
@@ -179,7 +180,8 @@ class Verifier:
             works = self._scheduler.plan()
             if works:
                 self._verify(works)
-        return bool(works) and self._scheduler.is_anyone_waiting
+            is_reading = self._read_piece()
+        return (bool(works) or is_reading) and self._scheduler.is_anyone_waiting
 
     def abandon(self, error: BaseException) -> None:
         """Fail every waiting task and end its session, whose KV may be half written."""
@@ -251,6 +253,29 @@ class Verifier:
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, num_rows, len(works))
             task.finish((session.with_prompt_logprobs(outcome), timings))
         self._scheduler.computed(works, compute_ns)
+
+    def _read_piece(self) -> bool:
+        """Some layers of the prompts that are read on the side, at least one; False if there are none."""
+        piece = self._scheduler.piece
+        if piece is None:
+            self._slices = None
+            return False
+        started_ns = time.monotonic_ns()
+        if self._slices is None or self._slices[0] is not piece:
+            layout = self._decoder.lay_out([work.session.segment(work.slots, None) for work in piece])
+            self._slices = (piece, self._decoder.forward_in_slices(layout, self._memory.pool))
+        most_ns = self._scheduler.slice_ns()
+        num_layers, elapsed_ns, is_computed = 0, 0, False
+        while most_ns is None or elapsed_ns * (num_layers + 1) <= most_ns * max(1, num_layers):  # room for one more
+            is_computed = next(self._slices[1])
+            num_layers += 1
+            elapsed_ns = time.monotonic_ns() - started_ns
+            if is_computed:
+                num_rows = sum(len(work.slots) for work in piece)
+                self._on_step(StepReport("prefill", elapsed_ns, num_rows, len(piece)))
+                break
+        self._scheduler.piece_advanced(num_layers, elapsed_ns, is_computed=is_computed)
+        return True
 
     def _add_prompt_logprobs(
         self, works: Sequence[Work[VerifierSession]], layout: RowLayout, hidden: torch.Tensor

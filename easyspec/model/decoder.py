@@ -5,7 +5,7 @@ Dimensions: `T` rows of a pass, `E` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -123,6 +123,31 @@ class Decoder:
         plan = plan or self.sequential_plan
         self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
         self._announced_rows = tuple(logit_rows)
+        hidden, state = self._begin(layout, pool)
+        for group in self._plan_groups(plan):
+            hidden = group(hidden, state)
+        return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+
+    @property
+    def can_slice(self) -> bool:
+        """Whether `forward_in_slices` is possible: several ranks compute whole passes, in the order they are told."""
+        return self._ranks.size == 1
+
+    def forward_in_slices(self, layout: RowLayout, pool: KVPool) -> Iterator[bool]:
+        """The same pass layer by layer, for its K and V alone: each step computes one and says whether it was the last.
+
+        Other passes may run in between, as long as they leave the slots of its rows alone.
+        """
+        assert self.can_slice, "one rank"
+        hidden, state = self._begin(layout, pool)
+        groups = self._plan_groups(self.sequential_plan)
+        for group in groups:
+            hidden = group(hidden, state)
+            if self.device.type == "cuda":  # so that the caller's clock sees what the layer took
+                torch.cuda.synchronize(self.device)
+            yield group is groups[-1]
+
+    def _begin(self, layout: RowLayout, pool: KVPool) -> tuple[torch.Tensor, PassState]:
         state = PassState(
             layout=layout,
             rotation=self._rotations[layout.positions].index_select(1, self._head_rotation)[:, None],
@@ -130,10 +155,7 @@ class Decoder:
             read_entries=tuple(pool.entries(group.columns) for group in layout.groups),
             write_entries=pool.entries(layout.slots),
         )
-        hidden = self._embeddings[layout.token_ids]
-        for group in self._plan_groups(plan):
-            hidden = group(hidden, state)
-        return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+        return self._embeddings[layout.token_ids], state
 
     def row_logits(
         self, layout: RowLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None

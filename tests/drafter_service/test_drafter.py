@@ -289,6 +289,13 @@ def test_trees_are_the_same_from_a_shared_prefix(draft_folder: Path, plan: Layer
     assert alone.drafter.usage().num_prefix_hit_tokens == alone.drafter.usage().num_cached_slots == 0
 
 
+def test_an_opening_that_was_given_up_leaves_nothing(core: CoreDriver) -> None:
+    task = OpenTask(OpenSpeculation(PROMPT, GREEDY))
+    assert task.future.cancel()
+    core.drafter.accept(task)
+    assert core.drafter.usage().num_sessions == core.memory.num_used_slots == 0
+
+
 def test_closing_between_verdict_and_tree_frees_everything(core: CoreDriver) -> None:
     gone, stays = core.open(PROMPT), core.open(PROMPT)
     core.ask(gone, 6, (1,), BUDGET)

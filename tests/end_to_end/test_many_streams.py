@@ -227,7 +227,9 @@ async def test_soak(reference: VerifierEngine, base_folder: Path, draft_folder: 
 
     async with small_verifier(base_folder) as engine:
         await asyncio.gather(watch(), *(client(engine) for _ in range(16)))
-        await eventually(lambda: nothing_is_held(engine.kv_usage()) and nothing_is_held(drafter.kv_usage()), 5.0)
+        await asyncio.sleep(5.0)  # for the steps under way, on a busy machine
+        for usage in (engine.kv_usage(), drafter.kv_usage()):
+            assert nothing_is_held(usage), usage
         assert engine.kv_usage().num_preemptions > 0
     await drafter.stop()
     assert num_done > duration_s
