@@ -12,9 +12,10 @@ import grpc
 from bench.measurement import Mode, Round, Sample
 from easyspec.errors import UnavailableError
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.convert import budget_from_pb, budget_to_pb, layer_plan_to_pb
+from easyspec.rpc.convert import budget_from_pb, budget_to_pb, layer_plan_to_pb, sources_from_pb, sources_to_pb
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.sources import NO_SOURCES, DraftSources
 from easyspec.v1 import generation_pb2 as pb
 from easyspec.v1 import generation_pb2_grpc, types_pb2
 
@@ -98,7 +99,14 @@ class GatewayClient:
             num_accepted_by_level=tuple(speculation.num_accepted_by_level),
             num_drafter_failures=speculation.num_drafter_failures,
             time_to_first_token_s=rounds[0].arrival_s,
+            num_accepted_by_source=_accepted_by_source(speculation),
         )
+
+
+def _accepted_by_source(speculation: pb.SpeculationStatistics) -> tuple[tuple[DraftSources, int], ...]:
+    return tuple(
+        (sources_from_pb([entry.source]) or NO_SOURCES, entry.num_accepted_tokens) for entry in speculation.sources
+    )
 
 
 def _describe(model: types_pb2.ModelInfo) -> str:
@@ -116,6 +124,7 @@ def _request(task: Task) -> pb.GenerateRequest:
             mode=_Mode.MODE_ON if plan else _Mode.MODE_OFF,
             budget=budget_to_pb(task.budget) if task.budget else None,
             layer_plan=layer_plan_to_pb(plan) if plan else None,
+            sources=sources_to_pb(task.mode.sources) if plan else None,
         ),
     )
 

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement
+from easyspec.speculation.sources import DraftSources
 
 LAYER_PARALLEL_SIZES = (2, 3, 4, 6)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to decode; `layer_plan` is None for plain decoding."""
+    """One way to decode; `layer_plan` is None for plain decoding, `sources` says who guesses."""
 
     name: str
     layer_plan: LayerPlanRequest | None = None
+    sources: DraftSources = DraftSources.MODEL
 
 
 PLAIN = Mode("plain")
@@ -83,6 +85,7 @@ class Sample:
     num_accepted_by_level: tuple[int, ...]
     num_drafter_failures: int
     time_to_first_token_s: float
+    num_accepted_by_source: tuple[tuple[DraftSources, int], ...] = ()
 
     @property
     def decode_rounds(self) -> tuple[Round, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.cosine import CosineRow, cosine_table
 from bench.machine import REPOSITORY
 from bench.measurement import LAYER_PARALLEL_SIZES
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, GATEWAY, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, DRAFTER, GATEWAY, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
 from models.heldout import held_out_prompts
 
@@ -44,10 +44,10 @@ PAIRS = {
 
 
 @asynccontextmanager
-async def start_services(pair: ModelPair) -> AsyncIterator[str]:
+async def start_services(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> AsyncIterator[str]:
     """Run drafter, verifier and gateway as real processes and yield the gateway's address."""
     pair.check()
-    settings = StackSettings(base=pair.base, draft=pair.draft, flags={GATEWAY: _GATEWAY_FLAGS})
+    settings = StackSettings(base=pair.base, draft=pair.draft, flags={GATEWAY: _GATEWAY_FLAGS, DRAFTER: drafter_flags})
     async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
         yield stack.gateway_address
 

@@ -24,6 +24,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import TimedDraft, TimedVerdict, decode
 from gateway.tokenizer import Tokenizer
@@ -63,7 +64,9 @@ async def _count(
         verifier,
         drafter,
         await verifier.open(opening),
-        await drafter.open(OpenSpeculation(prompt, sampling, _PLAN, max_total_length=length)),
+        await drafter.open(
+            OpenSpeculation(prompt, sampling, _PLAN, max_total_length=length, sources=DraftSources.MODEL)
+        ),
     )
     async with aclosing(decode(len(prompt), budget, session, session)) as rounds:
         counts = [len(round_.answer.verdict.token_ids) async for round_ in rounds]

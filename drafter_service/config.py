@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from easyspec.errors import InvalidRequestError
 from easyspec.rpc.settings import EngineSettings, address_field
+from easyspec.speculation.sources import DraftSources, parse_sources
+
+
+def _last_part(fields: dict[str, Any]) -> str:
+    return Path(fields["model"]).resolve().name if fields.get("model") else "text"
 
 
 class DrafterSettings(EngineSettings):
@@ -16,6 +23,37 @@ class DrafterSettings(EngineSettings):
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_DRAFTER_", cli_prog_name="python -m drafter_service")
 
     address: str = address_field("127.0.0.1:50052")
+    model: str = Field(
+        default="",
+        description="Draft model: a folder with config.json, safetensors and tokenizer, or a Hugging Face hub id. "
+        "Unset only where --sources does not name the model: such a drafter guesses from text alone, needs "
+        "--tokenizer, and loads neither weights nor torch.",
+    )
+    served_model_name: str = Field(
+        default_factory=_last_part,
+        min_length=1,
+        description="Name that requests use. By default the last part of --model, or 'text' where there is none.",
+    )
+    sources: str = Field(
+        default="model,retrieval,ngram",
+        description="Who guesses where a request does not say: some of model, retrieval, ngram, with commas. All of "
+        "them, fused into one tree, get the most tokens accepted per round (docs/sources.md).",
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="Checkpoint folder whose tokenizer.json gives token ids their meaning, for a drafter without "
+        "--model; with one, the model's own is used.",
+    )
+    index: Path | None = Field(
+        default=None,
+        description="File made by `easyspec index build`, for the source retrieval. Unset: it retrieves from the "
+        "request's own text alone.",
+    )
+    ngram_prior: Path | None = Field(
+        default=None,
+        description="File made by `easyspec index ngrams`, for the source ngram. Unset: it counts in the request's "
+        "own text alone.",
+    )
     layer_groups: str | None = Field(
         default=None,
         description="Layers whose attention runs at the same time, as '0 | 1-3 | 4-7 | 8-10 | 11': every layer of the "
@@ -53,3 +91,28 @@ class DrafterSettings(EngineSettings):
         description="How fast that trust follows the verdicts of the session, 0 (never) to 1. 0.1 was best with "
         "trees of 15 nodes.",
     )
+
+    @property
+    def draft_sources(self) -> DraftSources:
+        """`sources` as a set."""
+        return parse_sources(self.sources.split(","), "sources")
+
+    @field_validator("sources")
+    @classmethod
+    def _check_sources(cls, sources: str) -> str:
+        try:
+            parse_sources(sources.split(","), "sources")
+        except InvalidRequestError as error:
+            raise ValueError(str(error)) from None
+        return sources
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if DraftSources.MODEL in self.draft_sources and not self.model:
+            raise ValueError(
+                "model (--model, EASYSPEC_DRAFTER_MODEL) is not set; allowed: a checkpoint folder or a hub id, or "
+                "--sources without the model"
+            )
+        if DraftSources.MODEL not in self.draft_sources and self.tokenizer is None and not self.model:
+            raise ValueError("tokenizer is not set; allowed: a checkpoint folder, for a drafter without a model")
+        return self

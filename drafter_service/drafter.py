@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.device_thread import Task
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
-from easyspec.model.config import ModelConfig
-from easyspec.model.kv_cache import KvMemory
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
@@ -52,6 +49,22 @@ class DrafterLimits:
     served_model_name: str
     max_model_len: int
     max_tree_nodes: int
+    sources: DraftSources = DraftSources.MODEL
+
+
+class DrafterShape(Protocol):
+    """What sessions must fit: of the draft model, or of a tokenizer where there is no model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+
+
+class MeasuredMemory(Protocol):
+    """KV memory, seen from outside."""
+
+    def usage(self, num_sessions: int) -> KvUsage: ...
 
 
 class Drafter:
@@ -59,8 +72,8 @@ class Drafter:
 
     def __init__(
         self,
-        config: ModelConfig,
-        memory: KvMemory,
+        config: DrafterShape,
+        memory: MeasuredMemory,
         source: DraftSource,
         default_plan: LayerPlan,
         limits: DrafterLimits,
@@ -106,8 +119,7 @@ class Drafter:
         for task in new:
             task.begun_ns = started_ns
             self._source.begin(self._job(task))
-        with torch.inference_mode():
-            progress = self._source.step()
+        progress = self._source.step()
         self._report(progress, time.monotonic_ns() - started_ns)
         for proposal in progress.proposals:
             self._answer(proposal)
@@ -153,10 +165,19 @@ class Drafter:
             sampling=request.sampling,
             plan=self._plan(request.layer_plan),
             calibration=request.layer_plan.calibration,
+            sources=self._sources(request.sources),
         )
         self._source.open(session)
         self._sessions[session.session_id] = session
         return session.session_id
+
+    def _sources(self, wanted: DraftSources | None) -> DraftSources:
+        here = self._limits.sources
+        if wanted is None:
+            return here
+        if wanted & ~here:
+            raise InvalidRequestError("sources", ", ".join(wanted.names), f"some of {', '.join(here.names)}")
+        return wanted
 
     def _plan(self, request: LayerPlanRequest) -> LayerPlan:
         if request.layer_parallel_size is None:
@@ -221,7 +242,8 @@ class Drafter:
         task = self._waiting.pop(session.session_id)
         tree = proposal.tree.pruned(task.calibration.budget.num_nodes)
         timings = replace(proposal.timings, queue_ns=task.begun_ns - task.arrived_ns)
-        task.finish(Draft(len(session.token_ids), tree, timings))
+        node_sources = proposal.node_sources or (DraftSources.MODEL,) * len(tree)
+        task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
 
 
 def _evicted() -> CapacityError:

@@ -6,8 +6,11 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.growth import RankingSettings
+from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.layer_parallel import LayerParallelSource
+from drafter_service.text_engine import open_text_resources
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.model.distributed_group import RankPlacement
@@ -15,6 +18,7 @@ from easyspec.model.loading import LoadedModel, load_model
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import StepObserver, ignore_step
 
 # The length that a session comes to when kernels are warmed up.
@@ -52,6 +56,11 @@ class DrafterEngine:
         return self._loaded.info
 
     @property
+    def sources(self) -> DraftSources:
+        """Who guesses here."""
+        return self._settings.draft_sources
+
+    @property
     def layer_groups(self) -> str:
         """The default plan's groups, as "0 | 1-3 | 4-7 | 8"."""
         return str(self._plan)
@@ -87,7 +96,7 @@ class DrafterEngine:
         self._thread.when_stopped = loaded.decoder.dismiss_followers
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
-        source = LayerParallelSource(
+        model_source = LayerParallelSource(
             loaded.decoder,
             loaded.memory,
             settings.prefill_chunk,
@@ -95,7 +104,11 @@ class DrafterEngine:
             ranking,
             settings.max_prefill_slowdown,
         )
-        limits = DrafterLimits(settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes)
+        fused = FusedDrafting(open_text_resources(settings, loaded.info.tokenizer_fingerprint))
+        source = FusingSource(model_source, fused)
+        limits = DrafterLimits(
+            settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes, settings.draft_sources
+        )
         self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
@@ -123,7 +136,9 @@ def _warm_up(drafter: Drafter, max_tree_nodes: int) -> None:
     """Draft twice for a one-token prompt, so that kernels are chosen before the first request."""
     width = max(1, min(4, max_tree_nodes // 2))
     budget = TreeBudget(min(3, max_tree_nodes), width, min(8, max_tree_nodes))
-    opening = OpenTask(OpenSpeculation((0,), SamplingParameters(seed=0), max_total_length=_WARM_UP_TOKENS))
+    opening = OpenTask(
+        OpenSpeculation((0,), SamplingParameters(seed=0), max_total_length=_WARM_UP_TOKENS, sources=DraftSources.MODEL)
+    )
     drafter.accept(opening)
     session_id = opening.future.result()
     for base_length in range(1, min(_WARM_UP_TOKENS, drafter.max_model_len)):

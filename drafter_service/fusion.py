@@ -23,7 +23,7 @@ from drafter_service.acceptance_estimate import (
     Stated,
 )
 from easyspec.speculation.sources import NO_SOURCES, DraftSources
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
 MAX_LEVELS = 32
 """Deepest level of a fused tree."""
@@ -57,9 +57,14 @@ class PathGuesser(Protocol):
 class FusedTree:
     """The tree of a round, where each node came from, and everything that was looked at, by row."""
 
-    tree: TokenTree
+    scored: ScoredTree
     node_sources: tuple[DraftSources, ...]
     places: Mapping[int, JudgedPlace]
+
+    @property
+    def tree(self) -> TokenTree:
+        """The nodes without their values."""
+        return self.scored.tree
 
 
 class _Growing:
@@ -70,7 +75,7 @@ class _Growing:
         self._estimate = estimate
         self._bias = bias
         self._cursors: list[list[object | None]] = [[guesser.root() for guesser in guessers]]
-        self._values = [0.0]
+        self.values = [0.0]  # by row, log-probabilities
         self._depths = [0]
         self._heap: list[tuple[float, int, int, Candidate]] = []
         self._num_pushed = 0
@@ -94,7 +99,7 @@ class _Growing:
         place = self._estimate.judge(stated, depth, self._bias)
         self.places[row] = place
         total = sum(candidate.probability for candidate in place.candidates)
-        value = self._values[row] - math.log(max(1.0, total / _MAX_TOTAL))
+        value = self.values[row] - math.log(max(1.0, total / _MAX_TOTAL))
         for candidate in place.candidates:
             negative_value = -value - math.log(candidate.probability)
             heapq.heappush(self._heap, (negative_value, self._num_pushed, row, candidate))
@@ -108,7 +113,7 @@ class _Growing:
         self.token_ids.append(candidate.token_id)
         self.parent_rows.append(parent_row)
         self.node_sources.append(_sources_of(candidate.case))
-        self._values.append(-negative_value)
+        self.values.append(-negative_value)
         self._depths.append(self._depths[parent_row] + 1)
         self._cursors.append(
             [
@@ -146,7 +151,7 @@ def fuse(
         if num_left:
             growing.expand(row)
     tree = TokenTree(tuple(growing.token_ids), tuple(growing.parent_rows))
-    return FusedTree(tree, tuple(growing.node_sources), growing.places)
+    return FusedTree(ScoredTree(tree, tuple(growing.values[1:])), tuple(growing.node_sources), growing.places)
 
 
 def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate, bias: RequestBias) -> None:

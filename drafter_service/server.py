@@ -15,6 +15,7 @@ from easyspec.rpc.sessions import TimelyMessages, open_session
 from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
+from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import EngineMetrics
 from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
@@ -29,6 +30,10 @@ class DrafterEngine(Protocol):
 
     @property
     def max_tree_nodes(self) -> int: ...
+
+    @property
+    def sources(self) -> DraftSources:
+        """Who guesses here."""
 
     @property
     def layer_groups(self) -> str:
@@ -114,6 +119,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             layer_plan=convert.layer_plan_to_pb(self._engine.layer_plan),
             max_tree_nodes=self._engine.max_tree_nodes,
             version=__version__,
+            sources=convert.sources_to_pb(self._engine.sources),
         )
 
 

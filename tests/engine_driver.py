@@ -8,8 +8,10 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from drafter_service.engine import DrafterEngine
+from drafter_service.text_engine import TextDrafterEngine
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification, TokenLogprobs
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import DraftSession, NoDraft, Round, TimedDraft, TimedVerdict, decode
 from verifier_service.engine import VerifierEngine
@@ -33,13 +35,13 @@ class EngineVerifierSession:
 class EngineDraftSession:
     """A session of the engine, as the decode loop wants it."""
 
-    engine: DrafterEngine
+    engine: DrafterEngine | TextDrafterEngine
     session_id: int
 
     async def draft(self, calibration: Calibration) -> TimedDraft:
         draft = await self.engine.draft(self.session_id, calibration)
         assert draft.base_length == calibration.base_length + len(calibration.token_ids)
-        return TimedDraft(draft.tree, draft.timings)
+        return TimedDraft(draft.tree, draft.timings, node_sources=draft.node_sources)
 
 
 class GarbageDraftSession:
@@ -68,12 +70,17 @@ class GarbageDraftSession:
 
 @asynccontextmanager
 async def drafting(
-    engine: DrafterEngine, request: OpenVerification, plan: LayerPlanRequest = LayerPlanRequest()
+    engine: DrafterEngine | TextDrafterEngine,
+    request: OpenVerification,
+    plan: LayerPlanRequest = LayerPlanRequest(),
+    sources: DraftSources | None = DraftSources.MODEL,
 ) -> AsyncIterator[EngineDraftSession]:
     """A drafting session for `request`, told as much as the gateway would tell."""
     committed = request.prompt_token_ids + request.output_token_ids
     most = None if request.stop.max_tokens is None else len(request.prompt_token_ids) + request.stop.max_tokens
-    session_id = await engine.open(OpenSpeculation(committed, request.sampling, plan, max_total_length=most))
+    session_id = await engine.open(
+        OpenSpeculation(committed, request.sampling, plan, max_total_length=most, sources=sources)
+    )
     try:
         yield EngineDraftSession(engine, session_id)
     finally:

@@ -120,6 +120,10 @@ class LayerParallelSource:
 
     def step(self) -> Progress:
         """Calibrate who has come, beside pieces of prompts; then one level for every tree that is not full."""
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> Progress:
         started_ns = time.monotonic_ns()
         chains = self._chains()
         for plan, members in _by_plan(chains, self._plan_of_chain):

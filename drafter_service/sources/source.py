@@ -9,6 +9,7 @@ from typing import Protocol
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import ScoredTree
 
 
@@ -25,6 +26,7 @@ class DraftSession:
     sampling: SamplingParameters
     plan: LayerPlan
     calibration: bool
+    sources: DraftSources = DraftSources.MODEL
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class DraftJob:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One source's tree for one job, with estimated log-probabilities of acceptance."""
+    """One source's tree for one job, with estimated log-probabilities of acceptance.
+
+    `node_sources` says who guessed each node, where the tree is of at most the budget's nodes; empty: the model did.
+    """
 
     job: DraftJob
     tree: ScoredTree
     timings: DraftTimings = field(default_factory=DraftTimings)
+    node_sources: tuple[DraftSources, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _build(corpus: list[Path], tokenizer_folder: Path, output: Path, build_file:
         raise ConfigurationError(f"output is {str(output)!r}; allowed: a file in a folder that exists")
     started_s = time.monotonic()
     with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".tokens-") as file:
-        num_tokens = write_tokens(read_documents(corpus), tokenizer, file)  # type: ignore[arg-type]
+        num_tokens = write_tokens(read_documents(corpus), tokenizer, file)
         file.flush()
         if num_tokens == 0:
             raise ConfigurationError("the corpus holds no text")

@@ -291,6 +291,12 @@ def bench_serve(context: typer.Context) -> None:
     raise typer.Exit(_run_bench("bench.serve", context.args))
 
 
+@bench.command("sources", context_settings=_BENCH_COMMAND, add_help_option=False)
+def bench_sources(context: typer.Context) -> None:
+    """Measure every source of guesses, alone and fused, at equal node budgets; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.sources", context.args))
+
+
 def _run_bench(name: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(name)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,13 @@ SEPARATOR = 0xFFFFFFFF
 """Stands after every document; no token has this id."""
 
 _BATCH_DOCUMENTS = 256
+
+
+class ByteSink(Protocol):
+    """Where bytes go: an open binary file."""
+
+    def write(self, data: bytes, /) -> int: ...
+
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -64,7 +71,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, file: BinaryIO) -> int:
+def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, file: ByteSink) -> int:
     """Append each document's token ids and a separator to `file` as uint32; returns how many numbers that were."""
     num_tokens = 0
     rest = iter(documents)

@@ -147,7 +147,11 @@ def _write_order(writer: SectionWriter, order: int, entries: _Keys, counts: _Cou
         entries, contexts, counts = entries[is_kept], contexts[is_kept], counts[is_kept]
         totals = totals[totals > 1]
     # By context, then by count downwards; equal counts stay in the order of token ids.
-    by_count = np.lexsort((-counts.astype(np.int64), contexts))
+    is_first = np.diff(contexts, prepend=contexts[:1] + np.uint64(1)) != 0
+    by_count = np.argsort(
+        (np.cumsum(is_first).astype(np.uint64) << np.uint64(32)) | (np.uint64(2**32 - 1) - counts.astype(np.uint64)),
+        kind="stable",
+    )
     contexts, counts = contexts[by_count], counts[by_count]
     successors = (entries[by_count] & np.uint64(_MAX_TOKEN)).astype("<u4")
     firsts = np.flatnonzero(np.diff(contexts, prepend=contexts[:1] + np.uint64(1)))

@@ -93,6 +93,12 @@ async def test_a_run_shows_text_tree_levels_stages_race_and_totals(page: Page, r
     assert (await page.text("#status")).startswith("Done: 60 tokens.")
 
 
+async def test_before_the_first_run_an_example_shows_what_to_look_for(page: Page) -> None:
+    assert (await page.text("#tree-words")).startswith("For example: 8 guesses, 3 kept (“·cat·sat·on”)")
+    assert await page.evaluate("document.querySelectorAll('#tree .accepted rect').length") == 3
+    assert await page.evaluate("document.querySelector('#tree svg').getAttribute('role')") == "img"
+
+
 async def test_rounds_can_be_looked_at_again_by_key_and_by_click(page: Page) -> None:
     await run(page)
     await page.click("#answer [data-round='2']")

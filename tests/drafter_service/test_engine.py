@@ -24,6 +24,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import DraftSources
 from tests.engine_driver import Output, drafting, generate
 from tests.fakes.servers import eventually
 from verifier_service.engine import VerifierEngine
@@ -32,7 +33,7 @@ PROMPT = (2, 3, 5, 7, 11, 13)
 GREEDY = SamplingParameters(seed=0, temperature=0.0)
 SAMPLED = SamplingParameters(seed=5, temperature=0.6)
 BUDGET = TreeBudget(num_levels=4, width=2, num_nodes=16)
-OPENING = OpenSpeculation(PROMPT, SAMPLED, max_total_length=60)
+OPENING = OpenSpeculation(PROMPT, SAMPLED, max_total_length=60, sources=DraftSources.MODEL)
 
 
 def settings(folder: Path, **changes: Any) -> DrafterSettings:

@@ -22,6 +22,7 @@ from easyspec.speculation.messages import (
     VerifyTimings,
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, StopConditions
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 
 NUM_SLOTS = 1024
@@ -161,6 +162,7 @@ class FakeVerifierEngine(FakeEngine):
 class FakeDrafterEngine(FakeEngine):
     """A DrafterEngine that guesses right down to the budget's last level, with wrong siblings in between."""
 
+    sources = DraftSources.MODEL
     layer_groups = "0 | 1-10 | 11"
     layer_plan = LayerPlanRequest(layer_parallel_size=10, mlp=MlpPlacement.STAGED, calibration=True)
 

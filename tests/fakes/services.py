@@ -36,6 +36,7 @@ from easyspec.speculation.messages import (
     VerifyTimings,
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, SamplingParameters
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
 from verifier_service.config import VerifierSettings
@@ -215,6 +216,7 @@ class FakeDrafterEngine(FakeEngine):
         self.tree: TokenTree | None = None
         self.wrong_every = 5
         self.num_drafts = 0
+        self.sources = DraftSources.MODEL
         self.layer_groups = "0 | 1-6 | 7"
         self.layer_plan = LayerPlanRequest(6, MlpPlacement.STAGED, True)
 

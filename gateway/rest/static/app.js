@@ -10,6 +10,17 @@ const POLL_MS = 5000;
 const REPLAY_MS = 1100;
 const TITLES = { 400: "The request was refused", 401: "An API key is needed", 403: "This key may not do that", 404: "Not found here", 413: "The request is too large", 429: "Too many requests at present", 503: "The gateway cannot answer now", 504: "Not done in time" };
 
+// What stands here until the first run: a round as any other.
+const EXAMPLE = {
+  lastToken: "The",
+  token_texts: [" cat", " sat", " on", " a"],
+  accepted_rows: [1, 3, 5],
+  tree: {
+    token_texts: [" cat", " dog", " sat", " is", " on", " down", " ran", " the"],
+    parent_rows: [0, 0, 1, 1, 3, 3, 2, 5],
+  },
+};
+
 const byId = (id) => document.getElementById(id);
 const state = { run: null, plain: null, seed: null, shown: -1, isFollowing: true, abort: null, replay: null, isDrawDue: false };
 
@@ -78,6 +89,7 @@ function clearResults(prompt) {
   byId("answer").replaceChildren(before);
   byId("verdict").textContent = "Running…";
   byId("tree").replaceChildren();
+  byId("totals").replaceChildren();
   byId("round-name").textContent = "";
   byId("tree-words").textContent = "The first round reads the prompt.";
   for (const id of ["round", "previous", "next", "replay"]) byId(id).disabled = true;
@@ -118,8 +130,9 @@ function draw() {
   drawVerdict();
   drawLevels(byId("levels"), run);
   drawStages(byId("stages"), byId("stage-means"), run);
+  if (!run.rounds.length) return;
   drawTotals(byId("totals"), run, state.seed);
-  if (run.rounds.length && state.isFollowing) showRound(state.abort ? run.rounds.length - 1 : lastTelling(run.rounds), false);
+  if (state.isFollowing) showRound(state.abort ? run.rounds.length - 1 : lastTelling(run.rounds), false);
 }
 
 /** The round to leave on show at the end: the latest that has everything, as the very last one may be cut short. */
@@ -294,6 +307,8 @@ byId("replay").addEventListener("click", toggleReplay);
 if (window.matchMedia("(max-width: 860px)").matches) {
   for (const details of document.querySelectorAll("details")) details.open = false; // what matters is below
 }
+drawTree(byId("tree"), EXAMPLE);
+byId("tree-words").textContent = `For example: ${inWords(EXAMPLE)}`;
 showKind();
 lookAtService();
 setInterval(() => {

@@ -105,7 +105,7 @@ export function drawTotals(list, run, seed) {
   const rate = run.numDraftTokens ? run.numAccepted / run.numDraftTokens : null;
   const entries = {
     "output tokens": String(run.usage?.completion_tokens ?? run.numTokens),
-    "passes of the base model": String(run.rounds.length),
+    "base model passes": String(run.rounds.length),
     "tokens a drafted round": number(run.meanAcceptanceLength, 2),
     "guesses kept": rate === null ? "–" : `${run.numAccepted} of ${run.numDraftTokens} (${number(100 * rate, 0)} %)`,
     "first token after": `${number(run.firstMs, 0)} ms`,

@@ -76,8 +76,8 @@ export function inWords(round) {
   if (!numGuesses) {
     return `No guesses in this round: the base model says “${visible(bonus ?? "")}”.`;
   }
-  const path = round.token_texts.slice(0, round.accepted_rows.length).map(visible).join(" ");
-  const kept = path ? `${round.accepted_rows.length} kept (${path})` : "none kept";
+  const path = round.token_texts.slice(0, round.accepted_rows.length).map(visible).join("");
+  const kept = path ? `${round.accepted_rows.length} kept (“${path}”)` : "none kept";
   const own = bonus === null ? "" : `, then the base model's own “${visible(bonus)}”`;
   const count = round.token_texts.length;
   return `${numGuesses} guesses, ${kept}${own}: ${count} ${count === 1 ? "token" : "tokens"} from one pass.`;
@@ -91,8 +91,10 @@ export function drawTree(container, round) {
   const height = TOP + Math.max(numRows, 6) * ROW;
   const svg = element("svg", { width: total, height, viewBox: `0 0 ${total} ${height}`, role: "img", "aria-label": inWords(round) });
   const y = (node) => TOP + node.row * ROW + ROW / 2;
+  const numLevels = Math.max(...nodes.map((node) => (node.kind === "bonus" ? 0 : node.depth)));
   lefts.forEach((left, depth) => {
-    svg.append(element("text", { class: "level", x: left, y: 8, "text-anchor": "start" }, depth ? `level ${depth}` : "so far"));
+    const name = depth === 0 ? "so far" : depth <= numLevels ? `level ${depth}` : "bonus";
+    svg.append(element("text", { class: "level", x: left, y: 8 }, name));
   });
   for (const node of nodes) {
     if (!node.parent) continue;

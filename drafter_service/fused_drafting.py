@@ -1,0 +1,83 @@
+"""Drafting for many requests from several sources at once: whom each request asks, and one tree for all.
+
+A round has two parts. `begin` reads what was committed, learns from it and looks up what text sources need; it does not
+depend on the draft model, which may be at work meanwhile. `finish` asks everybody and fuses, when the model's tree is
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
+from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
+from drafter_service.sources.model_guesses import ModelGuesser
+from drafter_service.sources.text import TextDrafting, TextResources
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
+from easyspec.speculation.token_tree import ScoredTree
+
+# Nodes worth less than this cost the verifier more than they can bring.
+DEFAULT_MIN_NODE_VALUE = 0.002
+_READ_TOKENS = 2048
+
+
+@dataclass
+class _Request:
+    """One request's text, what is peculiar to it, its last tree, and tokens that nobody has read yet."""
+
+    text: TextDrafting
+    unread: list[int]
+    num_read: int = 0
+    bias: RequestBias = field(default_factory=RequestBias)
+    last: FusedTree | None = None
+    guessers: list[PathGuesser] = field(default_factory=list)
+
+
+class FusedDrafting:
+    """Requests that draft from text, alone or beside the model. What is shared between them is numbers, never text."""
+
+    def __init__(self, resources: TextResources, min_node_value: float = DEFAULT_MIN_NODE_VALUE) -> None:
+        self._resources = resources
+        self._min_node_value = min_node_value
+        self._estimate = AcceptanceEstimate()
+        self._requests: dict[int, _Request] = {}
+
+    def open(
+        self, session_id: int, token_ids: Sequence[int], sampling: SamplingParameters, sources: DraftSources
+    ) -> None:
+        """Take a request up; its prompt is read piece by piece."""
+        text = TextDrafting(self._resources, sources & TEXT_SOURCES, sampling)
+        self._requests[session_id] = _Request(text, [*token_ids])
+
+    def close(self, session_id: int) -> None:
+        """Forget all of a request; idempotent."""
+        self._requests.pop(session_id, None)
+
+    def read(self, session_id: int) -> bool:
+        """Read a piece of the prompt; False if more is left."""
+        request = self._requests[session_id]
+        piece, request.unread = request.unread[:_READ_TOKENS], request.unread[_READ_TOKENS:]
+        request.text.extend(piece)
+        request.num_read += len(piece)
+        return not request.unread
+
+    def begin(self, session_id: int, new_token_ids: Sequence[int]) -> None:
+        """Commit the verdict's tokens: learn from them, read them, look things up."""
+        request = self._requests[session_id]
+        if request.last is not None:
+            learn(request.last, new_token_ids, self._estimate, request.bias)
+            request.last = None
+        request.unread.extend(new_token_ids)
+        while not self.read(session_id):
+            pass
+        request.guessers = request.text.guessers(request.num_read)
+
+    def finish(self, session_id: int, model_tree: ScoredTree | None, num_nodes: int) -> FusedTree:
+        """The round's tree; `model_tree` is the draft model's, where it takes part."""
+        request = self._requests[session_id]
+        guessers = request.guessers if model_tree is None else [ModelGuesser(model_tree), *request.guessers]
+        request.guessers = []
+        request.last = fuse(guessers, self._estimate, request.bias, num_nodes, self._min_node_value)
+        return request.last

@@ -1,0 +1,89 @@
+"""The source of sources: the draft model, if there is one, and text sources, fused into one tree a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drafter_service.fused_drafting import FusedDrafting
+from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
+from easyspec.speculation.messages import DraftTimings
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
+from easyspec.speculation.token_tree import ScoredTree
+
+_NO_PROGRESS = Progress((), (), has_more=False)
+
+
+class FusingSource:
+    """A DraftSource. Sessions that ask the model alone get the model's tree as it is."""
+
+    def __init__(self, model: DraftSource | None, fused: FusedDrafting) -> None:
+        self._model = model
+        self._fused = fused
+        self._unread: dict[int, DraftSession] = {}  # prompts that text sources have not read
+        self._text_jobs: dict[int, DraftJob] = {}  # begun, and not for the model
+
+    def open(self, session: DraftSession) -> None:
+        """Make room for the session; raises CapacityError if the model has none."""
+        if self._asks_model(session):
+            self._model_source.open(session)
+        if self._asks_text(session):
+            self._fused.open(session.session_id, session.token_ids, session.sampling, session.sources)
+            self._unread[session.session_id] = session
+
+    def close(self, session: DraftSession) -> None:
+        """Free what the session holds; idempotent."""
+        if self._asks_model(session):
+            self._model_source.close(session)
+        self._fused.close(session.session_id)
+        self._unread.pop(session.session_id, None)
+        self._text_jobs.pop(session.session_id, None)
+
+    def begin(self, job: DraftJob) -> None:
+        """Let text sources read and look things up; the model drafts in the steps that follow."""
+        session = job.session
+        if self._asks_text(session):
+            self._unread.pop(session.session_id, None)
+            self._fused.begin(session.session_id, session.token_ids[-job.num_new_tokens :])
+        if self._asks_model(session):
+            self._model_source.begin(job)
+        else:
+            self._text_jobs[session.session_id] = job
+
+    def step(self) -> Progress:
+        """A step of the model; whoever it is done with, and who does not need it, gets a fused tree."""
+        self._read_prompts()
+        text_jobs, self._text_jobs = self._text_jobs, {}
+        proposals = [self._fuse(job, None, DraftTimings()) for job in text_jobs.values()]
+        progress = self._model.step() if self._model is not None else _NO_PROGRESS
+        for proposal in progress.proposals:
+            is_fused = self._asks_text(proposal.job.session)
+            proposals.append(self._fuse(proposal.job, proposal.tree, proposal.timings) if is_fused else proposal)
+        return Progress(proposals, progress.evicted, progress.has_more or bool(self._unread))
+
+    def abandon(self) -> Sequence[DraftSession]:
+        """The sessions that the model gives up, and those whose text was being read."""
+        broken = dict(self._unread) | {job.session.session_id: job.session for job in self._text_jobs.values()}
+        if self._model is not None:
+            broken |= {session.session_id: session for session in self._model.abandon()}
+        return [*broken.values()]
+
+    def _read_prompts(self) -> None:
+        """One piece of every prompt that is still unread."""
+        self._unread = {
+            session_id: session for session_id, session in self._unread.items() if not self._fused.read(session_id)
+        }
+
+    def _fuse(self, job: DraftJob, model_tree: ScoredTree | None, timings: DraftTimings) -> Proposal:
+        fused = self._fused.finish(job.session.session_id, model_tree, job.budget.num_nodes)
+        return Proposal(job, fused.scored, timings, fused.node_sources)
+
+    @property
+    def _model_source(self) -> DraftSource:
+        assert self._model is not None, "sessions ask for sources that are here"
+        return self._model
+
+    def _asks_model(self, session: DraftSession) -> bool:
+        return DraftSources.MODEL in session.sources
+
+    def _asks_text(self, session: DraftSession) -> bool:
+        return bool(session.sources & TEXT_SOURCES)
