@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from easyspec.cli.access import GatewayAccess
 from easyspec.cli.chat_commands import CommandError, Conversation, Leave, Say, obey
 from easyspec.cli.clients import GatewayClient, GenerateFlags, GenerateResponse
 from easyspec.cli.event_loop import EventLoopThread
@@ -62,6 +63,7 @@ def hold_chat(
     system_prompt: str | None,
     terminal: ChatTerminal,
     on_log: LogSink,
+    access: GatewayAccess,
 ) -> None:
     """Converse until the input ends, with the gateway at the address or with services of our own.
 
@@ -70,19 +72,23 @@ def hold_chat(
     with EventLoopThread() as loop, _leaving_on_signals():
         stack = AsyncExitStack()
         try:
-            client = loop.run(_open(stack, gateway_address, settings, on_log))
+            client = loop.run(_open(stack, gateway_address, settings, on_log, access))
             _converse(loop, client, Conversation(flags, system_prompt), terminal)
         finally:
             loop.run(stack.aclose())
 
 
 async def _open(
-    stack: AsyncExitStack, gateway_address: str | None, settings: StackSettings, on_log: LogSink
+    stack: AsyncExitStack,
+    gateway_address: str | None,
+    settings: StackSettings,
+    on_log: LogSink,
+    access: GatewayAccess,
 ) -> GatewayClient:
     if gateway_address is None:
         services = await stack.enter_async_context(ServiceStack(settings, on_log))
         gateway_address = services.gateway_address
-    client = await stack.enter_async_context(GatewayClient(gateway_address))
+    client = await stack.enter_async_context(GatewayClient(gateway_address, access))
     await client.info()
     return client
 

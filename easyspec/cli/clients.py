@@ -9,6 +9,7 @@ from typing import Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from easyspec.cli.access import ANONYMOUS, GatewayAccess
 from easyspec.errors import EasyspecError, UnavailableError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
@@ -65,11 +66,12 @@ class GenerateFlags:
 class GatewayClient:
     """Talks to the gateway at `address`; every failure is an EasyspecError."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: GatewayAccess = ANONYMOUS) -> None:
         self._address = address
+        self._access = access
 
     async def __aenter__(self) -> Self:
-        self._channel = open_channel(self._address)
+        self._channel = open_channel(self._address, tls=self._access.tls)
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(
             self._channel
         )
@@ -81,14 +83,16 @@ class GatewayClient:
     async def info(self) -> generation_pb2.GetServerInfoResponse:
         """State of the gateway and the services behind it."""
         try:
-            return await self._stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+            return await self._stub.GetServerInfo(
+                generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S, metadata=self._access.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise self._named(error_from_rpc(error)) from error
 
     async def generate(self, flags: GenerateFlags) -> AsyncGenerator[GenerateResponse, None]:
         """Yield the completion round by round."""
         request = request_of(flags, convert.budget_from_pb((await self.info()).default_budget))
-        call = self._stub.Generate(request)
+        call = self._stub.Generate(request, metadata=self._access.metadata)
         try:
             async for response in call:
                 yield response
@@ -152,11 +156,11 @@ async def is_serving(address: str) -> bool:
 
 
 async def is_drafter_ready(gateway_address: str) -> bool:
-    """Whether the gateway at `gateway_address` has found its drafter."""
+    """Whether the gateway at `gateway_address` has found its drafter; one that asks for a key counts as ready."""
     async with open_channel(gateway_address) as channel:
         stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         try:
             info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return False
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
     return bool(info.drafter_state == generation_pb2.GetServerInfoResponse.PEER_STATE_READY)

@@ -11,16 +11,19 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
+from easyspec.cli.access import GatewayAccess
 from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, GenerateResponse, finish_reason_name
 
 _ACCEPTED_STYLE = Style(color="green")
 _BONUS_STYLE = Style(color="yellow", bold=True)
 
 
-async def stream_completion(gateway_address: str, flags: GenerateFlags, is_coloured: bool) -> None:
+async def stream_completion(
+    gateway_address: str, flags: GenerateFlags, is_coloured: bool, access: GatewayAccess
+) -> None:
     """Print the completion as it comes, then a table of statistics on stderr; raises EasyspecError."""
     rounds: list[GenerateResponse] = []
-    async with GatewayClient(gateway_address) as client, aclosing(client.generate(flags)) as responses:
+    async with GatewayClient(gateway_address, access) as client, aclosing(client.generate(flags)) as responses:
         async for response in responses:
             _write(coloured(response) if is_coloured else response.text, sys.stdout)
             rounds.append(response)

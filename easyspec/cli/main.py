@@ -13,6 +13,7 @@ import typer
 
 from easyspec import __version__
 from easyspec.cli import flags
+from easyspec.cli.access import access_from_environment
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import check_flags, checked_address
@@ -149,7 +150,8 @@ def generate(
         raise InvalidRequestError("prompt", prompt, "at least one character")
     check_flags(request)
     if gateway is not None:
-        work = stream_completion(checked_address("--gateway", gateway), request, show_speculation)
+        access = access_from_environment(is_own_gateway=False)
+        work = stream_completion(checked_address("--gateway", gateway), request, show_speculation, access)
     else:
         num_ranks = {"verifier": tensor_parallel_size, "drafter": drafter_ranks}
         settings = StackSettings(base=base, draft=None if no_draft else draft, num_ranks=num_ranks)
@@ -209,7 +211,8 @@ def chat(
     address = None if gateway is None else checked_address("--gateway", gateway)
     settings = StackSettings(base=base, draft=None if no_draft else draft)
     try:
-        hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log)
+        access = access_from_environment(is_own_gateway=address is None)
+        hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log, access)
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -308,7 +311,8 @@ async def _generate_with_own_services(
     settings: StackSettings, request: GenerateFlags, is_coloured: bool, on_log: LogSink
 ) -> None:
     async with ServiceStack(settings, on_log) as stack:
-        await stream_completion(stack.gateway_address, request, is_coloured)
+        access = access_from_environment(is_own_gateway=True)
+        await stream_completion(stack.gateway_address, request, is_coloured, access)
 
 
 def _no_log(_role: str, _line: str) -> None:

@@ -10,7 +10,8 @@
     ├── StalePositionError   FAILED_PRECONDITION  409
     ├── CapacityError        RESOURCE_EXHAUSTED   429   RetryInfo
     ├── UnavailableError     UNAVAILABLE          503
-    │   └── WrongModelError  UNAVAILABLE          503
+    │   ├── WrongModelError  UNAVAILABLE          503
+    │   └── EngineLostError  UNAVAILABLE          503
     └── DeadlineError        DEADLINE_EXCEEDED    504
 
 Every status carries an ErrorInfo with the reason below. Anything else, ConfigurationError included, is a bug of
@@ -32,6 +33,7 @@ from easyspec.errors import (
     CapacityError,
     DeadlineError,
     EasyspecError,
+    EngineLostError,
     InvalidRequestError,
     InvalidTreeError,
     PromptTooLongError,
@@ -69,6 +71,7 @@ ERROR_TABLE = (
     ErrorMapping(CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "CAPACITY"),
     ErrorMapping(UnavailableError, grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
     ErrorMapping(WrongModelError, grpc.StatusCode.UNAVAILABLE, 503, "WRONG_MODEL"),
+    ErrorMapping(EngineLostError, grpc.StatusCode.UNAVAILABLE, 503, "ENGINE_LOST"),
     ErrorMapping(DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
 )
 INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")

@@ -178,4 +178,13 @@ def test_provisioning_fits_together() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
     scrape = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text(encoding="utf-8"))
-    assert [job["job_name"] for job in scrape["scrape_configs"]] == ["gateway", "drafter", "verifier"]
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    jobs = {job["job_name"]: job["dns_sd_configs"][0] for job in scrape["scrape_configs"]}
+    assert set(jobs) == {"gateway", "drafter", "verifier"}
+    for role, job in jobs.items():
+        variable = f"EASYSPEC_{role.upper()}_METRICS_ADDRESS"
+        assert services[role]["environment"][variable] == f"0.0.0.0:{job['port']}"
+        assert job["names"] == [role]
+    mounted = {volume.partition(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]}
+    for path in ("prometheus.yml", *scrape["rule_files"], "grafana/provisioning", "grafana/dashboards"):
+        assert f"./deploy/observability/{path}" in mounted

@@ -52,6 +52,7 @@ def test_codes_for_both_wires() -> None:
         "CapacityError": ("RESOURCE_EXHAUSTED", 429),
         "UnavailableError": ("UNAVAILABLE", 503),
         "WrongModelError": ("UNAVAILABLE", 503),
+        "EngineLostError": ("UNAVAILABLE", 503),
         "DeadlineError": ("DEADLINE_EXCEEDED", 504),
     }
     assert (INTERNAL.code.name, INTERNAL.http_status) == ("INTERNAL", 500)
