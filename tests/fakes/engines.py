@@ -76,6 +76,9 @@ class FakeEngine:
     async def stop(self) -> None:
         self.events.append("stop")
 
+    async def wait_lost(self) -> None:
+        await asyncio.Event().wait()
+
     def close(self, session_id: int) -> None:
         if self.sessions.pop(session_id, None) is not None:
             self.events.append("close")

@@ -113,6 +113,9 @@ class FakeEngine:
 
     async def stop(self) -> None: ...
 
+    async def wait_lost(self) -> None:
+        await asyncio.Event().wait()
+
     def kv_usage(self) -> KvUsage:
         num_used = sum(len(session.committed) for session in self.sessions.values())
         return KvUsage(NUM_SLOTS, num_used, len(self.sessions))
