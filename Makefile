@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUF := @bufbuild/buf@1.75.0
 NPX := npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npx --yes
+COMPOSE ?= docker compose
 PROMPT ?= class Stack:
 PAIR ?= bundled
 
@@ -12,7 +13,7 @@ PROTO_FILES = protos/easyspec/v1/*.proto
 stubs_into = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTO_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve up test test-slow check check-protos format protos bench bench-pair train-models
+.PHONY: help install run serve up image compose-up compose-down test test-slow check check-protos format protos bench bench-pair train-models
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,15 @@ serve: install ## start drafter, verifier and gateway; Ctrl-C drains and stops t
 	$(BIN)/easyspec up
 
 up: serve ## the same as serve
+
+image: ## build the container image easyspec:latest (CPU; TORCH_INDEX_URL names another source of torch)
+	$(COMPOSE) build verifier
+
+compose-up: ## start the three roles in containers, REST on 127.0.0.1:8000, gRPC on 127.0.0.1:50051
+	$(COMPOSE) up --detach --build
+
+compose-down: ## stop and remove them
+	$(COMPOSE) down
 
 test: install ## the tests without the slow ones
 	$(BIN)/python -m pytest

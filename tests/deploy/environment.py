@@ -21,8 +21,6 @@ SERVICE_NAMES: Mapping[str, str] = MappingProxyType(
         "gateway": "easyspec.v1.GenerationService",
     }
 )
-# Settings that are on their way: files may name them before they exist. Empty this as they land.
-ANNOUNCED = frozenset({"metrics_address"})
 # Time to cancel and flush after the drain grace (`easyspec.rpc.lifecycle`).
 AFTER_DRAIN_S = 6.0
 
@@ -35,6 +33,6 @@ def settings_of(role: str, environment: Mapping[str, str]) -> ServerSettings:
         if name.startswith("EASYSPEC_"):
             assert name.startswith(prefix), f"{name} is not for the {role}"
             field = name.removeprefix(prefix).lower()
-            assert field in settings_type.model_fields or field in ANNOUNCED, f"{name} is no setting of the {role}"
+            assert field in settings_type.model_fields, f"{name} is no setting of the {role}"
     with mock.patch.dict("os.environ", environment, clear=True):
         return settings_type()  # type: ignore[call-arg]
