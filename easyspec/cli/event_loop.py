@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 
 _T = TypeVar("_T")
 
+_POLL_S = 0.1
 _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -42,7 +43,9 @@ class EventLoopThread:
         # Exceptions out of signal handlers could come between any two lines and leave the job running.
         with _signals_cancel(job):
             job.start()
-            job.ended.wait()
+            # A signal may reach any thread, and Python's handler waits until the main one has something to do.
+            while not job.ended.wait(_POLL_S):
+                pass
         end = next((number for number in job.signals if number in _END_SIGNALS), None)
         if end is not None:
             raise SystemExit(128 + end)
