@@ -35,6 +35,10 @@ _FRAMES: Mapping[ToolDialect, Frame] = MappingProxyType(
     }
 )
 _FORCED = Frame(closing="]")
+# Options of the grammar library: white space as models were trained on it, and none to get lost in.
+_COMPACT: Mapping[str, Any] = MappingProxyType(
+    {"whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": "}
+)
 
 
 def dialect_of(chat_template: str) -> ToolDialect:
@@ -87,7 +91,8 @@ def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
     call: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if tools.is_parallel and not tools.name:
         call = {"type": "array", "items": call, "minItems": 1}
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps({**call, "$defs": schemas}, ensure_ascii=False))
+    schema = {**call, "$defs": schemas, "x-guidance": dict(_COMPACT)}
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema, ensure_ascii=False))
 
 
 def _rerooted(schema: Any, root: str) -> Any:

@@ -55,6 +55,7 @@ def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROU
     app.add_exception_handler(RefusalError, _on_refusal)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)  # and raised again: the boundary logs it
     return app
 
 

@@ -11,11 +11,11 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from easyspec.errors import EasyspecError
+from easyspec.errors import EasyspecError, UnavailableError
 from easyspec.rpc.errors import mapping_of
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
 from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
-from gateway.rest.gate import Gate
+from gateway.rest.gate import DRAINING, Gate
 from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
 from gateway.rest.trust import Door, RestTrust
 
@@ -52,10 +52,11 @@ class RestBoundary:
         started_ns = time.monotonic_ns()
         try:
             await self._pass_on(scope, receive, answer)
-        except (ClientGoneError, asyncio.CancelledError) as error:
+        except ClientGoneError:
             answer.status = answer.status or _CLIENT_CLOSED_REQUEST
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        except asyncio.CancelledError:
+            # Only draining cancels a request as a whole, and this is the end of it anyway.
+            await answer.fail(failure_of(UnavailableError(DRAINING), request_id), scope, receive)
         except RefusalError as error:
             await answer.fail(error.failure, scope, receive, error.is_closing)
         except Exception as error:

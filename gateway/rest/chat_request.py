@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.rest.fields import Boolean, Integer, RestModel, Text, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 
 MAX_MESSAGES = 4096
@@ -134,8 +134,8 @@ class ConversationFields(RestModel):
 class ChatRequest(ConversationFields, GenerationFields):
     """Body of `/v1/chat/completions`."""
 
-    max_completion_tokens: Integer | None = Field(None, description="Most output tokens. Unset: what fits the context.")
-    max_tokens: Integer | None = Field(None, description="The older name of the same.")
+    max_completion_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
+    max_tokens: Count | None = Field(None, description="The older name of the same.")
     logprobs: Boolean | None = Field(None, description="Report log-probabilities of the output tokens.")
     top_logprobs: Integer | None = Field(None, description="And this many of the likeliest, 0 to 20.")
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None

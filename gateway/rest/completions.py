@@ -17,7 +17,7 @@ from gateway.choices import merged
 from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import json_bytes
-from gateway.rest.fields import Boolean, Integer, Text, TokenId, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, Text, TokenId, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
@@ -38,7 +38,7 @@ class CompletionRequest(GenerationFields):
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
         description="Text, token ids, or a list of either; each prompt has its own choices."
     )
-    max_tokens: Integer | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
+    max_tokens: Count | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
     logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Log-probabilities, and this many of the likeliest, 0 to 20."
     )

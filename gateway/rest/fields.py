@@ -20,7 +20,7 @@ Boolean: TypeAlias = Annotated[bool, Strict()]
 Integer: TypeAlias = Annotated[int, Strict()]
 Number: TypeAlias = Annotated[float, Strict(), AllowInfNan(False)]
 Text: TypeAlias = Annotated[str, Strict()]
-Count: TypeAlias = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(

@@ -10,7 +10,7 @@ from typing import Any
 from easyspec.errors import UnavailableError
 
 _LOADING = "loading: try again later"
-_DRAINING = "draining: this replica is going away"
+DRAINING = "draining: this replica is going away"
 # A cancelled request frees what it holds at once; one that does not in this time is a bug, and no reason to hang.
 _CANCEL_GRACE_S = 5.0
 
@@ -41,7 +41,7 @@ class Gate:
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new requests, cancel those that outlive `grace_s` seconds; False if one ignores even that."""
-        self._refusal = _DRAINING
+        self._refusal = DRAINING
         await self._wait_empty(grace_s)
         for task in self._tasks:
             task.cancel()

@@ -13,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from easyspec.errors import EasyspecError, UnavailableError
 from gateway.rest.errors import ClientGoneError, failure_of, json_bytes
+from gateway.rest.gate import DRAINING
 
 DONE = b"data: [DONE]\n\n"
-_CANCELLED = "draining: this replica is going away"
 
 _ResultT = TypeVar("_ResultT")
 _log = structlog.get_logger(__name__)
@@ -52,7 +52,7 @@ class EventStream(Response):
                 async for body in events:
                     await _send_body(send, body)
             except asyncio.CancelledError:
-                await _send_body(send, _last_words(UnavailableError(_CANCELLED)))
+                await _send_body(send, _last_words(UnavailableError(DRAINING)))
             except Exception as error:
                 if not isinstance(error, EasyspecError):
                     _log.exception("http_bug")

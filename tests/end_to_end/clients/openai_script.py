@@ -22,22 +22,22 @@ TOOLS: Any = [{"type": "function", "function": {"name": "weather", "description"
 
 
 def run(base_url: str, speculation: str = "auto") -> dict[str, Any]:
-    client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
-    common: dict[str, Any] = {
-        "model": client.models.list().data[0].id,
-        "seed": 7,
-        "temperature": 0.8,
-        "max_tokens": 24,
-        "extra_body": {"speculation": {"mode": speculation}},
-    }
-    return {
-        "max_model_len": client.models.retrieve(common["model"]).model_extra["max_model_len"],  # type: ignore[index]
-        "completion": _completion(client, common),
-        "chat": _chat(client, common),
-        "tools": _tools(client, common),
-        "json": _json(client, common),
-        "error": _error(client, common),
-    }
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        common: dict[str, Any] = {
+            "model": client.models.list().data[0].id,
+            "seed": 7,
+            "temperature": 0.8,
+            "max_tokens": 24,
+            "extra_body": {"speculation": {"mode": speculation}},
+        }
+        return {
+            "max_model_len": client.models.retrieve(common["model"]).model_extra["max_model_len"],  # type: ignore[index]
+            "completion": _completion(client, common),
+            "chat": _chat(client, common),
+            "tools": _tools(client, common),
+            "json": _json(client, common),
+            "error": _error(client, common),
+        }
 
 
 def _completion(client: openai.OpenAI, common: dict[str, Any]) -> dict[str, Any]:

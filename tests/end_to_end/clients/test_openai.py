@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ from tests.end_to_end.clients.openai_script import CITY, MESSAGES
 @pytest.fixture(scope="module")
 def results(base_url: str) -> dict[str, Any]:
     return openai_script.run(base_url)
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base_url, api_key="none") as client:
+        yield client
 
 
 def check(results: dict[str, Any]) -> None:
@@ -59,9 +66,8 @@ def test_everything_is_the_same_without_speculation(base_url: str, results: dict
     assert plain == drafted
 
 
-def test_a_regex_by_extension(base_url: str) -> None:
+def test_a_regex_by_extension(client: openai.OpenAI) -> None:
     regex = r"[a-f]{3}-[0-9]{2}"
-    client = openai.OpenAI(base_url=base_url, api_key="none")
     for body in ({"guided_regex": regex}, {"structured_outputs": {"regex": regex}}):
         reply = client.completions.create(model="base", prompt="x = ", max_tokens=30, seed=3, extra_body=body)
         (choice,) = reply.choices
@@ -69,8 +75,7 @@ def test_a_regex_by_extension(base_url: str) -> None:
         assert choice.finish_reason == "stop"
 
 
-def test_a_choice_by_extension(base_url: str) -> None:
-    client = openai.OpenAI(base_url=base_url, api_key="none")
+def test_a_choice_by_extension(client: openai.OpenAI) -> None:
     texts = ["C++ (all of it)", "a|b", "x.y$"]
     reply = client.completions.create(model="base", prompt="x = ", n=4, seed=3, extra_body={"guided_choice": texts})
     assert {choice.text for choice in reply.choices} <= set(texts)
@@ -82,8 +87,7 @@ class City(BaseModel):
     city: Literal["Paris", "Rome"]
 
 
-def test_helpers_that_parse(base_url: str) -> None:
-    client = openai.OpenAI(base_url=base_url, api_key="none")
+def test_helpers_that_parse(client: openai.OpenAI) -> None:
     common: dict[str, Any] = {"model": "base", "messages": MESSAGES, "max_tokens": 100, "seed": 1}
     with client.chat.completions.stream(response_format=City, **common) as stream:
         kinds = {event.type for event in stream}

@@ -42,6 +42,7 @@ def test_langchain(base_url: str) -> None:
     assert isinstance(answered, AIMessage)
     structured = chat.with_structured_output({"title": "City", **CITY}, method="json_schema").invoke(QUESTION)
     jsonschema.validate(structured, CITY)
+    chat.root_client.close()
 
 
 def curl(*arguments: str) -> str:

@@ -13,6 +13,7 @@ from easyspec import __version__
 from easyspec.errors import ConfigurationError
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
+from tests.fakes.servers import eventually
 from tests.fakes.services import FakePair
 from tests.gateway.rest.conftest import Rest, answered, completion_body, events_of, refused
 
@@ -79,7 +80,16 @@ async def test_a_stream_that_outlives_the_grace_is_told_so(rest: Rest) -> None:
         text += "".join([part async for part in parts])
     error = events_of(text)[-1]["error"]
     assert (error["type"], error["code"]) == ("server_error", "service_unavailable")
-    assert rest.is_idle()
+    await eventually(rest.is_idle)
+
+
+async def test_a_whole_answer_that_outlives_the_grace_is_refused(rest: Rest) -> None:
+    rest.pair.verifier.delay_s = 0.05
+    waiting = asyncio.create_task(rest.http.post("/v1/completions", json=completion_body(max_tokens=1000)))
+    await eventually(lambda: bool(rest.pair.verifier.sessions))
+    await asyncio.wait_for(rest.gateway.drain(0.05), 5)
+    assert "draining" in refused(await waiting, 503)["message"]
+    await eventually(rest.is_idle)
 
 
 async def test_a_port_that_is_taken_is_a_start_up_error(tokenizer_folder: Path) -> None:

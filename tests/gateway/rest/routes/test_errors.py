@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from easyspec.errors import CapacityError, DeadlineError, UnavailableError
 from tests.gateway.rest.conftest import Rest, chat_body, completion_body, refused
@@ -40,6 +41,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {"n": 17}, "n", "invalid_value"),
         (COMPLETIONS, {"best_of": 2}, "best_of", "invalid_value"),
         (COMPLETIONS, {"max_tokens": -1}, "max_tokens", "invalid_value"),
+        (COMPLETIONS, {"max_tokens": 2**63}, "max_tokens", "invalid_value"),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "invalid_value"),
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "invalid_value"),
         (COMPLETIONS, {"stop": [""]}, "stop[0]", "invalid_value"),
         (COMPLETIONS, {"stop": ["x"] * 17}, "stop", "invalid_value"),
@@ -179,6 +182,21 @@ async def test_failures_before_the_first_byte_have_their_status(
         assert told["type"] == "server_error"
     if status == 500:
         assert response.headers["x-request-id"] in told["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bug_of_ours_says_nothing_but_the_request_id(
+    rest: Rest, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(type(rest.gateway.generator), "_check", broken)
+    with structlog.testing.capture_logs() as logs:
+        response = await rest.http.post(COMPLETIONS, json=completion_body(stream=stream))
+    assert [event["event"] for event in logs] == ["http_bug", "http_finished"]
+    message = refused(response, 500)["message"]
+    assert message == f"internal error; request id {response.headers['x-request-id']}"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

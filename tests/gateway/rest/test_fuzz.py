@@ -1,0 +1,173 @@
+"""Whatever is sent, the answer is no server error, the service goes on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, settings
+
+from gateway.rest.app import create_routes
+from tests.fakes.servers import eventually
+from tests.fakes.services import FakePair, ToyLanguage, running_pair
+from tests.fakes.threads import in_thread
+from tests.gateway.rest.conftest import Rest, chat_body, completion_body, serving_rest
+
+# Short enough that an answer that is not limited costs little.
+MAX_MODEL_LEN = 64
+SCHEMA = schemathesis.openapi.from_dict(create_routes(None).openapi())  # type: ignore[arg-type]
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+
+DEEP: Any = 1
+for _ in range(150):
+    DEEP = [DEEP]
+VALUES: list[Any] = [None, True, -1, 0, 1e308, -0.0, 10**30, 2**63, "", "\x00", "😀" * 100, [], {}, [[]], [{}], DEEP]
+VALUES += ["x" * 10_000, [0] * 1000, {"type": "json_object"}, {"type": "text", "text": 1}, ["a", 1, None], [[1], ["a"]]]
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", completion_body(max_tokens=8, logprobs=1, stop=["x"], n=2, logit_bias={"5": 1})),
+    ("/v1/completions", completion_body(max_tokens=8, stream=True, stream_options={"include_usage": True}, echo=True)),
+    (
+        "/v1/chat/completions",
+        chat_body(
+            max_tokens=8,
+            top_k=3,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        ),
+    ),
+    (
+        "/v1/chat/completions",
+        chat_body(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}], tool_choice="auto"),
+    ),
+    ("/tokenize", {"prompt": "x", "return_token_strs": True}),
+    ("/detokenize", {"tokens": [1, 2, 3]}),
+]
+HEADERS: list[dict[str, str]] = [
+    {"content-type": "application/json"},
+    {"content-type": "application/json; charset=utf-16"},
+    {"content-type": "text/plain"},
+    {"content-type": "application/json", "x-request-id": "\x7f" * 300},
+    {"content-type": "application/json", "accept": "image/png", "content-encoding": "gzip"},
+]
+
+
+@asynccontextmanager
+async def short_lived(language: ToyLanguage, folder: Path) -> AsyncIterator[Rest]:
+    short = replace(language, max_model_len=MAX_MODEL_LEN)
+    async with running_pair(short) as pair, serving_rest(pair, folder) as rest:
+        yield rest
+
+
+@pytest.fixture(scope="module")
+def threaded_rest(language: ToyLanguage, tokenizer_folder: Path) -> Iterator[Rest]:
+    with in_thread(lambda: short_lived(language, tokenizer_folder)) as rest:
+        yield rest
+        assert httpx.get(f"{rest.base_url}/health", trust_env=False).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        session.trust_env = False
+        yield session
+
+
+def check_case(case: Any, rest: Rest, session: requests.Session) -> None:
+    response = case.call(base_url=rest.base_url.rstrip("/"), session=session)
+    assert response.status_code < 500, (response.status_code, response.text)
+    if response.status_code >= 400 and response.headers.get("content-type") == "application/json":
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=6, **QUIET)
+def test_by_the_openapi_document(case: Any, threaded_rest: Rest, session: requests.Session) -> None:
+    check_case(case, threaded_rest, session)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@SCHEMA.parametrize()
+@settings(max_examples=400, **QUIET)
+def test_by_the_openapi_document_at_length(case: Any, threaded_rest: Rest, session: requests.Session) -> None:
+    check_case(case, threaded_rest, session)
+
+
+def mutated(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
+    """A path, a body that is probably wrong, and headers."""
+    path, body = random_.choice(BODIES)
+    body = json.loads(json.dumps(body))
+    for _ in range(random_.randint(1, 2)):
+        target: Any = body
+        while True:
+            key = random_.choice(list(target) if isinstance(target, dict) else range(len(target)))
+            if isinstance(target[key], dict | list) and target[key] and random_.random() < 0.6:
+                target = target[key]
+                continue
+            break
+        change = random_.random()
+        if change < 0.75:
+            target[key] = random_.choice(VALUES)
+        elif change < 0.9 or isinstance(target, list):
+            del target[key]
+        else:
+            target[random_.choice(["bar", "n", "prompt", "messages", "guided_regex", "guided_json"])] = random_.choice(
+                VALUES
+            )
+        if not body:
+            break
+    raw = bytearray(json.dumps(body).encode())
+    if random_.random() < 0.2:
+        for _ in range(random_.randint(1, 5)):
+            raw[random_.randrange(len(raw))] = random_.randrange(256)
+    if random_.random() < 0.1:
+        del raw[random_.randrange(len(raw)) :]
+    return path, bytes(raw), HEADERS[0] if random_.random() < 0.85 else random_.choice(HEADERS)
+
+
+async def check_mutations(rest: Rest, num_requests: int, seed: int) -> None:
+    random_ = random.Random(seed)
+    statuses: dict[int, int] = {}
+    places = asyncio.Semaphore(8)
+
+    async def send(path: str, body: bytes, headers: dict[str, str]) -> None:
+        async with places:
+            response = await rest.http.post(path, content=body, headers=headers)
+        assert response.status_code < 500, (path, body[:500], response.text)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+
+    for _ in range(0, num_requests, 100):
+        await asyncio.gather(*(send(*mutated(random_)) for _ in range(100)))
+    assert {200, 400} <= set(statuses), statuses
+    assert (await rest.http.get("/health")).status_code == 200
+    await eventually(rest.is_idle)
+    assert rest.gateway.generator.num_running == 0
+
+
+async def test_mutated_requests(language: ToyLanguage, tokenizer_folder: Path) -> None:
+    async with short_lived(language, tokenizer_folder) as rest:
+        await check_mutations(rest, 400, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_ten_thousand_mutated_requests(language: ToyLanguage, tokenizer_folder: Path) -> None:
+    async with short_lived(language, tokenizer_folder) as rest:
+        await check_mutations(rest, 10_000, seed=2)
+
+
+def test_nothing_was_left_behind(threaded_rest: Rest) -> None:
+    """Last in this file: after all that schemathesis has sent."""
+    pair: FakePair = threaded_rest.pair
+    assert not pair.verifier.sessions
+    assert not pair.drafter.sessions
+    assert threaded_rest.gateway.generator.num_running == 0
