@@ -33,6 +33,8 @@ from gateway.limits import RequestLimits
 from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
 from gateway.replicas import ReplicaSet
+from gateway.speculation_controller import SpeculationController
+from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import Tokenizer
 from gateway.tool_parser import ToolCallDelta
@@ -58,7 +60,10 @@ class SpeculationMode(enum.Enum):
 
 @dataclass(frozen=True)
 class SpeculationWish:
-    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default."""
+    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default.
+
+    `budget` is the size of every tree with ON, and the largest one with AUTO.
+    """
 
     mode: SpeculationMode = SpeculationMode.AUTO
     budget: TreeBudget | None = None
@@ -145,6 +150,7 @@ class Generator:
         self._limits = limits
         self._clients = clients
         self._observe = observe
+        self.speculation = SpeculationController(default_budget)
 
     @property
     def num_running(self) -> int:
@@ -205,12 +211,13 @@ class Generator:
         self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, timeout_s: float, arrival_ns: int
     ) -> AsyncGenerator[GenerationChunk, None]:
         """One choice of a request that was checked, from an open session at each service to its end."""
-        budget = request.speculation.budget or self.default_budget
+        policy = self._policy(request.speculation)
         async with contextlib.AsyncExitStack() as sessions:
-            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model))
+            sessions.enter_context(following(policy))
+            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
             verifier = await sessions.enter_async_context(self._verifiers.open(_opening(request, prompt), timeout_s))
             rounds = await sessions.enter_async_context(
-                contextlib.aclosing(decode(len(prompt), budget, verifier, drafter))
+                contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
             )
             tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
             answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect)
@@ -251,6 +258,13 @@ class Generator:
             completion=None,
             logprobs=(None, *logprobs) if logprobs else (),
         )
+
+    def _policy(self, wish: SpeculationWish) -> Policy:
+        if self._drafters is None or wish.mode is SpeculationMode.OFF:
+            return FixedPolicy(self.speculation, None)
+        if wish.mode is SpeculationMode.ON:
+            return FixedPolicy(self.speculation, wish.budget or self.default_budget)
+        return SpeculationPolicy(self.speculation, wish.budget)
 
     def _verifier_info(self) -> PeerInfo:
         peer = self._verifiers.replicas
@@ -296,7 +310,7 @@ class Generator:
 
     @contextlib.asynccontextmanager
     async def _draft_session(
-        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo
+        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, policy: Policy
     ) -> AsyncIterator[DraftSession]:
         wish = request.speculation
         if self._drafters is None or wish.mode is SpeculationMode.OFF:
@@ -313,7 +327,7 @@ class Generator:
             request_id=request.request_id,
             sources=wish.sources,
         )
-        async with self._drafters.session(opening, model.vocab_size) as session:
+        async with self._drafters.session(opening, model.vocab_size, is_wanted=policy.wants_drafts) as session:
             yield session
 
 
