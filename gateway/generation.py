@@ -25,6 +25,7 @@ from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
 from gateway.answer import AnswerRound, AnswerText
 from gateway.api_keys import ClientLimiter
+from gateway.backpressure import ended_when_unread
 from gateway.choices import choice_seed, merged
 from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
@@ -136,11 +137,13 @@ class Generator:
         drafters: DrafterPool | None,
         admission: Admission,
         default_budget: TreeBudget,
+        stalled_client_timeout_s: float,
         limits: RequestLimits,
         clients: ClientLimiter,
         observe: GenerationObserver,
         tool_dialect: ToolDialect = ToolDialect.NONE,
     ) -> None:
+        self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
         self._tool_dialect = tool_dialect
         self._verifiers = verifiers
@@ -173,14 +176,16 @@ class Generator:
         return self._drafters.replicas if self._drafters is not None else None
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationChunk, None]:
-        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream.
+        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream, and so
+        does leaving a chunk untaken for too long.
 
         All choices share one place and the prompt's tokens, and are decoded at the same time.
         """
         peer_info = self._verifier_info()
         observer = self._observe(request, peer_info.model.name)
         with observed(observer, request.num_choices) as after_chunk:
-            async with contextlib.aclosing(self._generate(request, timeout_s, peer_info, observer)) as chunks:
+            made = self._generate(request, timeout_s, peer_info, observer)
+            async with contextlib.aclosing(ended_when_unread(made, self._stalled_client_timeout_s)) as chunks:
                 async for chunk in chunks:
                     after_chunk(chunk)
                     yield chunk
@@ -197,7 +202,7 @@ class Generator:
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             waiting_ns = time.monotonic_ns()
-            await places.enter_async_context(self._admission.place())
+            await places.enter_async_context(self._admission.place(request.client, timeout_s))
             observer.started(len(prompt), time.monotonic_ns() - waiting_ns)
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)

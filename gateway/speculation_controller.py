@@ -4,12 +4,13 @@ Drafter and verifier may share the same cores, and requests share every step; so
 the round of the request that asked for it. What counts is the throughput of the system while *everybody* follows the
 same choice. The controller therefore makes one choice for all requests in mode auto (an arm: off, or a tree size),
 measures throughput per load (running requests, by octave) and arm, keeps to the best, and tries each other arm now
-and then for a moment. A trial is as rare as it is costly: all trials together may cost about 2 % of the time.
+and then for a moment. A trial is as rare as it is costly: all trials together may cost 1.5 % of the throughput.
 Decision record 0007 has the reasons and the figures.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from gateway.speculation_arms import OFF, Arm, arms_within
 from gateway.speculation_estimates import AcceptanceCurve, CostCurve, Throughput
 
 # Trials may cost this share of the throughput.
-_EXPLORATION_SHARE = 0.02
-# A challenger must be better by this factor, so that noise alone moves nothing.
-_MARGIN = 1.03
+_EXPLORATION_SHARE = 0.015
+# A challenger must be better by this factor, and by more as long as few rounds are known of it: acceptance is noisy.
+_MARGIN, _NOISE = 1.01, 0.15
 # Rounds count while this share of the running requests does the same thing.
 _UNIFORM_SHARE = 0.75
 _MIN_ROUNDS = 16
@@ -250,9 +251,10 @@ class SpeculationController:
         best = load.known(load.best)
         if best is None or not best.is_fresh:
             return  # nothing to compare with yet
-        rates = {arm: known.tokens_per_s for arm in self.arms if (known := load.known(arm)) is not None}
+        rates = {arm: _surely(known) for arm in self.arms if (known := load.known(arm)) is not None}
+        rates[load.best] = _MARGIN * best.tokens_per_s
         challenger = max(rates, key=lambda arm: rates[arm])
-        if rates[challenger] > _MARGIN * rates[load.best]:
+        if challenger is not load.best:
             load.best = challenger
             load.tried_s[challenger] = now_s
             self._follow(load, challenger)
@@ -313,7 +315,7 @@ class SpeculationController:
             change = known.end_stretch()
             if change is not None:
                 self._spread_change(load, trial.arm, change)
-            if is_measured and known.tokens_per_s > _MARGIN * best.tokens_per_s:
+            if is_measured and _surely(known) > _MARGIN * best.tokens_per_s:
                 load.best = trial.arm
         self._follow(load, load.best)
 
@@ -330,11 +332,11 @@ class SpeculationController:
         return now_s - last_s >= min(max(interval_s, _MIN_INTERVAL_S), _MAX_INTERVAL_S)
 
     def _expected_ratio(self, load: _Load, arm: Arm) -> float:
-        """Throughput of `arm` over that of the best: as measured at this load, else at the nearest load where both
-        were, else by the cost curves; 1 if nothing is known."""
-        number = self._load
-        for other in sorted(self._loads, key=lambda other: abs(other - number)):
-            measured, reference = self._loads[other].known(arm), self._loads[other].known(load.best)
+        """Throughput of `arm` over that of the best: as measured at this load, else at the next lower or higher one,
+        else by the cost curves; 1 if nothing is known."""
+        nearby = (load, self._loads.get(self._load - 1), self._loads.get(self._load + 1))
+        for other in (other for other in nearby if other is not None):
+            measured, reference = other.known(arm), other.known(load.best)
             if measured is not None and reference is not None:
                 return measured.tokens_per_s / reference.tokens_per_s
         predicted, reference_s = self._predicted(arm), self._predicted(load.best)
@@ -348,6 +350,11 @@ class SpeculationController:
         if verify_s is None or level_s is None:
             return None
         return (1 + self.acceptance.expected(arm.num_levels)) / (verify_s + arm.num_levels * level_s)
+
+
+def _surely(throughput: Throughput) -> float:
+    """Tokens a second, less what may be luck."""
+    return throughput.tokens_per_s / (1 + _NOISE / math.sqrt(max(throughput.num_rounds, 1.0)))
 
 
 def _octave(num_running: int) -> int:

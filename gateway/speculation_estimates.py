@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 # Older samples count for less: by this much busy time they have lost two thirds of their weight.
-_MEMORY_S = 15.0
+_MEMORY_S = 40.0
 # When an estimate is taken up again, what it remembers weighs no more than this much busy time.
-_STALE_WEIGHT_S = 3.0
+_STALE_WEIGHT_S = 15.0
 # A stretch of this many rounds and seconds is compared with the memory, and replaces it if they differ by the factor:
 # the system has changed. Few rounds say less, and must say it louder.
 _STRETCH_ROUNDS, _STRETCH_S, _CHANGE_FACTOR = 16, 0.5, 1.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 from collections.abc import Callable, Sequence
@@ -32,10 +33,14 @@ class Costs:
 class _Request:
     policy: SpeculationPolicy | FixedPolicy
     acceptance: float | None
-    draft: TimedDraft = field(default_factory=lambda: TimedDraft(EMPTY_TREE))
+    draft: TimedDraft | None = None
+    verify_s: float = 0.0
     ready_at_s: float | None = 0.0
     num_rounds: int = 0
+    num_drafted: int = 0
     num_tokens: int = 0
+    levels: set[int] = field(default_factory=set)
+    is_gone: bool = False
 
 
 class SimulatedSystem:
@@ -47,6 +52,8 @@ class SimulatedSystem:
         self.requests: list[_Request] = []
         self._random = random.Random(seed)
         self._ends: list[tuple[float, int]] = []
+        self._num_rows = 0
+        self._num_drafting = 0
 
     def clock(self) -> float:
         return self.now_s
@@ -57,23 +64,38 @@ class SimulatedSystem:
         self._begin(len(self.requests) - 1)
         return request
 
+    def remove(self, request: _Request) -> None:
+        """The request is over."""
+        request.is_gone = True
+        self._replace_draft(request, None)
+        request.policy.leave()
+
     def run(self, seconds: float) -> float:
         """Tokens a second of all requests together in the next `seconds` seconds."""
         end_s = self.now_s + seconds
         before = sum(request.num_tokens for request in self.requests)
         while self._ends[0][0] <= end_s:
             self.now_s, index = heapq.heappop(self._ends)
-            self._end(self.requests[index])
-            self._begin(index)
+            if not self.requests[index].is_gone:
+                self._end(self.requests[index])
+                self._begin(index)
         self.now_s = end_s
         return (sum(request.num_tokens for request in self.requests) - before) / seconds
 
     def _begin(self, index: int) -> None:
         request = self.requests[index]
         budget = request.policy.next_budget() if request.num_rounds else None
-        request.draft = self._draft(request, budget)
+        self._replace_draft(request, self._draft(request, budget))
         request.num_rounds += 1
-        heapq.heappush(self._ends, (self.now_s + request.draft.elapsed_ns / 1e9 + self._verify_s(), index))
+        request.verify_s = self.costs.verify(self._num_rows) * self._jitter()
+        heapq.heappush(self._ends, (self.now_s + request.draft.elapsed_ns / 1e9 + request.verify_s, index))
+
+    def _replace_draft(self, request: _Request, draft: TimedDraft | None) -> None:
+        for one, sign in ((request.draft, -1), (draft, 1)):
+            if one is not None:
+                self._num_rows += sign * (len(one.tree) + 1)
+                self._num_drafting += sign * (len(one.tree) > 0)
+        request.draft = draft
 
     def _draft(self, request: _Request, budget: TreeBudget | None) -> TimedDraft:
         if budget is None:
@@ -83,33 +105,34 @@ class SimulatedSystem:
             request.ready_at_s = self.now_s + self.costs.catch_up_s
         if self.now_s < request.ready_at_s:
             return TimedDraft(EMPTY_TREE)
-        # A chain of the tree's levels; the other nodes are siblings, which cost rows and are never right.
-        num_levels = min(budget.num_levels, budget.num_nodes)
-        extra = budget.num_nodes - num_levels
-        tree = TokenTree(tuple(range(budget.num_nodes)), (*range(num_levels), *([0] * extra)))
-        num_drafting = sum(len(other.draft.tree) > 0 for other in self.requests) + 1
-        elapsed_s = num_levels * self.costs.draft_level(num_drafting) * self._jitter()
+        tree = _tree(budget)
+        num_levels = tree.num_levels
+        request.num_drafted += 1
+        request.levels.add(num_levels)
+        elapsed_s = num_levels * self.costs.draft_level(self._num_drafting + 1) * self._jitter()
         return TimedDraft(tree, elapsed_ns=int(elapsed_s * 1e9))
-
-    def _verify_s(self) -> float:
-        rows = sum(len(other.draft.tree) + 1 for other in self.requests)
-        return self.costs.verify(rows) * self._jitter()
 
     def _jitter(self) -> float:
         return self._random.uniform(1 - self.costs.noise, 1 + self.costs.noise)
 
     def _end(self, request: _Request) -> None:
+        draft = request.draft
+        assert draft is not None, "a round is under way"
         acceptance = self.costs.acceptance if request.acceptance is None else request.acceptance
         num_accepted = 0
-        levels = 0 if request.draft.tree is EMPTY_TREE else request.draft.tree.num_levels
-        while num_accepted < levels and self._random.random() < acceptance:
+        while num_accepted < draft.tree.num_levels and self._random.random() < acceptance:
             num_accepted += 1
         request.num_tokens += num_accepted + 1
         verdict = Verdict(0, tuple(range(num_accepted + 1)), tuple(range(1, num_accepted + 1)))
-        verify_s = self._verify_s()
-        request.policy.learn(
-            Round(request.draft, TimedVerdict(verdict, VerifyTimings(0, 0, 1, 1), int(verify_s * 1e9)))
-        )
+        answer = TimedVerdict(verdict, VerifyTimings(0, 0, 1, 1), int(request.verify_s * 1e9))
+        request.policy.learn(Round(draft, answer))
+
+
+@functools.cache
+def _tree(budget: TreeBudget) -> TokenTree:
+    """A chain of the budget's levels; the other nodes are siblings, which cost rows and are never right."""
+    num_levels = min(budget.num_levels, budget.num_nodes)
+    return TokenTree(tuple(range(budget.num_nodes)), (*range(num_levels), *([0] * (budget.num_nodes - num_levels))))
 
 
 def throughput_of(
@@ -130,9 +153,12 @@ def throughput_of(
     return system.run(seconds), controller
 
 
-def best_of(budgets: Sequence[TreeBudget | None], num_requests: int, costs: Costs, budget: TreeBudget) -> float:
-    """The most that any fixed choice brings."""
-    return max(
-        throughput_of(lambda controller, b=choice: FixedPolicy(controller, b), num_requests, costs, budget, 30.0)[0]
+def fixed_throughputs(
+    budgets: Sequence[TreeBudget | None], num_requests: int, costs: Costs, budget: TreeBudget
+) -> list[float]:
+    """Tokens a second with each fixed choice."""
+    seconds = 60.0 if num_requests < 16 else 10.0
+    return [
+        throughput_of(lambda controller, b=choice: FixedPolicy(controller, b), num_requests, costs, budget, seconds)[0]
         for choice in budgets
-    )
+    ]
