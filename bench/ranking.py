@@ -27,6 +27,7 @@ from easyspec.speculation.parameters import (
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import TimedDraft, TimedVerdict, decode
+from gateway.speculation_policy import FixedPolicy
 from gateway.tokenizer import Tokenizer
 from models.heldout import held_out_prompts
 from verifier_service.config import VerifierSettings
@@ -53,6 +54,9 @@ class _Session:
         draft = await self.drafter.draft(self.drafter_id, calibration)
         return TimedDraft(draft.tree, draft.timings)
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """A fixed budget skips nothing."""
+
 
 async def _count(
     verifier: VerifierEngine, drafter: DrafterEngine, opening: OpenVerification, budget: TreeBudget
@@ -68,7 +72,7 @@ async def _count(
             OpenSpeculation(prompt, sampling, _PLAN, max_total_length=length, sources=DraftSources.MODEL)
         ),
     )
-    async with aclosing(decode(len(prompt), budget, session, session)) as rounds:
+    async with aclosing(decode(len(prompt), FixedPolicy(None, budget), session, session)) as rounds:
         counts = [len(round_.answer.verdict.token_ids) async for round_ in rounds]
     verifier.close(session.verifier_id)
     drafter.close(session.drafter_id)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.machine import REPOSITORY
-from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, markdown_table
+from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
 TARGET = REPOSITORY / "docs" / "benchmarks.md"
@@ -27,18 +27,56 @@ KV entries (the ablation).
 """
 
 
+_SERVE_HEAD = """How to read "many streams". A closed loop of clients (or Poisson arrivals, if a rate is given);
+windows of each speculation setting next to each other, in rotating order, after some unmeasured load in auto.
+*tokens/s* is the median over windows of output tokens that came in a window / its length, *x best* the median of
+per-turn ratios of auto to the better of off and on. Times are p50/p95/p99 over all windows, inter-token times per token
+(those of one message share its gap evenly); the time to first token includes the burst with which a window begins.
+*length* is the mean acceptance length, *drafted* the share of rounds with a tree, *occupancy* sessions per verifier
+step / streams, *rows* rows per step, *KV use* the share of the verifier's pool.
+"""
+
+
 def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole document; `reports` by file name, in the order they are to appear."""
-    sections = [_section(name, report) for name, report in reports.items()]
+    sections = [_section(name, report) for name, report in reports.items() if not _is_serving(report)]
+    serving = [_serve_section(name, report) for name, report in reports.items() if _is_serving(report)]
+    if serving:
+        sections += [_SERVE_HEAD, *serving]
     return "\n".join([_HEAD, *(sections or ["No results yet: `make bench` makes some.\n"])])
 
 
 def main() -> int:
     """Rewrite docs/benchmarks.md."""
-    files = sorted(RESULTS.glob("decode-*.json"))
+    files = [*sorted(RESULTS.glob("decode-*.json")), *sorted(RESULTS.glob("serve-*.json"))]
     TARGET.write_text(render({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}), "utf-8")
     print(f"{TARGET.relative_to(REPOSITORY)}: {len(files)} runs")
     return 0
+
+
+def _is_serving(report: Mapping[str, Any]) -> bool:
+    return "overload" in report
+
+
+def _serve_section(name: str, report: Mapping[str, Any]) -> str:
+    machine, pair, settings = report["machine"], report["pair"], report["settings"]
+    plot = name.removesuffix(".json") + ".png"
+    arrivals = "closed loop" if settings["rate"] is None else f"Poisson arrivals, {settings['rate']:g} a second"
+    lines = [
+        f"## Many streams: the {pair['name']} pair ({name})\n",
+        f"* command: `{report['command']}`",
+        f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"torch {machine['torch']}, Python {machine['python']}",
+        f"* commit {report['commit']}, {report['date']}",
+        f"* {arrivals}, mix {settings['mix']}, seed {settings['seed']}; {settings['num_turns']} windows of "
+        f"{settings['window_s']:g} s of each setting, after {settings['settle_s']:g} s\n",
+        markdown_table(SERVE_COLUMNS, report["results"]) + "\n",
+    ]
+    if (RESULTS / plot).is_file():
+        lines.append(f"![throughput and latencies over streams]({RESULTS.name}/{plot})\n")
+    if report["overload"] is not None:
+        lines.append(report["overload"]["verdict"] + "\n")
+    return "\n".join(lines)
 
 
 def _section(name: str, report: Mapping[str, Any]) -> str:

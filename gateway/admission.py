@@ -1,46 +1,138 @@
-"""How many requests run at a time; the others wait a little, or are told to come again."""
+"""How many requests run at a time; the others wait a little, in turn by client, or are told when to come again."""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 from easyspec.errors import CapacityError
 
+_RATE = 0.1
+# A request waits for no more than this share of the time it has: its refusal should reach the client in time.
+_WAIT_SHARE = 0.8
+_MIN_RETRY_S, _MAX_RETRY_S = 0.1, 600.0
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A request that waits; `granted` is resolved when a place is its own, or fails when it has to go."""
+
+    client: str
+    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
 
 class Admission:
-    """At most `max_running` requests run; at most `max_waiting` wait, each for at most `wait_timeout_s` seconds."""
+    """At most `max_running` requests run; at most `max_waiting` wait, each for at most `wait_timeout_s` seconds.
 
-    def __init__(self, max_running: int, max_waiting: int, wait_timeout_s: float) -> None:
-        self._places = asyncio.Semaphore(max_running)
+    Clients take turns: a place that comes free goes to the client whose turn is next, however many requests another
+    one has sent. When the queue is full, a request of a client that has fewer waiting than the busiest one takes the
+    place of the latter's newest. A refusal says after how long a request that comes then should be served, by the
+    rate at which places have come free.
+    """
+
+    def __init__(
+        self, max_running: int, max_waiting: int, wait_timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_running = max_running
         self._max_waiting = max_waiting
         self._wait_timeout_s = wait_timeout_s
+        self._clock = clock
+        # By client, in the order of their turns; no client without waiting requests.
+        self._queues: collections.OrderedDict[str, collections.deque[_Waiter]] = collections.OrderedDict()
+        self._freed_s: float | None = None
+        self._service_interval_s: float | None = None
         self.num_running = 0
         self.num_waiting = 0
+        self.num_refused = 0
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold a place; CapacityError if none comes free in time."""
-        await self._wait()
-        self.num_running += 1
+    async def place(self, client: str = "", timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Hold a place; CapacityError if none comes free in time. `timeout_s` is all the time that the request has."""
+        if self.num_running < self._max_running and not self.num_waiting:
+            self.num_running += 1
+        else:
+            await self._wait(client, timeout_s)
         try:
             yield
         finally:
-            self.num_running -= 1
-            self._places.release()
+            self._release()
 
-    async def _wait(self) -> None:
-        if self._places.locked() and self.num_waiting >= self._max_waiting:
-            raise CapacityError(
-                f"{self.num_running} requests are running and {self.num_waiting} waiting", self._wait_timeout_s
-            )
+    def retry_after_s(self) -> float:
+        """After how long a request that comes then should get a place, if the queue is served as it has been."""
+        if self._service_interval_s is None:
+            return self._wait_timeout_s
+        return min(max(self._service_interval_s * (self.num_waiting + 1), _MIN_RETRY_S), _MAX_RETRY_S)
+
+    async def _wait(self, client: str, timeout_s: float | None) -> None:
+        if self.num_waiting >= self._max_waiting:
+            self._make_room(client)
+        waiter = _Waiter(client)
+        self._queues.setdefault(client, collections.deque()).append(waiter)
         self.num_waiting += 1
+        patience_s = self._wait_timeout_s if timeout_s is None else min(self._wait_timeout_s, _WAIT_SHARE * timeout_s)
         try:
-            async with asyncio.timeout(self._wait_timeout_s):
-                await self._places.acquire()
+            async with asyncio.timeout(patience_s):
+                await waiter.granted
         except TimeoutError:
-            message = f"no request ended within {self._wait_timeout_s:g} s"
-            raise CapacityError(message, self._wait_timeout_s) from None
-        finally:
+            self._forget(waiter)
+            raise self._refusal(f"no place came free within {patience_s:.3g} s") from None
+        except BaseException:
+            self._forget(waiter)
+            raise
+
+    def _make_room(self, client: str) -> None:
+        """Send the newest request of the busiest client away; CapacityError if that would be this one."""
+        busiest = max(self._queues.values(), key=len, default=None)
+        if busiest is None or len(busiest) <= len(self._queues.get(client, ())) + 1:
+            raise self._refusal(f"{self.num_running} requests are running and {self.num_waiting} waiting")
+        waiter = busiest[-1]
+        self._remove(waiter)
+        waiter.granted.set_exception(self._refusal("other clients' turn: too many requests of this one are waiting"))
+
+    def _refusal(self, message: str) -> CapacityError:
+        self.num_refused += 1
+        return CapacityError(message, self.retry_after_s())
+
+    def _forget(self, waiter: _Waiter) -> None:
+        """The request does not wait any more; if a place was its own by then, the next one gets it."""
+        if not waiter.granted.done() or waiter.granted.cancelled():
+            self._remove(waiter)
+        elif waiter.granted.exception() is None:
+            self._release()
+
+    def _remove(self, waiter: _Waiter) -> None:
+        queue = self._queues.get(waiter.client)
+        if queue is not None and waiter in queue:
+            queue.remove(waiter)
             self.num_waiting -= 1
+            if not queue:
+                del self._queues[waiter.client]
+
+    def _release(self) -> None:
+        self._learn_interval()
+        self.num_running -= 1
+        while self.num_waiting and self.num_running < self._max_running:
+            client, queue = self._queues.popitem(last=False)
+            waiter = queue.popleft()
+            self.num_waiting -= 1
+            if queue:
+                self._queues[client] = queue  # its next turn comes after all others'
+            if not waiter.granted.done():
+                self.num_running += 1
+                waiter.granted.set_result(None)
+
+    def _learn_interval(self) -> None:
+        """How often a place comes free while all are taken."""
+        now_s = self._clock()
+        if self.num_running < self._max_running:
+            self._freed_s = None
+            return
+        if self._freed_s is not None:
+            interval_s = now_s - self._freed_s
+            known_s = self._service_interval_s
+            self._service_interval_s = interval_s if known_s is None else known_s + _RATE * (interval_s - known_s)
+        self._freed_s = now_s

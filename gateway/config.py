@@ -117,7 +117,8 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=256,
         ge=0,
         le=65_536,
-        description="Requests that may wait for a place, 0 to 65536; more are refused at once.",
+        description="Requests that may wait for a place, 0 to 65536; more are refused at once. 256 are served within "
+        "the time they may wait if a request takes a second or two.",
     )
     admission_timeout_s: float = Field(
         default=10.0,
@@ -125,6 +126,13 @@ class GatewaySettings(ServerSettings, RequestLimits):
         le=3600.0,
         description="Seconds a request waits for a place before it is refused, up to 3600. "
         "After 10 a client does better to try another replica.",
+    )
+    stalled_client_timeout_s: float = Field(
+        default=30.0,
+        gt=0.0,
+        le=86_400.0,
+        description="Seconds that a client may leave a message of its stream unread before the request is ended and "
+        "its KV memory freed, up to 86400. A reader that is merely slow takes one every few seconds.",
     )
     probe_interval_s: float = Field(
         default=2.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,6 +53,18 @@ class DraftSession(Protocol):
 
     async def draft(self, calibration: Calibration) -> TimedDraft: ...
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """These tokens were committed and no draft is wanted after them: the drafter is not asked."""
+
+
+class BudgetPolicy(Protocol):
+    """Says how much to speculate, round by round; what it says changes the speed, never the tokens."""
+
+    def learn(self, round_: Round) -> None: ...
+
+    def next_budget(self) -> TreeBudget | None:
+        """The size of the next tree; None if a draft would cost more than it brings."""
+
 
 NOTHING_DRAFTED = TimedDraft(EMPTY_TREE)
 
@@ -63,23 +75,32 @@ class NoDraft:
     async def draft(self, calibration: Calibration) -> TimedDraft:
         return NOTHING_DRAFTED
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        pass
+
 
 async def decode(
-    prompt_length: int, budget: TreeBudget, verifier: VerifierSession, drafter: DraftSession
+    prompt_length: int, policy: BudgetPolicy, verifier: VerifierSession, drafter: DraftSession
 ) -> AsyncGenerator[Round, None]:
     """Yield one Round per verdict, from the prompt until the verifier finishes.
 
     The first tree is empty, so that the first token leaves as soon as the prompt is in the verifier's cache; the
-    drafter reads the prompt at the same time. Every verdict extends the committed tokens, calibrates the drafter
-    with what was really said, and asks it for the next tree.
+    drafter reads the prompt at the same time. Every verdict extends the committed tokens and teaches the policy what
+    guessing earns; if that is enough, it calibrates the drafter with what was really said and asks for the next tree.
     """
     committed_length = prompt_length
     draft = NOTHING_DRAFTED
     while True:
         answer = await verifier.verify(committed_length, draft.tree)
-        yield Round(draft, answer)
+        round_ = Round(draft, answer)
+        policy.learn(round_)
+        yield round_
         if answer.verdict.finish_reason is not None:
             return
-        calibration = Calibration(committed_length, answer.verdict.token_ids, budget)
-        committed_length += len(answer.verdict.token_ids)
-        draft = await drafter.draft(calibration)
+        token_ids, budget = answer.verdict.token_ids, policy.next_budget()
+        if budget is None:
+            drafter.skip(token_ids)
+            draft = NOTHING_DRAFTED
+        else:
+            draft = await drafter.draft(Calibration(committed_length, token_ids, budget))
+        committed_length += len(token_ids)

@@ -17,10 +17,13 @@ from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE
 from gateway.decode_loop import NOTHING_DRAFTED, TimedDraft
 from gateway.peers import Backoff
-from gateway.replicas import ReplicaSet
+from gateway.replicas import Replica, ReplicaSet
 
 _log = structlog.get_logger()
 
+# A session that was skipped for so many tokens at most catches up with the next calibration, in one short pass. After
+# more it is given up, so that it holds no memory for nothing, and re-opened when it is wanted again.
+_MAX_SKIPPED_TOKENS = 32
 # What a re-opened session is asked for while it catches up: the answer is not used.
 _CATCH_UP_BUDGET = TreeBudget(num_levels=1, width=1, num_nodes=1)
 
@@ -60,9 +63,16 @@ class DrafterPool:
         self._limits = limits
 
     @contextlib.asynccontextmanager
-    async def session(self, opening: OpenSpeculation, vocab_size: int) -> AsyncIterator[ResilientDraftSession]:
-        """A session for one request, freed at the drafter on exit. Never fails and never waits."""
+    async def session(
+        self, opening: OpenSpeculation, vocab_size: int, *, is_wanted: bool = True
+    ) -> AsyncIterator[ResilientDraftSession]:
+        """A session for one request, freed at the drafter on exit. Never fails and never waits.
+
+        The drafter is told the prompt at once if the first draft `is_wanted`, else not before one is.
+        """
         session = ResilientDraftSession(self.replicas, self._limits, opening, vocab_size)
+        if is_wanted:
+            session.open()
         try:
             yield session
         finally:
@@ -73,9 +83,9 @@ class ResilientDraftSession:
     """A DraftSession that outlives the drafter.
 
     It either has a stream or has none. A failure or a late answer drops the stream for good, so that answers never
-    get out of step, and the round goes on with the empty tree. Without a stream every round is plain, at once, while
-    a new stream is opened in the background from all committed tokens, as soon as the drafter is known to be back.
-    `num_failures` counts streams lost.
+    get out of step, and the round goes on with the empty tree. A stream that is skipped for long is dropped as well.
+    Without a stream every round is plain, at once, while a new stream is opened in the background from all committed
+    tokens, as soon as a draft is wanted and the drafter is known to be there. `num_failures` counts streams lost.
     """
 
     def __init__(
@@ -90,21 +100,29 @@ class ResilientDraftSession:
         self._opening = opening
         self._vocab_size = vocab_size
         self._history = list(opening.prompt_token_ids)
-        self._replica = replicas.pick() if replicas.is_ready else None
-        self._stream = self._replica.client.open(opening) if self._replica is not None else None
+        self._replica: Replica[DraftConnection] | None = None
+        self._stream: DraftStream | None = None
         self._reopening: asyncio.Task[None] | None = None
         self._retry_at_s = 0.0
         self._is_given_up = False
+        self._num_skipped = 0
         self.num_failures = 0
+
+    def open(self) -> None:
+        """Tell the drafter the prompt, in the background, if it is there."""
+        if self._replicas.is_ready:
+            self._replica = self._replicas.pick()
+            self._stream = self._replica.client.open(self._opening)
 
     async def draft(self, calibration: Calibration) -> TimedDraft:
         self._history.extend(calibration.token_ids)
+        self._num_skipped = 0
         stream = self._stream
         if stream is None:
             self._reopen_in_background()
             return NOTHING_DRAFTED
         started_ns = time.monotonic_ns()
-        # After re-opening the stream stands behind by the tokens of the rounds that went without it.
+        # The stream stands behind by the tokens of the rounds that went without it.
         missing = self._history[stream.committed_length :]
         try:
             draft = await self._ask(stream, missing, calibration.budget, self._limits.deadline_s)
@@ -116,6 +134,13 @@ class ResilientDraftSession:
         # Told for the statistics alone: not worth losing a session that gets it wrong.
         node_sources = draft.node_sources if len(draft.node_sources) == len(draft.tree) else ()
         return TimedDraft(draft.tree, draft.timings, time.monotonic_ns() - started_ns, node_sources)
+
+    def skip(self, token_ids: Sequence[int]) -> None:
+        self._history.extend(token_ids)
+        self._num_skipped += len(token_ids)
+        if self._num_skipped > _MAX_SKIPPED_TOKENS:
+            self.close()
+            self._stream, self._replica = None, None
 
     def close(self) -> None:
         """Free the session at the drafter."""

@@ -25,6 +25,7 @@ from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
 from gateway.answer import AnswerRound, AnswerText
 from gateway.api_keys import ClientLimiter
+from gateway.backpressure import ended_when_unread
 from gateway.choices import choice_seed, merged
 from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
@@ -33,6 +34,8 @@ from gateway.limits import RequestLimits
 from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
 from gateway.replicas import ReplicaSet
+from gateway.speculation_controller import SpeculationController
+from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import Tokenizer
 from gateway.tool_parser import ToolCallDelta
@@ -58,7 +61,10 @@ class SpeculationMode(enum.Enum):
 
 @dataclass(frozen=True)
 class SpeculationWish:
-    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default."""
+    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default.
+
+    `budget` is the size of every tree with ON, and the largest one with AUTO.
+    """
 
     mode: SpeculationMode = SpeculationMode.AUTO
     budget: TreeBudget | None = None
@@ -131,11 +137,13 @@ class Generator:
         drafters: DrafterPool | None,
         admission: Admission,
         default_budget: TreeBudget,
+        stalled_client_timeout_s: float,
         limits: RequestLimits,
         clients: ClientLimiter,
         observe: GenerationObserver,
         tool_dialect: ToolDialect = ToolDialect.NONE,
     ) -> None:
+        self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
         self._tool_dialect = tool_dialect
         self._verifiers = verifiers
@@ -145,6 +153,7 @@ class Generator:
         self._limits = limits
         self._clients = clients
         self._observe = observe
+        self.speculation = SpeculationController(default_budget)
 
     @property
     def num_running(self) -> int:
@@ -167,14 +176,16 @@ class Generator:
         return self._drafters.replicas if self._drafters is not None else None
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationChunk, None]:
-        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream.
+        """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream, and so
+        does leaving a chunk untaken for too long.
 
         All choices share one place and the prompt's tokens, and are decoded at the same time.
         """
         peer_info = self._verifier_info()
         observer = self._observe(request, peer_info.model.name)
         with observed(observer, request.num_choices) as after_chunk:
-            async with contextlib.aclosing(self._generate(request, timeout_s, peer_info, observer)) as chunks:
+            made = self._generate(request, timeout_s, peer_info, observer)
+            async with contextlib.aclosing(ended_when_unread(made, self._stalled_client_timeout_s)) as chunks:
                 async for chunk in chunks:
                     after_chunk(chunk)
                     yield chunk
@@ -191,7 +202,7 @@ class Generator:
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             waiting_ns = time.monotonic_ns()
-            await places.enter_async_context(self._admission.place())
+            await places.enter_async_context(self._admission.place(request.client, timeout_s))
             observer.started(len(prompt), time.monotonic_ns() - waiting_ns)
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
@@ -205,12 +216,13 @@ class Generator:
         self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, timeout_s: float, arrival_ns: int
     ) -> AsyncGenerator[GenerationChunk, None]:
         """One choice of a request that was checked, from an open session at each service to its end."""
-        budget = request.speculation.budget or self.default_budget
+        policy = self._policy(request.speculation)
         async with contextlib.AsyncExitStack() as sessions:
-            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model))
+            sessions.enter_context(following(policy))
+            drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
             verifier = await sessions.enter_async_context(self._verifiers.open(_opening(request, prompt), timeout_s))
             rounds = await sessions.enter_async_context(
-                contextlib.aclosing(decode(len(prompt), budget, verifier, drafter))
+                contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
             )
             tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
             answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect)
@@ -251,6 +263,13 @@ class Generator:
             completion=None,
             logprobs=(None, *logprobs) if logprobs else (),
         )
+
+    def _policy(self, wish: SpeculationWish) -> Policy:
+        if self._drafters is None or wish.mode is SpeculationMode.OFF:
+            return FixedPolicy(self.speculation, None)
+        if wish.mode is SpeculationMode.ON:
+            return FixedPolicy(self.speculation, wish.budget or self.default_budget)
+        return SpeculationPolicy(self.speculation, wish.budget)
 
     def _verifier_info(self) -> PeerInfo:
         peer = self._verifiers.replicas
@@ -296,7 +315,7 @@ class Generator:
 
     @contextlib.asynccontextmanager
     async def _draft_session(
-        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo
+        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, policy: Policy
     ) -> AsyncIterator[DraftSession]:
         wish = request.speculation
         if self._drafters is None or wish.mode is SpeculationMode.OFF:
@@ -313,7 +332,7 @@ class Generator:
             request_id=request.request_id,
             sources=wish.sources,
         )
-        async with self._drafters.session(opening, model.vocab_size) as session:
+        async with self._drafters.session(opening, model.vocab_size, is_wanted=policy.wants_drafts) as session:
             yield session
 
 

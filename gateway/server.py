@@ -180,6 +180,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             drafters,
             Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
             settings.default_budget,
+            settings.stalled_client_timeout_s,
             limits=settings,
             clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
             observe=self._observer(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, Tree
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import DraftSession, NoDraft, Round, TimedDraft, TimedVerdict, decode
+from gateway.speculation_policy import FixedPolicy
 from verifier_service.engine import VerifierEngine
 
 BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=16)
@@ -43,6 +44,9 @@ class EngineDraftSession:
         assert draft.base_length == calibration.base_length + len(calibration.token_ids)
         return TimedDraft(draft.tree, draft.timings, node_sources=draft.node_sources)
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        raise AssertionError("a fixed budget skips nothing")
+
 
 class GarbageDraftSession:
     """Random trees of any shape; a node carries the true token of its place with probability `skill`."""
@@ -66,6 +70,9 @@ class GarbageDraftSession:
                 parent_rows.append(parent_row)
                 depths.append(depths[parent_row] + 1)
         return TimedDraft(TokenTree(tuple(token_ids), tuple(parent_rows)))
+
+    def skip(self, token_ids: Sequence[int]) -> None:
+        pass
 
 
 @asynccontextmanager
@@ -126,7 +133,7 @@ async def generate(
     base_length = len(request.prompt_token_ids) + len(request.output_token_ids)
     session = EngineVerifierSession(verifier, session_id)
     try:
-        async with aclosing(decode(base_length, budget, session, drafts or NoDraft())) as rounds:
+        async with aclosing(decode(base_length, FixedPolicy(None, budget), session, drafts or NoDraft())) as rounds:
             taken = tuple([round_ async for round_ in rounds])
     finally:
         verifier.close(session_id)

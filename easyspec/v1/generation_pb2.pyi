@@ -351,9 +351,9 @@ class SpeculationParameters(_message.Message):
         MODE_UNSPECIFIED: SpeculationParameters._Mode.ValueType  # 0
         """The gateway's default."""
         MODE_AUTO: SpeculationParameters._Mode.ValueType  # 1
-        """The gateway decides by what speculation earns."""
+        """The gateway decides, round by round, by what speculation earns at the present load."""
         MODE_ON: SpeculationParameters._Mode.ValueType  # 2
-        """Always."""
+        """Always, with trees of the size given by `budget`."""
         MODE_OFF: SpeculationParameters._Mode.ValueType  # 3
         """Plain decoding."""
 
@@ -363,9 +363,9 @@ class SpeculationParameters(_message.Message):
     MODE_UNSPECIFIED: SpeculationParameters.Mode.ValueType  # 0
     """The gateway's default."""
     MODE_AUTO: SpeculationParameters.Mode.ValueType  # 1
-    """The gateway decides by what speculation earns."""
+    """The gateway decides, round by round, by what speculation earns at the present load."""
     MODE_ON: SpeculationParameters.Mode.ValueType  # 2
-    """Always."""
+    """Always, with trees of the size given by `budget`."""
     MODE_OFF: SpeculationParameters.Mode.ValueType  # 3
     """Plain decoding."""
 
@@ -380,7 +380,7 @@ class SpeculationParameters(_message.Message):
     """Report in every message what was guessed in its round: for display, at some cost in bytes."""
     @_builtins.property
     def budget(self) -> _types_pb2.TreeBudget:
-        """Tree size; unset: the gateway's default."""
+        """Tree size with MODE_ON, the largest one with MODE_AUTO; unset: the gateway's default."""
 
     @_builtins.property
     def layer_plan(self) -> _types_pb2.LayerPlan:

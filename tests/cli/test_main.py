@@ -145,3 +145,28 @@ async def test_plan_refuses_what_it_does_not_know(easyspec_command: Command) -> 
     ended = await easyspec_command("plan", "--gpu", "abacus")
     assert (ended.code, ended.stdout) == (2, "")
     assert "gpu is 'abacus'; allowed: a100" in ended.stderr
+
+
+async def test_bench_serve_measures_a_running_gateway(easyspec_command: Command, gateway: str, tmp_path: Path) -> None:
+    report, plot = tmp_path / "serve.json", tmp_path / "serve.png"
+    windows = ("--turns", "1", "--window-s", "0.3", "--settle-s", "0.1", "--mix", "tiny")
+    files = ("--json", str(report), "--plot", str(plot))
+    ended = await easyspec_command("bench", "serve", "--gateway", gateway, "--concurrency", "1", "2", *windows, *files)
+    assert ended.code == 0, ended.stderr
+    content = json.loads(report.read_text())
+    rows = content["results"]
+    assert [(row["concurrency"], row["speculation"]) for row in rows] == [
+        (concurrency, speculation) for concurrency in (1, 2) for speculation in ("off", "on", "auto")
+    ]
+    for row in rows:
+        assert set(row["ttft_ms"]) == set(row["inter_token_ms"]) == {"p50", "p95", "p99"}
+        assert row["tokens_per_s"] > 0
+        assert row["batch_occupancy"] > 0
+        assert {"mean_acceptance_length", "kv_use"} <= set(row)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+async def test_bench_serve_without_a_gateway_fails_in_a_line(easyspec_command: Command) -> None:
+    ended = await easyspec_command("bench", "serve", "--gateway", "127.0.0.1:1")
+    assert ended.code == 1
+    assert "Traceback" not in ended.stderr

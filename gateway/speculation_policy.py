@@ -1,0 +1,159 @@
+"""How much one request speculates, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from easyspec.speculation.parameters import TreeBudget
+from gateway.decode_loop import Round
+from gateway.speculation_arms import OFF, Arm, deepened, within
+from gateway.speculation_controller import Participant, RoundSample, SpeculationController
+
+_RATE = 0.2
+# Drafted rounds before a request's own acceptance counts against it.
+_MIN_DRAFTED_ROUNDS = 8
+# Below this share of the break-even acceptance a request is better off without drafts.
+_HOPELESS_SHARE = 0.6
+_FIRST_REST_ROUNDS, _MAX_REST_ROUNDS = 64, 1024
+# Rounds that a request drafts for after a rest before it is judged again.
+_RETRY_ROUNDS = 2
+# Share of the levels accepted above which a request gets deeper trees.
+_EAGER_SHARE = 0.85
+
+
+class SpeculationPolicy:
+    """Chooses the next tree of a request and learns from every round; see `gateway.decode_loop.BudgetPolicy`.
+
+    The whole process's choice is refined by the request's own acceptance: one whose guesses are hopeless stops
+    drafting and tries again now and then; one whose guesses are all accepted gets deeper trees. `budget` None follows
+    the gateway's arms up to their own size.
+    """
+
+    def __init__(self, controller: SpeculationController, budget: TreeBudget | None) -> None:
+        self._controller = controller
+        self._cap = budget
+        self._participant = Participant()
+        self._arm: Arm | None = None
+        self._asked: TreeBudget | None = None
+        self._is_first = True
+        self._accepted = 0.0
+        self._accepted_share = 0.0
+        self._num_drafted = 0
+        self._rest_left = 0
+        self._rest_rounds = _FIRST_REST_ROUNDS
+
+    @property
+    def wants_drafts(self) -> bool:
+        """Whether the next round would be drafted; decides if a session at the drafter is opened at once."""
+        return self._controller.arm is not OFF
+
+    def next_budget(self) -> TreeBudget | None:
+        self._arm = self._controller.arm
+        self._asked = self._refined(self._arm)
+        return self._asked
+
+    def learn(self, round_: Round) -> None:
+        if self._is_first:  # it took as long as the prompt
+            self._is_first = False
+            return
+        if self._asked is not None and len(round_.draft.tree) > 0:
+            self._learn_acceptance(round_)
+        self._controller.observe(self._participant, _sample(self._followed(round_), round_))
+
+    def leave(self) -> None:
+        """The request is over."""
+        self._controller.leave(self._participant)
+
+    def _refined(self, arm: Arm) -> TreeBudget | None:
+        if arm.budget is None:
+            return None
+        if self._rest_left > 0:
+            self._rest_left -= 1
+            return None
+        if self._is_hopeless():
+            self._rest_left, self._rest_rounds = self._rest_rounds, min(2 * self._rest_rounds, _MAX_REST_ROUNDS)
+            self._num_drafted = _MIN_DRAFTED_ROUNDS - _RETRY_ROUNDS
+            return None
+        is_eager = self._num_drafted >= _MIN_DRAFTED_ROUNDS and self._accepted_share > _EAGER_SHARE
+        is_full = arm is self._controller.arms[-1]
+        return within(deepened(arm.budget) if is_eager and is_full else arm.budget, self._cap)
+
+    def _is_hopeless(self) -> bool:
+        if self._num_drafted < _MIN_DRAFTED_ROUNDS:
+            return False
+        break_even = self._controller.break_even_acceptance()
+        return break_even is not None and self._accepted < _HOPELESS_SHARE * break_even
+
+    def _learn_acceptance(self, round_: Round) -> None:
+        accepted, levels = round_.answer.verdict.num_accepted, round_.draft.tree.num_levels
+        rate = max(_RATE, 1 / (self._num_drafted + 1))
+        self._num_drafted += 1
+        self._accepted += rate * (accepted - self._accepted)
+        self._accepted_share += rate * (accepted / levels - self._accepted_share)
+
+    def _followed(self, round_: Round) -> Arm | None:
+        """The arm whose sample this round is: a refined round is part of following the arm, one whose session at the
+        drafter was not ready yet is not, nor is one that the request's own cap made smaller."""
+        arm = self._arm
+        if arm is None or (self._asked is not None and round_.draft.elapsed_ns == 0):
+            return None
+        is_capped = arm.budget is not None and within(arm.budget, self._cap) != arm.budget
+        return None if is_capped else arm
+
+
+class FixedPolicy:
+    """Mode on (`budget`) or off (None): always the same, whatever it earns. It counts as load."""
+
+    def __init__(self, controller: SpeculationController | None, budget: TreeBudget | None) -> None:
+        self._controller = controller
+        self._budget = budget
+        self._participant = Participant()
+        arms = controller.arms if controller is not None else ()
+        self._arm = next((arm for arm in arms if arm.budget == budget), None)
+        self._is_first = True
+
+    @property
+    def wants_drafts(self) -> bool:
+        return self._budget is not None
+
+    def next_budget(self) -> TreeBudget | None:
+        return self._budget
+
+    def learn(self, round_: Round) -> None:
+        if self._is_first or self._controller is None:
+            self._is_first = False
+            return
+        is_followed = self._budget is None or round_.draft.elapsed_ns > 0
+        self._controller.observe(self._participant, _sample(self._arm if is_followed else None, round_))
+
+    def leave(self) -> None:
+        """The request is over."""
+        if self._controller is not None:
+            self._controller.leave(self._participant)
+
+
+Policy: TypeAlias = SpeculationPolicy | FixedPolicy
+
+
+@contextmanager
+def following(policy: Policy) -> Iterator[None]:
+    """Count a request as running while its rounds go on."""
+    try:
+        yield
+    finally:
+        policy.leave()
+
+
+def _sample(arm: Arm | None, round_: Round) -> RoundSample:
+    tree, verdict = round_.draft.tree, round_.answer.verdict
+    return RoundSample(
+        arm=arm,
+        num_tokens=len(verdict.token_ids),
+        num_accepted=verdict.num_accepted,
+        num_levels=tree.num_levels,
+        num_rows=len(tree) + 1,
+        draft_s=round_.draft.elapsed_ns / 1e9,
+        verify_s=round_.answer.elapsed_ns / 1e9,
+    )
