@@ -79,7 +79,14 @@ async def drafting(
     committed = request.prompt_token_ids + request.output_token_ids
     most = None if request.stop.max_tokens is None else len(request.prompt_token_ids) + request.stop.max_tokens
     session_id = await engine.open(
-        OpenSpeculation(committed, request.sampling, plan, max_total_length=most, sources=sources)
+        OpenSpeculation(
+            committed,
+            request.sampling,
+            plan,
+            max_total_length=most,
+            sources=sources,
+            num_output_tokens=len(request.output_token_ids),
+        )
     )
     try:
         yield EngineDraftSession(engine, session_id)
