@@ -114,6 +114,11 @@ class Output:
         return tuple(entry for round_ in self.rounds for entry in round_.answer.verdict.logprobs)
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The prompt's own, if asked for."""
+        return self.rounds[0].answer.verdict.prompt_logprobs
+
+    @property
     def num_accepted(self) -> int:
         return sum(round_.answer.verdict.num_accepted for round_ in self.rounds)
 
