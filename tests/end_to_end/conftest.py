@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ class Stack:
         for name, value in speculation.items():
             setattr(copy.speculation.budget, name, value)
         return reply([chunk async for chunk in self.stub.Generate(copy, timeout=60)])
+
+    async def until_drafter_is_ready(self) -> None:
+        """Until the gateway has found the drafter again."""
+        ready = generation_pb2.GetServerInfoResponse.PEER_STATE_READY
+        async with asyncio.timeout(10):
+            while (await self.stub.GetServerInfo(generation_pb2.GetServerInfoRequest())).drafter_state != ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 def reply(chunks: Sequence[generation_pb2.GenerateResponse]) -> Reply:

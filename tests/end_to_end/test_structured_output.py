@@ -101,6 +101,7 @@ async def broken_off(stack: Stack, request: generation_pb2.GenerateRequest, num_
     copy.speculation.mode = Speculation.MODE_ON
     copy.speculation.budget.MergeFrom(types_pb2.TreeBudget(num_levels=2, width=2, num_nodes=6))
     chunks = []
+    await stack.until_drafter_is_ready()
     async for chunk in stack.stub.Generate(copy, timeout=60):
         chunks.append(chunk)
         if len(chunks) == num_rounds:
