@@ -111,6 +111,7 @@ class DrafterEngine:
             settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes, settings.draft_sources
         )
         grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
+        grammars.prepare()
         self._drafter = Drafter(
             loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, grammars
         )
