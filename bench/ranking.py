@@ -58,11 +58,18 @@ class _Session:
         """A fixed budget skips nothing."""
 
 
-async def _count(
-    verifier: VerifierEngine, drafter: DrafterEngine, opening: OpenVerification, budget: TreeBudget
+async def count_tokens(
+    verifier: VerifierEngine,
+    drafter: DrafterEngine,
+    opening: OpenVerification,
+    budget: TreeBudget,
+    draft_sampling: SamplingParameters | None = None,
 ) -> tuple[int, int]:
-    """Output tokens and rounds of one completion, the first round (the empty tree) left out."""
-    prompt, sampling = opening.prompt_token_ids, opening.sampling
+    """Output tokens and rounds of one completion, the first round (the empty tree) left out.
+
+    The drafter is told `draft_sampling`, by default the verifier's.
+    """
+    prompt, sampling = opening.prompt_token_ids, draft_sampling or opening.sampling
     length = len(prompt) + (opening.stop.max_tokens or 0)
     session = _Session(
         verifier,
@@ -95,7 +102,7 @@ async def _tokens_per_round(arguments: argparse.Namespace, budget: TreeBudget, t
             OpenVerification(prompt, SamplingParameters(seed=_FIRST_SEED + index, temperature=temperature), stop)
             for index, prompt in enumerate(prompts)
         ]
-        counts = await asyncio.gather(*(_count(verifier, drafter, opening, budget) for opening in openings))
+        counts = await asyncio.gather(*(count_tokens(verifier, drafter, opening, budget) for opening in openings))
     finally:
         await asyncio.gather(verifier.stop(), drafter.stop())
     return sum(tokens for tokens, _ in counts) / sum(rounds for _, rounds in counts)

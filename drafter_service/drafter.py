@@ -7,11 +7,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from drafter_service.grammar_preference import GrammarPreference
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.device_thread import Task
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
+from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import DraftSources
@@ -78,6 +80,7 @@ class Drafter:
         default_plan: LayerPlan,
         limits: DrafterLimits,
         on_step: StepObserver = ignore_step,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._config = config
         self._memory = memory
@@ -85,6 +88,7 @@ class Drafter:
         self._default_plan = default_plan
         self._limits = limits
         self._on_step = on_step
+        self._grammars = grammars
         self._sessions: dict[int, DraftSession] = {}
         self._session_ids = itertools.count(1)
         self._evicted: set[int] = set()
@@ -160,6 +164,9 @@ class Drafter:
         check_model(request.model, self._limits.served_model_name)
         check_prompt(request.prompt_token_ids, config.vocab_size, self.max_model_len)
         request.sampling.check(config.vocab_size)
+        if request.num_output_tokens > len(request.prompt_token_ids):
+            most = len(request.prompt_token_ids)
+            raise InvalidRequestError("num_output_tokens", request.num_output_tokens, f"0 to {most}")
         session = DraftSession(
             session_id=next(self._session_ids),
             token_ids=[*request.prompt_token_ids],
@@ -168,10 +175,17 @@ class Drafter:
             plan=self._plan(request.layer_plan),
             calibration=request.layer_plan.calibration,
             sources=self._sources(request.sources),
+            preference=self._preference(request),
         )
         self._source.open(session)
         self._sessions[session.session_id] = session
         return session.session_id
+
+    def _preference(self, request: OpenSpeculation) -> GrammarPreference | None:
+        grammar = request.sampling.grammar
+        if grammar is None or self._grammars is None:
+            return None
+        return GrammarPreference(self._grammars, grammar, len(request.prompt_token_ids) - request.num_output_tokens)
 
     def _sources(self, wanted: DraftSources | None) -> DraftSources:
         here = self._limits.sources

@@ -16,6 +16,7 @@ from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
+from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
@@ -109,7 +110,11 @@ class DrafterEngine:
         limits = DrafterLimits(
             settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes, settings.draft_sources
         )
-        self._drafter = Drafter(loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step)
+        grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
+        grammars.prepare()
+        self._drafter = Drafter(
+            loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, grammars
+        )
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 

@@ -32,13 +32,15 @@ _SHARPNESS_RANGE = (0.25, 4.0)
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best next tokens of one row, best first: token ids and perturbed scores."""
+    """The best next tokens of one row, best first: token ids and perturbed scores. None where nothing may follow."""
 
     token_ids: tuple[int, ...]
     scores: tuple[float, ...]
 
     def log_probabilities(self, sharpness: float) -> list[float]:
-        """log softmax(sharpness x score) over the kept candidates."""
+        """log softmax(sharpness x score) over the kept candidates, if there are any."""
+        if not self.scores:
+            return []
         top = self.scores[0]
         total = math.log(sum(math.exp(sharpness * (score - top)) for score in self.scores))
         return [sharpness * (score - top) - total for score in self.scores]
@@ -64,6 +66,8 @@ class Sharpness:
 
     def observe(self, candidates: Candidates, chosen_token_id: int) -> None:
         """One step up the log-likelihood of the choice; a choice outside the candidates counts as the last one."""
+        if not candidates.scores:
+            return
         log_probabilities = candidates.log_probabilities(self.value)
         expected = sum(
             math.exp(log_p) * score for log_p, score in zip(log_probabilities, candidates.scores, strict=True)
@@ -176,6 +180,14 @@ class GrowingTree:
         added.sort(key=lambda row: (-self.log_values[row - 1], row))
         is_last = self.depths[self.frontier[0]] + 1 >= self._budget.num_levels
         self.frontier = [] if is_last else added[: self._budget.width]
+
+    def path_token_ids(self, row: int) -> tuple[int, ...]:
+        """The tokens from the root's child down to `row`; none for the root itself."""
+        path: list[int] = []
+        while row > 0:
+            path.append(self.token_ids[row - 1])
+            row = self.parent_rows[row - 1]
+        return tuple(reversed(path))
 
     def scored(self) -> ScoredTree:
         """Everything seen so far, with values."""

@@ -166,7 +166,10 @@ class ResilientDraftSession:
     async def _reopen(self) -> None:
         history = tuple(self._history)
         self._replica = self._replicas.pick(avoiding=[self._replica] if self._replica is not None else [])
-        stream = self._replica.client.open(replace(self._opening, prompt_token_ids=history[:-1]))
+        committed = history[:-1]
+        num_output_tokens = len(committed) - len(self._opening.prompt_token_ids)
+        opening = replace(self._opening, prompt_token_ids=committed, num_output_tokens=num_output_tokens)
+        stream = self._replica.client.open(opening)
         try:
             await self._ask(stream, history[-1:], _CATCH_UP_BUDGET, self._limits.reopen_deadline_s)
         except (EasyspecError, TimeoutError) as error:

@@ -86,7 +86,14 @@ async def drafting(
     committed = request.prompt_token_ids + request.output_token_ids
     most = None if request.stop.max_tokens is None else len(request.prompt_token_ids) + request.stop.max_tokens
     session_id = await engine.open(
-        OpenSpeculation(committed, request.sampling, plan, max_total_length=most, sources=sources)
+        OpenSpeculation(
+            committed,
+            request.sampling,
+            plan,
+            max_total_length=most,
+            sources=sources,
+            num_output_tokens=len(request.output_token_ids),
+        )
     )
     try:
         yield EngineDraftSession(engine, session_id)
@@ -112,6 +119,11 @@ class Output:
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
         """One entry per token of the rounds, if asked for; these must not depend on the drafter either."""
         return tuple(entry for round_ in self.rounds for entry in round_.answer.verdict.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The prompt's own, if asked for."""
+        return self.rounds[0].answer.verdict.prompt_logprobs
 
     @property
     def num_accepted(self) -> int:

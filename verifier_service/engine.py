@@ -92,6 +92,7 @@ class VerifierEngine:
             self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool)
         info = loaded.info
         self._grammars = GrammarCompiler(loaded.folder, info.vocab_size, info.eos_token_ids)
+        self._grammars.prepare()
         limits = VerifierLimits(settings.served_model_name, info.max_model_len, settings.max_tree_nodes)
         scheduler_limits = SchedulerLimits(
             max_batch_rows=settings.max_batch_rows,

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from drafter_service.grammar_preference import level_mask
 from drafter_service.growth import DEFAULT_RANKING, RankingSettings, draw_noise, rank_candidates
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
@@ -275,7 +276,9 @@ class LayerParallelSource:
             num_rows = len(drafting.tree.frontier)
             positions += [drafting.base_length + drafting.level] * num_rows
             samplings += [drafting.job.session.sampling] * num_rows
-        candidates = rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, _level_noise(draftings))
+        mask = level_mask([(d.job.session.preference, d.job.session.token_ids, d.tree) for d in draftings])
+        draft_logits, noise = mask.applied(draft_logits), _level_noise(draftings)
+        candidates = mask.kept(rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, noise))
         for drafting in draftings:
             count = len(drafting.tree.frontier)
             drafting.tree.add_level(candidates[:count])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from drafter_service.grammar_preference import GrammarPreference
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
@@ -27,6 +28,7 @@ class DraftSession:
     plan: LayerPlan
     calibration: bool
     sources: DraftSources = DraftSources.MODEL
+    preference: GrammarPreference | None = None
 
 
 @dataclass(frozen=True)

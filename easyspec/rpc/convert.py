@@ -304,6 +304,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
         request_id=message.request_id,
         max_total_length=message.max_total_length if message.HasField("max_total_length") else None,
         sources=sources_from_pb(message.sources),
+        num_output_tokens=message.num_output_tokens,
     )
 
 
@@ -316,6 +317,7 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
         request_id=request.request_id,
         max_total_length=request.max_total_length,
         sources=sources_to_pb(request.sources),
+        num_output_tokens=request.num_output_tokens,
     )
 
 

@@ -56,13 +56,6 @@ class GrammarState:
         self._matcher = compiled.start.deep_copy()
         self._ignore_eos = ignore_eos
 
-    def fork(self) -> GrammarState:
-        """Another state at the same place."""
-        other = GrammarState.__new__(GrammarState)
-        other._compiled, other._ignore_eos = self._compiled, self._ignore_eos
-        other._matcher = self._matcher.deep_copy()
-        return other
-
     def advance(self, token_id: int) -> bool:
         """Append a token of the output; False, and no step made, if it is not allowed here."""
         if self._matcher.try_consume_tokens([token_id]) == 1:
@@ -70,9 +63,15 @@ class GrammarState:
         self._check()
         return False
 
-    def allows(self, token_id: int) -> bool:
-        """Whether the token may come next, which is cheaper to ask than for all tokens."""
-        return not self._matcher.is_stopped() and self._matcher.validate_tokens([token_id]) == 1
+    def rollback(self, num_tokens: int) -> None:
+        """Take the last tokens back; takes no longer in a long output, which copying the state would."""
+        if num_tokens:
+            self._matcher.rollback(num_tokens)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an end of sequence was appended."""
+        return bool(self._matcher.stop_reason() == "EndOfSentence")
 
     def allowed_bits(self) -> NDArray[np.uint8]:
         """The tokens that may come next, at least one: bit `i % 8` of byte `i // 8` is token i; [ceil(V / 8)].

@@ -60,7 +60,7 @@ class _Job:
 
 
 class GrammarCompiler:
-    """Compiles for the tokenizer of `folder`, which is read when the first grammar comes.
+    """Compiles for the tokenizer of `folder`, which is read by `prepare` or when the first grammar comes.
 
     `vocab_size` is the model's (its tokenizer may have fewer entries, or more), `eos_token_ids` are the ends of
     sequence as the model has them.
@@ -96,6 +96,10 @@ class GrammarCompiler:
         except TimeoutError:
             raise self._late(grammar) from None
         return _unwrapped(grammar, outcome)
+
+    def prepare(self) -> None:
+        """Begin to read the tokenizer, which takes a second with a large vocabulary; returns at once."""
+        self.submit(Grammar(GrammarKind.REGEX, "a"))
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar | _Refusal]:
         """Have it compiled if it is not yet; raises CapacityError. For `poll`."""

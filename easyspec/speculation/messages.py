@@ -76,7 +76,7 @@ class VerifyTimings:
 
 @dataclass(frozen=True)
 class OpenSpeculation:
-    """Opens a session at the drafter with every token committed so far.
+    """Opens a session at the drafter with every token committed so far, the last `num_output_tokens` being output.
 
     `max_total_length` is the most tokens the session can come to hold (None: the draft model's context); KV memory is
     budgeted by it. `sources` None takes the drafter's.
@@ -89,6 +89,7 @@ class OpenSpeculation:
     model: str = ""
     request_id: str = ""
     sources: DraftSources | None = None
+    num_output_tokens: int = 0
 
 
 @dataclass(frozen=True)

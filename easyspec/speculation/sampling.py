@@ -28,6 +28,7 @@ from torch import Tensor
 from easyspec.speculation.coupling import MIN_GUMBEL_NOISE, gumbel_noise, gumbel_of_bits, signed_seed, uniform_bits
 from easyspec.speculation.filters import filter_scores_, has_filters
 from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.token_mask import mask_forbidden_
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.speculation.transfer import moved, to_device
 
@@ -143,7 +144,7 @@ def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
     """Logits after bias, penalties and grammar mask; `base_logits` itself where no row has any."""
     biased = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.logit_bias)
     penalised = _grouped((index, row) for index, row in enumerate(rows) if row.sampling.has_penalties)
-    masked = [index for index, row in enumerate(rows) if row.allowed_bits is not None]
+    masked = {index: row.allowed_bits for index, row in enumerate(rows) if row.allowed_bits is not None}
     if not biased and not penalised and not masked:
         return base_logits
     adjusted = base_logits.clone()
@@ -152,7 +153,7 @@ def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
     for group in penalised:
         _penalise_(adjusted, group, [rows[index] for index in group])
     if masked:
-        _mask_(adjusted, masked, rows)
+        mask_forbidden_(adjusted, [*masked], [*masked.values()])
     return adjusted
 
 
@@ -199,19 +200,6 @@ def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> N
     values -= counts * sampling.frequency_penalty
     values -= seen * sampling.presence_penalty
     logits[row_index, token_ids] = values
-
-
-def _mask_(logits: Tensor, masked: list[int], rows: Sequence[ChoiceRow]) -> None:
-    device, vocab_size = logits.device, logits.shape[1]
-    packed = np.stack([bits for bits in (rows[index].allowed_bits for index in masked) if bits is not None])
-    bits = moved(torch.from_numpy(packed), device)  # [F, ceil(V / 8)]
-    allowed = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
-    forbidden = allowed.flatten(1)[:, :vocab_size] == 0  # [F, V]
-    if len(masked) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        index = to_device(masked, torch.int64, device)
-        logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
 def _scores(adjusted: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:

@@ -64,12 +64,15 @@ class OpenSpeculation(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MAX_TOTAL_LENGTH_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Draft model name; empty means the only one served."""
     request_id: _builtins.str
     """For logs and traces."""
     max_total_length: _builtins.int
     """Most tokens the session can come to hold; KV memory is budgeted by it. Unset: the draft model's context."""
+    num_output_tokens: _builtins.int
+    """How many of prompt_token_ids, at their end, are output: the sampling parameters' grammar begins there."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token committed so far (prompt, and output when a session is re-opened), at least one."""
@@ -96,10 +99,11 @@ class OpenSpeculation(_message.Message):
         request_id: _builtins.str = ...,
         max_total_length: _builtins.int | None = ...,
         sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
+        num_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_total_length: _TypeAlias = _typing.Literal["max_total_length"]  # noqa: Y015
     _WhichOneofArgType__max_total_length: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length"]  # noqa: Y015

@@ -21,6 +21,7 @@ from easyspec.speculation.parameters import (
 )
 from tests.engine_driver import Output, drafting, generate
 from tests.fakes.checkpoints import VOCAB_SIZE
+from tests.fakes.grammars import random_grammar
 from verifier_service.engine import VerifierEngine
 
 NUM_CASES = 200
@@ -68,10 +69,26 @@ def random_case(seed: int) -> Case:
         calibration=rng.random() < 0.8,
     )
     budget = TreeBudget(rng.randrange(1, 8), rng.randrange(1, 7), rng.choice([1, 4, 16, 40, 64]))
-    return Case(OpenVerification(prompt, random_sampling(rng), stop), plan, budget, uses_twin=seed % 2 == 0)
+    request = OpenVerification(prompt, random_sampling(rng), stop)
+    return Case(with_reports(with_grammar(request, rng), rng), plan, budget, uses_twin=seed % 2 == 0)
+
+
+def with_grammar(request: OpenVerification, rng: random.Random) -> OpenVerification:
+    """The same under a grammar, one time out of three."""
+    if rng.random() < 2 / 3:
+        return request
+    return replace(request, sampling=replace(request.sampling, grammar=random_grammar(rng)))
+
+
+def with_reports(request: OpenVerification, rng: random.Random) -> OpenVerification:
+    """The same with log-probabilities, half of the time."""
+    if rng.random() < 0.5:
+        return request
+    return replace(request, num_top_logprobs=rng.choice([0, 1, 5, 20]), prompt_logprobs=rng.random() < 0.3)
 
 
 CASES = [random_case(seed) for seed in range(NUM_CASES)]
+GRAMMATICAL = [seed for seed, case in enumerate(CASES) if case.request.sampling.grammar is not None]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +115,9 @@ async def test_speculation_says_what_plain_decoding_says(
     drafted = await asyncio.gather(*(speculate(case) for case in cases))
     for case, expected, output in zip(cases, plain, drafted, strict=True):
         assert output.said == expected.said, case
+        assert output.logprobs == expected.logprobs, case
+        assert output.prompt_logprobs == expected.prompt_logprobs, case
+        assert len(output.logprobs) == (0 if case.request.num_top_logprobs is None else len(output.token_ids))
     assert sum(output.num_accepted for output in drafted) > 20
     seen += zip(plain, drafted, strict=True)
 
@@ -116,6 +136,9 @@ def test_the_cases_were_worth_it(seen: Sequence[tuple[Output, Output]]) -> None:
     ]
     assert ends_in_a_block.count(FinishReason.STOP) > 3
     assert ends_in_a_block.count(FinishReason.LENGTH) > 10
+    grammatical = [drafted for case, (_, drafted) in zip(CASES, seen, strict=True) if case.request.sampling.grammar]
+    assert sum(output.num_accepted for output in grammatical) > 100
+    assert sum(output.finish_reason is FinishReason.STOP for output in grammatical) > 15
 
 
 async def test_a_request_says_the_same_alone(verifier: VerifierEngine) -> None:
@@ -128,10 +151,12 @@ async def test_a_request_says_the_same_alone(verifier: VerifierEngine) -> None:
 
 async def test_another_verifier_takes_over_in_mid_stream(verifier: VerifierEngine, twin_drafter: DrafterEngine) -> None:
     """Prompt, output so far and seed are all it takes, with a drafter that was re-opened as well."""
-    for seed in (1, 3, 6):
+    for seed in (1, 3, 6, *GRAMMATICAL[:4]):
         case = CASES[seed]
         whole = await generate(verifier, case.request)
         for length in range(0, len(whole.token_ids), 3):
             asked = replace(case.request, output_token_ids=whole.token_ids[:length])
             async with drafting(twin_drafter, asked, case.plan) as drafts:
-                assert (await generate(verifier, asked, drafts, case.budget)).said == whole.said
+                output = await generate(verifier, asked, drafts, case.budget)
+                assert output.said == whole.said
+                assert output.logprobs == whole.logprobs[length:]

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from easyspec.rpc.lifecycle import Application, RpcServer
 
@@ -28,3 +29,17 @@ async def eventually(condition: Callable[[], bool], within_s: float = 1.0) -> No
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         await asyncio.sleep(0.002)
+
+
+class LentEngine:
+    """A started engine that may be served as often as one likes: whoever lends it starts and stops it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)

@@ -111,7 +111,11 @@ def test_open_verification(
     assert convert.open_verification_from_pb(sent(convert.open_verification_to_pb(request))) == request
 
 
-@given(st.builds(OpenSpeculation, token_ids, samplings, plans, st.none() | uint32s, names, names))
+@given(
+    st.builds(
+        OpenSpeculation, token_ids, samplings, plans, st.none() | uint32s, names, names, num_output_tokens=uint32s
+    )
+)
 def test_open_speculation(request: OpenSpeculation) -> None:
     assert convert.open_speculation_from_pb(sent(convert.open_speculation_to_pb(request))) == request
 

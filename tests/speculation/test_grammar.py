@@ -90,17 +90,18 @@ async def test_special_and_padding_tokens_are_no_text(compiler: GrammarCompiler,
     assert len(everything) > 200
 
 
-async def test_a_fork_and_its_origin_go_their_own_ways(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+async def test_tokens_can_be_taken_back(compiler: GrammarCompiler, backend: Tokenizer) -> None:
     a, b, c = (backend.token_to_id(text) for text in "abc")
-    state = GrammarState(await compiler.compile(regex("a(bc|cb)")), ignore_eos=False)
-    assert state.advance(a)
-    fork = state.fork()
-    assert fork.advance(b)
-    assert (allowed(fork), allowed(state)) == ({c}, {b, c})
-    assert state.allows(c)
-    assert not state.allows(a)
-    assert state.advance(c)
-    assert (allowed(fork), allowed(state)) == ({c}, {b})
+    state = GrammarState(await compiler.compile(regex("a(bc|cb)d*")), ignore_eos=False)
+    assert follows(state, [a, b, c, EOS])
+    assert state.has_ended
+    state.rollback(0)
+    assert state.has_ended
+    state.rollback(3)
+    assert not state.has_ended
+    assert allowed(state) == {b, c}
+    assert follows(state, [c])
+    assert allowed(state) == {b}
 
 
 async def test_the_schema_true_accepts_everything(compiler: GrammarCompiler, backend: Tokenizer) -> None:

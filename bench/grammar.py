@@ -1,0 +1,200 @@
+"""`python -m bench.grammar`: what structured output costs, and what it does to acceptance.
+
+`masks`: microseconds per row of what the verifier does under a grammar, on the bundled vocabulary and on a made-up one
+of 128 000 tokens. `acceptance`: tokens per round under JSON schemas on the bundled pair, the engines in this process,
+with a drafter that knows the grammar and with one that does not; what counts is which tokens are accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from bench.ranking import count_tokens
+from drafter_service.config import DrafterSettings
+from drafter_service.engine import DrafterEngine
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
+from easyspec.speculation.grammar import GrammarState
+from easyspec.speculation.grammar_compiler import GrammarCompiler
+from easyspec.speculation.messages import OpenVerification
+from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.token_mask import mask_forbidden_
+from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
+from gateway.tokenizer import Tokenizer
+from models.heldout import held_out_prompts
+from verifier_service.config import VerifierSettings
+from verifier_service.engine import VerifierEngine
+
+_PERSON = """{"type": "object", "properties": {
+  "name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+  "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+  "state": {"enum": ["active", "suspended", "closed"]}},
+  "required": ["name", "age", "tags", "state"], "additionalProperties": false}"""
+GRAMMARS = {
+    "json schema": Grammar(GrammarKind.JSON_SCHEMA, _PERSON),
+    "any json": Grammar(GrammarKind.JSON_SCHEMA, "{}"),
+    "regex": Grammar(GrammarKind.REGEX, "(GET|POST|DELETE) /[a-z/]{1,40} HTTP/1[.][01]"),
+}
+_TEXTS = {
+    "json schema": '{"name": "Ada Lovelace", "age": 36, "tags": ["math", "poetry"], "state": "active"}',
+    "any json": '{"a": [1, 2.5, {"b": "hello world"}, null], "c": true, "key": "a longer string, with punctuation."}',
+    "regex": "POST /users/ada/notes HTTP/1.1",
+}
+_WIDE_VOCAB_SIZE = 128_000
+
+
+@dataclass(frozen=True)
+class MaskCost:
+    """Microseconds for a row: the mask itself (median, 99th percentile), a step of the state, the masking of logits."""
+
+    compile_ms: float
+    mask_us: float
+    mask_p99_us: float
+    advance_us: float
+    apply_us: float
+
+
+def write_wide_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """The bundled vocabulary and pairs of its entries, as many as are wanted: tokens of a real one's lengths."""
+    base = Backend.from_file(str(DEFAULT_BASE / TOKENIZER_FILE))
+    entries = sorted(base.get_vocab(with_added_tokens=False), key=lambda token: base.token_to_id(token) or 0)
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *entries])}
+    for first in entries[256:]:
+        for second in entries[256::7]:
+            if len(vocabulary) == vocab_size:
+                break
+            vocabulary.setdefault(first + second, len(vocabulary))
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(folder / TOKENIZER_FILE))
+    return folder
+
+
+async def mask_cost(folder: Path, vocab_size: int, name: str, num_repetitions: int) -> MaskCost:
+    """Follow a text under the grammar `name`, cold lexer and warm alike."""
+    compiler = GrammarCompiler(folder, vocab_size, (0,))
+    await compiler.compile(Grammar(GrammarKind.REGEX, "a"))  # reads the tokenizer
+    begin = time.perf_counter()
+    compiled = await compiler.compile(GRAMMARS[name])
+    compile_ms = (time.perf_counter() - begin) * 1e3
+    token_ids = Backend.from_file(str(folder / TOKENIZER_FILE)).encode(_TEXTS[name]).ids
+    logits = torch.zeros(1, vocab_size)
+    masks: list[float] = []
+    advances: list[float] = []
+    applications: list[float] = []
+    for _ in range(num_repetitions):
+        state = GrammarState(compiled, ignore_eos=False)
+        for token_id in token_ids:
+            begins_ns = time.perf_counter_ns()
+            bits = state.allowed_bits()
+            masked_ns = time.perf_counter_ns()
+            mask_forbidden_(logits, [0], [bits])
+            applied_ns = time.perf_counter_ns()
+            is_allowed = state.advance(token_id)
+            advanced_ns = time.perf_counter_ns()
+            masks.append((masked_ns - begins_ns) / 1e3)
+            applications.append((applied_ns - masked_ns) / 1e3)
+            advances.append((advanced_ns - applied_ns) / 1e3)
+            assert is_allowed, "the text matches the grammar"
+    return MaskCost(
+        compile_ms,
+        statistics.median(masks),
+        sorted(masks)[int(0.99 * (len(masks) - 1))],
+        statistics.median(advances),
+        statistics.median(applications),
+    )
+
+
+async def print_mask_costs(num_repetitions: int) -> None:
+    """One line per vocabulary and grammar."""
+    print(f"{'V':>7}  {'grammar':<12} {'compile ms':>10} {'mask us':>8} {'p99':>7} {'advance':>8} {'apply':>7}")
+    with tempfile.TemporaryDirectory() as wide:
+        folders = {4096: DEFAULT_BASE, _WIDE_VOCAB_SIZE: write_wide_tokenizer(Path(wide), _WIDE_VOCAB_SIZE)}
+        for vocab_size, folder in folders.items():
+            for name in GRAMMARS:
+                cost = await mask_cost(folder, vocab_size, name, num_repetitions)
+                print(
+                    f"{vocab_size:>7}  {name:<12} {cost.compile_ms:10.1f} {cost.mask_us:8.1f} {cost.mask_p99_us:7.1f} "
+                    f"{cost.advance_us:8.1f} {cost.apply_us:7.1f}"
+                )
+
+
+async def print_acceptance(num_prompts: int, max_tokens: int, budget: TreeBudget) -> None:
+    """One line per temperature and grammar: tokens per round of a drafter that knows it, and of one that does not."""
+    verifier = VerifierEngine(VerifierSettings(model=str(DEFAULT_BASE)))
+    drafter = DrafterEngine(DrafterSettings(model=str(DEFAULT_DRAFT)))
+    tokenizer = Tokenizer.load(DEFAULT_BASE)
+    prompts = [tuple(tokenizer.encode(text)) for text in held_out_prompts(num_prompts, seed=7, max_chars=600)]
+    await asyncio.gather(verifier.start(), drafter.start())
+    try:
+        print(f"{'T':>4}  {'grammar':<12} {'preferring':>10} {'ignorant':>9}")
+        for temperature in (0.0, 0.8):
+            for name, grammar in GRAMMARS.items():
+                sampling = SamplingParameters(seed=0, temperature=temperature, grammar=grammar)
+                openings = [
+                    OpenVerification(prompt, replace(sampling, seed=100 + index), StopConditions(max_tokens))
+                    for index, prompt in enumerate(prompts)
+                ]
+                preferring = await _tokens_per_round(verifier, drafter, openings, budget, knows=True)
+                ignorant = await _tokens_per_round(verifier, drafter, openings, budget, knows=False)
+                print(f"{temperature:>4g}  {name:<12} {preferring:10.2f} {ignorant:9.2f}")
+    finally:
+        await asyncio.gather(verifier.stop(), drafter.stop())
+
+
+async def _tokens_per_round(
+    verifier: VerifierEngine,
+    drafter: DrafterEngine,
+    openings: Sequence[OpenVerification],
+    budget: TreeBudget,
+    *,
+    knows: bool,
+) -> float:
+    counts = await asyncio.gather(
+        *(
+            count_tokens(
+                verifier,
+                drafter,
+                opening,
+                budget,
+                opening.sampling if knows else replace(opening.sampling, grammar=None),
+            )
+            for opening in openings
+        )
+    )
+    return sum(tokens for tokens, _ in counts) / max(1, sum(rounds for _, rounds in counts))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.grammar", description="cost of structured output")
+    parser.add_argument("table", choices=["masks", "acceptance"])
+    parser.add_argument("--repetitions", type=int, default=50)
+    parser.add_argument("--budget", type=int, nargs=3, default=[5, 4, 15], metavar=("LEVELS", "WIDTH", "NODES"))
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    arguments = parser.parse_args(argv)
+    if arguments.table == "masks":
+        torch.set_num_threads(1)
+        asyncio.run(print_mask_costs(arguments.repetitions))
+    else:
+        budget = TreeBudget(*arguments.budget)
+        asyncio.run(print_acceptance(arguments.num_prompts, arguments.max_tokens, budget))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
