@@ -182,7 +182,7 @@ def test_provisioning_fits_together() -> None:
     jobs = {job["job_name"]: job["dns_sd_configs"][0] for job in scrape["scrape_configs"]}
     assert set(jobs) == {"gateway", "drafter", "verifier"}
     for role, job in jobs.items():
-        variable = f"EASYSPEC_{role.upper()}_METRICS_ADDRESS"
+        variable = f"EASYSPEC_{role.upper()}_{'HTTP' if role == 'gateway' else 'METRICS'}_ADDRESS"
         assert services[role]["environment"][variable] == f"0.0.0.0:{job['port']}"
         assert job["names"] == [role]
     mounted = {volume.partition(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]}
