@@ -100,12 +100,19 @@ class Peer:
         return self.state is PeerState.READY
 
     async def probe(self) -> None:
-        """Ask once, and set `state` and `info` by the answer."""
+        """Ask once, and set `state` and `info` by the answer.
+
+        A session that was lost while the answer was under way knows better: the peer may answer questions and do
+        nothing else.
+        """
+        num_failures = self._num_failures
         try:
             info = await self._fetch_info()
         except EasyspecError as error:
             self._num_failures += 1
             self._become(PeerState.UNREACHABLE, reason=str(error))
+            return
+        if self._num_failures > num_failures:
             return
         if info.model.tokenizer_fingerprint != self._fingerprint:
             self._take_misfit(info)

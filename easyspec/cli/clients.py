@@ -117,7 +117,7 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
         stop=convert.stop_to_pb(flags.stop),
         stop_strings=flags.stop_strings,
         speculation=generation_pb2.SpeculationParameters(
-            mode=_Mode.MODE_AUTO if flags.is_drafting else _Mode.MODE_OFF,
+            mode=_mode(flags),
             budget=convert.budget_to_pb(budget),
             layer_plan=convert.layer_plan_to_pb(flags.layer_plan),
         ),
@@ -128,6 +128,14 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
     else:
         request.text = flags.prompt
     return request
+
+
+def _mode(flags: GenerateFlags) -> _Mode.Mode.ValueType:
+    """Who names a tree wants that tree; otherwise the gateway chooses by what it earns."""
+    if not flags.is_drafting:
+        return _Mode.MODE_OFF
+    is_named = any(value is not None for value in (flags.num_draft_levels, flags.tree_width, flags.num_nodes))
+    return _Mode.MODE_ON if is_named else _Mode.MODE_AUTO
 
 
 def _given(value: int | None, default: int) -> int:

@@ -123,8 +123,8 @@ async def answer(stub: Any) -> str:
 
 async def test_a_flood_from_one_host_does_not_starve_another(pair: FakePair, tokenizer_folder: Path) -> None:
     pair.verifier.delay_s = 0.005
-    settings = {"max_concurrent_requests": 2, "max_waiting_requests": 20, "admission_timeout_s": 30.0}
-    async with gateway(pair, tokenizer_folder, address="[::]:0", **settings) as address:
+    settings = {"max_concurrent_requests": 2, "max_waiting_requests": 20, "allow_plaintext": True}
+    async with gateway(pair, tokenizer_folder, address="[::]:0", admission_timeout_s=30.0, **settings) as address:
         port = address.rpartition(":")[2]
         async with stub_of(f"127.0.0.1:{port}") as flooding, stub_of(f"[::1]:{port}") as other:
             flood = [asyncio.create_task(answer(flooding)) for _ in range(60)]
