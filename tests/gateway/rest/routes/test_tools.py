@@ -13,6 +13,7 @@ import pytest
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import GrammarKind
 from gateway.tokenizer import Tokenizer
+from tests.fakes.servers import eventually
 from tests.gateway.rest.conftest import Rest, answered, chat_body, refused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -100,7 +101,7 @@ async def test_without_parallel_calls_the_answer_ends_with_the_first(tool_rest: 
     message, reason = await answer(tool_rest, tokenizer, f"{TIME}\n{CALL}", parallel_tool_calls=False)
     assert message["tool_calls"] == [call("time", "{}")]
     assert reason == "tool_calls"
-    assert tool_rest.is_idle()
+    await eventually(tool_rest.is_idle)
 
 
 async def test_a_call_cut_by_the_length_is_not_passed_off_as_one(tool_rest: Rest, tokenizer: Tokenizer) -> None:
