@@ -15,11 +15,14 @@ from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from tests.engine_driver import BUDGET, Output, drafting, generate
 from tests.fakes.checkpoints import VOCAB_SIZE
 from verifier_service.engine import VerifierEngine
 
+# Guesses from text do not know grammars.
+MODEL = DraftSources.MODEL
 PROMPT = (5, 8, 13, 21, 34, 55)
 GRAMMARS = {
     "words": Grammar(GrammarKind.REGEX, "((range|return|print) [a-z]{1,3}; ){4}"),
@@ -97,7 +100,9 @@ async def test_a_session_opened_in_mid_output_knows_where_it_is(
         for token_id in plain.token_ids[: length + 1]:
             state.advance(token_id)
         committed = PROMPT + plain.token_ids[:length]
-        session_id = await drafter.open(OpenSpeculation(committed, request.sampling, num_output_tokens=length))
+        session_id = await drafter.open(
+            OpenSpeculation(committed, request.sampling, num_output_tokens=length, sources=MODEL)
+        )
         calibration = Calibration(len(committed), plain.token_ids[length : length + 1], BUDGET)
         draft = await drafter.draft(session_id, calibration)
         drafter.close(session_id)
@@ -109,10 +114,10 @@ async def test_a_session_opened_in_mid_output_knows_where_it_is(
 
 async def test_there_is_nothing_to_guess_after_the_end(drafter: DrafterEngine) -> None:
     sampling = replace(SAMPLINGS["greedy"], grammar=Grammar(GrammarKind.REGEX, "[^\\x00]?"))
-    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling))
+    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling, sources=MODEL))
     await drafter.draft(session_id, Calibration(len(PROMPT), (0,), BUDGET))
     drafter.close(session_id)
-    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling))
+    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling, sources=MODEL))
     draft = await drafter.draft(session_id, Calibration(len(PROMPT), (66,), BUDGET))
     drafter.close(session_id)
     assert draft.tree == TokenTree((0,), (0,))  # one character was said: the end is all that may follow
@@ -145,7 +150,7 @@ async def test_a_grammar_still_being_compiled_delays_nothing(
 ) -> None:
     monkeypatch.setattr(GrammarCompiler, "poll", lambda *_: None)
     sampling = replace(SAMPLINGS["greedy"], grammar=GRAMMARS["json"])
-    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling))
+    session_id = await drafter.open(OpenSpeculation(PROMPT, sampling, sources=MODEL))
     budget = TreeBudget(2, 2, 8)
     draft = await drafter.draft(session_id, Calibration(len(PROMPT), (9,), budget))
     drafter.close(session_id)
