@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway.tokenizer import Tokenizer
 from tests.fakes.scripted_gateway import serve_scripted_gateway
+from tests.fakes.services import TOY_TEXT, ToyLanguage, running_pair
+from tests.fakes.tiny_tokenizer import write_tokenizer
+from tests.gateway.rest.conftest import serving_rest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
@@ -47,8 +51,22 @@ def test_paths_of_the_code_map_exist() -> None:
             assert (ROOT / path).exists(), path
 
 
-async def test_the_python_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def _python_snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+async def test_the_openai_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = [snippet for snippet in _python_snippets() if "openai" in snippet]
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint())
+    async with running_pair(language) as pair, serving_rest(pair, tmp_path) as rest:
+        snippet = snippet.replace("http://127.0.0.1:8000", rest.base_url).replace('model="base"', 'model="toy-base"')
+        await asyncio.to_thread(exec, snippet, {})
+    assert len(capsys.readouterr().out) > 10
+
+
+async def test_the_grpc_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = [snippet for snippet in _python_snippets() if "grpc" in snippet]
     async with serve_scripted_gateway([[1], [2, 3]]) as (gateway, address):
         await asyncio.to_thread(exec, snippet.replace("127.0.0.1:50051", address), {})
     (request,) = gateway.requests
