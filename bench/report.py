@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.machine import REPOSITORY
+from bench.source_report import plot_sources, sources_section
 from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
@@ -49,7 +50,12 @@ def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> int:
     """Rewrite docs/benchmarks.md."""
     files = [*sorted(RESULTS.glob("decode-*.json")), *sorted(RESULTS.glob("serve-*.json"))]
-    TARGET.write_text(render({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}), "utf-8")
+    content = render({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files})
+    for path in sorted(RESULTS.glob("sources-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        plot_sources(report, path.with_suffix(".svg"))
+        content += "\n" + sources_section(path.name, report)
+    TARGET.write_text(content, "utf-8")
     print(f"{TARGET.relative_to(REPOSITORY)}: {len(files)} runs")
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import StepObserver, ignore_step
-from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
 # Text has no context length; this bounds what one session may hold.
 _DEFAULT_MAX_LEN = 1 << 20
@@ -111,7 +110,7 @@ class TextDrafterEngine:
         max_len = settings.max_model_len or _DEFAULT_MAX_LEN
         self._info = ModelInfo(
             name=settings.served_model_name,
-            vocab_size=_vocabulary_size(folder),
+            vocab_size=max(tokens_by_id(folder), default=-1) + 1,
             max_model_len=max_len,
             tokenizer_fingerprint=fingerprint,
             num_parameters=0,
@@ -132,11 +131,3 @@ def open_text_resources(settings: DrafterSettings, fingerprint: str) -> TextReso
         index=SuffixIndex(settings.index, fingerprint) if settings.index is not None else None,
         prior=NgramTable(settings.ngram_prior, fingerprint) if settings.ngram_prior is not None else None,
     )
-
-
-def _vocabulary_size(folder: Path) -> int:
-    """Entries of the tokenizer, whose file has been read before."""
-    content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    ids = {int(token["id"]) for token in content.get("added_tokens") or []}
-    vocabulary = content["model"]["vocab"]
-    return max([len(vocabulary) - 1, *ids], default=-1) + 1

@@ -15,6 +15,7 @@ from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import LayerPlanRequest, StopConditions, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 
 GenerateResponse = generation_pb2.GenerateResponse
@@ -60,6 +61,7 @@ class GenerateFlags:
     num_draft_levels: int | None = None
     tree_width: int | None = None
     num_nodes: int | None = None
+    sources: DraftSources | None = None
     layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
 
 
@@ -120,6 +122,7 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
             mode=_mode(flags),
             budget=convert.budget_to_pb(budget),
             layer_plan=convert.layer_plan_to_pb(flags.layer_plan),
+            sources=convert.sources_to_pb(flags.sources),
         ),
     )
     if flags.is_chat:

@@ -50,6 +50,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output;
 
 NumDraftLevels = Annotated[int | None, typer.Option(help="Levels of a draft tree.")]
 TreeWidth = Annotated[int | None, typer.Option(help="Nodes expanded per level.")]
+Sources = Annotated[
+    str | None, typer.Option(help="Who guesses: some of model,retrieval,ngram. [default: the drafter's]")
+]
 NumNodes = Annotated[int | None, typer.Option(help="Nodes of a draft tree.")]
 LayerParallelSize = Annotated[
     int | None, typer.Option(help="Draft layers whose attention runs at the same time; 1 is sequential.")

@@ -31,6 +31,7 @@ from easyspec.planner.planner import Workload, make_plan
 from easyspec.planner.shape import find_shape
 from easyspec.planner.validation import compare_with_paper
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
+from easyspec.speculation.sources import parse_sources
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -117,6 +118,7 @@ def generate(
     num_draft_levels: flags.NumDraftLevels = None,
     tree_width: flags.TreeWidth = None,
     num_nodes: flags.NumNodes = None,
+    sources: flags.Sources = None,
     layer_parallel_size: flags.LayerParallelSize = None,
     mlp: flags.MlpFlag = None,
     no_calibration: Annotated[
@@ -142,6 +144,7 @@ def generate(
         num_draft_levels=num_draft_levels,
         tree_width=tree_width,
         num_nodes=num_nodes,
+        sources=parse_sources(sources.split(",")) if sources is not None else None,
         layer_plan=LayerPlanRequest(
             layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None, not no_calibration
         ),

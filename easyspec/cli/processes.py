@@ -19,6 +19,7 @@ import easyspec
 from easyspec.cli.clients import is_drafter_ready, is_serving
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
+from easyspec.vocabulary import check_vocabularies, padding_note
 
 FREE_PORT = "127.0.0.1:0"
 HTTP_OFF = "off"
@@ -70,10 +71,12 @@ class StackSettings:
     stop_grace_s: float = 10.0
 
     def check(self) -> None:
-        """Raise ConfigurationError for a folder that is no checkpoint."""
+        """Raise ConfigurationError for a folder that is no checkpoint, and for a pair of different vocabularies."""
         for name, folder in (("base", self.base), ("draft", self.draft)):
             if folder is not None and not (folder / "config.json").is_file():
                 raise ConfigurationError(f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json")
+        if self.draft is not None:
+            check_vocabularies(self.base, self.draft)
 
 
 class ServiceProcess:
@@ -193,6 +196,9 @@ class ServiceStack:
         wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
         if settings.draft is not None:
+            note = padding_note(settings.base, settings.draft)
+            if note is not None:
+                on_log(DRAFTER, note)
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
             wiring += ["--drafter-address", self.drafter.address]
         is_http_on = settings.http_address != HTTP_OFF

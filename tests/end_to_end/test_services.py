@@ -29,6 +29,7 @@ from easyspec.v1 import (
     drafter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    types_pb2,
     verifier_pb2,
     verifier_pb2_grpc,
 )
@@ -371,3 +372,36 @@ async def test_tokenizers_that_do_not_fit_are_a_start_up_error_with_both_fingerp
         ):
             async with running(base, draft, base_folder):
                 pytest.fail("started")
+
+
+async def test_a_request_says_who_guesses_and_learns_who_was_right(services: Services) -> None:
+    """With any sources the same tokens; the statistics name those that were asked and no other."""
+
+    async def generate(*sources: types_pb2.DraftSource.ValueType) -> tuple[list[int], generation_pb2.Completion]:
+        request = generation_pb2.GenerateRequest(
+            token_ids=generation_pb2.TokenIds(ids=PROMPT),
+            sampling=types_pb2.SamplingParameters(seed=1, temperature=0.5),
+            stop=types_pb2.StopConditions(max_tokens=20, ignore_eos=True),
+            speculation=generation_pb2.SpeculationParameters(
+                mode=generation_pb2.SpeculationParameters.MODE_ON, sources=sources
+            ),
+        )
+        messages = [message async for message in services.gateway_stub.Generate(request, timeout=30)]
+        return [token_id for message in messages for token_id in message.token_ids], messages[-1].completion
+
+    model, retrieval, ngram = (
+        types_pb2.DRAFT_SOURCE_MODEL,
+        types_pb2.DRAFT_SOURCE_RETRIEVAL,
+        types_pb2.DRAFT_SOURCE_NGRAM,
+    )
+    expected, completion = await generate(model)
+    assert [entry.source for entry in completion.speculation.sources] == [model]
+    assert completion.speculation.sources[0].num_draft_tokens == completion.speculation.num_draft_tokens
+    assert completion.speculation.sources[0].num_accepted_tokens == completion.speculation.num_accepted_tokens
+    for sources in ([], [retrieval], [model, ngram], [ngram, retrieval, model]):
+        token_ids, completion = await generate(*sources)
+        assert token_ids == expected
+        assert completion.speculation.num_drafter_failures == 0
+        assert {entry.source for entry in completion.speculation.sources} <= set(sources or [model, retrieval, ngram])
+    info = await services.drafter_stub.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=10)
+    assert list(info.sources) == [model, retrieval, ngram]

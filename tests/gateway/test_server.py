@@ -148,6 +148,7 @@ async def test_statistics_and_timings_tell_what_happened(client: Client) -> None
     assert statistics.mean_acceptance_length == pytest.approx(mean)
     assert statistics.num_drafter_failures == 0
     assert statistics.total_ns > 0
+    assert not statistics.sources  # this drafter does not tell
     assert statistics.time_to_first_token_ns > 0
     second = chunks[1].timings
     assert (second.calibrate_ns, second.fuzzy_ns, second.compute_ns, second.num_draft_levels) == (200, 300, 2000, 5)

@@ -1,0 +1,86 @@
+"""`bench sources`: what is measured, and what is made of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.measurement import PLAIN, Mode, Round, Sample
+from bench.source_report import sources_section
+from bench.source_tasks import TASK_NAMES, source_tasks
+from bench.sources import Measured, SourcesSettings, interleaved, source_sets, summarize_sources
+from easyspec.speculation.parameters import LayerPlanRequest
+from easyspec.speculation.sources import ALL_SOURCES, DraftSources
+from models.heldout import held_out_texts
+
+
+def round_of(num_accepted: int, arrival_s: float, num_draft_tokens: int = 8) -> Round:
+    return Round(arrival_s, num_accepted + 1, num_accepted, num_draft_tokens, 3, 3, 2_000_000, 1, 1, 1, 1, 1)
+
+
+def sample(mode: Mode, rounds: tuple[Round, ...], token_ids: tuple[int, ...] = (1, 2)) -> Sample:
+    by_source = ((DraftSources.MODEL, 3), (DraftSources.NGRAM, 1))
+    return Sample(mode, 0.0, 0, token_ids, rounds, (), (), 0, 0.1, by_source)
+
+
+FUSED = Mode("all", LayerPlanRequest(), ALL_SOURCES)
+
+
+def test_a_row_is_made_of_rounds() -> None:
+    plain = sample(PLAIN, tuple(round_of(0, float(second), 0) for second in range(1, 5)))
+    fused = sample(FUSED, (round_of(0, 1.0, 0), round_of(3, 1.5), round_of(1, 2.0)))
+    (result,) = summarize_sources([Measured("code", 0, plain), Measured("code", 8, fused)])
+    assert (result.task, result.sources, result.node_budget) == ("code", ["model", "retrieval", "ngram"], 8)
+    assert result.mean_acceptance_length == 3.0  # (3 + 1) / 2 rounds with a tree, and the bonus token
+    assert result.draft_ms_per_round == pytest.approx(2.0)
+    assert result.tokens_per_s == pytest.approx(6.0)
+    assert result.speedup_vs_plain == pytest.approx(6.0)
+    assert result.accepted_by_source == {"model": 3, "ngram": 1}
+    assert result.num_differing_completions == 0
+
+
+def test_a_completion_that_differs_is_counted() -> None:
+    rounds = (round_of(0, 1.0), round_of(0, 2.0))
+    (result,) = summarize_sources(
+        [Measured("copy", 0, sample(PLAIN, rounds)), Measured("copy", 8, sample(FUSED, rounds, (1, 3)))]
+    )
+    assert result.num_differing_completions == 1
+
+
+def test_every_set_meets_every_budget_beside_plain_decoding() -> None:
+    settings = SourcesSettings((8, 16), (0.0, 0.8), num_prompts=1, max_tokens=4, seed=1)
+    tasks = source_tasks("code", 1, 1)
+    planned = list(interleaved(tasks, settings))
+    assert len(source_sets()) == 7
+    assert len(planned) == 2 * (1 + 2 * 7)
+    assert sum(task.mode == PLAIN for _, _, task in planned) == 2
+    assert {task.budget.num_nodes for _, _, task in planned if task.budget is not None} == {8, 16}
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_tasks_are_held_out_text_and_the_same_every_time(name: str) -> None:
+    tasks = source_tasks(name, 8, seed=3)
+    assert tasks == source_tasks(name, 8, seed=3)
+    assert len({task.prompt for task in tasks}) == 8
+    everything = "\n".join(held_out_texts().values())
+    for task in tasks:
+        words = task.prompt.split()
+        assert sum(word in everything for word in words) > 0.9 * len(words)
+
+
+def test_the_report_has_a_table_a_task() -> None:
+    rounds = (round_of(0, 1.0), round_of(2, 1.5))
+    results = summarize_sources(
+        [Measured("copy", 0, sample(PLAIN, rounds)), Measured("copy", 8, sample(FUSED, rounds))]
+    )
+    report = {
+        "command": "easyspec bench sources",
+        "machine": {"cpu": "c", "cores": 2, "memory_gib": 4, "torch": "2", "python": "3"},
+        "commit": "abc",
+        "date": "2026-01-01",
+        "pair": "bundled",
+        "settings": {"num_prompts": 1, "max_tokens": 4, "seed": 1},
+        "results": [vars(result) for result in results],
+    }
+    section = sources_section("sources-bundled.json", report)
+    assert "| copy | model+retrieval+ngram | 8 |" in section
+    assert "sources-bundled.svg" in section
