@@ -84,7 +84,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 def test_prefill(passes: Passes, expected: torch.Tensor) -> None:
     assert 3.0 < expected.abs().max() < 20.0
     assert_close(passes.prefill(TOKEN_IDS), expected)
-    assert passes.pool.num_used_slots == 0
+    assert passes.memory.num_used_slots == 0
 
 
 def test_decoding_row_by_row_after_a_prompt_in_chunks(passes: Passes, expected: torch.Tensor) -> None:

@@ -343,11 +343,11 @@ class Fault:
         self.num_passes = num_passes
         forward = Decoder.forward
 
-        def faulty(decoder: Decoder, *arguments: Any) -> torch.Tensor:
+        def faulty(decoder: Decoder, *arguments: Any, **keywords: Any) -> torch.Tensor:
             if self.num_passes > 0:
                 self.num_passes -= 1
                 raise RuntimeError("device lost")
-            return forward(decoder, *arguments)
+            return forward(decoder, *arguments, **keywords)
 
         monkeypatch.setattr(Decoder, "forward", faulty)
 
