@@ -247,7 +247,8 @@ class Scheduler(Generic[SessionT]):
             self._waiting.remove(session)
             if work.tree is None:
                 self._waiting.append(session)
-        self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
+        if self.piece is None:  # reading on the side slows steps down: what it does must not become its measure
+            self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
 
     def slice_ns(self) -> float | None:
         """How long the piece may be worked on after this step; None is without limit."""
