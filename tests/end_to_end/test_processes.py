@@ -15,7 +15,10 @@ from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceStack, St
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
 
 PROMPT = "def fibonacci(n):"
-GREEDY = GenerateFlags(PROMPT, SamplingFlags(seed=7, temperature=0.0), StopConditions(60, ignore_eos=True))
+# A named tree is drafted in every round; otherwise the gateway might just be trying how fast it is without.
+GREEDY = GenerateFlags(
+    PROMPT, SamplingFlags(seed=7, temperature=0.0), StopConditions(60, ignore_eos=True), num_nodes=15
+)
 SAMPLED = replace(GREEDY, sampling=SamplingFlags(seed=7, temperature=0.8))
 ONE_THREAD = dict.fromkeys(("verifier", "drafter"), ("--num-threads", "1"))
 # A lost drafter is looked for again soon.

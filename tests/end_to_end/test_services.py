@@ -327,12 +327,12 @@ async def test_a_fault_in_the_drafter_does_not_reach_the_client(
     num_calls = 0
     forward = Decoder.forward
 
-    def faulty(decoder: Decoder, layout: Any, pool: Any, plan: Any = None) -> torch.Tensor:
+    def faulty(decoder: Decoder, layout: Any, pool: Any, plan: Any = None, *rest: Any, **named: Any) -> torch.Tensor:
         nonlocal num_calls
         num_calls += plan is not None  # the drafter alone names a plan
         if plan is not None and num_calls == 7:
             raise RuntimeError("device lost")
-        return forward(decoder, layout, pool, plan)
+        return forward(decoder, layout, pool, plan, *rest, **named)
 
     monkeypatch.setattr(Decoder, "forward", faulty)
     faulted, completion = await texts(services, generation())
