@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -116,7 +117,7 @@ def mutated(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
             break
         change = random_.random()
         if change < 0.75:
-            target[key] = random_.choice(VALUES)
+            target[key] = copy.deepcopy(random_.choice(VALUES))
         elif change < 0.9 or isinstance(target, list):
             del target[key]
         else:
