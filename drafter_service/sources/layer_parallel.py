@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from drafter_service.grammar_preference import level_mask
 from drafter_service.growth import DEFAULT_RANKING, RankingSettings, draw_noise, rank_candidates
+from drafter_service.level_mask import level_mask
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
 from easyspec.errors import CapacityError
