@@ -182,7 +182,7 @@ class AcceptanceEstimate:
             digits = [case // 3**guesser % 3 for guesser in range(NUM_GUESSERS)]
             num_named = digits.count(1)
             # Opinions of guessers that looked at the same text agree for the same reasons: less than a sum.
-            named, unnamed = num_named**-0.6 if num_named else 0.0, 0.15
+            named, unnamed = num_named**-0.6 if num_named else 0.0, 0.5
             weights = self._weights[case] = [(0.0, named, unnamed)[digit] for digit in digits] + [0.0]
         return weights
 

@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from easyspec.errors import ConfigurationError
+
+if TYPE_CHECKING:  # drafters read what was built, and need no tokenizer for it
+    from tokenizers import Tokenizer
 
 SEPARATOR = 0xFFFFFFFF
 """Stands after every document; no token has this id."""
@@ -61,6 +63,8 @@ def _documents_of(file: Path) -> Iterator[str]:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; raises ConfigurationError."""
+    from tokenizers import Tokenizer
+
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
