@@ -60,11 +60,16 @@ class Core(Protocol):
 def _do_nothing() -> None: ...
 
 
+def _no_patience() -> float:
+    return 0.0
+
+
 class DeviceThread:
     """Runs a core on its own thread; the event loop submits tasks and awaits their futures.
 
     `when_idle` is called about every second in which nothing is asked, `when_stopped` at the end; both on the thread,
-    and set before there are tasks. EngineLostError from a step or from `when_idle` ends the thread.
+    and set before there are tasks. `patience_s` says how many seconds the next step should wait for tasks that are
+    about to come. EngineLostError from a step or from `when_idle` ends the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -73,6 +78,7 @@ class DeviceThread:
         self._name = name
         self._is_stopped = False
         self._lost: Future[None] = Future()
+        self.patience_s: Callable[[], float] = _no_patience
         self.when_idle: Callable[[], None] = _do_nothing
         self.when_stopped: Callable[[], None] = _do_nothing
 
@@ -151,6 +157,7 @@ class DeviceThread:
             tasks = self._take(wait=not is_busy)
             for task in tasks:
                 self._accept(core, task)
+            self._linger(core)
             try:
                 if not tasks and not is_busy:
                     self.when_idle()
@@ -162,6 +169,12 @@ class DeviceThread:
                 core.abandon(error)
                 is_busy = False
 
+    def _linger(self, core: Core) -> None:
+        """Take up what comes while a step had better wait for it."""
+        while not self._is_stopped and (patience_s := self.patience_s()) > 0.0:
+            for task in self._take(wait=True, timeout_s=patience_s):
+                self._accept(core, task)
+
     def _accept(self, core: Core, task: Task[Any]) -> None:
         """Hand a task over; a bug that it meets is its own answer, and the thread lives on."""
         try:
@@ -170,11 +183,11 @@ class DeviceThread:
             structlog.get_logger().exception("engine_task_failed", thread=self._name)
             task.fail(error)
 
-    def _take(self, *, wait: bool) -> list[Task[Any]]:
+    def _take(self, *, wait: bool, timeout_s: float = _LONGEST_WAIT_S) -> list[Task[Any]]:
         """Everything in the inbox; waits for the first, but not for ever, if told to."""
         tasks: list[Task[Any]] = []
         with contextlib.suppress(queue.Empty):
-            task = self._inbox.get(block=wait, timeout=_LONGEST_WAIT_S)
+            task = self._inbox.get(block=wait, timeout=timeout_s)
             while True:
                 if task is not None:
                     tasks.append(task)

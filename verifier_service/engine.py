@@ -104,6 +104,7 @@ class VerifierEngine:
             reads_on_the_side=loaded.decoder.can_slice,
         )
         self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
+        self._thread.patience_s = self._verifier.patience_s
         return self._verifier
 
 

@@ -22,6 +22,7 @@ from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import ROW_BUCKETS
 from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.token_tree import TokenTree
+from verifier_service.patience import Patience
 
 # Who had a verdict so recently will soon come with the next tree, and would wait for a long step.
 _DECODING_WITHIN_NS = 1_000_000_000
@@ -64,6 +65,7 @@ class ScheduledSession:
         self.is_sound = True
         self.has_been_preempted = False
         self.last_verdict_ns: int | None = None
+        self.turnaround_ns: float | None = None
         self.last_seen_ns = 0
 
     @property
@@ -110,6 +112,7 @@ class Scheduler(Generic[SessionT]):
         self._memory = memory
         self._limits = limits
         self._clock = clock
+        self._patience = Patience()
         self._pace = PrefillPace(limits.max_prefill_slowdown, limits.prefill_chunk, ROW_BUCKETS)
         self._openings: deque[_Opening[SessionT]] = deque()
         self._sessions: dict[int, SessionT] = {}  # open ones, in the order of their age
@@ -142,10 +145,11 @@ class Scheduler(Generic[SessionT]):
                 self._limits.retry_after_s,
             )
 
-    def submit(self, session: SessionT, tree: TokenTree) -> None:
-        """The session waits for a verdict on `tree`."""
+    def submit(self, session: SessionT, tree: TokenTree, arrived_ns: int | None = None) -> None:
+        """The session waits for a verdict on `tree`, which came at `arrived_ns` (now, if unset)."""
         session.tree = tree
         session.last_seen_ns = self._clock()
+        self._patience.came_back(session, session.last_seen_ns if arrived_ns is None else arrived_ns)
         self._waiting.append(session)
 
     def close(self, session_id: int) -> None:
@@ -175,6 +179,13 @@ class Scheduler(Generic[SessionT]):
         """Nobody waits to be let in any more."""
         while self._openings:
             self._openings.popleft().task.fail(error)
+
+    def patience_s(self) -> float:
+        """How long the next step should wait for sessions that are about to come back."""
+        if self.piece is not None or not self._waiting:
+            return 0.0
+        absent = (session for session in self._sessions.values() if session.tree is None)
+        return self._patience.wait_ns(absent, self._clock()) / 1e9
 
     def plan(self) -> list[Work[SessionT]]:
         """Who computes what next; they have got the slots for it. All are to be given to `computed`.
@@ -247,6 +258,7 @@ class Scheduler(Generic[SessionT]):
             self._waiting.remove(session)
             if work.tree is None:
                 self._waiting.append(session)
+        self._patience.stepped(elapsed_ns)
         if self.piece is None:  # reading on the side slows steps down: what it does must not become its measure
             self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
 

@@ -174,6 +174,10 @@ class Verifier:
         except EasyspecError as error:
             task.fail(error)
 
+    def patience_s(self) -> float:
+        """How long the next step should wait for sessions that are about to come back."""
+        return self._scheduler.patience_s()
+
     def step(self) -> bool:
         """One pass over what the scheduler chose; True if there is more to compute."""
         with torch.inference_mode():
@@ -220,7 +224,7 @@ class Verifier:
             raise StalePositionError(task.base_length, len(session.token_ids))
         task.tree.check(self._decoder.config.vocab_size, self._limits.max_tree_nodes)
         session.waiting = task
-        self._scheduler.submit(session, task.tree)
+        self._scheduler.submit(session, task.tree, task.arrived_ns)
 
     def _verify(self, works: Sequence[Work[VerifierSession]]) -> None:
         """One pass over the batch, then a verdict for each session whose tree it holds."""

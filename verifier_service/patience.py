@@ -1,0 +1,59 @@
+"""Whether a step that could begin waits a little for sessions that are about to come back (docs/decisions/0006).
+
+A session that decodes plainly comes back a millisecond or two after its verdict. A step that begins at once leaves it
+behind, and it then waits for a whole step: two such sessions take turns, each in a batch of one, at the speed of one.
+A wait that is short against the step brings them together, and they stay together, as they are answered together. A
+session that drafts comes back much later: nobody waits for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+# How much of the last step's duration a step may wait.
+_MAX_SHARE = 0.35
+_MAX_WAIT_NS = 20_000_000
+# A session is given this much more than it usually takes.
+_LENIENCY = 1.3
+_MEMORY = 0.5
+
+
+class Returning(Protocol):
+    """A session, as far as it matters here: when it was answered, and how long it usually takes to ask again."""
+
+    last_verdict_ns: int | None
+    turnaround_ns: float | None
+
+
+class Patience:
+    """Times are nanoseconds of one clock."""
+
+    def __init__(self) -> None:
+        self._step_ns = 0
+        self._waiting_since: int | None = None
+
+    def came_back(self, session: Returning, now: int) -> None:
+        """The session asks for its next verdict."""
+        if session.last_verdict_ns is None:
+            return
+        turnaround_ns = float(now - session.last_verdict_ns)
+        known = session.turnaround_ns
+        session.turnaround_ns = turnaround_ns if known is None else known + _MEMORY * (turnaround_ns - known)
+
+    def stepped(self, duration_ns: int) -> None:
+        """A step is over; a further wait begins anew."""
+        self._step_ns = duration_ns
+        self._waiting_since = None
+
+    def wait_ns(self, absent: Iterable[Returning], now: int) -> int:
+        """How much longer the step should wait for those of `absent` that will be back in time; 0 to begin."""
+        if self._waiting_since is None:
+            self._waiting_since = now
+        latest = self._waiting_since + min(int(_MAX_SHARE * self._step_ns), _MAX_WAIT_NS)
+        due = [
+            session.last_verdict_ns + int(_LENIENCY * session.turnaround_ns)
+            for session in absent
+            if session.last_verdict_ns is not None and session.turnaround_ns is not None
+        ]
+        return max((at for at in due if now < at <= latest), default=now) - now
