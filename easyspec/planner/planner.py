@@ -125,15 +125,13 @@ def draft_pass_us(
 ) -> float:
     """An exact or a fuzzy pass of the drafter.
 
-    Layer-parallel ranks keep every layer's attention weights, so that the exact pass needs no collective for it; a
-    sharded MLP is sharded there too.
+    Layer-parallel ranks keep all layers and compute the exact pass whole, each by itself (docs/decisions/0015).
     """
     if scheme.is_tensor_parallel:
         return costs.tensor_parallel_us(draft, load, scheme.num_ranks)
-    plan = sequential_plan(draft.num_layers) if is_calibration else scheme.plan
-    if not is_calibration or scheme.is_mlp_sharded:
-        return costs.layer_parallel_us(draft, load, plan, scheme.num_ranks, is_mlp_sharded=scheme.is_mlp_sharded)
-    return costs.tensor_parallel_us(draft, load, 1)
+    if is_calibration:
+        return costs.tensor_parallel_us(draft, load, 1)
+    return costs.layer_parallel_us(draft, load, scheme.plan, scheme.num_ranks, is_mlp_sharded=scheme.is_mlp_sharded)
 
 
 def estimate_round(
