@@ -47,7 +47,8 @@ _LOAD_PATIENCE_S = 0.3
 class RoundSample:
     """One round of one request: what it brought, what it took, and how (`arm` None: in some other way).
 
-    `verify_s` and `draft_s` are as the gateway waited for them, queueing included.
+    `verify_s` and `draft_s` are as the gateway waited for them, queueing included; `other_s` is the rest of the round:
+    the gateway's own work, and its turn among the other streams. Plain rounds are many, and pay it for every token.
     """
 
     arm: Arm | None
@@ -57,10 +58,11 @@ class RoundSample:
     num_rows: int
     draft_s: float
     verify_s: float
+    other_s: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.draft_s + self.verify_s
+        return self.draft_s + self.verify_s + self.other_s
 
 
 @dataclass(frozen=True)

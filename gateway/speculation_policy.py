@@ -21,6 +21,8 @@ _FIRST_REST_ROUNDS, _MAX_REST_ROUNDS = 64, 1024
 _RETRY_ROUNDS = 2
 # Share of the levels accepted above which a request gets deeper trees.
 _EAGER_SHARE = 0.85
+# Of what a round takes besides draft and verdict, this much and as long as these counts.
+_MOST_OTHER_S = 0.02
 
 
 class SpeculationPolicy:
@@ -35,6 +37,7 @@ class SpeculationPolicy:
         self._controller = controller
         self._cap = budget
         self._participant = Participant()
+        self._rounds = _RoundClock()
         self._arm: Arm | None = None
         self._asked: TreeBudget | None = None
         self._is_first = True
@@ -55,12 +58,13 @@ class SpeculationPolicy:
         return self._asked
 
     def learn(self, round_: Round) -> None:
+        other_s = self._rounds.other_s(round_, self._controller.clock())
         if self._is_first:  # it took as long as the prompt
             self._is_first = False
             return
         if self._asked is not None and len(round_.draft.tree) > 0:
             self._learn_acceptance(round_)
-        self._controller.observe(self._participant, _sample(self._followed(round_), round_))
+        self._controller.observe(self._participant, _sample(self._followed(round_), round_, other_s))
 
     def leave(self) -> None:
         """The request is over."""
@@ -110,6 +114,7 @@ class FixedPolicy:
         self._controller = controller
         self._budget = budget
         self._participant = Participant()
+        self._rounds = _RoundClock()
         arms = controller.arms if controller is not None else ()
         self._arm = next((arm for arm in arms if arm.budget == budget), None)
         self._is_first = True
@@ -122,11 +127,14 @@ class FixedPolicy:
         return self._budget
 
     def learn(self, round_: Round) -> None:
-        if self._is_first or self._controller is None:
+        if self._controller is None:
+            return
+        other_s = self._rounds.other_s(round_, self._controller.clock())
+        if self._is_first:
             self._is_first = False
             return
         is_followed = self._budget is None or round_.draft.elapsed_ns > 0
-        self._controller.observe(self._participant, _sample(self._arm if is_followed else None, round_))
+        self._controller.observe(self._participant, _sample(self._arm if is_followed else None, round_, other_s))
 
     def leave(self) -> None:
         """The request is over."""
@@ -146,7 +154,23 @@ def following(policy: Policy) -> Iterator[None]:
         policy.leave()
 
 
-def _sample(arm: Arm | None, round_: Round) -> RoundSample:
+class _RoundClock:
+    """When the rounds of a request end."""
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None
+
+    def other_s(self, round_: Round, now_s: float) -> float:
+        """What a round that ends now took besides draft and verdict. A client that reads slowly adds to it, hence the
+        bound."""
+        last_s, self._last_s = self._last_s, now_s
+        if last_s is None:
+            return 0.0
+        asked_s = (round_.draft.elapsed_ns + round_.answer.elapsed_ns) / 1e9
+        return min(max(0.0, now_s - last_s - asked_s), asked_s + _MOST_OTHER_S)
+
+
+def _sample(arm: Arm | None, round_: Round, other_s: float) -> RoundSample:
     tree, verdict = round_.draft.tree, round_.answer.verdict
     return RoundSample(
         arm=arm,
@@ -156,4 +180,5 @@ def _sample(arm: Arm | None, round_: Round) -> RoundSample:
         num_rows=len(tree) + 1,
         draft_s=round_.draft.elapsed_ns / 1e9,
         verify_s=round_.answer.elapsed_ns / 1e9,
+        other_s=other_s,
     )
