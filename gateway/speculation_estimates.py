@@ -12,6 +12,8 @@ _STALE_WEIGHT_S = 15.0
 # A stretch of this many rounds and seconds is compared with the memory, and replaces it if they differ by the factor:
 # the system has changed. Few rounds say less, and must say it louder.
 _STRETCH_ROUNDS, _STRETCH_S, _CHANGE_FACTOR = 16, 0.5, 1.3
+# Texts differ in how well they are guessed: what differs by less than this must do so for that long.
+_CLEAR_FACTOR, _CONFIRMED_S = 1.8, 2.5
 _SHORT_STRETCH_ROUNDS, _SHORT_STRETCH_S, _SHORT_CHANGE_FACTOR = 2, 2.0, 2.5
 _RATE = 0.05
 
@@ -52,9 +54,16 @@ class Throughput:
         tokens, seconds, rounds = self._stretch
         self._stretch = tokens, seconds, rounds = tokens + num_tokens, seconds + busy_s, rounds + 1
         is_long = rounds >= _STRETCH_ROUNDS and seconds >= _STRETCH_S
-        return (
-            self.end_stretch() if is_long or (rounds >= _SHORT_STRETCH_ROUNDS and seconds >= _SHORT_STRETCH_S) else None
-        )
+        is_short = rounds >= _SHORT_STRETCH_ROUNDS and seconds >= _SHORT_STRETCH_S
+        if is_long and seconds < _CONFIRMED_S and self._is_doubtful(tokens / seconds / self.tokens_per_s):
+            return None
+        return self.end_stretch() if is_long or is_short else None
+
+    @staticmethod
+    def _is_doubtful(ratio: float) -> bool:
+        """Whether it may be a change and may be chance."""
+        is_usual = 1 / _CHANGE_FACTOR < ratio < _CHANGE_FACTOR
+        return not is_usual and 1 / _CLEAR_FACTOR < ratio < _CLEAR_FACTOR
 
     def end_stretch(self) -> float | None:
         """Compare what came last with what is remembered; returns what `add` does."""
