@@ -108,15 +108,19 @@ def requests() -> list[GenerateFlags]:
     ]
 
 
-@pytest.fixture(scope="module")
-async def on_one_rank(base_folder: Path, draft_folder: Path) -> list[tuple[int, ...]]:
-    async with running(base_folder, draft_folder, {}) as pair:
+async def said_by_one_rank(base: Path, draft: Path) -> list[tuple[int, ...]]:
+    async with running(base, draft, {}) as pair:
         return [(await pair.generate(flags)).token_ids for flags in requests()]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(base_folder: Path, draft_folder: Path) -> list[tuple[int, ...]]:
+    """Made once, in an event loop of its own."""
+    return asyncio.run(said_by_one_rank(base_folder, draft_folder))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("num_ranks", [2, 4])
 async def test_ranks_say_what_one_says(
     base_folder: Path, draft_folder: Path, on_one_rank: list[tuple[int, ...]], num_ranks: int
