@@ -30,7 +30,8 @@ class ServeResult:
     """One speculation setting at one concurrency.
 
     `tokens_per_s` is the median over windows of output tokens that came in a window / its length; `vs_best` (auto only)
-    the median of per-round ratios to the better of off and on. Inter-token times count every token: those that
+    the median of per-turn ratios to the better of off and on, which is the one that brought more over all turns (the
+    better of each turn would be the luckier one of two). Inter-token times count every token: those that
     came in one message share its gap evenly. `batch_sessions` and `batch_rows` are means over verifier steps,
     `batch_occupancy` is sessions / concurrency, `kv_use` the mean share of the verifier's KV pool. None: not known.
     """
@@ -59,7 +60,7 @@ def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[Serve
     by_setting: dict[Speculation, list[Window]] = {setting: [] for setting in Speculation}
     for window in itertools.chain.from_iterable(turns):
         by_setting[window.speculation].append(window)
-    ratios = [ratio for turn in turns if (ratio := _ratio_to_best(turn)) is not None]
+    ratios = _ratios_to_best(turns)
     return [
         _result(concurrency, setting, windows, ratios if setting is Speculation.AUTO else [])
         for setting, windows in by_setting.items()
@@ -81,10 +82,16 @@ def percentiles(values_s: Sequence[float]) -> Percentiles | None:
     return Percentiles(p50, p95, p99)
 
 
-def _ratio_to_best(turn: Sequence[Window]) -> float | None:
-    speeds = {window.speculation: throughput(window) for window in turn}
-    best = max((speeds.get(setting, 0.0) for setting in (Speculation.OFF, Speculation.ON)), default=0.0)
-    return speeds[Speculation.AUTO] / best if best > 0 and Speculation.AUTO in speeds else None
+def _ratios_to_best(turns: Sequence[Sequence[Window]]) -> list[float]:
+    """Auto / the better of off and on, by turn."""
+    speeds = [{window.speculation: throughput(window) for window in turn} for turn in turns]
+    rivals = [setting for setting in (Speculation.OFF, Speculation.ON) if all(setting in speed for speed in speeds)]
+    if not rivals:
+        return []
+    better = max(rivals, key=lambda setting: sum(speed[setting] for speed in speeds))
+    return [
+        speed[Speculation.AUTO] / speed[better] for speed in speeds if Speculation.AUTO in speed and speed[better] > 0
+    ]
 
 
 def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratios: Sequence[float]) -> ServeResult:

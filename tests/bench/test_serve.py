@@ -107,6 +107,19 @@ def test_figures_of_hand_made_windows() -> None:
     assert (on.num_requests, on.num_complete, on.num_failed) == (1, 0, 0)
 
 
+def test_auto_is_compared_with_the_setting_that_is_better_over_all_turns() -> None:
+    """Not with the luckier one of each turn, which two settings that are alike would both lose to."""
+    turns = [
+        [window(OFF, num_tokens, gap_s), window(ON, 3, 0.2), window(AUTO, 3, 0.2)]
+        for num_tokens, gap_s in ((2, 0.1), (2, 0.1), (1, 0.5))
+    ]
+    off, on, auto = summarize(4, turns)
+    assert sum(off.tokens_per_s_by_window) < sum(on.tokens_per_s_by_window)
+    assert off.tokens_per_s > on.tokens_per_s
+    assert auto.vs_best == pytest.approx(1.0)
+    assert summarize(4, [[window(AUTO, 3, 0.2)]])[0].vs_best is None
+
+
 def test_percentiles_of_nothing_are_unknown() -> None:
     assert percentiles([]) is None
 
