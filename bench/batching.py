@@ -106,25 +106,29 @@ async def tree_table(engine: VerifierEngine, context: int, num_rounds: int, num_
 
 
 async def pause_table(engine: VerifierEngine, context: int, num_prompt_tokens: int, num_repeats: int) -> None:
-    """Pauses of four sessions without and with a long prompt beside them, in turn."""
+    """Pauses of four sessions with a long prompt beside them and, over as many rounds of the same texts, without."""
     without: list[float] = []
     beside: list[float] = []
     prompt_ms: list[float] = []
     for repeat in range(num_repeats):
         opened = await streams(engine, 4, context)
-        await asyncio.gather(*(stream.decode(40) for stream in opened))
-        without += [gap for stream in opened for gap in stream.gaps_ms]
         long = Stream(engine, num_prompt_tokens, seed=1000 + repeat)
         await long.open()
         reading = asyncio.ensure_future(long.decode(1))
-        for stream in opened:
-            stream.gaps_ms.clear()
+        num_rounds = 0
         while not reading.done():
             await asyncio.gather(*(stream.decode(1) for stream in opened))
+            num_rounds += 1
         await reading
         beside += [gap for stream in opened for gap in stream.gaps_ms]
         prompt_ms += long.gaps_ms
         for stream in [*opened, long]:
+            stream.close()
+        opened = await streams(engine, 4, context)
+        for _ in range(num_rounds):
+            await asyncio.gather(*(stream.decode(1) for stream in opened))
+        without += [gap for stream in opened for gap in stream.gaps_ms]
+        for stream in opened:
             stream.close()
     print(f"\n4 sessions decode while a prompt of {num_prompt_tokens} tokens is read\n             p50 ms   p95 ms")
     for name, gaps in (("without", without), ("beside it", beside)):
