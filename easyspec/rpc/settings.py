@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from easyspec.errors import ConfigurationError
+from easyspec.prefill_pace import MIN_PROMPT_ROWS
 from easyspec.rpc.tls import ServerTls, is_loopback
 from easyspec.telemetry.logs import LogFormat, LogLevel
 
@@ -213,8 +214,8 @@ class EngineSettings(ServerSettings):
         default=512,
         ge=2,
         le=65_536,
-        description="Most token rows of all sessions in one engine step, 2 to 65536; at least --prefill-chunk and "
-        "more than --max-tree-nodes. 512 bounds the time that one step keeps the others waiting.",
+        description="Most token rows of all sessions in one engine step, 2 to 65536; at least --prefill-chunk, and "
+        "--max-tree-nodes + 17. 512 bounds the time that one step keeps the others waiting.",
     )
     prefill_chunk: int = Field(
         default=256,
@@ -234,11 +235,12 @@ class EngineSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _check_step_fits(self) -> Self:
-        least = max(self.prefill_chunk, self.max_tree_nodes + 1)
+        least = max(self.prefill_chunk, self.max_tree_nodes + 1 + MIN_PROMPT_ROWS)
         if self.max_batch_rows < least:
             raise ValueError(
                 f"max_batch_rows is {self.max_batch_rows}; allowed: at least {least}, so that a prefill chunk "
-                f"({self.prefill_chunk}) and a tree with its root ({self.max_tree_nodes} + 1) fit one step"
+                f"({self.prefill_chunk}) fits one step, and so does a tree with its root ({self.max_tree_nodes} + 1) "
+                f"beside a piece of a prompt ({MIN_PROMPT_ROWS})"
             )
         return self
 

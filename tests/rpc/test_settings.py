@@ -44,6 +44,10 @@ def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: py
         (["--model", "x", "--address", "localhost"], ["address", "is 'localhost'", "host:port"]),
         (["--model", "x", "--address", "localhost:70000"], ["address", "is 'localhost:70000'", "65535"]),
         (["--model", "x", "--max-batch-rows", "100"], ["max_batch_rows is 100", "at least 256"]),
+        (
+            ["--model", "x", "--prefill-chunk", "16", "--max-batch-rows", "80"],
+            ["max_batch_rows is 80", "at least 81"],
+        ),
     ],
 )
 def test_bad_values_name_field_value_and_range(arguments: list[str], expected: list[str]) -> None:
