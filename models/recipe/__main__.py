@@ -1,4 +1,4 @@
-"""Commands of the recipe: `python -m models.recipe train | evaluate | widen`."""
+"""Commands of the recipe: `python -m models.recipe train | evaluate | cut | widen`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from models.recipe.cut import cut_and_heal
+from models.recipe.cut_report import write_cut_report
 from models.recipe.distil import distil
 from models.recipe.evaluate import evaluate_pair
 from models.recipe.llama import load_model
@@ -17,6 +19,7 @@ from models.recipe.pretrain import pretrain
 from models.recipe.publish import publish_member
 from models.recipe.report import record_effort, write_report
 from models.recipe.settings import MODELS, RecipeSettings
+from models.recipe.tokenizer import load_tokenizer
 from models.recipe.tokens import ensure_tokenizer
 from models.recipe.widen import WidenSettings, widen_checkpoint
 
@@ -33,10 +36,15 @@ def main(arguments: list[str]) -> None:
         print(f"{options.out}: {num_params:,} parameters")
         return
     settings = _settings(options)
+    command = "python -m models.recipe " + shlex.join(arguments)
+    if options.command == "cut":
+        cut(settings)
+        write_cut_report(settings, command)
+        return
     if options.command == "train":
         train_base(settings)
         train_draft(settings)
-    evaluate(settings, "python -m models.recipe " + shlex.join(arguments))
+    evaluate(settings, command)
 
 
 def train_base(settings: RecipeSettings) -> None:
@@ -59,12 +67,23 @@ def train_draft(settings: RecipeSettings) -> None:
     record_effort(settings.out, "draft", effort)
 
 
+def cut(settings: RecipeSettings) -> None:
+    """Make `<out>/base-small` from `<out>/base`, unless an earlier run has already made it in this work folder."""
+    done = settings.work / "base-small.done"
+    if done.exists():
+        return
+    small, kept, effort = cut_and_heal(settings, load_model(settings.out / "base", settings.device))
+    publish_member(small, load_tokenizer(settings.out / "base"), settings.out / "base-small", {"kept_layers": kept})
+    record_effort(settings.out, "base-small", effort)
+    done.touch()
+
+
 def evaluate(settings: RecipeSettings, command: str) -> None:
     """Write figures and cards of the pair in `settings.out`; raises if the pair is no pair."""
     num_params = {name: load_model(settings.out / name, "cpu").num_parameters() for name in ("base", "draft")}
     if num_params["base"] < _MIN_PARAMETER_RATIO * num_params["draft"]:
         raise ValueError(f"the base must have 8 times the draft's parameters, not {num_params}")
-    figures = evaluate_pair(settings.out, settings.distil.exit_layers)
+    figures = evaluate_pair(settings.out / "base", settings.out / "draft", settings.distil.exit_layers)
     write_report(settings, command, num_params, figures)
 
 
@@ -82,9 +101,11 @@ def _settings(options: argparse.Namespace) -> RecipeSettings:
         num_steps=options.draft_steps,
         max_seconds=options.draft_minutes and options.draft_minutes * 60,
     )
+    heal = replace(settings.cut.heal.optim, max_seconds=options.cut_minutes * 60)
     own_text = replace(settings.distil.own_text, num_batches=options.own_batches)
     distil = replace(settings.distil, optim=draft, own_text=own_text)
-    return replace(settings, base_optim=base, distil=distil)
+    cut = replace(settings.cut, heal=replace(settings.cut.heal, optim=heal))
+    return replace(settings, base_optim=base, distil=distil, cut=cut)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in (
         ("train", "make the pair, resuming an interrupted run, and evaluate it"),
         ("evaluate", "measure the pair and write EVALUATION.json and the cards"),
+        ("cut", "make a second, shallower base of the finished base, and measure it"),
     ):
         _add_recipe_options(commands.add_parser(name, help=purpose))
     widen = commands.add_parser("widen", help="write a larger base that computes the same")
@@ -116,6 +138,8 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--draft-steps", type=int, default=defaults.distil.optim.num_steps)
     own_batches = defaults.distil.own_text.num_batches
     command.add_argument("--own-batches", type=int, default=own_batches)
+    healing_minutes = (defaults.cut.heal.optim.max_seconds or 0) / 60
+    command.add_argument("--cut-minutes", type=float, default=healing_minutes, help="how long the shallower base heals")
     for name in ("base", "draft"):
         command.add_argument(f"--{name}-minutes", type=float, help=f"end the {name}'s schedule by then at the latest")
 

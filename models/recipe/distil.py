@@ -43,7 +43,7 @@ def distil(settings: RecipeSettings, base: LlamaForCausalLM) -> tuple[LlamaForCa
     batches = DistilBatches(settings, base, own)
     exit_loss = torch.compile(mean_exit_loss, dynamic=False)
     trainer = Trainer("draft", draft, settings.distil.optim, settings, publish)
-    effort = trainer.run(lambda step, progress: _losses(draft, base, batches, exit_loss, settings, step))
+    effort = trainer.run(lambda step, progress: distil_losses(draft, base, batches, exit_loss, settings, step))
     return draft, effort
 
 
@@ -124,7 +124,7 @@ def inherit_embedding(draft: LlamaForCausalLM, base: LlamaForCausalLM) -> None:
         draft.lm_head.weight.copy_(embedding @ directions[: draft.config.hidden_size].t())
 
 
-def _losses(
+def distil_losses(
     draft: LlamaForCausalLM,
     base: LlamaForCausalLM,
     batches: DistilBatches,
@@ -132,6 +132,7 @@ def _losses(
     settings: RecipeSettings,
     step: int,
 ) -> Iterator[Tensor]:
+    """Yield the losses of one step's micro-batches, each weighted by its share of the step."""
     optim = settings.distil.optim
     for batch in batches.of_step(step):
         share = batch.hidden.shape[:2].numel() / optim.tokens_per_step

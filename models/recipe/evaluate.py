@@ -60,11 +60,19 @@ class Pair:
     exit_layers: tuple[int, ...]
 
 
-def evaluate_pair(folder: Path, exit_layers: tuple[int, ...]) -> dict[str, TextFigures]:
-    """Return the figures of `folder`/base and `folder`/draft on three kinds of text."""
-    pair = Pair(load_model(folder / "base", "cpu"), load_model(folder / "draft", "cpu"), exit_layers)
-    stream = held_out_stream(load_tokenizer(folder / "base"))
-    figures = {"held_out": text_figures(pair, _windows(stream), 0)}
+def evaluate_pair(
+    base: Path, draft: Path, exit_layers: tuple[int, ...], max_windows: int | None = None
+) -> dict[str, TextFigures]:
+    """Return the figures of the models in two folders on three kinds of text.
+
+    Of the held-out modules all windows of 512 tokens count, or `max_windows` of them, evenly spread.
+    """
+    pair = Pair(load_model(base, "cpu"), load_model(draft, "cpu"), exit_layers)
+    stream = held_out_stream(load_tokenizer(base))
+    windows = _windows(stream)
+    if max_windows is not None:
+        windows = windows[:: max(1, -(-len(windows) // max_windows))]
+    figures = {"held_out": text_figures(pair, windows, 0)}
     for name, temperature in (("own_greedy", 0.0), ("own_temperature_0.8", 0.8)):
         own = continue_text(
             pair.base,

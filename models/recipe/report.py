@@ -14,8 +14,8 @@ from models.recipe.evaluate import TextFigures
 from models.recipe.settings import ModelShape, RecipeSettings
 from models.recipe.trainer import Effort
 
-_EFFORTS = "TRAINING.json"
-_LICENCE = """\
+EFFORTS = "TRAINING.json"
+LICENCE = """\
 ## Licence
 
 The weights were trained on the standard library of CPython, which is under the PSF licence. The
@@ -30,7 +30,7 @@ def write_report(
     figures: dict[str, TextFigures],
 ) -> None:
     """Write `EVALUATION.json` and both cards below `settings.out`."""
-    efforts = json.loads((settings.out / _EFFORTS).read_text(encoding="utf-8"))
+    efforts = json.loads((settings.out / EFFORTS).read_text(encoding="utf-8"))
     record: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -53,7 +53,7 @@ def write_report(
 
 def record_effort(out: Path, name: str, effort: Effort) -> None:
     """Add one model's effort to `TRAINING.json`, which a later evaluation reads."""
-    path = out / _EFFORTS
+    path = out / EFFORTS
     efforts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     efforts[name] = asdict(effort)
     path.write_text(json.dumps(efforts, indent=2) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def base_card(settings: RecipeSettings, num_params: int, effort: Effort, figures
 A Llama-shaped language model of {num_params:,} parameters that continues Python. It exists so that
 the service can be run, tested and measured without a download. It is not a useful assistant.
 
-{_shape(settings.base_shape)}
+{shape_words(settings.base_shape)}
 
 ## Data and recipe
 
@@ -92,7 +92,7 @@ it falls into loops ({figures["own_greedy"].repeated_share:.0%} of the tokens en
 occurred before in the same continuation). Trained on windows of at most {optim.long_tokens} tokens:
 quality beyond is not measured.
 
-{_LICENCE}"""
+{LICENCE}"""
 
 
 def draft_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:
@@ -105,7 +105,7 @@ A Llama-shaped draft model of {num_params:,} parameters for the bundled base, sa
 {", ".join(map(str, settings.distil.exit_layers))} are exits: the final norm and LM head may be
 applied after any of them (`exit_layers` in `config.json`).
 
-{_shape(settings.draft_shape)}
+{shape_words(settings.draft_shape)}
 
 ## Data and recipe
 
@@ -127,7 +127,7 @@ held-out modules, the others are continuations by the base of held-out prompts; 
 {figures["own_greedy"].repeated_share:.0%} of the tokens end an 8-token run that occurred before in
 the same continuation. (`models/EVALUATION.json`)
 
-{_LICENCE}"""
+{LICENCE}"""
 
 
 def _rows(figures: dict[str, TextFigures]) -> str:
@@ -139,7 +139,8 @@ def _rows(figures: dict[str, TextFigures]) -> str:
     )
 
 
-def _shape(shape: ModelShape) -> str:
+def shape_words(shape: ModelShape) -> str:
+    """A shape in a sentence."""
     return (
         f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads of "
         f"{shape.head_dim}, {shape.num_kv_heads} KV heads, MLP {shape.mlp_size}, vocabulary "

@@ -92,6 +92,16 @@ class DistilSettings:
     own_share: float = 0.5
 
 
+@dataclass(frozen=True)
+class CutSettings:
+    """The shallower base: how many layers stay, on which text their worth is measured, how they are healed."""
+
+    heal: DistilSettings
+    num_layers: int = 12
+    num_calibration_windows: int = 8
+    calibration_tokens: int = 128
+
+
 BASE_SHAPE = ModelShape(hidden_size=160, num_layers=24, num_heads=4, num_kv_heads=2, head_dim=40, mlp_size=432)
 DRAFT_SHAPE = ModelShape(hidden_size=64, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192)
 
@@ -116,6 +126,25 @@ class RecipeSettings:
             vector_lr=6e-3,
             weight_decay=0.02,
             seed=3,
+        )
+    )
+    cut: CutSettings = CutSettings(
+        DistilSettings(
+            OptimSettings(
+                num_steps=400,
+                max_seconds=540.0,
+                tokens_per_step=2_048,
+                long_tokens=256,
+                long_share=1.0,
+                num_warmup_steps=10,
+                decay_share=0.8,
+                matrix_lr=4e-3,
+                vector_lr=2e-3,
+                weight_decay=0.0,
+                seed=4,
+            ),
+            OwnTextSettings(num_batches=2, prompt_tokens=64, new_tokens=193, seed=5),
+            exit_layers=(12,),
         )
     )
     checkpoint_seconds: float = 120.0

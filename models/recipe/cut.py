@@ -1,0 +1,122 @@
+"""A second, shallower base: layers of the base left out, the rest healed by distillation.
+
+It speaks the base's vocabulary and costs about half as much a pass, so that one drafter can be shown to serve two base
+models. Layers go one at a time, each time the one whose absence moves the base's distribution least.
+
+Dimensions: B rows, T tokens, H hidden size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from transformers import LlamaForCausalLM
+
+from models.recipe.distil import DistilBatches, distil_losses, mean_exit_loss
+from models.recipe.llama import compile_layers, save_pair_member
+from models.recipe.own_text import write_own_text
+from models.recipe.publish import TOKENIZER_FILES
+from models.recipe.settings import CutSettings, RecipeSettings
+from models.recipe.tokenizer import load_tokenizer
+from models.recipe.tokens import Stream, pass_stream
+from models.recipe.trainer import Effort, Trainer
+
+_LAYER_KEY = re.compile(r"(model\.layers\.)(\d+)(\..+)")
+
+
+def cut_and_heal(settings: RecipeSettings, base: LlamaForCausalLM) -> tuple[LlamaForCausalLM, list[int], Effort]:
+    """Return the shallower base in float32, the layers of `base` it was cut from, and what healing it took.
+
+    The corpus is read in the tokens of the base in `settings.out`, which need not be trained again for it. Writes
+    below `settings.work`; an interrupted run goes on.
+    """
+    adopt_tokenizer(settings)
+    stream = pass_stream(settings, 0)
+    kept = kept_layers(base, calibration_windows(stream, settings.cut), settings.cut.num_layers)
+    small = without_layers(base, kept).to(settings.device)
+    healing = replace(settings, distil=settings.cut.heal)
+    own = write_own_text(base, stream, healing.distil.own_text, settings.work / "own-cut")
+    compile_layers(small)
+    compile_layers(base)
+
+    def publish(folder: Path) -> None:
+        save_pair_member(small, load_tokenizer(settings.out / "base"), folder)
+
+    batches = DistilBatches(healing, base, own)
+    loss = torch.compile(mean_exit_loss, dynamic=False)
+    trainer = Trainer("base-small", small, healing.distil.optim, settings, publish)
+    effort = trainer.run(lambda step, progress: distil_losses(small, base, batches, loss, healing, step))
+    return small, kept, effort
+
+
+def adopt_tokenizer(settings: RecipeSettings) -> None:
+    """Let the work folder use the tokenizer of the finished base, unless it has one of its own."""
+    folder = settings.work / "tokenizer"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(settings.out / "base" / name, folder / name)
+
+
+def calibration_windows(stream: Stream, settings: CutSettings) -> Tensor:
+    """Return windows [B, T] spread evenly over a corpus pass."""
+    stride = (len(stream) - settings.calibration_tokens) // settings.num_calibration_windows
+    starts = [index * stride for index in range(settings.num_calibration_windows)]
+    return torch.tensor([stream[start : start + settings.calibration_tokens].tolist() for start in starts])
+
+
+@torch.inference_mode()
+def kept_layers(base: LlamaForCausalLM, windows: Tensor, num_layers: int) -> list[int]:
+    """Return the ascending indices of the `num_layers` layers that stay.
+
+    One layer goes at a time: the one without which KL(base || cut), a mean over windows [B, T], is smallest.
+    """
+    head = base.lm_head.weight
+    wanted = log_softmax(_run(base, list(range(len(base.model.layers))), windows)[-1] @ head.t(), dim=-1)
+    kept = list(range(len(base.model.layers)))
+    while len(kept) > num_layers:
+        entrances = _run(base, kept, windows)
+        harms = []
+        for place in range(len(kept)):
+            states = _run(base, kept[place + 1 :], windows, entrances[place])[-1]
+            found = log_softmax(states @ head.t(), dim=-1)
+            harms.append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
+        del kept[harms.index(min(harms))]
+    return kept
+
+
+def _run(base: LlamaForCausalLM, layers: Sequence[int], windows: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
+    """Return the state at the entrance of each of `layers`, and the normalised state after the last, [B, T, H]."""
+    decoder = base.model
+    if hidden is None:
+        hidden = decoder.embed_tokens(windows)
+    position_ids = torch.arange(windows.shape[1])[None]
+    position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
+    states = []
+    for layer in layers:
+        states.append(hidden)
+        hidden = decoder.layers[layer](hidden, position_embeddings=position_embeddings, position_ids=position_ids)
+    return [*states, decoder.norm(hidden)]
+
+
+def without_layers(base: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:
+    """Return a model of the layers `kept` of `base`, in that order; `base` is not touched."""
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers = len(kept)
+    small = LlamaForCausalLM(config)
+    old: dict[str, Tensor] = nn.Module.state_dict(base)
+    small.load_state_dict({key: old[_old_key(key, kept)] for key in small.state_dict()})
+    return small
+
+
+def _old_key(key: str, kept: Sequence[int]) -> str:
+    found = _LAYER_KEY.fullmatch(key)
+    return f"{found[1]}{kept[int(found[2])]}{found[3]}" if found else key
