@@ -176,6 +176,7 @@ class Drafter:
             calibration=request.layer_plan.calibration,
             sources=self._sources(request.sources),
             preference=self._preference(request),
+            target=request.base_fingerprint,
         )
         self._source.open(session)
         self._sessions[session.session_id] = session

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+
 import torch
 
 from drafter_service.config import DrafterSettings
@@ -21,6 +24,7 @@ from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import StepObserver, ignore_step
+from easyspec.tokenizer_fingerprint import tokens_by_id
 
 # The length that a session comes to when kernels are warmed up.
 _WARM_UP_TOKENS = 3
@@ -77,6 +81,11 @@ class DrafterEngine:
         """KV memory as it is now."""
         assert self._drafter is not None, "started"
         return self._drafter.usage()
+
+    async def vocabulary(self) -> Mapping[int, str]:
+        """The tokenizer's entries, read from the checkpoint: seldom asked for."""
+        assert self._loaded is not None, "started"
+        return await asyncio.to_thread(tokens_by_id, self._loaded.folder)
 
     async def open(self, request: OpenSpeculation) -> int:
         """Open a session and return its id; raises the EasyspecError that the request deserves."""

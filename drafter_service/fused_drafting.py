@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
+from drafter_service.estimates_by_target import EstimatesByTarget
 from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
@@ -28,6 +29,7 @@ class _Request:
     """One request's text, what is peculiar to it, its last tree, and tokens that nobody has read yet."""
 
     text: TextDrafting
+    estimate: AcceptanceEstimate
     unread: list[int]
     num_read: int = 0
     bias: RequestBias = field(default_factory=RequestBias)
@@ -41,15 +43,20 @@ class FusedDrafting:
     def __init__(self, resources: TextResources, min_node_value: float = DEFAULT_MIN_NODE_VALUE) -> None:
         self._resources = resources
         self._min_node_value = min_node_value
-        self._estimate = AcceptanceEstimate()
+        self._estimates = EstimatesByTarget()
         self._requests: dict[int, _Request] = {}
 
     def open(
-        self, session_id: int, token_ids: Sequence[int], sampling: SamplingParameters, sources: DraftSources
+        self,
+        session_id: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParameters,
+        sources: DraftSources,
+        target: str = "",
     ) -> None:
-        """Take a request up; its prompt is read piece by piece."""
+        """Take a request to the base model `target` up; its prompt is read piece by piece."""
         text = TextDrafting(self._resources, sources & TEXT_SOURCES, sampling)
-        self._requests[session_id] = _Request(text, [*token_ids])
+        self._requests[session_id] = _Request(text, self._estimates.of(target), [*token_ids])
 
     def close(self, session_id: int) -> None:
         """Forget all of a request; idempotent."""
@@ -67,7 +74,7 @@ class FusedDrafting:
         """Commit the verdict's tokens: learn from them, read them, look things up."""
         request = self._requests[session_id]
         if request.last is not None:
-            learn(request.last, new_token_ids, self._estimate, request.bias)
+            learn(request.last, new_token_ids, request.estimate, request.bias)
             request.last = None
         request.unread.extend(new_token_ids)
         while not self.read(session_id):
@@ -79,5 +86,5 @@ class FusedDrafting:
         request = self._requests[session_id]
         guessers = request.guessers if model_tree is None else [ModelGuesser(model_tree), *request.guessers]
         request.guessers = []
-        request.last = fuse(guessers, self._estimate, request.bias, num_nodes, self._min_node_value)
+        request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value)
         return request.last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -53,6 +53,9 @@ class DrafterEngine(Protocol):
         """Return when the device or another rank is lost, which no request can mend; otherwise never."""
 
     def kv_usage(self) -> KvUsage: ...
+
+    async def vocabulary(self) -> Mapping[int, str]:
+        """The tokenizer's entries: token id -> token; valid after `start`."""
 
     async def open(self, request: OpenSpeculation) -> int:
         """A new session's id; raises EasyspecError subclasses, and then nothing is held."""
@@ -108,6 +111,12 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
                 draft = await self._engine.draft(session_id, _calibration(message))
                 self.metrics.draft(draft.timings)
                 yield convert.draft_to_pb(draft)
+
+    async def GetDrafterVocabulary(  # noqa: N802
+        self, request: drafter_pb2.GetDrafterVocabularyRequest, context: Any
+    ) -> drafter_pb2.GetDrafterVocabularyResponse:
+        vocabulary = convert.vocabulary_to_pb(await self._engine.vocabulary())
+        return drafter_pb2.GetDrafterVocabularyResponse(vocabulary=vocabulary)
 
     async def GetDrafterInfo(  # noqa: N802
         self, request: drafter_pb2.GetDrafterInfoRequest, context: Any

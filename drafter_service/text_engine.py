@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,7 @@ class TextDrafterEngine:
 
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         self._settings = settings
+        self._folder = settings.tokenizer or Path(settings.model)
         self._on_step = on_step
         self._thread = DeviceThread("drafter-text")
         self._drafter: Drafter | None = None
@@ -91,6 +94,10 @@ class TextDrafterEngine:
         assert self._drafter is not None, "started"
         return self._drafter.usage()
 
+    async def vocabulary(self) -> Mapping[int, str]:
+        """The tokenizer's entries."""
+        return await asyncio.to_thread(tokens_by_id, self._folder)
+
     async def open(self, request: OpenSpeculation) -> int:
         """Open a session and return its id; raises the EasyspecError that the request deserves."""
         return await self._thread.submit_opening(OpenTask(request), self.close)
@@ -105,7 +112,7 @@ class TextDrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
-        folder = settings.tokenizer or Path(settings.model)
+        folder = self._folder
         fingerprint = tokenizer_fingerprint(folder)
         max_len = settings.max_model_len or _DEFAULT_MAX_LEN
         self._info = ModelInfo(

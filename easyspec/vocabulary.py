@@ -1,8 +1,9 @@
-"""Whether two checkpoints mean the same by a token id."""
+"""Whether two checkpoints, or two services, mean the same by a token id."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from easyspec.errors import ConfigurationError
@@ -18,22 +19,23 @@ def check_vocabularies(base: Path, draft: Path) -> None:
     """
     if tokenizer_fingerprint(base) == tokenizer_fingerprint(draft):
         return
-    base_tokens, draft_tokens = tokens_by_id(base), tokens_by_id(draft)
+    difference = vocabulary_difference(tokens_by_id(base), tokens_by_id(draft))
+    if difference is None:
+        raise ConfigurationError(f"base {base} and draft {draft} share all tokens and differ in their merges")
+    raise ConfigurationError(f"base {base} and draft {draft} have different vocabularies: {difference}")
+
+
+def vocabulary_difference(first: Mapping[int, str], second: Mapping[int, str]) -> str | None:
+    """How two vocabularies (token id -> token) differ, naming the first entries that do; None if they do not."""
     differing = [
-        token_id
-        for token_id in sorted(base_tokens.keys() | draft_tokens.keys())
-        if base_tokens.get(token_id) != draft_tokens.get(token_id)
+        token_id for token_id in sorted(first.keys() | second.keys()) if first.get(token_id) != second.get(token_id)
     ]
     if not differing:
-        raise ConfigurationError(f"base {base} and draft {draft} share all tokens and differ in their merges")
+        return None
     shown = "; ".join(
-        f"{token_id} is {base_tokens.get(token_id)!r} and {draft_tokens.get(token_id)!r}"
-        for token_id in differing[:_NUM_SHOWN]
+        f"{token_id} is {first.get(token_id)!r} and {second.get(token_id)!r}" for token_id in differing[:_NUM_SHOWN]
     )
-    raise ConfigurationError(
-        f"base {base} and draft {draft} have different vocabularies: of {len(differing)} differing entries the first "
-        f"are: {shown}"
-    )
+    return f"of {len(differing)} differing entries the first are: {shown}"
 
 
 def padding_note(base: Path, draft: Path) -> str | None:
@@ -41,6 +43,11 @@ def padding_note(base: Path, draft: Path) -> str | None:
     base_rows, draft_rows = (
         json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size") for folder in (base, draft)
     )
+    return rows_note(base_rows, draft_rows)
+
+
+def rows_note(base_rows: int | None, draft_rows: int | None) -> str | None:
+    """The same of a pair whose tables have so many rows."""
     if base_rows == draft_rows:
         return None
     return f"embedding tables of base ({base_rows} rows) and draft ({draft_rows}) differ by padding only: going on"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import torch
 
@@ -15,6 +16,7 @@ from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import StepObserver, ignore_step
+from easyspec.tokenizer_fingerprint import tokens_by_id
 from verifier_service.config import VerifierSettings
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
@@ -57,6 +59,11 @@ class VerifierEngine:
         """KV memory as it is now."""
         assert self._verifier is not None, "started"
         return self._verifier.usage()
+
+    async def vocabulary(self) -> Mapping[int, str]:
+        """The tokenizer's entries, read from the checkpoint: seldom asked for."""
+        assert self._loaded is not None, "started"
+        return await asyncio.to_thread(tokens_by_id, self._loaded.folder)
 
     async def open(self, request: OpenVerification) -> int:
         """Open a session and return its id, waiting for KV memory if need be.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -45,6 +45,9 @@ class VerifierEngine(Protocol):
         """Return when the device or another rank is lost, which no request can mend; otherwise never."""
 
     def kv_usage(self) -> KvUsage: ...
+
+    async def vocabulary(self) -> Mapping[int, str]:
+        """The tokenizer's entries: token id -> token; valid after `start`."""
 
     async def open(self, request: OpenVerification) -> int:
         """A new session's id; raises EasyspecError subclasses, and then, as when cancelled, nothing is held."""
@@ -104,6 +107,12 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
                 yield verifier_pb2.VerifyResponse(
                     verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
                 )
+
+    async def GetVerifierVocabulary(  # noqa: N802
+        self, request: verifier_pb2.GetVerifierVocabularyRequest, context: Any
+    ) -> verifier_pb2.GetVerifierVocabularyResponse:
+        vocabulary = convert.vocabulary_to_pb(await self._engine.vocabulary())
+        return verifier_pb2.GetVerifierVocabularyResponse(vocabulary=vocabulary)
 
     async def GetVerifierInfo(  # noqa: N802
         self, request: verifier_pb2.GetVerifierInfoRequest, context: Any

@@ -27,7 +27,7 @@ class FusingSource:
         if self._asks_model(session):
             self._model_source.open(session)
         if self._asks_text(session):
-            self._fused.open(session.session_id, session.token_ids, session.sampling, session.sources)
+            self._fused.open(session.session_id, session.token_ids, session.sampling, session.sources, session.target)
             self._unread[session.session_id] = session
 
     def close(self, session: DraftSession) -> None:

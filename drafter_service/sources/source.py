@@ -19,6 +19,7 @@ class DraftSession:
     """One request at the drafter: what every source may look at. Sources keep their own state by `session_id`.
 
     `token_ids` are all committed tokens, at most `max_length` of them ever. Ids grow with age: the lower, the older.
+    `target` tells base models apart: what is learned about acceptance by one must not be held against another.
     """
 
     session_id: int
@@ -29,6 +30,7 @@ class DraftSession:
     calibration: bool
     sources: DraftSources = DraftSources.MODEL
     preference: GrammarPreference | None = None
+    target: str = ""
 
 
 @dataclass(frozen=True)

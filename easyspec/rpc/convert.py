@@ -305,6 +305,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
         max_total_length=message.max_total_length if message.HasField("max_total_length") else None,
         sources=sources_from_pb(message.sources),
         num_output_tokens=message.num_output_tokens,
+        base_fingerprint=message.base_fingerprint,
     )
 
 
@@ -318,6 +319,7 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
         max_total_length=request.max_total_length,
         sources=sources_to_pb(request.sources),
         num_output_tokens=request.num_output_tokens,
+        base_fingerprint=request.base_fingerprint,
     )
 
 
@@ -392,6 +394,16 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
         num_layers=info.num_layers,
         fingerprint=info.fingerprint,
     )
+
+
+def vocabulary_from_pb(message: types_pb2.Vocabulary) -> dict[int, str]:
+    """Token id -> token."""
+    return dict(zip(message.token_ids, message.tokens, strict=False))
+
+
+def vocabulary_to_pb(tokens_by_id: Mapping[int, str]) -> types_pb2.Vocabulary:
+    token_ids = sorted(tokens_by_id)
+    return types_pb2.Vocabulary(token_ids=token_ids, tokens=[tokens_by_id[token_id] for token_id in token_ids])
 
 
 def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:

@@ -79,7 +79,7 @@ class OpenSpeculation:
     """Opens a session at the drafter with every token committed so far, the last `num_output_tokens` being output.
 
     `max_total_length` is the most tokens the session can come to hold (None: the draft model's context); KV memory is
-    budgeted by it. `sources` None takes the drafter's.
+    budgeted by it. `sources` None takes the drafter's. `base_fingerprint` names the base model that guesses are for.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -90,6 +90,7 @@ class OpenSpeculation:
     request_id: str = ""
     sources: DraftSources | None = None
     num_output_tokens: int = 0
+    base_fingerprint: str = ""
 
 
 @dataclass(frozen=True)

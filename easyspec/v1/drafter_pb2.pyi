@@ -65,6 +65,7 @@ class OpenSpeculation(_message.Message):
     MAX_TOTAL_LENGTH_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Draft model name; empty means the only one served."""
     request_id: _builtins.str
@@ -73,6 +74,10 @@ class OpenSpeculation(_message.Message):
     """Most tokens the session can come to hold; KV memory is budgeted by it. Unset: the draft model's context."""
     num_output_tokens: _builtins.int
     """How many of prompt_token_ids, at their end, are output: the sampling parameters' grammar begins there."""
+    base_fingerprint: _builtins.str
+    """ModelInfo.fingerprint of the base model that the guesses are for. What is learned about how often guesses are right
+    is kept apart by it, as one drafter may serve several base models. Empty: not told, which counts as one more.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token committed so far (prompt, and output when a session is re-opened), at least one."""
@@ -100,10 +105,11 @@ class OpenSpeculation(_message.Message):
         max_total_length: _builtins.int | None = ...,
         sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
         num_output_tokens: _builtins.int = ...,
+        base_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "base_fingerprint", b"base_fingerprint", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_total_length: _TypeAlias = _typing.Literal["max_total_length"]  # noqa: Y015
     _WhichOneofArgType__max_total_length: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length"]  # noqa: Y015
@@ -220,6 +226,47 @@ class DraftTimings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DraftTimings: _TypeAlias = DraftTimings  # noqa: Y015
+
+@_typing.final
+class GetDrafterVocabularyRequest(_message.Message):
+    """Nothing to ask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDrafterVocabularyRequest: _TypeAlias = GetDrafterVocabularyRequest  # noqa: Y015
+
+@_typing.final
+class GetDrafterVocabularyResponse(_message.Message):
+    """What its token ids mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def vocabulary(self) -> _types_pb2.Vocabulary:
+        """The entries of the tokenizer."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary: _types_pb2.Vocabulary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vocabulary", b"vocabulary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDrafterVocabularyResponse: _TypeAlias = GetDrafterVocabularyResponse  # noqa: Y015
 
 @_typing.final
 class GetDrafterInfoRequest(_message.Message):

@@ -45,6 +45,11 @@ class DrafterServiceStub:
                 request_serializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoRequest.SerializeToString,
                 response_deserializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoResponse.FromString,
                 _registered_method=True)
+        self.GetDrafterVocabulary = channel.unary_unary(
+                '/easyspec.v1.DrafterService/GetDrafterVocabulary',
+                request_serializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyRequest.SerializeToString,
+                response_deserializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyResponse.FromString,
+                _registered_method=True)
 
 
 class DrafterServiceServicer:
@@ -69,6 +74,13 @@ class DrafterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDrafterVocabulary(self, request, context):
+        """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DrafterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +93,11 @@ def add_DrafterServiceServicer_to_server(servicer, server):
                     servicer.GetDrafterInfo,
                     request_deserializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoRequest.FromString,
                     response_serializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoResponse.SerializeToString,
+            ),
+            'GetDrafterVocabulary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDrafterVocabulary,
+                    request_deserializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyRequest.FromString,
+                    response_serializer=easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +155,33 @@ class DrafterService:
             '/easyspec.v1.DrafterService/GetDrafterInfo',
             easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoRequest.SerializeToString,
             easyspec_dot_v1_dot_drafter__pb2.GetDrafterInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDrafterVocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/easyspec.v1.DrafterService/GetDrafterVocabulary',
+            easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyRequest.SerializeToString,
+            easyspec_dot_v1_dot_drafter__pb2.GetDrafterVocabularyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,7 +38,7 @@ class GenerateRequest(_message.Message):
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model name; empty means the only one served."""
+    """Model name; empty means the only one served, or the first of several."""
     text: _builtins.str
     """Text, tokenized as it stands."""
     num_choices: _builtins.int
@@ -826,7 +826,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ModelInfo]:
-        """The base models."""
+        """The base models whose verifiers have answered, by the names that requests use."""
 
     def __init__(
         self,
@@ -898,25 +898,30 @@ class GetServerInfoResponse(_message.Message):
     VERIFIER_STATE_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     DEFAULT_BUDGET_FIELD_NUMBER: _builtins.int
+    SERVED_MODELS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Package version."""
     drafter_state: Global___GetServerInfoResponse.PeerState.ValueType
-    """State of the drafter."""
+    """State of the drafter of the first base model."""
     verifier_state: Global___GetServerInfoResponse.PeerState.ValueType
-    """State of the verifier."""
+    """State of the verifier of the first base model."""
     num_running_requests: _builtins.int
-    """Requests being decoded."""
+    """Requests being decoded, of all models."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ModelInfo]:
-        """Base models."""
+        """Base models whose verifiers have answered, by the names that requests use."""
 
     @_builtins.property
     def draft_model(self) -> _types_pb2.ModelInfo:
-        """The draft model; unset without a drafter."""
+        """The draft model of the first base model; unset without a drafter."""
 
     @_builtins.property
     def default_budget(self) -> _types_pb2.TreeBudget:
         """Default tree size."""
+
+    @_builtins.property
+    def served_models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedModel]:
+        """Every base model that is served, the first one first."""
 
     def __init__(
         self,
@@ -928,13 +933,67 @@ class GetServerInfoResponse(_message.Message):
         verifier_state: Global___GetServerInfoResponse.PeerState.ValueType = ...,
         num_running_requests: _builtins.int = ...,
         default_budget: _types_pb2.TreeBudget | None = ...,
+        served_models: _abc.Iterable[Global___ServedModel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_model", b"_draft_model", "default_budget", b"default_budget", "draft_model", b"draft_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_model", b"_draft_model", "default_budget", b"default_budget", "draft_model", b"draft_model", "drafter_state", b"drafter_state", "models", b"models", "num_running_requests", b"num_running_requests", "verifier_state", b"verifier_state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_model", b"_draft_model", "default_budget", b"default_budget", "draft_model", b"draft_model", "drafter_state", b"drafter_state", "models", b"models", "num_running_requests", b"num_running_requests", "served_models", b"served_models", "verifier_state", b"verifier_state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__draft_model: _TypeAlias = _typing.Literal["draft_model"]  # noqa: Y015
     _WhichOneofArgType__draft_model: _TypeAlias = _typing.Literal["_draft_model", b"_draft_model"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_model) -> _WhichOneofReturnType__draft_model | None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class ServedModel(_message.Message):
+    """A base model behind the gateway, and who guesses for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    VERIFIER_STATE_FIELD_NUMBER: _builtins.int
+    DRAFTER_STATE_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name that requests use; empty while the first model's verifier has not answered yet."""
+    verifier_state: Global___GetServerInfoResponse.PeerState.ValueType
+    """State of its verifiers: ready if one of them is."""
+    drafter_state: Global___GetServerInfoResponse.PeerState.ValueType
+    """State of its drafters, which other models may share."""
+    num_running_requests: _builtins.int
+    """Its requests being decoded."""
+    @_builtins.property
+    def base_model(self) -> _types_pb2.ModelInfo:
+        """The base model; unset while its verifier has not answered yet."""
+
+    @_builtins.property
+    def draft_model(self) -> _types_pb2.ModelInfo:
+        """The draft model; unset without a drafter, and while it has not answered yet."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        base_model: _types_pb2.ModelInfo | None = ...,
+        verifier_state: Global___GetServerInfoResponse.PeerState.ValueType = ...,
+        drafter_state: Global___GetServerInfoResponse.PeerState.ValueType = ...,
+        draft_model: _types_pb2.ModelInfo | None = ...,
+        num_running_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model", "drafter_state", b"drafter_state", "name", b"name", "num_running_requests", b"num_running_requests", "verifier_state", b"verifier_state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__base_model: _TypeAlias = _typing.Literal["base_model"]  # noqa: Y015
+    _WhichOneofArgType__base_model: _TypeAlias = _typing.Literal["_base_model", b"_base_model"]  # noqa: Y015
+    _WhichOneofReturnType__draft_model: _TypeAlias = _typing.Literal["draft_model"]  # noqa: Y015
+    _WhichOneofArgType__draft_model: _TypeAlias = _typing.Literal["_draft_model", b"_draft_model"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_model) -> _WhichOneofReturnType__base_model | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_model) -> _WhichOneofReturnType__draft_model | None: ...
+
+Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015

@@ -272,6 +272,47 @@ class VerifyTimings(_message.Message):
 Global___VerifyTimings: _TypeAlias = VerifyTimings  # noqa: Y015
 
 @_typing.final
+class GetVerifierVocabularyRequest(_message.Message):
+    """Nothing to ask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerifierVocabularyRequest: _TypeAlias = GetVerifierVocabularyRequest  # noqa: Y015
+
+@_typing.final
+class GetVerifierVocabularyResponse(_message.Message):
+    """What its token ids mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def vocabulary(self) -> _types_pb2.Vocabulary:
+        """The entries of the tokenizer."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary: _types_pb2.Vocabulary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vocabulary", b"vocabulary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerifierVocabularyResponse: _TypeAlias = GetVerifierVocabularyResponse  # noqa: Y015
+
+@_typing.final
 class GetVerifierInfoRequest(_message.Message):
     """Nothing to ask."""
 

@@ -45,6 +45,11 @@ class VerifierServiceStub:
                 request_serializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoRequest.SerializeToString,
                 response_deserializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoResponse.FromString,
                 _registered_method=True)
+        self.GetVerifierVocabulary = channel.unary_unary(
+                '/easyspec.v1.VerifierService/GetVerifierVocabulary',
+                request_serializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyRequest.SerializeToString,
+                response_deserializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyResponse.FromString,
+                _registered_method=True)
 
 
 class VerifierServiceServicer:
@@ -70,6 +75,13 @@ class VerifierServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVerifierVocabulary(self, request, context):
+        """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VerifierServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +94,11 @@ def add_VerifierServiceServicer_to_server(servicer, server):
                     servicer.GetVerifierInfo,
                     request_deserializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoRequest.FromString,
                     response_serializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoResponse.SerializeToString,
+            ),
+            'GetVerifierVocabulary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerifierVocabulary,
+                    request_deserializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyRequest.FromString,
+                    response_serializer=easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,6 +156,33 @@ class VerifierService:
             '/easyspec.v1.VerifierService/GetVerifierInfo',
             easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoRequest.SerializeToString,
             easyspec_dot_v1_dot_verifier__pb2.GetVerifierInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerifierVocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/easyspec.v1.VerifierService/GetVerifierVocabulary',
+            easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyRequest.SerializeToString,
+            easyspec_dot_v1_dot_verifier__pb2.GetVerifierVocabularyResponse.FromString,
             options,
             channel_credentials,
             insecure,

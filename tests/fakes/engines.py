@@ -83,6 +83,9 @@ class FakeEngine:
         if self.sessions.pop(session_id, None) is not None:
             self.events.append("close")
 
+    async def vocabulary(self) -> dict[int, str]:
+        return {token_id: f"t{token_id}" for token_id in range(self.model_info.vocab_size)}
+
     def kv_usage(self) -> KvUsage:
         num_used_slots = sum(len(session.token_ids) for session in self.sessions.values())
         return KvUsage(num_slots=NUM_SLOTS, num_used_slots=num_used_slots, num_sessions=len(self.sessions))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ TOY_TEXT = "the quick brown fox; 😀 über 中文 STOP here.\n"
 class ToyLanguage:
     """The token at position p is `token_ids[p]`, round and round; a seed above 0 shifts the start.
 
-    `model_fingerprint` is the digest of the weights that speak it.
+    `model_fingerprint` is the digest of the weights that speak it, `vocabulary` what its tokens mean, if it tells.
     """
 
     token_ids: tuple[int, ...]
@@ -60,6 +60,7 @@ class ToyLanguage:
     eos_token_id: int = 0
     max_model_len: int = 2048
     model_fingerprint: str = "70f"
+    vocabulary: Mapping[int, str] = field(default_factory=dict)
 
     def token_at(self, position: int, sampling: SamplingParameters) -> int:
         shift = 0 if sampling.is_greedy else sampling.seed
@@ -115,6 +116,9 @@ class FakeEngine:
 
     async def wait_lost(self) -> None:
         await asyncio.Event().wait()
+
+    async def vocabulary(self) -> Mapping[int, str]:
+        return self.language.vocabulary
 
     def kv_usage(self) -> KvUsage:
         num_used = sum(len(session.committed) for session in self.sessions.values())
