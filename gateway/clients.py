@@ -22,6 +22,7 @@ from easyspec.rpc.convert import (
     verdict_from_pb,
     verify_timings_from_pb,
     verify_tree_to_pb,
+    vocabulary_from_pb,
 )
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation, OpenVerification
@@ -58,6 +59,16 @@ class VerifierClient:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
+
+    async def vocabulary(self) -> dict[int, str]:
+        """Its tokenizer's entries, token id -> token; EasyspecError if it does not tell."""
+        try:
+            response = await self._stub.GetVerifierVocabulary(
+                verifier_pb2.GetVerifierVocabularyRequest(), timeout=self._info_timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return vocabulary_from_pb(response.vocabulary)
 
     @contextlib.asynccontextmanager
     async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[VerifierStream]:
@@ -108,6 +119,16 @@ class DrafterClient:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
+
+    async def vocabulary(self) -> dict[int, str]:
+        """Its tokenizer's entries, token id -> token; EasyspecError if it does not tell."""
+        try:
+            response = await self._stub.GetDrafterVocabulary(
+                drafter_pb2.GetDrafterVocabularyRequest(), timeout=self._info_timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return vocabulary_from_pb(response.vocabulary)
 
     def open(self, opening: OpenSpeculation) -> DrafterStream:
         """A session; returns at once, while the drafter is told the prompt in the background."""

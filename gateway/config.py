@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -12,6 +12,7 @@ from easyspec.rpc.settings import ServerSettings, address_field, check_address, 
 from easyspec.rpc.tls import ChannelTls
 from easyspec.speculation.parameters import TreeBudget
 from gateway.limits import RequestLimits
+from gateway.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
 
 HTTP_OFF = "off"
 
@@ -46,6 +47,12 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=None,
         min_length=1,
         description="host:port of the drafter, or several as for the verifier. Unset: plain decoding.",
+    )
+    further_models: dict[Annotated[str, Field(min_length=1)], FurtherModel] = Field(
+        default_factory=dict,
+        description="Base models beside the one of --verifier-address, by the names that requests use, as JSON: "
+        '{"NAME": {"verifier_address": "host:port"}}. tokenizer and drafter_address may be given too; unset they are '
+        "those of the first model, so that one pool of drafters serves all (docs/multi-target.md). Default: none.",
     )
     num_draft_levels: int = Field(
         default=5,
@@ -111,14 +118,15 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=64,
         ge=1,
         le=65_536,
-        description="Requests decoded at the same time, 1 to 65536. 64 is beyond what one pair of models serves well.",
+        description="Requests of one base model decoded at the same time, 1 to 65536. 64 is beyond what one pair of "
+        "models serves well; a model whose verifier is lost keeps no places of another.",
     )
     max_waiting_requests: int = Field(
         default=256,
         ge=0,
         le=65_536,
-        description="Requests that may wait for a place, 0 to 65536; more are refused at once. 256 are served within "
-        "the time they may wait if a request takes a second or two.",
+        description="Requests of one base model that may wait for a place, 0 to 65536; more are refused at once. 256 "
+        "are served within the time they may wait if a request takes a second or two.",
     )
     admission_timeout_s: float = Field(
         default=10.0,
@@ -209,10 +217,12 @@ class GatewaySettings(ServerSettings, RequestLimits):
         if (self.peer_tls_certificate is None) != (self.peer_tls_key is None):
             raise ValueError("peer_tls_certificate and peer_tls_key must be set together")
         is_allowed = self.peer_tls_ca is not None or self.allow_plaintext
-        for address in self.verifier_addresses:
-            check_plaintext("verifier_address", address, is_allowed, "peer_tls_ca")
-        for address in self.drafter_addresses:
-            check_plaintext("drafter_address", address, is_allowed, "peer_tls_ca")
+        for route in self.routes:
+            where = f"further_models[{route.name!r}]." if route.name else ""
+            for address in route.verifier_addresses:
+                check_plaintext(f"{where}verifier_address", address, is_allowed, "peer_tls_ca")
+            for address in route.drafter_addresses:
+                check_plaintext(f"{where}drafter_address", address, is_allowed, "peer_tls_ca")
         return self
 
     @property
@@ -225,25 +235,15 @@ class GatewaySettings(ServerSettings, RequestLimits):
     @field_validator("verifier_address", "drafter_address")
     @classmethod
     def _check_addresses(cls, addresses: str | None) -> str | None:
-        if addresses is not None and not all(part.strip() for part in addresses.split(",")):
-            raise ValueError("an address is empty")
-        return addresses
+        return check_addresses(addresses) if addresses is not None else None
 
     @property
-    def verifier_addresses(self) -> tuple[str, ...]:
-        return split_addresses(self.verifier_address)
-
-    @property
-    def drafter_addresses(self) -> tuple[str, ...]:
-        return split_addresses(self.drafter_address) if self.drafter_address is not None else ()
+    def routes(self) -> tuple[ModelRoute, ...]:
+        """Every model that is served, the first one first."""
+        drafters = split_addresses(self.drafter_address) if self.drafter_address is not None else ()
+        first = ModelRoute("", self.tokenizer, split_addresses(self.verifier_address), drafters)
+        return first, *(further_route(name, model, first) for name, model in self.further_models.items())
 
     @property
     def default_budget(self) -> TreeBudget:
         return TreeBudget(self.num_draft_levels, self.tree_width, self.num_tree_nodes)
-
-
-def split_addresses(addresses: str) -> tuple[str, ...]:
-    """The addresses of a list separated by commas, each once; a gRPC target that is such a list itself is one."""
-    if addresses.startswith(("ipv4:", "ipv6:")):
-        return (addresses,)
-    return tuple(dict.fromkeys(part.strip() for part in addresses.split(",")))

@@ -15,6 +15,7 @@ from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, S
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE
+from easyspec.vocabulary import rows_note
 from gateway.decode_loop import NOTHING_DRAFTED, TimedDraft
 from gateway.peers import Backoff
 from gateway.replicas import Replica, ReplicaSet
@@ -61,6 +62,17 @@ class DrafterPool:
     def __init__(self, replicas: ReplicaSet[DraftConnection], limits: DraftLimits) -> None:
         self.replicas = replicas
         self._limits = limits
+        self._noted: set[tuple[int, int]] = set()
+
+    def note_padding(self, base_rows: int) -> None:
+        """Say, once, if embedding tables of a pair with one tokenizer have different sizes, which is harmless."""
+        info = self.replicas.info
+        if info is None or (base_rows, info.model.vocab_size) in self._noted:
+            return
+        self._noted.add((base_rows, info.model.vocab_size))
+        note = rows_note(base_rows, info.model.vocab_size)
+        if note is not None:
+            _log.info("vocabularies_padded", note=note)
 
     @contextlib.asynccontextmanager
     async def session(
@@ -70,6 +82,7 @@ class DrafterPool:
 
         The drafter is told the prompt at once if the first draft `is_wanted`, else not before one is.
         """
+        self.note_padding(vocab_size)
         session = ResilientDraftSession(self.replicas, self._limits, opening, vocab_size)
         if is_wanted:
             session.open()

@@ -128,7 +128,11 @@ class GenerationChunk:
 
 
 class Generator:
-    """Turns requests into completions, many at a time. `drafters` is None when no drafter is configured."""
+    """Turns requests to one base model into completions, many at a time.
+
+    `drafters`, which other models may share, is None when no drafter is configured. `served_name` is what requests call
+    the model; empty: what its verifiers call it.
+    """
 
     def __init__(
         self,
@@ -142,7 +146,9 @@ class Generator:
         clients: ClientLimiter,
         observe: GenerationObserver,
         tool_dialect: ToolDialect = ToolDialect.NONE,
+        served_name: str = "",
     ) -> None:
+        self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
         self._tool_dialect = tool_dialect
@@ -154,6 +160,29 @@ class Generator:
         self._clients = clients
         self._observe = observe
         self.speculation = SpeculationController(default_budget)
+
+    @property
+    def name(self) -> str | None:
+        """What requests call the model; None while only its verifiers could tell and none of them has answered."""
+        if self._served_name:
+            return self._served_name
+        info = self._verifiers.replicas.info
+        return info.model.name if info is not None else None
+
+    @property
+    def model_info(self) -> ModelInfo | None:
+        """The base model, by the name that requests use; None before a verifier has answered."""
+        info = self._verifiers.replicas.info
+        return self._named(info).model if info is not None else None
+
+    def _named(self, info: PeerInfo) -> PeerInfo:
+        return replace(info, model=replace(info.model, name=self._served_name)) if self._served_name else info
+
+    def note_padding(self) -> None:
+        """Say if base and draft have embedding tables of different sizes, as far as both are known."""
+        info = self._verifiers.replicas.info
+        if info is not None and self._drafters is not None:
+            self._drafters.note_padding(info.model.vocab_size)
 
     @property
     def num_running(self) -> int:
@@ -276,7 +305,7 @@ class Generator:
         info = peer.info
         if info is None or peer.state is PeerState.REFUSED:
             raise UnavailableError(f"the verifier is {peer.state.value}")
-        return info
+        return self._named(info)
 
     def _check(self, request: GenerationRequest, peer_info: PeerInfo) -> None:
         model = peer_info.model
@@ -331,6 +360,7 @@ class Generator:
             max_total_length=max_total_length,
             request_id=request.request_id,
             sources=wish.sources,
+            base_fingerprint=model.fingerprint,
         )
         async with self._drafters.session(opening, model.vocab_size, is_wanted=policy.wants_drafts) as session:
             yield session
@@ -411,7 +441,6 @@ def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerific
         prompt,
         request.sampling,
         request.stop,
-        model=request.model,
         request_id=request.request_id,
         num_top_logprobs=request.num_top_logprobs,
         prompt_logprobs=_wants_prompt(request),

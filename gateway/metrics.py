@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,13 +69,27 @@ class PeerSample:
 
 
 @dataclass(frozen=True)
-class GatewayState:
-    """What the gateway knows at one moment. `kv` is the verifiers' memory at their last probes."""
+class ModelSample:
+    """One base model as it is now. `kv` is its verifiers' memory at their last probes."""
 
-    model: str
+    name: str
+    is_ready: bool
     num_running: int
     num_waiting: int
     kv: tuple[KvUsage | None, ...]
+
+    @property
+    def kv_share(self) -> float | None:
+        """The used part of the memory, 0 to 1; None if no verifier has told."""
+        known = [kv for kv in self.kv if kv is not None]
+        return sum(kv.num_used_slots for kv in known) / sum(kv.num_slots for kv in known) if known else None
+
+
+@dataclass(frozen=True)
+class GatewayState:
+    """What the gateway knows at one moment."""
+
+    models: tuple[ModelSample, ...]
     peers: tuple[PeerSample, ...]
 
 
@@ -262,12 +276,16 @@ class _StateCollector(Collector):
         state = self._read_state()
         if state is None:
             return
-        yield _of_model("vllm:num_requests_running", "Requests being decoded.", state.model, state.num_running)
-        yield _of_model("vllm:num_requests_waiting", "Requests waiting for a place.", state.model, state.num_waiting)
-        known = [kv for kv in state.kv if kv is not None]
-        if known:
-            used = sum(kv.num_used_slots for kv in known) / sum(kv.num_slots for kv in known)
-            yield _of_model("vllm:kv_cache_usage_perc", "Used part of the verifiers' KV, 0 to 1.", state.model, used)
+        models = state.models
+        running = {model.name: model.num_running for model in models}
+        yield _by_model("vllm:num_requests_running", "Requests being decoded.", running)
+        waiting = {model.name: model.num_waiting for model in models}
+        yield _by_model("vllm:num_requests_waiting", "Requests waiting for a place.", waiting)
+        used = {model.name: share for model in models if (share := model.kv_share) is not None}
+        if used:
+            yield _by_model("vllm:kv_cache_usage_perc", "Used part of the verifiers' KV, 0 to 1.", used)
+        ready = {model.name: float(model.is_ready) for model in models}
+        yield _by_model("easyspec_model_ready", "1 while a verifier of the model can be used.", ready)
         states = GaugeMetricFamily(
             "easyspec_peer_state", "1 for the state that a replica is in.", labels=("role", "address", "state")
         )
@@ -285,7 +303,8 @@ class _StateCollector(Collector):
         return iter(())
 
 
-def _of_model(name: str, text: str, model: str, value: float) -> Metric:
+def _by_model(name: str, text: str, values: Mapping[str, float]) -> Metric:
     metric = GaugeMetricFamily(name, text, labels=_MODEL)
-    metric.add_metric((model,), value)
+    for model, value in values.items():
+        metric.add_metric((model,), value)
     return metric

@@ -79,21 +79,29 @@ class Peer:
     """One service behind the gateway. All requests share what one of them, or a probe, has learned about it.
 
     `fetch_info` asks the service who it is and raises EasyspecError if it does not answer. A peer whose tokenizer
-    differs from `fingerprint` is refused; probing goes on, for it may be replaced by one that fits.
+    differs from `fingerprint` is refused, with `explain_misfit` saying why (kept in `misfit`); probing goes on, for it
+    may be replaced by one that fits.
     """
 
     def __init__(
-        self, role: str, fetch_info: Callable[[], Awaitable[PeerInfo]], fingerprint: str, policy: PeerPolicy
+        self,
+        role: str,
+        fetch_info: Callable[[], Awaitable[PeerInfo]],
+        fingerprint: str,
+        policy: PeerPolicy,
+        explain_misfit: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         self._role = role
         self._fetch_info = fetch_info
         self._fingerprint = fingerprint
         self._policy = policy
+        self._explain_misfit = explain_misfit
         self._num_failures = 0
         self._num_misfits = 0
         self._failed = asyncio.Event()
         self.state = PeerState.UNREACHABLE
         self.info: PeerInfo | None = None
+        self.misfit = ""
 
     @property
     def is_ready(self) -> bool:
@@ -115,23 +123,34 @@ class Peer:
         if self._num_failures > num_failures:
             return
         if info.model.tokenizer_fingerprint != self._fingerprint:
-            self._take_misfit(info)
+            await self._take_misfit(info)
         else:
             self.info = info
             self._num_misfits = 0
             self._failed.clear()
             self._become(PeerState.READY, reason="answers")
 
-    def _take_misfit(self, info: PeerInfo) -> None:
+    async def _take_misfit(self, info: PeerInfo) -> None:
         self._num_misfits += 1
         reason = f"tokenizer {info.model.tokenizer_fingerprint}, the gateway's is {self._fingerprint}"
         if self.is_ready and self._num_misfits <= self._policy.num_tolerated_misfits:
             self._failed.clear()
             _log.warning("peer_replica_misfit", peer=self._role, reason=reason)
             return
+        if self.state is not PeerState.REFUSED or self.info != info:
+            self.misfit = await self._explained(reason)
         self.info = info
         self._num_failures += 1
-        self._become(PeerState.REFUSED, reason=reason)
+        self._become(PeerState.REFUSED, reason=self.misfit)
+
+    async def _explained(self, reason: str) -> str:
+        """Why the peer does not fit: that the vocabularies differ, and where, if it can tell."""
+        if self._explain_misfit is None:
+            return reason
+        try:
+            return f"{reason}: {await self._explain_misfit()}"
+        except EasyspecError:  # a version that cannot be asked, or it has just gone
+            return reason
 
     async def wait_for_answer(self) -> None:
         """Probe until the peer answers, whether it can be used or not."""

@@ -14,18 +14,15 @@ import grpc
 import structlog
 
 from easyspec import __version__
-from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
-from easyspec.rpc.channels import open_channel
 from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.admission import Admission
 from gateway.api_keys import ApiKeys, ClientLimiter
-from gateway.clients import DrafterClient, VerifierClient
+from gateway.assembly import Assembly, load_tokenizers
 from gateway.config import HTTP_OFF, GatewaySettings
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.draft_session import DraftConnection, DrafterPool, DraftLimits
 from gateway.generation import (
     Completion,
     GenerationChunk,
@@ -35,25 +32,18 @@ from gateway.generation import (
     SpeculationWish,
     TokenIds,
 )
-from gateway.metrics import GatewayMetrics, GatewayState, PeerSample
+from gateway.metrics import GatewayMetrics, GatewayState, ModelSample, PeerSample
 from gateway.observation import GenerationObserver, RequestLog, everyone
-from gateway.peers import Backoff, ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
-from gateway.replicas import Replica, ReplicaSet
+from gateway.peers import PeerState
 from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
+from gateway.served_models import ServedModels
 from gateway.statistics import RoundTimings, SpeculationStatistics
-from gateway.tokenizer import Tokenizer
 from gateway.tool_parser import ToolCallDelta
-from gateway.tools import ToolDialect, dialect_of
 from gateway.trace import RoundTrace
-from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
 
-# A peer that is loading does not answer at all; one that answers does so in milliseconds.
-_INFO_TIMEOUT_S = 2.0
 _KEYS_POLL_S = 2.0
-# Probes meet the replicas behind a name in turn: that many misfits in a row mean that all or most of them are.
-_TOLERATED_MISFITS_OF_A_NAME = 3
 
 _Mode = generation_pb2.SpeculationParameters
 _PeerState = generation_pb2.GetServerInfoResponse
@@ -85,7 +75,7 @@ _TOOL_MODES: Mapping[int, ToolMode] = MappingProxyType(
 
 
 class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
-    """GenerationService over a Generator; an Application of `easyspec.rpc.lifecycle`."""
+    """GenerationService over the served models; an Application of `easyspec.rpc.lifecycle`."""
 
     service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -93,9 +83,9 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         self._settings = settings
         self.metrics = metrics or GatewayMetrics()
         self.metrics.watch(self._state)
-        self._channels: list[grpc.aio.Channel] = []
         self._watches: list[asyncio.Task[None]] = []
-        self._generator: Generator | None = None
+        self._assembly: Assembly | None = None
+        self._models: ServedModels | None = None
         self._tracing = open_tracing("gateway", settings.otlp_endpoint)
         self._keys = _api_keys(settings)
         self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
@@ -119,31 +109,33 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             self._keys.reload()
 
     @property
-    def generator(self) -> Generator:
+    def models(self) -> ServedModels:
         """Valid after `start`."""
-        assert self._generator is not None, "RPCs are refused until start has returned"
-        return self._generator
+        assert self._models is not None, "RPCs are refused until start has returned"
+        return self._models
+
+    @property
+    def generator(self) -> Generator:
+        """The first model's; valid after `start`."""
+        return self.models.first
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Wait for the verifier; the drafter may come whenever it likes. REST is refused meanwhile, like RPCs."""
+        """Wait for a verifier, of whichever model; everybody else may come whenever they like. REST is refused
+        meanwhile, like RPCs."""
         if self._rest is not None:
             await self._rest.open()
-        tokenizer = await asyncio.to_thread(Tokenizer.load, self._settings.tokenizer)
-        generator = self._build(tokenizer)
-        await generator.verifier_peer.wait_for_answer()
-        _check_tokenizer("verifier", generator.verifier_peer, tokenizer)
-        peers = [generator.verifier_peer]
-        if generator.drafter_peer is not None:
-            await generator.drafter_peer.probe()
-            _check_tokenizer("drafter", generator.drafter_peer, tokenizer)
-            peers.append(generator.drafter_peer)
-        self._watches = [asyncio.create_task(peer.watch()) for peer in peers]
+        tokenizers = await asyncio.to_thread(load_tokenizers, self._settings)
+        limiter = ClientLimiter(self._settings.max_requests_per_key if self._keys is not None else None)
+        self._assembly = Assembly(self._settings, self._observer(), limiter)
+        models = self._assembly.build(tokenizers)
+        await models.wait_for_answer()
+        self._watches = [asyncio.create_task(models.watch())]
         if self._keys is not None:
             self._watches.append(asyncio.create_task(self._keys.watch(_KEYS_POLL_S)))
-        self._generator = generator
+        self._models = models
         if self._rest is not None:
             self._rest.admit()
 
@@ -158,49 +150,20 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
-        for channel in self._channels:
-            await channel.close()
+        if self._assembly is not None:
+            await self._assembly.close()
         if self._tracing is not None:
             await self._tracing.close()
 
-    def _build(self, tokenizer: Tokenizer) -> Generator:
-        settings = self._settings
-        backoff = ExponentialBackoff(settings.retry_first_ms / 1000, settings.retry_max_ms / 1000)
-        fingerprint = tokenizer.fingerprint()
-        drafters = None
-        if settings.drafter_addresses:
-            limits = DraftLimits(settings.draft_deadline_ms / 1000, settings.reopen_deadline_s, backoff)
-            drafters = DrafterPool(self._drafters(fingerprint, backoff), limits)
-        failover = FailoverLimits(
-            settings.verifier_open_timeout_s, settings.verifier_reopen_timeout_s, JitteredBackoff(backoff)
-        )
-        return Generator(
-            tokenizer,
-            VerifierPool(self._verifiers(fingerprint, backoff), failover),
-            drafters,
-            Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
-            settings.default_budget,
-            settings.stalled_client_timeout_s,
-            limits=settings,
-            clients=ClientLimiter(settings.max_requests_per_key if self._keys is not None else None),
-            observe=self._observer(),
-            tool_dialect=_tool_dialect(settings, tokenizer),
-        )
-
     def _state(self) -> GatewayState | None:
-        generator = self._generator
-        info = generator.verifier_peer.info if generator is not None else None
-        if generator is None or info is None:
+        if self._models is None or not self._models.infos:
             return None
-        sets = {"verifier": generator.verifier_peer, "drafter": generator.drafter_peer}
-        peers = [
+        samples = [
             PeerSample(role, replica.address, replica.peer.state, replica.num_sessions)
-            for role, replicas in sets.items()
-            if replicas is not None
+            for role, replicas in self._models.peers
             for replica in replicas.replicas
         ]
-        kv = [replica.peer.info.kv for replica in generator.verifier_peer.replicas if replica.peer.info is not None]
-        return GatewayState(info.model.name, generator.num_running, generator.num_waiting, tuple(kv), tuple(peers))
+        return GatewayState(tuple(_model_sample(one) for one in self._models if one.name), tuple(samples))
 
     def _observer(self) -> GenerationObserver:
         if self._tracing is None:
@@ -218,72 +181,57 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
         return RestServer(self, settings.http_address, trust, tls)
 
-    def _verifiers(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[VerifyConnection]:
-        replicas: list[Replica[VerifyConnection]] = []
-        for address in self._settings.verifier_addresses:
-            client = VerifierClient(self._channel(address, VerifierClient.service_name), _INFO_TIMEOUT_S)
-            peer = Peer(f"verifier {address}", client.info, fingerprint, self._policy(address, backoff))
-            replicas.append(Replica(address, peer, client))
-        return ReplicaSet("verifier", replicas)
-
-    def _drafters(self, fingerprint: str, backoff: Backoff) -> ReplicaSet[DraftConnection]:
-        replicas: list[Replica[DraftConnection]] = []
-        for address in self._settings.drafter_addresses:
-            channel = self._channel(address, DrafterClient.service_name)
-            client = DrafterClient(channel, _INFO_TIMEOUT_S, self._settings.request_timeout_s)
-            peer = Peer(f"drafter {address}", client.info, fingerprint, self._policy(address, backoff))
-            replicas.append(Replica(address, peer, client))
-        return ReplicaSet("drafter", replicas)
-
-    def _policy(self, address: str, backoff: Backoff) -> PeerPolicy:
-        is_name_of_many = "://" in address or address.startswith(("dns:", "ipv4:", "ipv6:"))
-        misfits = _TOLERATED_MISFITS_OF_A_NAME if is_name_of_many else 0
-        return PeerPolicy(self._settings.probe_interval_s, backoff, misfits)
-
-    def _channel(self, address: str, service_name: str) -> grpc.aio.Channel:
-        channel = open_channel(address, service_name, tls=self._settings.peer_tls)
-        self._channels.append(channel)
-        return channel
-
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
         self._settings.check_message_bytes(request.ByteSize())
-        async with aclosing(self.generator.generate(_request_from_pb(request, _caller()), timeout_s)) as chunks:
+        generator = self.models.of(request.model)
+        async with aclosing(generator.generate(_request_from_pb(request, _caller()), timeout_s)) as chunks:
             async for chunk in chunks:
                 yield _chunk_to_pb(chunk)
 
     async def ListModels(  # noqa: N802
         self, request: generation_pb2.ListModelsRequest, context: Any
     ) -> generation_pb2.ListModelsResponse:
-        info = self.generator.verifier_peer.info
-        return generation_pb2.ListModelsResponse(models=[convert.model_info_to_pb(info.model)] if info else [])
+        return generation_pb2.ListModelsResponse(models=map(convert.model_info_to_pb, self.models.infos))
 
     async def GetServerInfo(  # noqa: N802
         self, request: generation_pb2.GetServerInfoRequest, context: Any
     ) -> generation_pb2.GetServerInfoResponse:
-        generator = self.generator
-        drafter = generator.drafter_peer
-        base_info, draft_info = generator.verifier_peer.info, drafter.info if drafter is not None else None
+        served = [_served_to_pb(generator) for generator in self.models]
+        first = served[0]
         return generation_pb2.GetServerInfoResponse(
             version=__version__,
-            models=[convert.model_info_to_pb(base_info.model)] if base_info else [],
-            draft_model=convert.model_info_to_pb(draft_info.model) if draft_info else None,
-            drafter_state=_PEER_STATES[drafter.state] if drafter else _PeerState.PEER_STATE_UNSPECIFIED,
-            verifier_state=_PEER_STATES[generator.verifier_peer.state],
-            num_running_requests=generator.num_running,
-            default_budget=convert.budget_to_pb(generator.default_budget),
+            models=map(convert.model_info_to_pb, self.models.infos),
+            draft_model=first.draft_model if first.HasField("draft_model") else None,
+            drafter_state=first.drafter_state,
+            verifier_state=first.verifier_state,
+            num_running_requests=self.models.num_running,
+            default_budget=convert.budget_to_pb(self.generator.default_budget),
+            served_models=served,
         )
 
 
-def _check_tokenizer(role: str, peer: ReplicaSet[Any], tokenizer: Tokenizer) -> None:
-    info: PeerInfo | None = peer.info
-    if peer.state is PeerState.REFUSED and info is not None:
-        raise ConfigurationError(
-            f"the {role}'s tokenizer has fingerprint {info.model.tokenizer_fingerprint}, the gateway's has "
-            f"{tokenizer.fingerprint()}: their token ids are not interchangeable"
-        )
+def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
+    base, drafter = generator.model_info, generator.drafter_peer
+    draft = drafter.info if drafter is not None else None
+    return generation_pb2.ServedModel(
+        name=generator.name or "",
+        base_model=convert.model_info_to_pb(base) if base is not None else None,
+        verifier_state=_PEER_STATES[generator.verifier_peer.state],
+        drafter_state=_PEER_STATES[drafter.state] if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
+        draft_model=convert.model_info_to_pb(draft.model) if draft is not None else None,
+        num_running_requests=generator.num_running,
+    )
+
+
+def _model_sample(generator: Generator) -> ModelSample:
+    verifiers = generator.verifier_peer
+    kv = [replica.peer.info.kv for replica in verifiers.replicas if replica.peer.info is not None]
+    return ModelSample(
+        generator.name or "", verifiers.is_ready, generator.num_running, generator.num_waiting, tuple(kv)
+    )
 
 
 def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
@@ -291,12 +239,6 @@ def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
     if settings.api_keys_file is None and settings.api_keys is None:
         return None
     return ApiKeys(settings.api_keys_file, settings.api_keys.get_secret_value() if settings.api_keys else None)
-
-
-def _tool_dialect(settings: GatewaySettings, tokenizer: Tokenizer) -> ToolDialect:
-    if settings.tool_call_format == "auto":
-        return dialect_of(tokenizer.chat_template(has_tools=True))
-    return ToolDialect(settings.tool_call_format)
 
 
 @dataclass(frozen=True)

@@ -265,8 +265,9 @@ def _explain(settings_type: type[BaseSettings], problem: Any) -> str:
     name = str(problem["loc"][0])
     description = settings_type.model_fields[name].description or ""
     variable = f"{settings_type.model_config.get('env_prefix', '')}{name}".upper()
-    where = f"{name} (--{name.replace('_', '-')}, {variable})"
-    if problem["type"] == "missing":
+    inside = "".join(f"[{part!r}]" for part in problem["loc"][1:])  # of a field that is a structure itself
+    where = f"{name}{inside} (--{name.replace('_', '-')}, {variable})"
+    if problem["type"] == "missing" and not inside:
         return f"{where} is not set; allowed: {description}"
     why = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]
     return f"{where} is {problem['input']!r}: {why}; allowed: {description}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Protocol
 
 import structlog
@@ -12,16 +12,17 @@ from fastapi import Depends, Request
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
 from gateway.generation import Generator
+from gateway.served_models import ServedModels
 
 # As gRPC clients set a deadline: seconds after which the answer is of no use any more.
 TIMEOUT_HEADER = "x-request-timeout"
 
 
 class Backend(Protocol):
-    """The gateway behind the REST shim; `generator` is valid once requests are admitted."""
+    """The gateway behind the REST shim; `models` is valid once requests are admitted."""
 
     @property
-    def generator(self) -> Generator: ...
+    def models(self) -> ServedModels: ...
 
     @property
     def request_timeout_s(self) -> float: ...
@@ -29,8 +30,12 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Caller:
-    """One HTTP request on its way in: the gateway, who asks, how long it may take, and since when we serve."""
+    """One HTTP request on its way in: the models, who asks, how long it may take, and since when we serve.
 
+    `generator` is the model that is asked: the first one, until `for_model` says otherwise.
+    """
+
+    models: ServedModels
     generator: Generator
     request_id: str
     client: str
@@ -39,11 +44,15 @@ class Caller:
 
     @property
     def model(self) -> ModelInfo:
-        """The model served; UnavailableError while nobody has answered for it."""
-        info = self.generator.verifier_peer.info
+        """The model that is asked; UnavailableError while nobody has answered for it."""
+        info = self.generator.model_info
         if info is None:
             raise UnavailableError("the verifier has not answered yet")
-        return info.model
+        return info
+
+    def for_model(self, name: str | None) -> Caller:
+        """The same, with the model that the request names; raises UnknownModelError."""
+        return replace(self, generator=self.models.of(name or ""))
 
 
 def caller_of(request: Request) -> Caller:
@@ -51,7 +60,8 @@ def caller_of(request: Request) -> Caller:
     backend: Backend = request.app.state.backend
     peer = request.client.host if request.client is not None else ""
     return Caller(
-        generator=backend.generator,
+        models=backend.models,
+        generator=backend.models.first,
         request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
         client=getattr(request.state, "client", peer),
         timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), backend.request_timeout_s),

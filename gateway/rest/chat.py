@@ -27,6 +27,7 @@ router = APIRouter(route_class=JsonRoute)
 async def create_chat_completion(body: ChatRequest, caller: InCaller, request: Request) -> Response:
     """Answer a conversation."""
     body.check_stream_options()
+    caller = caller.for_model(body.model)
     generation = _request(body, caller)
     chunks = caller.generator.generate(generation, caller.timeout_s)
     answer = _Answer(body, caller, generation.sampling.seed)

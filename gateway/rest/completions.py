@@ -70,7 +70,7 @@ class CompletionRequest(GenerationFields):
 async def create_completion(body: CompletionRequest, caller: InCaller, request: Request) -> Response:
     """Continue one or more prompts."""
     body.check()
-    answer = _Answer(body, caller)
+    answer = _Answer(body, caller.for_model(body.model))
     if body.stream:
         return EventStream(answer.events())
     return Response(

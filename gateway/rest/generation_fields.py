@@ -27,7 +27,7 @@ class StreamOptions(RestModel):
 class GenerationFields(StructuredFields):
     """What `/v1/chat/completions` and `/v1/completions` have in common."""
 
-    model: Text | None = Field(None, description="Name of the model; unset: the one served.")
+    model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
     stream: Boolean | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     n: Annotated[int, Strict(), Field(ge=1, le=128)] | None = Field(

@@ -6,33 +6,31 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from easyspec.errors import UnknownModelError
-from gateway.rest.backend import Caller, InCaller
+from easyspec.speculation.messages import ModelInfo
+from gateway.rest.backend import InCaller
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(caller: InCaller) -> dict[str, Any]:
-    """The base model, with the most tokens of prompt and output together."""
-    return {"object": "list", "data": [_card(caller)]}
+    """The base models, each with the most tokens of prompt and output together."""
+    return {"object": "list", "data": [_card(model, caller.started_s) for model in caller.models.infos]}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, caller: InCaller) -> dict[str, Any]:
     """One model; 404 model_not_found if it is not served here."""
-    if model != caller.model.name:
-        raise UnknownModelError(model, caller.model.name)
-    return _card(caller)
+    return _card(caller.for_model(model).model, caller.started_s)
 
 
-def _card(caller: Caller) -> dict[str, Any]:
+def _card(model: ModelInfo, started_s: int) -> dict[str, Any]:
     return {
-        "id": caller.model.name,
+        "id": model.name,
         "object": "model",
-        "created": caller.started_s,
+        "created": started_s,
         "owned_by": "easyspec",
-        "root": caller.model.name,
+        "root": model.name,
         "parent": None,
-        "max_model_len": caller.model.max_model_len,
+        "max_model_len": model.max_model_len,
     }

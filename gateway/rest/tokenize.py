@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from easyspec.errors import InvalidRequestError, UnknownModelError
+from easyspec.errors import InvalidRequestError
 from easyspec.speculation.checks import check_token_ids
-from gateway.rest.backend import Caller, InCaller
+from gateway.rest.backend import InCaller
 from gateway.rest.chat_request import ConversationFields, Message
 from gateway.rest.fields import Boolean, RestModel, Text, TokenId
 from gateway.rest.json_route import JsonRoute
@@ -22,7 +22,7 @@ class TokenizeRequest(ConversationFields):
     """Body of `/tokenize`: a prompt, or messages with what belongs to them."""
 
     messages: list[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
-    model: Text | None = Field(None, description="Name of the model; unset: the one served.")
+    model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
     prompt: Text | None = Field(None, description="Text, tokenized as `/v1/completions` does.")
     return_token_strs: Boolean | None = Field(None, description="Also the text of each token.")
 
@@ -30,14 +30,14 @@ class TokenizeRequest(ConversationFields):
 class DetokenizeRequest(RestModel):
     """Body of `/detokenize`."""
 
-    model: Text | None = Field(None, description="Name of the model; unset: the one served.")
+    model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
     tokens: list[TokenId] = Field(description="Token ids.")
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, caller: InCaller) -> dict[str, Any]:
     """Token ids of a text or of a conversation, as a completion would see them."""
-    _check_model(body.model, caller)
+    caller = caller.for_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", body.prompt, "exactly one of prompt and messages")
     tokenizer = caller.generator.tokenizer
@@ -55,11 +55,6 @@ async def tokenize(body: TokenizeRequest, caller: InCaller) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, caller: InCaller) -> dict[str, Any]:
     """The text of token ids, special tokens included."""
-    _check_model(body.model, caller)
+    caller = caller.for_model(body.model)
     check_token_ids("tokens", body.tokens, caller.model.vocab_size)
     return {"prompt": await asyncio.to_thread(caller.generator.tokenizer.decode, body.tokens)}
-
-
-def _check_model(model: str | None, caller: Caller) -> None:
-    if model not in (None, "", caller.model.name):
-        raise UnknownModelError(str(model), caller.model.name)

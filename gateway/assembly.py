@@ -1,0 +1,133 @@
+"""From settings to served models: connections, verifiers and drafters, and a generator for each model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from easyspec.errors import UnavailableError
+from easyspec.rpc.channels import open_channel
+from easyspec.tokenizer_fingerprint import tokens_by_id
+from easyspec.vocabulary import vocabulary_difference
+from gateway.admission import Admission
+from gateway.api_keys import ClientLimiter
+from gateway.clients import DrafterClient, VerifierClient
+from gateway.config import GatewaySettings
+from gateway.draft_session import DraftConnection, DrafterPool, DraftLimits
+from gateway.generation import Generator
+from gateway.model_routes import ModelRoute
+from gateway.observation import GenerationObserver
+from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerPolicy
+from gateway.replicas import Replica, ReplicaSet
+from gateway.served_models import ServedModels
+from gateway.tokenizer import Tokenizer
+from gateway.tools import ToolDialect, dialect_of
+from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
+
+# A peer that is loading does not answer at all; one that answers does so in milliseconds.
+_INFO_TIMEOUT_S = 2.0
+# Probes meet the replicas behind a name in turn: that many misfits in a row mean that all or most of them are.
+_TOLERATED_MISFITS_OF_A_NAME = 3
+
+
+def load_tokenizers(settings: GatewaySettings) -> dict[Path, Tokenizer]:
+    """The tokenizers of all models, each folder read once; takes seconds. Raises ConfigurationError."""
+    return {folder: Tokenizer.load(folder) for folder in dict.fromkeys(route.tokenizer for route in settings.routes)}
+
+
+class Assembly:
+    """Builds the models of a gateway, and owns their connections; made and used in the running event loop."""
+
+    def __init__(self, settings: GatewaySettings, observe: GenerationObserver, clients: ClientLimiter) -> None:
+        self._settings = settings
+        self._observe = observe
+        self._clients = clients
+        self._backoff = ExponentialBackoff(settings.retry_first_ms / 1000, settings.retry_max_ms / 1000)
+        self._channels: list[Any] = []
+        # Models with the same drafters and the same tokenizer share one pool, and what is known about it.
+        self._pools: dict[tuple[tuple[str, ...], str], DrafterPool] = {}
+
+    def build(self, tokenizers: Mapping[Path, Tokenizer]) -> ServedModels:
+        """All models of the settings; nobody has been asked anything yet."""
+        return ServedModels([self._generator(route, tokenizers[route.tokenizer]) for route in self._settings.routes])
+
+    async def close(self) -> None:
+        """End all connections."""
+        for channel in self._channels:
+            await channel.close()
+
+    def _generator(self, route: ModelRoute, tokenizer: Tokenizer) -> Generator:
+        settings = self._settings
+        failover = FailoverLimits(
+            settings.verifier_open_timeout_s, settings.verifier_reopen_timeout_s, JitteredBackoff(self._backoff)
+        )
+        return Generator(
+            tokenizer,
+            VerifierPool(self._verifiers(route, tokenizer.fingerprint()), failover),
+            self._drafter_pool(route, tokenizer.fingerprint()),
+            Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
+            settings.default_budget,
+            settings.stalled_client_timeout_s,
+            limits=settings,
+            clients=self._clients,
+            observe=self._observe,
+            tool_dialect=_tool_dialect(settings, tokenizer),
+            served_name=route.name,
+        )
+
+    def _drafter_pool(self, route: ModelRoute, fingerprint: str) -> DrafterPool | None:
+        if not route.drafter_addresses:
+            return None
+        key = route.drafter_addresses, fingerprint
+        if key not in self._pools:
+            deadlines = self._settings.draft_deadline_ms / 1000, self._settings.reopen_deadline_s
+            self._pools[key] = DrafterPool(self._drafters(route, fingerprint), DraftLimits(*deadlines, self._backoff))
+        return self._pools[key]
+
+    def _verifiers(self, route: ModelRoute, fingerprint: str) -> ReplicaSet[VerifyConnection]:
+        replicas: list[Replica[VerifyConnection]] = []
+        for address in route.verifier_addresses:
+            client = VerifierClient(self._channel(address, VerifierClient.service_name), _INFO_TIMEOUT_S)
+            replicas.append(Replica(address, self._peer("verifier", address, client, route, fingerprint), client))
+        return ReplicaSet("verifier", replicas)
+
+    def _drafters(self, route: ModelRoute, fingerprint: str) -> ReplicaSet[DraftConnection]:
+        replicas: list[Replica[DraftConnection]] = []
+        for address in route.drafter_addresses:
+            channel = self._channel(address, DrafterClient.service_name)
+            client = DrafterClient(channel, _INFO_TIMEOUT_S, self._settings.request_timeout_s)
+            replicas.append(Replica(address, self._peer("drafter", address, client, route, fingerprint), client))
+        return ReplicaSet("drafter", replicas)
+
+    def _peer(
+        self, role: str, address: str, client: VerifierClient | DrafterClient, route: ModelRoute, fingerprint: str
+    ) -> Peer:
+        is_name_of_many = "://" in address or address.startswith(("dns:", "ipv4:", "ipv6:"))
+        misfits = _TOLERATED_MISFITS_OF_A_NAME if is_name_of_many else 0
+        policy = PeerPolicy(self._settings.probe_interval_s, self._backoff, misfits)
+        explain = partial(_difference, role, client, route.tokenizer)
+        return Peer(f"{role} {address}", client.info, fingerprint, policy, explain)
+
+    def _channel(self, address: str, service_name: str) -> Any:
+        channel = open_channel(address, service_name, tls=self._settings.peer_tls)
+        self._channels.append(channel)
+        return channel
+
+
+async def _difference(role: str, client: VerifierClient | DrafterClient, folder: Path) -> str:
+    """Where the vocabulary of a service differs from that of the tokenizer in `folder`; raises EasyspecError."""
+    theirs = await client.vocabulary()
+    if not theirs:
+        raise UnavailableError(f"the {role} does not tell its vocabulary")
+    ours = await asyncio.to_thread(tokens_by_id, folder)
+    difference = vocabulary_difference(ours, theirs) or "all tokens are shared, and merges differ"
+    return f"in {folder} and at the {role} {difference}"
+
+
+def _tool_dialect(settings: GatewaySettings, tokenizer: Tokenizer) -> ToolDialect:
+    if settings.tool_call_format == "auto":
+        return dialect_of(tokenizer.chat_template(has_tools=True))
+    return ToolDialect(settings.tool_call_format)

@@ -1,0 +1,59 @@
+"""Which verifiers and drafters stand behind which model name, as set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+NO_DRAFTER = "off"
+
+
+def check_addresses(addresses: str) -> str:
+    """The list of addresses as it stands; ValueError if one of them is empty."""
+    if not all(part.strip() for part in addresses.split(",")):
+        raise ValueError("an address is empty")
+    return addresses
+
+
+def split_addresses(addresses: str) -> tuple[str, ...]:
+    """The addresses of a list separated by commas, each once; a gRPC target that is such a list itself is one."""
+    if addresses.startswith(("ipv4:", "ipv6:")):
+        return (addresses,)
+    return tuple(dict.fromkeys(part.strip() for part in addresses.split(",")))
+
+
+class FurtherModel(BaseModel):
+    """A base model beside the first one. What is unset is as for the first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verifier_address: str = Field(min_length=1, description="As --verifier-address; no default.")
+    tokenizer: Path | None = Field(default=None, description="As --tokenizer. Unset: the same.")
+    drafter_address: str | None = Field(
+        default=None, min_length=1, description="As --drafter-address. Unset: the same; off: plain decoding."
+    )
+
+    @field_validator("verifier_address", "drafter_address")
+    @classmethod
+    def _check_addresses(cls, addresses: str | None) -> str | None:
+        return check_addresses(addresses) if addresses is not None else None
+
+
+@dataclass(frozen=True)
+class ModelRoute:
+    """One model: its name ("" is what its verifiers call it), who verifies and who drafts."""
+
+    name: str
+    tokenizer: Path
+    verifier_addresses: tuple[str, ...]
+    drafter_addresses: tuple[str, ...]
+
+
+def further_route(name: str, model: FurtherModel, first: ModelRoute) -> ModelRoute:
+    """The route of a model that takes from `first` what it does not say."""
+    drafters = first.drafter_addresses
+    if model.drafter_address is not None:
+        drafters = () if model.drafter_address == NO_DRAFTER else split_addresses(model.drafter_address)
+    return ModelRoute(name, model.tokenizer or first.tokenizer, split_addresses(model.verifier_address), drafters)
