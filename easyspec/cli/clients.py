@@ -51,10 +51,12 @@ class Turn:
 class GenerateFlags:
     """A request as given on the command line; with `is_chat` the prompt is a user's message after `earlier_turns`.
 
-    `is_alone`: the services are started for it, so there is no load for the gateway to weigh and every round drafts.
+    `model` empty is the gateway's first one. `is_alone`: the services are started for it, so there is no load for the
+    gateway to weigh and every round drafts.
     """
 
     prompt: str
+    model: str = field(default="", kw_only=True)
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
     stop: StopConditions = field(default_factory=StopConditions)
     stop_strings: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
         _given(flags.num_nodes, default_budget.num_nodes),
     )
     request = generation_pb2.GenerateRequest(
+        model=flags.model,
         sampling=types_pb2.SamplingParameters(**vars(flags.sampling)),
         stop=convert.stop_to_pb(flags.stop),
         stop_strings=flags.stop_strings,
@@ -172,10 +175,19 @@ async def is_serving(address: str) -> bool:
 
 async def is_drafter_ready(gateway_address: str) -> bool:
     """Whether the gateway at `gateway_address` has found its drafter; one that asks for a key counts as ready."""
+    return await are_peers_ready(gateway_address, has_drafter=True)
+
+
+async def are_peers_ready(gateway_address: str, has_drafter: bool) -> bool:
+    """Whether the gateway has found the verifiers of all its models, and its drafter where it `has_drafter`; one that
+    asks for a key counts as ready."""
     async with open_channel(gateway_address) as channel:
         stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         try:
             info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             return error.code() is grpc.StatusCode.UNAUTHENTICATED
-    return bool(info.drafter_state == generation_pb2.GetServerInfoResponse.PEER_STATE_READY)
+    states = [model.verifier_state for model in info.served_models]
+    if has_drafter:
+        states.append(info.drafter_state)
+    return all(state == generation_pb2.GetServerInfoResponse.PEER_STATE_READY for state in states)

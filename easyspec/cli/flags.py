@@ -30,6 +30,14 @@ NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no dr
 Gateway = Annotated[
     str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
 ]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A further base model, as NAME=FOLDER; may be repeated. It has its own verifier and shares the drafter.",
+        show_default=False,
+    ),
+]
+Model = Annotated[str, typer.Option(help="Name of the model to ask; unset: the gateway's first.", show_default=False)]
 TensorParallelSize = Annotated[
     int, typer.Option(min=1, help="Ranks (processes, one a GPU) that share the base model's layers.")
 ]
@@ -71,6 +79,17 @@ def check_flags(flags: GenerateFlags) -> None:
     layer_parallel_size = flags.layer_plan.layer_parallel_size
     if layer_parallel_size is not None and layer_parallel_size < 1:
         raise InvalidRequestError("layer_parallel_size", layer_parallel_size, "at least 1")
+
+
+def named_folders(flag: str, values: list[str] | None) -> dict[str, Path]:
+    """Folders by name; InvalidRequestError unless each value is NAME=FOLDER, with names that differ."""
+    folders: dict[str, Path] = {}
+    for value in values or []:
+        name, separator, folder = value.partition("=")
+        if not (name and separator and folder) or name in folders:
+            raise InvalidRequestError(flag, value, "NAME=FOLDER, each name once")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _or_one(value: int | None) -> int:

@@ -16,7 +16,7 @@ from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
-from easyspec.cli.flags import check_flags, checked_address
+from easyspec.cli.flags import check_flags, checked_address, named_folders
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.index import index
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
@@ -77,6 +77,7 @@ def up(
     verifiers: Annotated[
         int, typer.Option(min=1, help="Verifier replicas; those after the first take free ports.")
     ] = 1,
+    also: flags.Also = None,
     tensor_parallel_size: flags.TensorParallelSize = 1,
     drafter_ranks: flags.DrafterRanks = 1,
 ) -> None:
@@ -90,6 +91,7 @@ def up(
         drafter_address=checked_address("--drafter-address", drafter_address),
         http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
         num_verifiers=verifiers,
+        also=named_folders("--also", also),
         num_ranks={"verifier": tensor_parallel_size, "drafter": drafter_ranks},
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
@@ -103,6 +105,7 @@ def generate(
     base: flags.Base = DEFAULT_BASE,
     draft: flags.Draft = DEFAULT_DRAFT,
     no_draft: flags.NoDraft = False,
+    model: flags.Model = "",
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, not a text to continue.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 128,
     seed: flags.Seed = None,
@@ -134,6 +137,7 @@ def generate(
     """Stream a completion to stdout, and statistics to stderr."""
     request = GenerateFlags(
         prompt=prompt,
+        model=model,
         sampling=SamplingFlags(
             seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
         ),
@@ -169,6 +173,7 @@ def chat(
     base: flags.Base = DEFAULT_BASE,
     draft: flags.Draft = DEFAULT_DRAFT,
     no_draft: flags.NoDraft = False,
+    model: flags.Model = "",
     system: Annotated[str | None, typer.Option(help="System prompt: what the model is told first.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     seed: flags.Seed = None,
@@ -197,6 +202,7 @@ def chat(
     """Converse with the model; /help lists what can be typed. Answers go to stdout, everything else to stderr."""
     request = GenerateFlags(
         prompt="",
+        model=model,
         sampling=SamplingFlags(
             seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
         ),
@@ -299,6 +305,12 @@ def bench_serve(context: typer.Context) -> None:
 def bench_sources(context: typer.Context) -> None:
     """Measure every source of guesses, alone and fused, at equal node budgets; `--help` lists its flags."""
     raise typer.Exit(_run_bench("bench.sources", context.args))
+
+
+@bench.command("targets", context_settings=_BENCH_COMMAND, add_help_option=False)
+def bench_targets(context: typer.Context) -> None:
+    """Measure two base models that share one drafter, plain and drafted side by side; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.targets", context.args))
 
 
 def _run_bench(name: str, arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import easyspec
-from easyspec.cli.clients import is_drafter_ready, is_serving
+from easyspec.cli.clients import are_peers_ready, is_serving
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
 from easyspec.vocabulary import check_vocabularies, padding_note
@@ -32,8 +33,8 @@ DEFAULT_DRAFT = _CHECKOUT / "models" / "draft"
 _NUM_KEPT_LINES = 20
 _MAX_LINE_BYTES = 1 << 20
 _POLL_S = 0.1
-# The gateway looks at a drafter that was not there at first every second or two.
-_DRAFTER_SEEN_TIMEOUT_S = 5.0
+# The gateway looks at a service that was not there at first every second or two.
+_SEEN_TIMEOUT_S = 5.0
 _RESTART_FIRST_S, _RESTART_MAX_S = 0.5, 30.0
 # Restarts in a row, each of a process that did not live for _RESTART_MAX_S, after which a vital service is given up.
 _MAX_VITAL_RESTARTS = 5
@@ -50,7 +51,8 @@ class StackSettings:
     """Which services to start, and how.
 
     `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one. Of
-    `num_verifiers` the first listens on `verifier_address`, the others on free ports. Without an
+    `num_verifiers` the first listens on `verifier_address`, the others on free ports. `also` are further base models by
+    the names that requests use, each with a verifier on a free port; the drafter serves them too. Without an
     `http_address` there is no REST.
     `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
     follows the Python interpreter for a role; a role with more than one of `num_ranks` runs under torchrun.
@@ -64,6 +66,7 @@ class StackSettings:
     drafter_address: str = FREE_PORT
     http_address: str = HTTP_OFF
     num_verifiers: int = 1
+    also: Mapping[str, Path] = field(default_factory=dict)
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     num_ranks: Mapping[str, int] = field(default_factory=dict)
@@ -72,11 +75,13 @@ class StackSettings:
 
     def check(self) -> None:
         """Raise ConfigurationError for a folder that is no checkpoint, and for a pair of different vocabularies."""
-        for name, folder in (("base", self.base), ("draft", self.draft)):
+        folders: dict[str, Path | None] = {"base": self.base, "draft": self.draft, **self.also}
+        for name, folder in folders.items():
             if folder is not None and not (folder / "config.json").is_file():
                 raise ConfigurationError(f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json")
         if self.draft is not None:
-            check_vocabularies(self.base, self.draft)
+            for base in (self.base, *self.also.values()):
+                check_vocabularies(base, self.draft)
 
 
 class ServiceProcess:
@@ -196,11 +201,18 @@ class ServiceStack:
         wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
         if settings.draft is not None:
-            note = padding_note(settings.base, settings.draft)
-            if note is not None:
-                on_log(DRAFTER, note)
+            for base in (settings.base, *settings.also.values()):
+                note = padding_note(base, settings.draft)
+                if note is not None:
+                    on_log(DRAFTER, note)
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
             wiring += ["--drafter-address", self.drafter.address]
+        self.also = {
+            name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], on_log)
+            for name, base in settings.also.items()
+        }
+        if self.also:
+            wiring += ["--further-models", self._further_models()]
         is_http_on = settings.http_address != HTTP_OFF
         self.http_address = _with_port(settings.http_address) if is_http_on else None
         wiring += ["--http-address", self.http_address or HTTP_OFF]
@@ -222,15 +234,25 @@ class ServiceStack:
 
     @property
     def _roles(self) -> tuple[ServiceProcess, ...]:
-        return self.verifiers if self.drafter is None else (*self.verifiers, self.drafter)
+        verifiers = (*self.verifiers, *self.also.values())
+        return verifiers if self.drafter is None else (*verifiers, self.drafter)
+
+    def _further_models(self) -> str:
+        """The gateway's setting of that name."""
+        return json.dumps(
+            {
+                name: {"verifier_address": process.address, "tokenizer": str(self._settings.also[name])}
+                for name, process in self.also.items()
+            }
+        )
 
     async def __aenter__(self) -> Self:
         try:
             for process in self.processes:
                 await process.start()
             await _all(process.wait_serving(self._settings.ready_timeout_s) for process in self.processes)
-            if self.drafter is not None:
-                await self._wait_drafter_seen()
+            if self.drafter is not None or self.also:
+                await self._wait_all_seen()
         except BaseException:
             await self.stop()
             raise
@@ -261,11 +283,12 @@ class ServiceStack:
 
     async def watch(self) -> None:
         """Restart verifiers and drafter whenever they end; raises ServiceFailedError for the gateway, and for a
-        verifier that does not stay up however often it is started."""
+        verifier of the first model that does not stay up however often it is started."""
         watches = [self._watch_gateway()]
         watches += [self._keep(verifier, _MAX_VITAL_RESTARTS) for verifier in self.verifiers]
-        if self.drafter is not None:
-            watches.append(self._keep(self.drafter, max_restarts=None))
+        # Others go on without these.
+        spared = [*self.also.values(), *([self.drafter] if self.drafter is not None else [])]
+        watches += [self._keep(process, max_restarts=None) for process in spared]
         await _all(watches)
 
     async def _watch_gateway(self) -> None:
@@ -285,11 +308,12 @@ class ServiceStack:
             pause_s, num_restarts = min(2 * pause_s, _RESTART_MAX_S), num_restarts + 1
             await process.start()
 
-    async def _wait_drafter_seen(self) -> None:
-        """The gateway works without a drafter: not worth failing for, but the first request should have it."""
+    async def _wait_all_seen(self) -> None:
+        """The gateway works without a drafter, and with one of several models: not worth failing for, but the first
+        request should have them."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAFTER_SEEN_TIMEOUT_S):
-                while not await is_drafter_ready(self.gateway.address):  # noqa: ASYNC110
+            async with asyncio.timeout(_SEEN_TIMEOUT_S):
+                while not await are_peers_ready(self.gateway.address, has_drafter=self.drafter is not None):  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_S)
 
     def _process(self, role: str, address: str, arguments: Sequence[str], on_log: LogSink) -> ServiceProcess:

@@ -32,8 +32,9 @@ async def serve_until_cancelled(settings: StackSettings) -> None:
         rest = f", REST http://{stack.http_address}" if stack.http_address is not None else ""
         addresses = " ".join(verifier.address for verifier in stack.verifiers)
         verifying = f"verifier{'s' if len(stack.verifiers) > 1 else ''} {addresses}"
+        further = "".join(f", {name} {process.address}" for name, process in stack.also.items())
         print(
-            f"ready: gateway {stack.gateway_address}, {verifying}, {drafting}{rest}",
+            f"ready: gateway {stack.gateway_address}, {verifying}{further}, {drafting}{rest}",
             file=sys.stderr,
             flush=True,
         )

@@ -112,12 +112,20 @@ async def _ask_gateway(channel: grpc.aio.Channel, address: str) -> PeerReport:
     stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
     info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_TIMEOUT_S)
     model = info.models[0] if info.models else None
+    served = info.served_models
     findings = await _about("gateway", address, channel, model or types_pb2.ModelInfo(name="no model"), info.version)
-    findings += [
-        *_behind("verifier", info.verifier_state, is_vital=True),
-        *_behind("drafter", info.drafter_state, is_vital=False),
-    ]
+    for each in served or [_only_model(info)]:
+        whose = f" of model {each.name or 'unknown'}" if len(served) > 1 else ""
+        findings += [
+            *_behind("verifier", each.verifier_state, whose, is_vital=True),
+            *_behind("drafter", each.drafter_state, whose, is_vital=False),
+        ]
     return PeerReport(findings, model)
+
+
+def _only_model(info: generation_pb2.GetServerInfoResponse) -> generation_pb2.ServedModel:
+    """The model of a gateway of a version that serves one."""
+    return generation_pb2.ServedModel(verifier_state=info.verifier_state, drafter_state=info.drafter_state)
 
 
 _ASK: dict[str, Callable[[grpc.aio.Channel, str], Awaitable[PeerReport]]] = {
@@ -127,16 +135,18 @@ _ASK: dict[str, Callable[[grpc.aio.Channel, str], Awaitable[PeerReport]]] = {
 }
 
 
-def _behind(role: str, state: int, is_vital: bool) -> list[Finding]:
+def _behind(role: str, state: int, whose: str, is_vital: bool) -> list[Finding]:
     """What the gateway says of a service behind it, where that is not as it should be."""
     tell = problem if is_vital else warning
     if state == _PeerState.PEER_STATE_REFUSED:
         advice = f"start the {role} with a checkpoint that has the gateway's tokenizer"
-        return [tell("gateway", f"it refuses its {role}: another tokenizer", advice)]
+        return [tell("gateway", f"it refuses its {role}{whose}: another tokenizer", advice)]
     if state == _PeerState.PEER_STATE_UNREACHABLE:
-        return [tell("gateway", f"it cannot reach its {role}", f"see its --{role}-address, and the {role}'s log")]
+        return [
+            tell("gateway", f"it cannot reach its {role}{whose}", f"see its --{role}-address, and the {role}'s log")
+        ]
     if state == _PeerState.PEER_STATE_UNSPECIFIED:
-        return [tell("gateway", f"it has no {role}: plain decoding", f"give it --{role}-address")]
+        return [tell("gateway", f"it has no {role}{whose}: plain decoding", f"give it --{role}-address")]
     return []
 
 
