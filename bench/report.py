@@ -9,6 +9,7 @@ from typing import Any
 from bench.machine import REPOSITORY
 from bench.source_report import plot_sources, sources_section
 from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
+from bench.target_report import targets_section
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
 TARGET = REPOSITORY / "docs" / "benchmarks.md"
@@ -56,6 +57,8 @@ def main() -> int:
         report = json.loads(path.read_text(encoding="utf-8"))
         plot_sources(report, path.with_suffix(".svg"))
         content += "\n" + sources_section(path.name, report)
+    for path in sorted(RESULTS.glob("targets-*.json")):
+        content += "\n" + targets_section(path.name, json.loads(path.read_text(encoding="utf-8")))
     TARGET.write_text(content, "utf-8")
     print(f"{TARGET.relative_to(REPOSITORY)}: {len(files)} runs")
     return 0

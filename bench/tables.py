@@ -52,6 +52,19 @@ SERVE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("KV use", lambda row: _number(row["kv_use"], 2)),
 )
 
+TARGET_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda row: row["model"]),
+    ("layers", lambda row: str(row["num_layers"])),
+    ("speculation", lambda row: row["speculation"]),
+    ("tokens/s", lambda row: _number(row["tokens_per_s"], 1)),
+    ("x plain", lambda row: _number(row["vs_plain"], 2)),
+    ("x plain by turn", lambda row: " ".join(f"{ratio:.2f}" for ratio in row["vs_plain_by_turn"]) or "-"),
+    ("length", lambda row: _number(row["mean_acceptance_length"], 2)),
+    ("drafted", lambda row: f"{row['draft_share']:.0%}"),
+    ("compared", lambda row: str(row["num_compared_tokens"])),
+    ("differ", lambda row: str(row["num_differing"])),
+)
+
 
 # What a terminal of common width has no room for is in the file.
 _TERMINAL_HEADINGS = [
@@ -73,13 +86,23 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
 
 def print_serve_results(rows: Sequence[Row], console: Console) -> None:
     """Every result as one row; nothing without results."""
-    if not rows:
-        return
-    table = Table(title="medians over windows; times are p50/p95/p99", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading, _ in SERVE_COLUMNS:
+    if rows:
+        _print_table(SERVE_COLUMNS, rows, "medians over windows; times are p50/p95/p99", console)
+
+
+def print_target_results(rows: Sequence[Row], console: Console) -> None:
+    """Every model and setting as one row."""
+    _print_table(TARGET_COLUMNS, rows, "all models at the same time; medians over windows", console)
+
+
+def _print_table(
+    columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row], title: str, console: Console
+) -> None:
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(cell(row) for _, cell in SERVE_COLUMNS))
+        table.add_row(*(cell(row) for _, cell in columns))
     Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
 
 

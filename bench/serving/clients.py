@@ -26,12 +26,16 @@ _MODES = {
 
 
 class LoadClient:
-    """Async context manager; make it inside the event loop that uses it. `timeout_s` is each request's deadline."""
+    """Async context manager; make it inside the event loop that uses it. `timeout_s` is each request's deadline.
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    `model` empty asks the gateway's first one.
+    """
+
+    def __init__(self, address: str, timeout_s: float, model: str = "") -> None:
         self._channel = open_channel(address)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._timeout_s = timeout_s
+        self._model = model
 
     async def __aenter__(self) -> Self:
         return self
@@ -51,7 +55,7 @@ class LoadClient:
     async def run(self, stream: Stream) -> None:
         """Ask for `stream.task` and record into `stream` what comes; never raises but when it is cancelled."""
         stream.started_s = time.perf_counter()
-        call = self._stub.Generate(_request(stream.task), timeout=self._timeout_s)
+        call = self._stub.Generate(_request(stream.task, self._model), timeout=self._timeout_s)
         try:
             async for message in call:
                 stream.chunks.append(_chunk(message))
@@ -96,8 +100,9 @@ class VerifierProbe:
         return info.kv.num_used_slots / info.kv.num_slots if info.kv.num_slots else None
 
 
-def _request(task: Task) -> pb.GenerateRequest:
+def _request(task: Task, model: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(
+        model=model,
         text=task.prompt,
         sampling=types_pb2.SamplingParameters(temperature=task.temperature, seed=task.seed),
         # The length is the workload's, whatever the model would have stopped at.

@@ -51,8 +51,17 @@ class LoadGenerator:
         self._probe = probe
         self._workload = workload
 
-    async def run(self, settings: WindowSettings, speculation: Speculation, first_index: int) -> Window:
-        """One window of the tasks from `first_index` on; every request is over when it returns."""
+    async def run(
+        self,
+        settings: WindowSettings,
+        speculation: Speculation,
+        first_index: int,
+        together: asyncio.Barrier | None = None,
+    ) -> Window:
+        """One window of the tasks from `first_index` on; every request is over when it returns.
+
+        Windows that are to be measured at the same time share a barrier, and begin and end `together`.
+        """
         window = Window(speculation)
         indices = itertools.count(first_index)
 
@@ -68,9 +77,13 @@ class LoadGenerator:
         watching = asyncio.ensure_future(self._watch_kv(window))
         try:
             await _ramp(window, settings)
+            if together is not None:
+                await together.wait()
             window.start_s = time.perf_counter()
             await asyncio.sleep(settings.window_s)
             window.end_s = time.perf_counter()
+            if together is not None:
+                await together.wait()
         finally:
             for task in (load, watching):
                 task.cancel()
