@@ -25,6 +25,7 @@ COPY drafter_service drafter_service
 COPY verifier_service verifier_service
 COPY gateway gateway
 COPY models/base models/base
+COPY models/base-small models/base-small
 COPY models/draft models/draft
 # The root file system is read-only when it runs: what Python would compile then is compiled now.
 RUN python -m compileall -q /src \

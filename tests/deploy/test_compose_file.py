@@ -107,7 +107,8 @@ def test_only_this_machine_reaches_the_ports_unless_told_otherwise(services: dic
 
 def test_the_example_environment_names_what_there_is() -> None:
     used = set(VARIABLE.findall((CHECKOUT / "docker-compose.yml").read_text()))
-    used |= set(VARIABLE.findall((CHECKOUT / "docker-compose.gpu.yml").read_text()))
+    for overlay in ("docker-compose.gpu.yml", "docker-compose.two-models.yml"):
+        used |= set(VARIABLE.findall((CHECKOUT / overlay).read_text()))
     passed_on = {
         name
         for service in load("docker-compose.yml")["services"].values()
@@ -125,6 +126,21 @@ def test_the_gpu_file_changes_only_roles_that_are_there() -> None:
         (device,) = services[role]["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
         assert f"EASYSPEC_{role.upper()}_DEVICE" in services[role]["environment"]
+
+
+def test_a_second_model_has_its_own_verifier_and_shares_the_drafter(services: dict[str, Any]) -> None:
+    further = load("docker-compose.two-models.yml")["services"]
+    extended = further["verifier-small"]["extends"]
+    assert extended == {"file": "docker-compose.yml", "service": "verifier"}
+    verifier = environment_of(services["verifier"]) | environment_of(further["verifier-small"])
+    second = settings_of("verifier", verifier)
+    assert isinstance(second, EngineSettings)
+    assert (CHECKOUT / second.model.removeprefix("/app/")).is_dir()
+    settings = settings_of("gateway", environment_of(services["gateway"]) | environment_of(further["gateway"]))
+    assert isinstance(settings, GatewaySettings)
+    first, route = settings.routes
+    assert route.verifier_addresses == (f"dns:///verifier-small:{second.address.rpartition(':')[2]}",)
+    assert (route.name, route.drafter_addresses) == (second.served_model_name, first.drafter_addresses)
 
 
 def test_the_image_copies_what_the_builder_may_see() -> None:
