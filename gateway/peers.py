@@ -137,7 +137,7 @@ class Peer:
             self._failed.clear()
             _log.warning("peer_replica_misfit", peer=self._role, reason=reason)
             return
-        if self.state is not PeerState.REFUSED or self.info != info:
+        if self.state is not PeerState.REFUSED or not self.misfit.startswith(reason):
             self.misfit = await self._explained(reason)
         self.info = info
         self._num_failures += 1

@@ -49,6 +49,14 @@ async def test_help_names_what_there_is(easyspec_command: Command, command: list
         assert "--show-speculation" in ended.stdout
 
 
+@pytest.mark.parametrize("value", ["small", "=models/base-small", "small="])
+async def test_a_further_model_needs_a_name_and_a_folder(easyspec_command: Command, value: str) -> None:
+    ended = await easyspec_command("up", "--also", value)
+    assert ended.code == 2
+    assert "--also" in ended.stderr
+    assert "NAME=FOLDER" in ended.stderr
+
+
 async def test_version(easyspec_command: Command) -> None:
     ended = await easyspec_command("--version")
     assert (ended.code, ended.stdout) == (0, f"easyspec {__version__}\n")

@@ -64,6 +64,22 @@ async def test_a_stack_starts_serves_survives_its_drafter_and_stops(settings: St
     assert {role for role, _ in lines} == {"verifier", "drafter", "gateway"}
 
 
+async def test_further_models_have_their_own_verifiers_and_share_the_drafter(settings: StackSettings) -> None:
+    further = replace(settings, also={"other": settings.base})
+    async with ServiceStack(further, lambda role, line: None) as stack, GatewayClient(stack.gateway_address) as client:
+        assert len(stack.processes) == 4
+        served = {model.name: model for model in (await client.info()).served_models}
+        assert list(served) == ["toy-base", "other"]
+        assert {model.draft_model.name for model in served.values()} == {"toy-draft"}
+        text = "".join([r.text async for r in client.generate(replace(FLAGS, model="other"))])
+        assert text == (await generate(stack.gateway_address))[0]
+        await killed(stack.also["other"])
+        watch = asyncio.create_task(stack.watch())
+        await stack.also["other"].wait_serving(20)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
 async def killed(process: ServiceProcess) -> int:
     """Kill a process; returns the id it had."""
     pid = process.pid

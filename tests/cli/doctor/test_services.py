@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from easyspec.cli.doctor.clients import check_peer, role_at
 from easyspec.cli.doctor.examination import Patient, examine
@@ -22,7 +23,7 @@ from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, runni
 
 
 @asynccontextmanager
-async def all_services(checkpoint: Path) -> AsyncIterator[tuple[str, str, FakePair]]:
+async def all_services(checkpoint: Path, **fields: Any) -> AsyncIterator[tuple[str, str, FakePair]]:
     """Addresses of a gateway's gRPC and REST sides, and what is behind it."""
     tokenizer = Tokenizer.load(checkpoint)
     language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
@@ -33,6 +34,7 @@ async def all_services(checkpoint: Path) -> AsyncIterator[tuple[str, str, FakePa
             tokenizer=checkpoint,
             verifier_address=pair.verifier_service.address,
             drafter_address=pair.drafter_service.address,
+            **fields,
         )
         server = GatewayServer(settings)
         async with running(server) as service:
@@ -73,6 +75,13 @@ async def test_a_gateway_tells_of_what_is_behind_it(checkpoint: Path) -> None:
                 findings = (await check_peer("gateway", gateway)).findings
         assert findings[-1].state is State.WARNING
         assert findings[-1].message == "it cannot reach its drafter"
+
+
+async def test_a_gateway_of_several_models_tells_whose_verifier_is_missing(checkpoint: Path) -> None:
+    async with all_services(checkpoint, further_models={"small": {"verifier_address": "127.0.0.1:1"}}) as (gateway, *_):
+        findings = (await check_peer("gateway", gateway)).findings
+    (finding,) = [finding for finding in findings if finding.state is State.PROBLEM]
+    assert finding.message == "it cannot reach its verifier of model small"
 
 
 async def test_two_tokenizers_are_a_problem(checkpoint: Path) -> None:
