@@ -71,8 +71,10 @@ bench: install ## measure decoding and render docs/benchmarks.md (PAIR=bench aft
 	$(BIN)/easyspec bench decode --pair $(PAIR) --json docs/benchmarks/decode-$(PAIR).json
 	$(BIN)/python -m bench.report
 
-bench-pair: install ## widen the bundled base model to a realistic cost (into .bench/)
+bench-pair: install ## widen the bundled base models to a realistic cost (into .bench/)
 	$(BIN)/python -m models.recipe widen
+	$(BIN)/python -m models.recipe widen --source models/base-small --out .bench/base-small
 
-train-models: install ## train the bundled models again from the standard library (about 90 minutes)
+train-models: install ## train the bundled models again from the standard library (about 100 minutes)
 	$(BIN)/python -m models.recipe train
+	$(BIN)/python -m models.recipe cut

@@ -33,7 +33,6 @@ from easyspec.errors import ConfigurationError
 
 SECOND = "base-small"
 SECOND_BASES = {"bundled": DEFAULT_BASE.with_name(SECOND), "bench": REPOSITORY / ".bench" / SECOND}
-_REMEDY = "python -m models.recipe widen --source models/base-small --out .bench/base-small"
 # Tasks of one turn are not those of another, but the same for all settings of a turn.
 _TASKS_PER_TURN = 10_000
 _ENGINE_FLAGS = ("--num-kv-slots", "32768")
@@ -214,7 +213,7 @@ def _stack_settings(pair_name: str) -> StackSettings:
     pair.check()
     second = SECOND_BASES[pair_name]
     if not (second / "config.json").is_file():
-        raise ConfigurationError(f"no checkpoint in {str(second)!r}; make it with `{_REMEDY}`")
+        raise ConfigurationError(f"no checkpoint in {str(second)!r}; make it with `make bench-pair`")
     flags = {GATEWAY: _GATEWAY_FLAGS, VERIFIER: _ENGINE_FLAGS, DRAFTER: _ENGINE_FLAGS}
     return StackSettings(base=pair.base, draft=pair.draft, also={SECOND: second}, flags=flags)
 

@@ -94,10 +94,11 @@ class DistilSettings:
 
 @dataclass(frozen=True)
 class CutSettings:
-    """The shallower base: how many layers stay, on which text their worth is measured, how they are healed."""
+    """The shallower base: how many layers stay, on which text their worth is measured, how they are healed (the exit
+    being the last of them)."""
 
     heal: DistilSettings
-    num_layers: int = 12
+    num_layers: int = 16
     num_calibration_windows: int = 8
     calibration_tokens: int = 128
 
@@ -132,7 +133,7 @@ class RecipeSettings:
         DistilSettings(
             OptimSettings(
                 num_steps=400,
-                max_seconds=540.0,
+                max_seconds=300.0,
                 tokens_per_step=2_048,
                 long_tokens=256,
                 long_share=1.0,
@@ -144,7 +145,6 @@ class RecipeSettings:
                 seed=4,
             ),
             OwnTextSettings(num_batches=2, prompt_tokens=64, new_tokens=193, seed=5),
-            exit_layers=(12,),
         )
     )
     checkpoint_seconds: float = 120.0

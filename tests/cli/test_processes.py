@@ -75,7 +75,7 @@ async def test_further_models_have_their_own_verifiers_and_share_the_drafter(set
         assert text == (await generate(stack.gateway_address))[0]
         await killed(stack.also["other"])
         watch = asyncio.create_task(stack.watch())
-        await stack.also["other"].wait_serving(20)
+        await until(lambda: stack.also["other"].is_running)
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
 
