@@ -85,7 +85,10 @@ class StackSettings:
 
 
 class ServiceProcess:
-    """One child process with a health service at `address`. Its output goes line by line to `on_log(role, line)`."""
+    """One child process with a health service at `address`. Its output goes line by line to `on_log(role, line)`.
+
+    The verifier of a further model has its name behind its role: "verifier NAME".
+    """
 
     def __init__(self, role: str, arguments: Sequence[str], address: str, on_log: LogSink) -> None:
         self.role = role
@@ -208,7 +211,7 @@ class ServiceStack:
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
             wiring += ["--drafter-address", self.drafter.address]
         self.also = {
-            name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], on_log)
+            name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], on_log, name)
             for name, base in settings.also.items()
         }
         if self.also:
@@ -316,13 +319,17 @@ class ServiceStack:
                 while not await are_peers_ready(self.gateway.address, has_drafter=self.drafter is not None):  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_S)
 
-    def _process(self, role: str, address: str, arguments: Sequence[str], on_log: LogSink) -> ServiceProcess:
+    def _process(
+        self, role: str, address: str, arguments: Sequence[str], on_log: LogSink, model: str = ""
+    ) -> ServiceProcess:
         address = _with_port(address)
         module = role if role == GATEWAY else f"{role}_service"
         launcher = torchrun_arguments(self._settings.num_ranks.get(role, 1))
         command = self._settings.commands.get(role, (*launcher, "-m", module))
         flags = self._settings.flags.get(role, ())
-        return ServiceProcess(role, [*command, "--address", address, *arguments, *flags], address, on_log)
+        return ServiceProcess(
+            f"{role} {model}".rstrip(), [*command, "--address", address, *arguments, *flags], address, on_log
+        )
 
 
 def _with_port(address: str) -> str:

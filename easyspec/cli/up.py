@@ -21,7 +21,7 @@ class RoleLog:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def __call__(self, role: str, line: str) -> None:
-        prefix = Text(f"{role:<8} | ", style=_ROLE_STYLES.get(role, "white"))
+        prefix = Text(f"{role:<8} | ", style=_ROLE_STYLES.get(role.partition(" ")[0], "white"))
         self._console.print(prefix + Text.from_ansi(line))
 
 

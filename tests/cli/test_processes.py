@@ -66,8 +66,13 @@ async def test_a_stack_starts_serves_survives_its_drafter_and_stops(settings: St
 
 async def test_further_models_have_their_own_verifiers_and_share_the_drafter(settings: StackSettings) -> None:
     further = replace(settings, also={"other": settings.base})
-    async with ServiceStack(further, lambda role, line: None) as stack, GatewayClient(stack.gateway_address) as client:
+    roles: set[str] = set()
+    async with (
+        ServiceStack(further, lambda role, line: roles.add(role)) as stack,
+        GatewayClient(stack.gateway_address) as client,
+    ):
         assert len(stack.processes) == 4
+        assert roles == {"verifier", "verifier other", "drafter", "gateway"}
         served = {model.name: model for model in (await client.info()).served_models}
         assert list(served) == ["toy-base", "other"]
         assert {model.draft_model.name for model in served.values()} == {"toy-draft"}
