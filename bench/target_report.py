@@ -21,8 +21,12 @@ def targets_section(name: str, report: Mapping[str, Any]) -> str:
             f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
             f"torch {machine['torch']}, Python {machine['python']}",
             f"* commit {report['commit']}, {report['date']}",
-            f"* {settings['num_streams']} streams of each model, mix {settings['mix']}, seed {settings['seed']}; "
+            f"* {_streams(settings['num_streams'])} of each model, mix {settings['mix']}, seed {settings['seed']}; "
             f"{settings['num_turns']} windows of {settings['window_s']:g} s of each setting\n",
             markdown_table(TARGET_COLUMNS, report["results"]) + "\n",
         ]
     )
+
+
+def _streams(count: int) -> str:
+    return "1 stream" if count == 1 else f"{count} streams"
