@@ -37,14 +37,15 @@ def main(arguments: list[str]) -> None:
         return
     settings = _settings(options)
     command = "python -m models.recipe " + shlex.join(arguments)
-    if options.command == "cut":
-        cut(settings)
-        write_cut_report(settings, command)
-        return
     if options.command == "train":
         train_base(settings)
         train_draft(settings)
-    evaluate(settings, command)
+    if options.command == "cut":
+        cut(settings)
+    else:
+        evaluate(settings, command)
+    if options.command != "train" and (settings.out / "base-small").exists():
+        write_cut_report(settings, command)
 
 
 def train_base(settings: RecipeSettings) -> None:
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (
         ("train", "make the pair, resuming an interrupted run, and evaluate it"),
-        ("evaluate", "measure the pair and write EVALUATION.json and the cards"),
+        ("evaluate", "measure all models and write EVALUATION.json and the cards"),
         ("cut", "make a second, shallower base of the finished base, and measure it"),
     ):
         _add_recipe_options(commands.add_parser(name, help=purpose))
