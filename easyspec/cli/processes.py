@@ -75,8 +75,7 @@ class StackSettings:
 
     def check(self) -> None:
         """Raise ConfigurationError for a folder that is no checkpoint, and for a pair of different vocabularies."""
-        folders: dict[str, Path | None] = {"base": self.base, "draft": self.draft, **self.also}
-        for name, folder in folders.items():
+        for name, folder in (("base", self.base), ("draft", self.draft), *self.also.items()):
             if folder is not None and not (folder / "config.json").is_file():
                 raise ConfigurationError(f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json")
         if self.draft is not None:
