@@ -119,6 +119,10 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         """The first model's; valid after `start`."""
         return self.models.first
 
+    def part_health(self) -> dict[str, bool]:
+        """Of each model, by its name: whether a verifier can be used."""
+        return {generator.name: generator.verifier_peer.is_ready for generator in self.models if generator.name}
+
     def add_to_server(self, server: grpc.aio.Server) -> None:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grpc
@@ -34,6 +34,8 @@ EXIT_LOST = 3
 _FLUSH_GRACE_S = 0.2
 # A cancelled RPC frees what it holds at once; one that does not in this time is a bug, and no reason to hang.
 _CANCEL_GRACE_S = 5.0
+# How soon the health of a part is told; setting it anew costs microseconds.
+_PARTS_POLL_S = 0.5
 _SERVER_OPTIONS = (
     # Two servers must not share a port by accident, which is gRPC's default.
     ("grpc.so_reuseport", 0),
@@ -94,6 +96,14 @@ class Mortal(Protocol):
 
 
 @runtime_checkable
+class Composite(Protocol):
+    """An application with parts that may be lost one by one, each with a health of its own."""
+
+    def part_health(self) -> Mapping[str, bool]:
+        """Whether each part can be used, by the name that health checks ask for; cheap, and valid after `start`."""
+
+
+@runtime_checkable
 class Metered(Protocol):
     """An application that measures itself."""
 
@@ -133,6 +143,7 @@ class RpcServer:
         tracing = application.rpc_tracing if isinstance(application, Traced) else None
         self._boundary = RpcBoundary("loading: try again later", authenticate, observer, tracing)
         self._health = health.aio.HealthServicer()
+        self._parts_watch: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
 
     async def listen(self) -> int:
@@ -162,10 +173,15 @@ class RpcServer:
         await self._application.start()
         self._boundary.admit()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if isinstance(self._application, Composite):
+            await self._tell_parts(self._application)
+            self._parts_watch = asyncio.create_task(self._watch_parts(self._application))
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application."""
         self.is_serving = False
+        if self._parts_watch is not None:
+            await _cancelled(self._parts_watch)
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
@@ -178,6 +194,16 @@ class RpcServer:
     async def _drain_application(self, grace_s: float) -> None:
         if isinstance(self._application, Drainable):
             await self._application.drain(grace_s)
+
+    async def _watch_parts(self, application: Composite) -> None:
+        while True:
+            await asyncio.sleep(_PARTS_POLL_S)
+            await self._tell_parts(application)
+
+    async def _tell_parts(self, application: Composite) -> None:
+        states = health_pb2.HealthCheckResponse
+        for name, is_usable in application.part_health().items():
+            await self._health.set(name, states.SERVING if is_usable else states.NOT_SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         self.is_serving = status == health_pb2.HealthCheckResponse.SERVING

@@ -19,6 +19,7 @@ from drafter_service.server import DrafterServer
 from easyspec.errors import ConfigurationError, UnknownModelError
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
+from easyspec.rpc.health import check
 from easyspec.rpc.settings import load_settings
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
 from gateway.config import GatewaySettings
@@ -80,6 +81,7 @@ class Served:
     gateway: GatewayServer
     stub: Any
     http: httpx.AsyncClient
+    address: str
 
     async def text(self, model: str, **fields: Any) -> str:
         response = await self.http.post("/v1/completions", json=body(model, **fields))
@@ -90,6 +92,11 @@ class Served:
 
     async def info(self) -> ServerInfo:
         return await self.stub.GetServerInfo(generation_pb2.GetServerInfoRequest())
+
+    async def until_grpc_health_is(self, name: str, status: str) -> None:
+        async with asyncio.timeout(5):
+            while await asyncio.to_thread(check, self.address, service=name) != status:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
     async def health(self) -> dict[str, Any]:
         return dict((await self.http.get("/health")).json())
@@ -109,7 +116,7 @@ async def serving(pool: Pool, settings: GatewaySettings) -> AsyncIterator[Served
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         base_url = f"http://127.0.0.1:{gateway.http_port}"
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=base_url, trust_env=False))
-        yield Served(pool, gateway, stub, http)
+        yield Served(pool, gateway, stub, http, service.address)
 
 
 @pytest.fixture
@@ -204,9 +211,13 @@ async def test_one_model_s_verifier_may_be_lost_and_come_back(served: Served) ->
     assert (await served.http.get("/health/medium")).status_code == 404
     states = {model.name: model.verifier_state for model in (await served.info()).served_models}
     assert states == {"toy-base": ServerInfo.PEER_STATE_READY, "small": ServerInfo.PEER_STATE_UNREACHABLE}
+    await served.until_grpc_health_is("small", "NOT_SERVING")
+    await served.until_grpc_health_is("toy-base", "SERVING")
+    await served.until_grpc_health_is("", "SERVING")
     await served.pool.small_service.start()
     await eventually(lambda: generator.verifier_peer.is_ready, within_s=5)
     assert await served.text("small") == small
+    await served.until_grpc_health_is("small", "SERVING")
 
 
 async def test_requests_of_a_lost_model_keep_no_places_of_another(pool: Pool, tokenizer_folder: Path) -> None:
