@@ -130,16 +130,16 @@ def test_the_gpu_file_changes_only_roles_that_are_there() -> None:
 
 def test_a_second_model_has_its_own_verifier_and_shares_the_drafter(services: dict[str, Any]) -> None:
     further = load("docker-compose.two-models.yml")["services"]
-    extended = further["verifier-small"]["extends"]
+    extended = further["verifier-second"]["extends"]
     assert extended == {"file": "docker-compose.yml", "service": "verifier"}
-    verifier = environment_of(services["verifier"]) | environment_of(further["verifier-small"])
+    verifier = environment_of(services["verifier"]) | environment_of(further["verifier-second"])
     second = settings_of("verifier", verifier)
     assert isinstance(second, EngineSettings)
     assert (CHECKOUT / second.model.removeprefix("/app/")).is_dir()
     settings = settings_of("gateway", environment_of(services["gateway"]) | environment_of(further["gateway"]))
     assert isinstance(settings, GatewaySettings)
     first, route = settings.routes
-    assert route.verifier_addresses == (f"dns:///verifier-small:{second.address.rpartition(':')[2]}",)
+    assert route.verifier_addresses == (f"dns:///verifier-second:{second.address.rpartition(':')[2]}",)
     assert (route.name, route.drafter_addresses) == (second.served_model_name, first.drafter_addresses)
 
 
