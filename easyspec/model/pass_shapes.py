@@ -46,12 +46,12 @@ class PassShape:
 class ShapeLimits:
     """The largest captured passes: `max_rows` of all segments, `max_blocks` of all segments, both padded.
 
-    128 rows of an 8B model compute for less time than its weights take to read on any current GPU. 128 blocks are
-    16 384 tokens of context; the copies that attention makes of them are what captures hold most memory for.
+    128 rows of an 8B model should compute for less time than its weights take to read on a current GPU. 256 blocks are
+    32 768 tokens of context; the copies that attention makes of them are what captures hold most memory for.
     """
 
     max_rows: int = 128
-    max_blocks: int = 128
+    max_blocks: int = 256
 
 
 DEFAULT_SHAPE_LIMITS = ShapeLimits()
@@ -103,8 +103,8 @@ def _doublings(first: int, last: int) -> list[int]:
 
 
 def _block_counts(most: int) -> list[int]:
-    """1, 4, 16, ... and `most` itself."""
+    """1, 4, 16, ..., the last one not below `most`."""
     counts = [1]
-    while counts[-1] * _BLOCK_FACTOR < most:
+    while counts[-1] < most:
         counts.append(counts[-1] * _BLOCK_FACTOR)
-    return counts if most == 1 else [*counts, most]
+    return counts

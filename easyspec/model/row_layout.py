@@ -85,6 +85,11 @@ class Blocks:
     counts: tuple[int, ...]
     segment_of: torch.Tensor
 
+    @property
+    def are_even(self) -> bool:
+        """Whether all segments have the same number of blocks."""
+        return self.counts[0] == self.counts[-1]
+
     def __len__(self) -> int:
         return int(self.segment_of.shape[0])
 
