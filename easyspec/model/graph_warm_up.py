@@ -35,15 +35,20 @@ def check_graphs(choice: GraphChoice) -> None:
         raise ConfigurationError("cuda_graphs is 'on'; allowed with several ranks: auto, off, as they run eagerly")
 
 
+def is_wanted(choice: GraphChoice, device: torch.device) -> bool:
+    """Whether to capture at all."""
+    return group_size() == 1 and (choice == "on" or (choice == "auto" and device.type == "cuda"))
+
+
 def capture_passes(
     decoder: Decoder, pool: KVPool, settings: GraphSettings, requests: Sequence[CaptureRequest]
 ) -> CaptureReport | None:
     """Capture the passes asked for, if the settings and the device say so, and log what it took; None if they do not.
 
-    On a CPU, where only "on" captures, the twin of every capture is made.
+    On a CPU, where only "on" captures, the twin of every capture is made. A capture that fails leaves the rest of the
+    passes eager under "auto", and raises ConfigurationError under "on".
     """
-    wanted = settings.cuda_graphs == "on" or (settings.cuda_graphs == "auto" and decoder.device.type == "cuda")
-    if not wanted or group_size() > 1:
+    if not is_wanted(settings.cuda_graphs, decoder.device):
         return None
     # Half of what is left: steps that run eagerly need memory too.
     most = min(int(settings.cuda_graph_memory_gib * _BYTES_PER_GIB), free_bytes(decoder.device) // 2)
@@ -57,4 +62,8 @@ def capture_passes(
         duration_s=round(report.duration_ns / 1e9, 3),
         held_mib=round(report.held_bytes / 2**20, 1),
     )
+    if report.failure is not None:
+        if settings.cuda_graphs == "on":
+            raise ConfigurationError(f"cuda_graphs is 'on', and a capture failed: {report.failure}; allowed: auto, off")
+        structlog.get_logger().warning("graph_capture_failed", reason=report.failure)
     return report

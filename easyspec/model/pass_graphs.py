@@ -42,12 +42,13 @@ class CaptureLimits:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What warming up came to; passes of the shapes left out run eagerly."""
+    """What warming up came to; passes of the shapes left out run eagerly. `failure` is what ended it early, if any."""
 
     num_captured: int
     num_left_out: int
     duration_ns: int
     held_bytes: int
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,19 @@ class PassGraphs:
         most_rows = max(shape.num_rows for shape in shapes)
         self._output = torch.empty(most_rows, d.hidden_size, dtype=d.dtype, device=self._device)
         self._replays = {request.plan: {} for request in requests}
-        num_captured = 0
+        num_captured, failure = 0, None
         for shape, plan in wanted:
             if num_captured == limits.max_captures or self._held_bytes >= limits.max_bytes:
                 break
             self._inputs.fill((), shape)
-            self._replays[plan][shape] = self._recorder.record(self._body(shape, plan))
+            try:
+                self._replays[plan][shape] = self._recorder.record(self._body(shape, plan))
+            except RuntimeError as error:  # out of memory, or an operation that this device cannot capture
+                failure = str(error)
+                break
             num_captured += 1
         duration_ns = time.monotonic_ns() - started_ns
-        return CaptureReport(num_captured, len(wanted) - num_captured, duration_ns, self._held_bytes)
+        return CaptureReport(num_captured, len(wanted) - num_captured, duration_ns, self._held_bytes, failure)
 
     def fitting(self, segments: Sequence[Segment], plan: LayerPlan) -> CapturedLayout | None:
         """A captured pass that holds these segments; None if there is none, and the pass is for eager execution."""

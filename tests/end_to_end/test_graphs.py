@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
@@ -108,11 +109,15 @@ def test_a_cpu_captures_nothing_by_itself(verifier: VerifierEngine) -> None:
     assert verifier._loaded.decoder._graphs is None
 
 
-@pytest.mark.parametrize("choice", ["auto", "off", "on"])
-def test_several_ranks_run_eagerly(monkeypatch: pytest.MonkeyPatch, choice: graph_warm_up.GraphChoice) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    if choice == "on":
-        with pytest.raises(ConfigurationError, match="several ranks"):
-            graph_warm_up.check_graphs(choice)
-    else:
+def test_auto_is_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    choices: tuple[graph_warm_up.GraphChoice, ...] = ("auto", "on", "off")
+    assert [graph_warm_up.is_wanted(choice, gpu) for choice in choices] == [True, True, False]
+    assert [graph_warm_up.is_wanted(choice, cpu) for choice in choices] == [False, True, False]
+    for choice in choices:
         graph_warm_up.check_graphs(choice)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not any(graph_warm_up.is_wanted(choice, gpu) for choice in choices)
+    with pytest.raises(ConfigurationError, match="several ranks"):
+        graph_warm_up.check_graphs("on")
+    graph_warm_up.check_graphs("auto")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from easyspec.errors import ConfigurationError
+from easyspec.model import graph_warm_up
 from easyspec.model.captures import TwinRecorder, recorder_for
 from easyspec.model.decoder import MAX_PLANS
 from easyspec.model.pass_graphs import CapturedLayout, CaptureLimits, CaptureReport, CaptureRequest
@@ -25,6 +27,7 @@ from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.replayed_traces import TraceRecorder
 from tests.model.passes import CPU, Passes, random_token_ids, random_tree
+from verifier_service.config import VerifierSettings
 
 _NUM_TOKENS = 270
 _LIMITS = CaptureLimits(ShapeLimits(max_rows=128, max_blocks=12))
@@ -243,6 +246,39 @@ def test_number_and_memory_of_captures_are_bounded(tmp_path: Path, limits: Captu
     assert report.held_bytes > report.num_captured * 10**6
     assert report.duration_ns > 0
     # The cheapest come first, and what was left out runs eagerly.
+    assert isinstance(_layout_of(passes, 2), CapturedLayout)
+    assert isinstance(_layout_of(passes, 30), RowLayout)
+
+
+class _FailingRecorder(TwinRecorder):
+    """The device has memory for three recordings."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def record(self, body: Any) -> Any:
+        if self.num_recorded == 3:
+            raise torch.OutOfMemoryError("no memory for a fourth")
+        self.num_recorded += 1
+        return super().record(body)
+
+
+@pytest.mark.parametrize("choice", ["auto", "on"])
+def test_a_capture_that_fails_leaves_the_rest_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: graph_warm_up.GraphChoice
+) -> None:
+    passes = Passes(write_checkpoint(tmp_path), is_exact=True)
+    monkeypatch.setattr(graph_warm_up, "recorder_for", lambda device: _FailingRecorder())
+    monkeypatch.setattr(graph_warm_up, "is_wanted", lambda *_: True)
+    settings = VerifierSettings(model="x", cuda_graphs=choice)
+    requests = [CaptureRequest(passes.decoder.sequential_plan, 32)]
+    if choice == "on":
+        with pytest.raises(ConfigurationError, match="no memory for a fourth"):
+            graph_warm_up.capture_passes(passes.decoder, passes.pool, settings, requests)
+        return
+    report = graph_warm_up.capture_passes(passes.decoder, passes.pool, settings, requests)
+    assert report is not None
+    assert report.num_captured == 3
     assert isinstance(_layout_of(passes, 2), CapturedLayout)
     assert isinstance(_layout_of(passes, 30), RowLayout)
 
