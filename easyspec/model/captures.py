@@ -25,7 +25,10 @@ class Recorder(Protocol):
         """Memory that all recordings so far hold."""
 
     def record(self, body: Body) -> Body:
-        """A replay of `body`, which runs a few times meanwhile."""
+        """A replay of `body`, which runs a few times meanwhile.
+
+        It reads and writes the same memory without holding it: the caller keeps `body` as long as the replay.
+        """
 
 
 class TwinRecorder:

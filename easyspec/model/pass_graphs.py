@@ -90,6 +90,7 @@ class PassGraphs:
         self._compute = compute
         self._recorder = recorder
         self._replays: dict[LayerPlan, dict[PassShape, Body]] = {}
+        self._bodies: list[Body] = []  # they hold memory that replays read
         self._inputs: StaticInputs | None = None
         self._output = torch.empty(0)
 
@@ -113,8 +114,10 @@ class PassGraphs:
             if num_captured == limits.max_captures or self._held_bytes >= limits.max_bytes:
                 break
             self._inputs.fill((), shape)
+            body = self._body(shape, plan)
+            self._bodies.append(body)
             try:
-                self._replays[plan][shape] = self._recorder.record(self._body(shape, plan))
+                self._replays[plan][shape] = self._recorder.record(body)
             except RuntimeError as error:  # out of memory, or an operation that this device cannot capture
                 failure = str(error)
                 break

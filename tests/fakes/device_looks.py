@@ -12,13 +12,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# In inference mode composite operations arrive whole: `item` rather than what it consists of.
 _OPERATIONS = {
-    "aten::_local_scalar_dense",  # item, float, int, bool
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::is_nonzero",
     "aten::nonzero",
+    "aten::nonzero_numpy",
+    "aten::argwhere",
     "aten::masked_select",
     "aten::equal",
+    "aten::allclose",
     "aten::_unique2",
+    "aten::bincount",
     "aten::repeat_interleave.Tensor",
+    "aten::repeat_interleave.self_Tensor",
 }
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # On a CPU these read memory without an operation.
@@ -29,6 +37,8 @@ _MODULES = ("sampling", "filters", "logprobs")
 def is_look(func: Any, args: Any) -> bool:
     """Whether an operation's result, or its size, depends on values in a way that the host has to know."""
     name = func._schema.name
+    if name == "aten::where":
+        return len(args) == 1
     if name in _INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return name in _OPERATIONS or f"{name}.{func._overloadname}" in _OPERATIONS

@@ -1,6 +1,6 @@
 """Captured passes on a device that is not the CPU: torch's meta device stands in for a GPU.
 
-Like a GPU's, its tensors do not mix with the CPU's, and like a capture it has no values to look at.
+Like a tensor that is being captured, one of its own has no values to look at.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from easyspec.model.captures import TwinRecorder
+from easyspec.model.captures import Body, TwinRecorder
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool
@@ -46,6 +48,25 @@ class ShapesAlone:
         return torch.empty(shape, device=ELSEWHERE)
 
 
+class _OneDevice(TorchDispatchMode):
+    """Every operation reads and makes tensors of one device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in pytree.tree_leaves((args, kwargs, result)):
+            assert not isinstance(each, torch.Tensor) or each.device == ELSEWHERE, f"{func} on {each.device}"
+        return result
+
+
+class CheckedRecorder(TwinRecorder):
+    """A twin that watches where bodies compute."""
+
+    def record(self, body: Body) -> Body:
+        with _OneDevice():
+            body()
+        return body
+
+
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("options", [{}, {"model_type": "qwen3", "head_dim": 32}], ids=["llama", "qwen3"])
 @torch.inference_mode()
@@ -54,7 +75,7 @@ def test_a_captured_pass_stays_on_its_device(tmp_path: Path, options: dict[str, 
     decoder = Decoder(tmp_path, config, ELSEWHERE, is_exact=is_exact, open_tensors=lambda _: ShapesAlone())
     pool = KVPool(config, 600, ELSEWHERE)
     requests = [CaptureRequest(plan, 8) for plan in PLANS[: 1 if is_exact else 3]]
-    report = decoder.capture(pool, requests, TwinRecorder(), CaptureLimits(ShapeLimits(16, 16)))
+    report = decoder.capture(pool, requests, CheckedRecorder(), CaptureLimits(ShapeLimits(16, 16)))
     assert report.failure is None
     assert report.num_captured > 5 * len(requests)
     segment = Segment([1, 2], range(2), [1, 2], [1, 2], torch.arange(128).numpy())

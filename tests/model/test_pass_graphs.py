@@ -5,6 +5,8 @@ Replays repeat recorded operations on the same memory, as CUDA graphs do; only t
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,26 @@ def test_number_and_memory_of_captures_are_bounded(tmp_path: Path, limits: Captu
     # The cheapest come first, and what was left out runs eagerly.
     assert isinstance(_layout_of(passes, 2), CapturedLayout)
     assert isinstance(_layout_of(passes, 30), RowLayout)
+
+
+class _ForgetfulRecorder(TwinRecorder):
+    """Holds nothing of what it recorded, as a graph does."""
+
+    def __init__(self) -> None:
+        self.bodies: list[weakref.ref[Any]] = []
+
+    def record(self, body: Any) -> Any:
+        self.bodies.append(weakref.ref(body))
+        return lambda: None
+
+
+def test_what_replays_read_is_kept(tmp_path: Path) -> None:
+    passes = Passes(write_checkpoint(tmp_path), is_exact=True)
+    recorder = _ForgetfulRecorder()
+    request = CaptureRequest(passes.decoder.sequential_plan, 4)
+    passes.decoder.capture(passes.pool, [request], recorder, CaptureLimits(ShapeLimits(8, 4)))
+    gc.collect()
+    assert all(body() is not None for body in recorder.bodies)
 
 
 class _FailingRecorder(TwinRecorder):
