@@ -17,7 +17,9 @@ from drafter_service.text_engine import open_text_resources
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.model.distributed_group import RankPlacement
+from easyspec.model.graph_warm_up import capture_passes, check_graphs
 from easyspec.model.loading import LoadedModel, load_model
+from easyspec.model.pass_graphs import CaptureRequest
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
@@ -28,6 +30,9 @@ from easyspec.tokenizer_fingerprint import tokens_by_id
 
 # The length that a session comes to when kernels are warmed up.
 _WARM_UP_TOKENS = 3
+# Rows of a session in captured passes: twice the usual width of a tree, and a deep tree that is accepted whole.
+_MOST_LEVEL_ROWS = 8
+_MOST_CALIBRATED_ROWS = 8
 
 
 class DrafterEngine:
@@ -101,6 +106,7 @@ class DrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
+        check_graphs(settings.cuda_graphs)
         self._loaded = loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.decoder.dismiss_followers
@@ -124,12 +130,15 @@ class DrafterEngine:
         self._drafter = Drafter(
             loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, grammars
         )
+        requests = _captured(self._plan, loaded.decoder.sequential_plan)
+        capture_passes(loaded.decoder, loaded.memory.pool, settings, requests)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 
 
 def follow(settings: DrafterSettings) -> None:
     """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
+    check_graphs(settings.cuda_graphs)
     loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
     with torch.inference_mode():
         loaded.decoder.follow(loaded.memory.pool)
@@ -144,6 +153,13 @@ def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:
         return paper_plan(num_layers, min(settings.layer_parallel_size, num_layers), mlp)
     except InvalidRequestError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _captured(plan: LayerPlan, sequential_plan: LayerPlan) -> list[CaptureRequest]:
+    """Fuzzy passes over the rows of a level, and exact ones over what a round accepts; other plans run eagerly."""
+    most_rows = {sequential_plan: _MOST_CALIBRATED_ROWS}
+    most_rows[plan] = max(_MOST_LEVEL_ROWS, most_rows.get(plan, 0))
+    return [CaptureRequest(*each) for each in most_rows.items()]
 
 
 def _warm_up(drafter: Drafter, max_tree_nodes: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from easyspec.speculation.coupling import gumbel_noise, signed_seed
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
+from easyspec.speculation.transfer import to_device
 
 # Only the likeliest tokens of a row get noise: one further down hardly ever wins, and guesses may be wrong.
 NUM_NOISED_TOKENS = 256
@@ -94,8 +95,8 @@ def draw_noise(
     ]
     positions = [first + level for first, count in zip(first_positions, counts, strict=True) for level in range(count)]
     noise = gumbel_noise(
-        torch.tensor(seeds, device=device),
-        torch.tensor(positions, device=device),
+        to_device(seeds, torch.int64, device),
+        to_device(positions, torch.int64, device),
         torch.arange(vocab_size, device=device),
     )
     return list(noise.split(counts))
@@ -123,8 +124,8 @@ def rank_candidates(
         likeliest = draft_logits.topk(min(NUM_NOISED_TOKENS if is_any_sampled else num_candidates, num_tokens), dim=-1)
         scores, token_ids = likeliest.values, likeliest.indices
         if is_any_sampled:
-            seeds = torch.tensor([signed_seed(sampling.seed) for sampling in samplings], device=scores.device)
-            row_noise = gumbel_noise(seeds, torch.tensor(positions, device=scores.device), token_ids)
+            seeds = to_device([signed_seed(sampling.seed) for sampling in samplings], torch.int64, scores.device)
+            row_noise = gumbel_noise(seeds, to_device(positions, torch.int64, scores.device), token_ids)
             best = _perturbed(scores, row_noise, samplings).topk(min(num_candidates, num_tokens), dim=-1)
             scores, token_ids = best.values, token_ids.gather(1, best.indices)
     packed = torch.stack([scores.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
@@ -140,10 +141,11 @@ def _perturbed(logits: torch.Tensor, noise: torch.Tensor, samplings: Sequence[Sa
     Each row is relative to its best logit, and finite at whatever temperature.
     """
     divisors = [1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
-    temperatures = torch.tensor(divisors, device=logits.device)[:, None]
+    temperatures = to_device(divisors, torch.float32, logits.device)[:, None]
     scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures).clamp_(min=_MIN_SCORE)
     if any(sampling.is_greedy for sampling in samplings):
-        noise = noise * torch.tensor([not sampling.is_greedy for sampling in samplings], device=logits.device)[:, None]
+        is_sampled = [not sampling.is_greedy for sampling in samplings]
+        noise = noise * to_device(is_sampled, torch.bool, logits.device)[:, None]
     return scaled + noise
 
 

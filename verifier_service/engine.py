@@ -9,7 +9,9 @@ import torch
 
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import CapacityError, ConfigurationError
+from easyspec.model.graph_warm_up import capture_passes, check_graphs
 from easyspec.model.loading import LoadedModel, load_model
+from easyspec.model.pass_graphs import CaptureRequest
 from easyspec.model.row_layout import MAX_TREE_COLUMNS
 from easyspec.model.row_probe import make_row_invariant, tile_products
 from easyspec.speculation.grammar_compiler import GrammarCompiler
@@ -92,11 +94,12 @@ class VerifierEngine:
 
     def _build(self) -> Verifier:
         settings = self._settings
+        check_graphs(settings.cuda_graphs)
         self._loaded = loaded = load_model(settings, is_exact=True)
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.decoder.dismiss_followers
         with torch.inference_mode():
-            self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool)
+            self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool, self._capture)
         info = loaded.info
         self._grammars = GrammarCompiler(loaded.folder, info.vocab_size, info.eos_token_ids)
         self._grammars.prepare()
@@ -114,9 +117,17 @@ class VerifierEngine:
         self._thread.patience_s = self._verifier.patience_s
         return self._verifier
 
+    def _capture(self) -> None:
+        """Passes over trees with their roots, alone and in batches."""
+        assert self._loaded is not None, "loaded"
+        decoder = self._loaded.decoder
+        request = CaptureRequest(decoder.sequential_plan, self._settings.max_tree_nodes + 1)
+        capture_passes(decoder, self._loaded.memory.pool, self._settings, [request])
+
 
 def follow(settings: VerifierSettings) -> None:
     """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
+    check_graphs(settings.cuda_graphs)
     loaded = load_model(settings, is_exact=True)
     with torch.inference_mode():
         tile_products(loaded.decoder)

@@ -9,6 +9,7 @@ So the grammar's state only ever advances by tokens of the output, exactly as in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from easyspec.errors import EasyspecError
 from easyspec.speculation.acceptance import StopLimits, Walk
 from easyspec.speculation.grammar import GrammarState
-from easyspec.speculation.logprobs import token_logprobs
+from easyspec.speculation.logprobs import row_logprobs
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.sampling import ChoiceRow, choose_tokens
 from easyspec.speculation.token_tree import TokenTree
@@ -51,7 +52,7 @@ def decide(base_logits: Tensor, cases: Sequence[Case]) -> list[Verdict | Easyspe
             num_rows = len(walker.rows)
             walker.take(choices[:num_rows])
             choices = choices[num_rows:]
-    return [walker.outcome(base_logits) for walker in walkers]
+    return _with_logprobs(base_logits, walkers, [walker.outcome() for walker in walkers])
 
 
 class _Walker:
@@ -100,16 +101,36 @@ class _Walker:
                 self.rows = [row]
                 self.choice_rows = [replace(self.case.choice_rows[row], allowed_bits=allowed_bits)]
 
-    def outcome(self, base_logits: Tensor) -> Verdict | EasyspecError:
-        """The verdict, with log-probabilities if asked for."""
-        if self._error is not None:
-            return self._error
-        verdict = self._walk.verdict()
-        num_top = self.case.num_top_logprobs
-        if num_top is None:
-            return verdict
-        rows = [self.case.first_row + row for row in self._walk.visited_rows]
-        return replace(verdict, logprobs=token_logprobs(_selected(base_logits, rows), verdict.token_ids, num_top))
+    def outcome(self) -> Verdict | EasyspecError:
+        return self._error or self._walk.verdict()
+
+    @property
+    def visited_rows(self) -> list[int]:
+        """Rows of the batch at which the verdict's tokens were chosen."""
+        return [self.case.first_row + row for row in self._walk.visited_rows]
+
+
+def _with_logprobs(
+    base_logits: Tensor, walkers: Sequence[_Walker], outcomes: Sequence[Verdict | EasyspecError]
+) -> list[Verdict | EasyspecError]:
+    """The outcomes, with log-probabilities where asked for, all of which are read at once."""
+    rows: list[int] = []
+    token_ids: list[int] = []
+    num_tops: list[int] = []
+    for walker, outcome in zip(walkers, outcomes, strict=True):
+        if isinstance(outcome, Verdict) and walker.case.num_top_logprobs is not None:
+            rows += walker.visited_rows
+            token_ids += outcome.token_ids
+            num_tops += [walker.case.num_top_logprobs] * len(outcome.token_ids)
+    if not rows:
+        return [*outcomes]
+    entries = iter(row_logprobs(_selected(base_logits, rows), token_ids, num_tops))
+    return [
+        replace(outcome, logprobs=tuple(itertools.islice(entries, len(outcome.token_ids))))
+        if isinstance(outcome, Verdict) and walker.case.num_top_logprobs is not None
+        else outcome
+        for walker, outcome in zip(walkers, outcomes, strict=True)
+    ]
 
 
 def _selected(base_logits: Tensor, rows: Sequence[int]) -> Tensor:

@@ -17,9 +17,9 @@ import torch
 
 from easyspec.device_thread import Task
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
-from easyspec.model.decoder import Decoder
+from easyspec.model.decoder import Decoder, PassLayout
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import RowLayout, Segment, TreeColumns
+from easyspec.model.row_layout import Segment, TreeColumns
 from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
@@ -230,7 +230,7 @@ class Verifier:
         """One pass over the batch, then a verdict for each session whose tree it holds."""
         started_ns = time.monotonic_ns()
         segments = [work.session.segment(work.slots, work.tree) for work in works]
-        layout = self._decoder.lay_out(segments)
+        layout = self._decoder.arrange(segments)
         judged: list[VerifierSession] = []
         cases: list[Case] = []
         rows: list[int] = []
@@ -282,7 +282,7 @@ class Verifier:
         return True
 
     def _add_prompt_logprobs(
-        self, works: Sequence[Work[VerifierSession]], layout: RowLayout, hidden: torch.Tensor
+        self, works: Sequence[Work[VerifierSession]], layout: PassLayout, hidden: torch.Tensor
     ) -> None:
         for index, work in enumerate(works):
             entries, num_tokens, first = work.session.prompt_logprobs, len(work.slots), layout.flat_row(index, 0)

@@ -209,7 +209,7 @@ class LayerParallelSource:
     def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
         """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
         started_ns = time.monotonic_ns()
-        layout = self._decoder.lay_out([chain.segment for chain in chains])
+        layout = self._decoder.arrange([chain.segment for chain in chains], plan)
         calibrated = [
             (chain.drafting, layout.flat_row(index, len(chain.segment) - 1))
             for index, chain in enumerate(chains)
@@ -243,7 +243,7 @@ class LayerParallelSource:
         """One fuzzy pass over the frontiers, and the level that its rows give."""
         started_ns = time.monotonic_ns()
         segments = [frontier.segment for frontier in group]
-        layout = self._decoder.lay_out(segments)
+        layout = self._decoder.arrange(segments, plan)
         rows = [layout.flat_row(index, row) for index, segment in enumerate(segments) for row in range(len(segment))]
         draft_logits = self._decoder.row_logits(layout, rows, self._memory.pool, plan)
         draftings = [frontier.drafting for frontier in group]

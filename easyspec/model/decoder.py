@@ -5,7 +5,7 @@ Dimensions: `T` rows of a pass, `E` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -15,21 +15,32 @@ from torch.nn import functional
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
+from easyspec.model.captures import Recorder
 from easyspec.model.config import ModelConfig
 from easyspec.model.distributed_group import DistributedLayerGroup, RankPlacement, sharded_mlp
 from easyspec.model.kv_cache import KVPool
 from easyspec.model.layers import LayerGroup, LayerWeights, PassState, load_layer, unit_rms
 from easyspec.model.linear import Linear
+from easyspec.model.pass_graphs import (
+    CapturedLayout,
+    CaptureLimits,
+    CaptureReport,
+    CaptureRequest,
+    PassDimensions,
+    PassGraphs,
+)
 from easyspec.model.pass_orders import HeadOrder, Order, PassOrder, decode_order, encode_order
 from easyspec.model.rope import rotation_table
 from easyspec.model.row_layout import RowLayout, Segment, bucket, lay_out
-from easyspec.model.weights import Checkpoint
+from easyspec.model.weights import Checkpoint, TensorSource
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
+from easyspec.speculation.transfer import to_device
 
 AnyLayerGroup: TypeAlias = "LayerGroup | DistributedLayerGroup"
+PassLayout: TypeAlias = "RowLayout | CapturedLayout"
 
 # Layer plans whose wide groups are kept ready; the sequential plan counts as one and costs nothing.
 MAX_PLANS = 4
@@ -54,6 +65,7 @@ class Decoder:
         is_exact: bool,
         ranks: Ranks = SINGLE_RANK,
         placement: RankPlacement = RankPlacement.TENSOR,
+        open_tensors: Callable[[Path], TensorSource] = Checkpoint,
     ) -> None:
         """Raises ConfigurationError for a missing or corrupt checkpoint, or one that does not split evenly."""
         self._shard = Shard(ranks.rank, ranks.size) if placement is RankPlacement.TENSOR else WHOLE
@@ -76,15 +88,16 @@ class Decoder:
         # Queries and keys are turned, values are not.
         kinds = [0] * self.layer_config.num_heads + [0, 1] * self.layer_config.num_kv_heads
         self._head_rotation = torch.tensor(kinds, device=device)
-        with Checkpoint(folder) as checkpoint:
+        with open_tensors(folder) as checkpoint:
             self._layers = [
                 load_layer(checkpoint, config, layer, device, self._shard) for layer in range(config.num_layers)
             ]
             self._load_ends(checkpoint)
         self._groups_of_plan: dict[LayerPlan, list[AnyLayerGroup]] = {}
         self._single_layers: dict[int, LayerGroup] = {}
+        self._graphs: PassGraphs | None = None
 
-    def _load_ends(self, checkpoint: Checkpoint) -> None:
+    def _load_ends(self, checkpoint: TensorSource) -> None:
         c = self.config
         shape, token_ids = (c.vocab_size, c.hidden_size), self._shard.vocabulary(c.vocab_size)
         embeddings = checkpoint.tensor("model.embed_tokens.weight", shape)
@@ -106,12 +119,40 @@ class Decoder:
         return self._shard.size * sum(tensor.numel() for tensor in tensors) + num_ends
 
     def lay_out(self, segments: Sequence[Segment]) -> RowLayout:
-        """The layout of a pass over `segments`."""
+        """The layout of an eager pass over `segments`."""
         return lay_out(segments, self.layer_config.num_queries_per_kv, self.device, is_flat=not self._is_exact)
+
+    def arrange(self, segments: Sequence[Segment], plan: LayerPlan | None = None) -> PassLayout:
+        """The layout of a pass by `plan`: that of a captured pass where one holds the segments, else an eager one."""
+        captured = self._graphs.fitting(segments, plan or self.sequential_plan) if self._graphs is not None else None
+        return captured or self.lay_out(segments)
+
+    def capture(
+        self, pool: KVPool, requests: Sequence[CaptureRequest], recorder: Recorder, limits: CaptureLimits
+    ) -> CaptureReport:
+        """Capture passes over `pool` for `arrange` to choose from; once, when products have their final form.
+
+        Not for several ranks: a captured collective has to be replayed by all of them at once, and they learn of a
+        pass one after the other (docs/decisions/0018).
+        """
+        assert self._ranks.size == 1, "one rank"
+        dimensions = PassDimensions(
+            max_model_len=min(self.config.max_model_len, pool.num_slots),
+            num_queries_per_kv=self.config.num_queries_per_kv,
+            hidden_size=self.config.hidden_size,
+            dtype=self.config.dtype,
+            is_flat=not self._is_exact,
+        )
+
+        def compute(layout: RowLayout, plan: LayerPlan) -> torch.Tensor:
+            return self._compute(layout, pool, plan)
+
+        self._graphs = PassGraphs(dimensions, self.device, compute, recorder)
+        return self._graphs.capture(requests, limits)
 
     def forward(
         self,
-        layout: RowLayout,
+        layout: PassLayout,
         pool: KVPool,
         plan: LayerPlan | None = None,
         logit_rows: Sequence[int] = (),
@@ -119,10 +160,17 @@ class Decoder:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row.
 
         `logit_rows` announces what the next call of `logits` will ask for, which saves other ranks an order of its own.
+        Of a captured pass, the hidden states are overwritten by the next pass.
         """
         plan = plan or self.sequential_plan
         self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
         self._announced_rows = tuple(logit_rows)
+        if isinstance(layout, CapturedLayout):
+            assert self._graphs is not None, "captured here"
+            return self._graphs.run(layout, plan)
+        return self._compute(layout, pool, plan)
+
+    def _compute(self, layout: RowLayout, pool: KVPool, plan: LayerPlan) -> torch.Tensor:
         hidden, state = self._begin(layout, pool)
         for group in self._plan_groups(plan):
             hidden = group(hidden, state)
@@ -158,7 +206,7 @@ class Decoder:
         return self._embeddings[layout.token_ids], state
 
     def row_logits(
-        self, layout: RowLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None
+        self, layout: PassLayout, rows: Sequence[int], pool: KVPool, plan: LayerPlan | None = None
     ) -> torch.Tensor:
         """Run a pass as `forward` does and apply the head to some of its rows, at least one: float32 [R, V]."""
         return self.logits(self.forward(layout, pool, plan, rows), rows)
@@ -192,7 +240,7 @@ class Decoder:
         elif self._shard.size > 1:
             self._lead(HeadOrder(tuple(rows)))
         num_rows = len(rows)
-        hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
+        hidden = hidden[to_device(rows, torch.int64, hidden.device)]
         if self._is_exact:
             # R is any number here, and products of few or odd row counts differ from others in their last bits.
             hidden = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
@@ -210,14 +258,16 @@ class Decoder:
         """A plan's groups, built when it is first used; of those least recently used all but a few are dropped.
 
         A wide group holds its weights a second time, and clients choose plans: without a bound they could fill the
-        memory. Groups of one layer are the same in every plan and stay.
+        memory. Groups of one layer are the same in every plan and stay; so do those of captured plans, whose replays
+        read them.
         """
         groups = self._groups_of_plan.pop(plan, None)
         if groups is None:
             groups = [self._group(layers, plan.mlp) for layers in plan.groups]
         self._groups_of_plan[plan] = groups  # the last one is the most recently used
-        while len(self._groups_of_plan) > MAX_PLANS:
-            del self._groups_of_plan[next(iter(self._groups_of_plan))]
+        dropped = [each for each in self._groups_of_plan if self._graphs is None or not self._graphs.has(each)]
+        for each in dropped[: max(0, len(self._groups_of_plan) - MAX_PLANS)]:
+            del self._groups_of_plan[each]
         return groups
 
     def _group(self, layers: range, mlp: MlpPlacement) -> AnyLayerGroup:

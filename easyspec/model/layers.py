@@ -22,7 +22,7 @@ from easyspec.model.kv_cache import KVPool
 from easyspec.model.linear import Linear
 from easyspec.model.rope import interleave_heads, rotate
 from easyspec.model.row_layout import AttentionGroup, RowLayout
-from easyspec.model.weights import Checkpoint
+from easyspec.model.weights import TensorSource
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
@@ -66,7 +66,7 @@ class LayerWeights:
 
 
 def load_layer(
-    checkpoint: Checkpoint, config: ModelConfig, layer: int, device: torch.device, shard: Shard = WHOLE
+    checkpoint: TensorSource, config: ModelConfig, layer: int, device: torch.device, shard: Shard = WHOLE
 ) -> LayerWeights:
     """Read one layer, or a rank's shard of it; folding is done in float32 and rounded once to the model's type.
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from easyspec.model.kv_cache import TRASH_SLOT
+from easyspec.speculation.transfer import moved
 
 BLOCK_SIZE = 128
 # With at most 64 tree columns a block has at most 192, which the CPU's product kernels sum one after the other.
@@ -83,6 +84,11 @@ class Blocks:
 
     counts: tuple[int, ...]
     segment_of: torch.Tensor
+
+    @property
+    def are_even(self) -> bool:
+        """Whether all segments have the same number of blocks."""
+        return self.counts[0] == self.counts[-1]
 
     def __len__(self) -> int:
         return int(self.segment_of.shape[0])
@@ -172,8 +178,8 @@ def lay_out(
         groups = (builder.build((0,), total, None),)
     else:
         groups, places = builder.build_all(first_rows, total)
-        place_of_row = torch.from_numpy(places).to(device)
-    token_ids, positions, slots = (torch.from_numpy(part).to(device) for part in rows)
+        place_of_row = moved(torch.from_numpy(places), device)
+    token_ids, positions, slots = moved(torch.from_numpy(rows), device)
     return RowLayout(token_ids, positions, slots, groups, place_of_row, num_rows, first_rows, tuple(segments))
 
 
@@ -187,7 +193,7 @@ class _GroupBuilder:
         self._num_queries_per_kv = num_queries_per_kv
         self._device = device
         self._is_flat = is_flat
-        self._num_blocks = [_num_blocks(segment) for segment in segments]
+        self._num_blocks = [count_blocks(segment) for segment in segments]
         # The fewest rows of one segment whose query rows are a multiple of four.
         self._least_rows = _ROW_MULTIPLE // int(np.gcd(_ROW_MULTIPLE, num_queries_per_kv))
 
@@ -204,7 +210,9 @@ class _GroupBuilder:
                 rows[index, :count] = np.arange(first, first + count)
                 places[first : first + count] = start + index * padded_rows + np.arange(count)
             start += rows.size
-            groups.append(self.build(tuple(members), padded_rows, torch.from_numpy(rows.reshape(-1)).to(self._device)))
+            groups.append(
+                self.build(tuple(members), padded_rows, moved(torch.from_numpy(rows.reshape(-1)), self._device))
+            )
         return tuple(groups), places
 
     def _sort(self) -> list[tuple[int, list[int]]]:
@@ -252,7 +260,7 @@ class _GroupBuilder:
                 places = np.arange(index * lengths[0], (index + 1) * lengths[0])
             else:
                 places = np.asarray(firsts[: lengths[index]]) + index
-            _place(segment, places, num_committed, columns, visible)
+            place_columns(segment, places, num_committed, columns, visible)
         mask = np.where(visible, np.float32(0.0), np.float32(-np.inf))
         mask = np.repeat(mask, self._num_queries_per_kv, axis=1)
         if self._is_flat:
@@ -263,13 +271,14 @@ class _GroupBuilder:
             segments=members,
             padded_rows=padded_rows,
             rows=rows,
-            columns=torch.from_numpy(columns.reshape(-1)).to(self._device),
-            blocks=Blocks(counts, torch.from_numpy(segment_of).to(self._device)),
-            mask=torch.from_numpy(mask).to(self._device),
+            columns=moved(torch.from_numpy(columns.reshape(-1)), self._device),
+            blocks=Blocks(counts, moved(torch.from_numpy(segment_of), self._device)),
+            mask=moved(torch.from_numpy(mask), self._device),
         )
 
 
-def _num_blocks(segment: Segment) -> int:
+def count_blocks(segment: Segment) -> int:
+    """Blocks up to the last position that a row of the segment stands at or sees."""
     last = max(*segment.num_visible, *(position + 1 for position in segment.positions))
     if segment.tree is not None and segment.tree.positions:
         last = max(last, max(segment.tree.positions) + 1)
@@ -288,7 +297,7 @@ def _committed_width(segments: Sequence[Segment]) -> int:
     return min(BLOCK_SIZE, max(_MIN_COLUMNS, -(-most // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE))
 
 
-def _place(segment: Segment, places: Int64Array, width: int, columns: Int64Array, visible: BoolArray) -> None:
+def place_columns(segment: Segment, places: Int64Array, width: int, columns: Int64Array, visible: BoolArray) -> None:
     """Fill a segment's blocks, which stand at `places` of columns [X, W] and visible [X, M, W].
 
     `width` columns are for committed tokens. Padding rows see the trash column.

@@ -5,7 +5,7 @@ If it is, speculation cannot change a token: verification of any tree is plain d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ def tile_products(decoder: Decoder) -> None:
             linear.tile_rows = FALLBACK_TILE_ROWS
 
 
-def make_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
-    """Tile products where needed, then probe whole passes.
+def make_row_invariant(decoder: Decoder, pool: KVPool, capture: Callable[[], None] = lambda: None) -> bool:
+    """Tile products where needed, `capture` passes if there is anything to capture, then probe whole passes.
 
-    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass gave the
-    same bits. Of several ranks, rank 0 calls it while the others follow.
+    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass, eager or
+    captured, gave the same bits. Of several ranks, rank 0 calls it while the others follow.
     """
     tile_products(decoder)
+    capture()
     length = min(_CONTEXT, decoder.config.max_model_len - _NUM_ROWS)
     if pool.num_slots < 3 * (length + _NUM_ROWS) or length < 1:
         return False
@@ -53,7 +54,7 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
 
 def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
     """Logits of `rows` of the first segment."""
-    return decoder.row_logits(decoder.lay_out(segments), rows, memory.pool)
+    return decoder.row_logits(decoder.arrange(segments), rows, memory.pool)
 
 
 def _as_prompt(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:

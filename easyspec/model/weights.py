@@ -7,12 +7,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from easyspec.errors import ConfigurationError
+
+
+class TensorSource(Protocol):
+    """Where a model's tensors come from; a context manager around their reading."""
+
+    def __enter__(self) -> TensorSource: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+    def tensor(
+        self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """The tensor `name`, which has `shape`, or some of its rows or columns."""
 
 
 class Checkpoint:

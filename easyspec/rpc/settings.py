@@ -225,6 +225,21 @@ class EngineSettings(ServerSettings):
         "--max-prefill-slowdown. 256 fills the machine and does not keep a newcomer waiting long.",
     )
 
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="auto, on or off: whether passes of a few rows are captured as CUDA graphs at start-up, which "
+        "saves the launches of their kernels. auto is on for one GPU, and off for a CPU and for several ranks, which "
+        "refuse on. A CPU told on pads passes in the same way but captures nothing: it is slower, and for tests.",
+    )
+    cuda_graph_memory_gib: float = Field(
+        default=4.0,
+        gt=0.0,
+        le=1024.0,
+        description="GiB that captured passes may hold, above 0 up to 1024; never more than half of what is free "
+        "beside weights and KV pool. 4 is meant to be room for every shape of an 8B model, and not yet measured on a "
+        "GPU; shapes that no longer fit run eagerly.",
+    )
+
     session_idle_timeout_s: float = Field(
         default=DEFAULT_SESSION_IDLE_TIMEOUT_S,
         gt=0.0,

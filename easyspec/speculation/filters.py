@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.transfer import to_device
+from easyspec.speculation.transfer import is_remote, to_device
 
 # Sums of 2^22 probabilities fit int64.
 _PROBABILITY_UNITS = 2.0**40
@@ -73,7 +73,7 @@ def _top_p_cutoffs(scores: Tensor, top_ps: Tensor) -> Tensor:
     # The product is rounded: it must not ask for more than there is.
     needed = torch.minimum(needed, total)
     # Only a CPU may look at a result in between; a GPU sorts whole rows quickly.
-    num_candidates = scores.shape[1] if scores.is_cuda else _NUM_PREFIX_CANDIDATES
+    num_candidates = scores.shape[1] if is_remote(scores) else _NUM_PREFIX_CANDIDATES
     return _prefix_cutoffs(scores, needed, num_candidates)
 
 

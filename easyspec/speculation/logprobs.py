@@ -8,12 +8,14 @@ the alignment of the tensor around it, and a token's log-probability must be the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from easyspec.speculation.messages import TokenLogprobs
+from easyspec.speculation.transfer import is_remote, to_device
 
 
 def token_logprobs(base_logits: Tensor, token_ids: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
@@ -21,22 +23,45 @@ def token_logprobs(base_logits: Tensor, token_ids: Sequence[int], num_top: int) 
 
     Equally likely tokens stand in the order of their ids.
     """
-    assert len(base_logits) == len(token_ids), f"{len(token_ids)} tokens for {len(base_logits)} rows"
-    return tuple(_entry(row, token_id, num_top) for row, token_id in zip(base_logits, token_ids, strict=True))
+    return row_logprobs(base_logits, token_ids, [num_top] * len(token_ids))
 
 
-def _entry(row: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+def row_logprobs(base_logits: Tensor, token_ids: Sequence[int], num_tops: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+    """The same for rows that each want another number of the likeliest.
+
+    On an accelerator the host waits for the device once, for the result.
+    """
+    assert len(base_logits) == len(token_ids) == len(num_tops), f"{len(token_ids)} tokens for {len(base_logits)} rows"
+    if not token_ids:
+        return ()
+    own_ids = to_device([[token_id] for token_id in token_ids], torch.int64, base_logits.device)
+    counts = [min(num_top, base_logits.shape[1]) for num_top in num_tops]
+    found = [_found(row, own, count) for row, own, count in zip(base_logits, own_ids, counts, strict=True)]
+    numbers: list[float] = torch.cat(found).tolist()
+    ends = itertools.accumulate(2 * (count + 1) for count in counts)
+    return tuple(_entry(numbers[end - 2 * (count + 1) : end], count) for end, count in zip(ends, counts, strict=True))
+
+
+def _found(row: Tensor, own_id: Tensor, num_top: int) -> Tensor:
+    """Ids of the best and the row's own, then their log-probabilities: float64 [2 * (num_top + 1)]."""
     row = row.double()  # [V], a copy
-    best_ids = _best(row, min(num_top, len(row)))
-    wanted = torch.cat([best_ids, best_ids.new_tensor([token_id])])
-    values = (row[wanted] - row.logsumexp(0)).float().tolist()
-    return TokenLogprobs(values[-1], tuple(zip(best_ids.tolist(), values[:-1], strict=True)))
+    wanted = torch.cat([_best(row, num_top), own_id])
+    values = (row[wanted] - row.logsumexp(0)).float()
+    return torch.cat([wanted.double(), values.double()])  # exact: ids are far below 2**53
+
+
+def _entry(numbers: Sequence[float], num_top: int) -> TokenLogprobs:
+    ids, values = numbers[:num_top], numbers[num_top + 1 :]
+    top = tuple((int(token_id), value) for token_id, value in zip(ids, values[:-1], strict=True))
+    return TokenLogprobs(values[-1], top)
 
 
 def _best(row: Tensor, num_top: int) -> Tensor:
     """Ids of the best `num_top`, int64; of equals the lower id first, which `topk` does not promise."""
     if num_top == 0:
         return torch.empty(0, dtype=torch.int64, device=row.device)
+    if is_remote(row):  # only a CPU may look at a result in between; a GPU sorts whole rows quickly
+        return row.sort(descending=True, stable=True).indices[:num_top]
     cutoff = row.topk(num_top).values[-1]
     candidates = (row >= cutoff).nonzero().squeeze(1)  # ascending ids
     order = row[candidates].argsort(descending=True, stable=True)

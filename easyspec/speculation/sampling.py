@@ -30,7 +30,7 @@ from easyspec.speculation.filters import filter_scores_, has_filters
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.token_mask import mask_forbidden_
 from easyspec.speculation.token_tree import TokenTree
-from easyspec.speculation.transfer import moved, to_device
+from easyspec.speculation.transfer import is_remote, moved, to_device
 
 # From this vocabulary on, ruling tokens out is cheaper on a CPU than making their noise.
 _MIN_PRUNED_VOCAB_SIZE = 2**14
@@ -225,7 +225,7 @@ def _argmax_with_noise(scores: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
     for index, row in enumerate(rows):
         noise_rows.setdefault((signed_seed(row.sampling.seed), row.position), []).append(index)
     device, vocab_size = scores.device, scores.shape[1]
-    if not scores.is_cuda and vocab_size >= _MIN_PRUNED_VOCAB_SIZE:
+    if not is_remote(scores) and vocab_size >= _MIN_PRUNED_VOCAB_SIZE:
         return _pruned_argmax_with_noise(scores, noise_rows)
     seeds = to_device([seed for seed, _ in noise_rows], torch.int64, device)
     positions = to_device([position for _, position in noise_rows], torch.int64, device)

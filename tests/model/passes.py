@@ -89,7 +89,7 @@ class Passes:
     @torch.inference_mode()
     def run(self, *segments: Segment, plan: LayerPlan | None = None) -> list[torch.Tensor]:
         """One pass; the logits of every segment's rows."""
-        layout = self.decoder.lay_out(segments)
+        layout = self.decoder.arrange(segments, plan)
         counts = [len(segment) for segment in segments]
         rows = [layout.flat_row(index, row) for index, count in enumerate(counts) for row in range(count)]
         return list(self.decoder.row_logits(layout, rows, self.pool, plan).split(counts))

@@ -63,7 +63,7 @@ class Inputs:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width"), [((1,), 1), ((1, 1, 1), 128), ((2, 2), 128), ((3, 1, 1), 144), ((5, 3, 2), 8)]
+    ("lengths", "width"), [((1,), 1), ((1, 1, 1), 128), ((2, 2), 128), ((3, 1, 1), 144), ((5, 3, 2), 8), ((7,), 8)]
 )
 @pytest.mark.parametrize("seed", range(2))
 def test_both_forms_are_softmax_attention(lengths: tuple[int, ...], width: int, seed: int) -> None:
@@ -106,8 +106,18 @@ def test_columns_and_blocks_out_of_sight_change_no_bit() -> None:
     assert torch.equal(inputs.attend(blockwise_attention), expected)
 
 
+def test_empty_blocks_behind_a_text_change_no_bit() -> None:
+    """What a pass that is padded to a shape reads."""
+    inputs = Inputs((5, 5), 128, seed=5)
+    inputs.visible[:, :, :, 3:] = False
+    padded = inputs.attend(blockwise_attention)
+    inputs.lengths = (3, 3)
+    inputs.visible, inputs.cached = inputs.visible[..., :3, :], inputs.cached[:, :, :3]
+    assert torch.equal(inputs.attend(blockwise_attention), padded)
+
+
 def test_a_segments_result_does_not_depend_on_its_company() -> None:
-    inputs = Inputs((4, 3, 1), 128, seed=4)
+    inputs = Inputs((7, 5, 4, 3, 1), 128, seed=4)
     together = inputs.attend(blockwise_attention)
     for segment, length in enumerate(inputs.lengths):
         alone = Inputs((length,), 128, seed=0)

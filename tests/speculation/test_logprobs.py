@@ -5,7 +5,8 @@ import torch
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.checks import MAX_PROMPT_LOGPROBS, check_logprobs
-from easyspec.speculation.logprobs import token_logprobs
+from easyspec.speculation.logprobs import row_logprobs, token_logprobs
+from tests.fakes.device_looks import pretend_remote
 
 V = 1003
 
@@ -43,6 +44,23 @@ def test_of_equally_likely_tokens_the_lower_id_comes_first() -> None:
     (entry,) = token_logprobs(row, [5], 6)
     assert [token_id for token_id, _ in entry.top] == [40, 30, 500, 900, 0, 1]
     assert entry.logprob == entry.top[-1][1]
+
+
+def test_rows_may_want_different_numbers_of_tokens() -> None:
+    rows = logits(3)
+    together = row_logprobs(rows, [4, 5, 6], [2, 0, V + 5])
+    for row, num_top in enumerate((2, 0, V)):
+        assert together[row : row + 1] == token_logprobs(rows[row : row + 1], [4 + row], num_top)
+        assert len(together[row].top) == num_top
+    assert row_logprobs(rows[:0], [], []) == ()
+
+
+def test_a_gpu_finds_the_same_without_looking_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (logits(20) / 4).round()  # with many equals
+    token_ids = list(range(20))
+    expected = token_logprobs(rows, token_ids, 12)
+    pretend_remote(monkeypatch)
+    assert token_logprobs(rows, token_ids, 12) == expected
 
 
 def test_without_top_tokens_there_is_the_tokens_own() -> None:

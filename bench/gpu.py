@@ -1,0 +1,328 @@
+"""`python -m bench.gpu --json FILE`: passes of an 8B base and a 1B draft of random weights on one GPU.
+
+Every pass is timed as a round pays for it: from segments on the host to logits that the host could read. It is compared
+with the byte floor: the time in which the bytes that the pass must read (weights and KV) go through the memory at the
+measured speed of a copy. `--tiny` runs small shapes, on a CPU too, where graphs are their twin: its figures mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.decode import write_report
+from bench.machine import current_commit, describe_machine
+from bench.random_weights import RandomWeights, write_config
+from easyspec.model.captures import recorder_for
+from easyspec.model.config import load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
+from easyspec.model.pass_graphs import CapturedLayout, CaptureLimits, CaptureReport, CaptureRequest
+from easyspec.model.pass_shapes import ShapeLimits
+from easyspec.model.row_layout import Segment
+from easyspec.model.row_probe import make_row_invariant
+from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
+from easyspec.planner.shape import KNOWN_SHAPES, ModelShape
+from easyspec.speculation.parameters import MlpPlacement
+
+
+@dataclass(frozen=True)
+class GpuBenchSettings:
+    """Shapes and sizes of one run; `context` tokens stand before the rows that are measured."""
+
+    base: ModelShape
+    draft: ModelShape
+    dtype: str
+    max_model_len: int
+    context: int
+    base_rows: tuple[int, ...]
+    num_sessions: tuple[int, ...]
+    draft_width: int
+    layer_parallel_size: int
+    num_kv_slots: int
+    num_copied_bytes: int
+    num_repeats: int
+
+
+FULL = GpuBenchSettings(
+    base=KNOWN_SHAPES["llama-3-8b"],
+    draft=KNOWN_SHAPES["llama-3.2-1b"],
+    dtype="bfloat16",
+    max_model_len=8192,
+    context=500,
+    base_rows=(1, 4, 8, 16, 32, 64),
+    num_sessions=(1, 4, 16),
+    draft_width=4,
+    layer_parallel_size=4,
+    num_kv_slots=16_384,
+    num_copied_bytes=2**30,
+    num_repeats=30,
+)
+TINY = GpuBenchSettings(
+    base=ModelShape("tiny-base", 3, 64, 4, 2, 16, 96, 340),
+    draft=ModelShape("tiny-draft", 6, 64, 4, 2, 16, 96, 340),
+    dtype="float32",
+    max_model_len=256,
+    context=150,
+    base_rows=(1, 4, 16),
+    num_sessions=(1, 2),
+    draft_width=4,
+    layer_parallel_size=2,
+    num_kv_slots=1024,
+    num_copied_bytes=2**20,
+    num_repeats=3,
+)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One kind of pass: `num_sessions` times `num_rows` rows. `floor_ms` is what its bytes take at the copy's speed.
+
+    `differing_share` is the share of logits in which replay and eager pass differ; None of eager passes.
+    """
+
+    model: str
+    plan: str
+    mode: str
+    num_sessions: int
+    num_rows: int
+    median_ms: float
+    best_ms: float
+    floor_ms: float
+    times_floor: float
+    differing_share: float | None
+
+
+class Device:
+    """Where it runs, and what its memory is measured to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def times_s(self, run: Callable[[], object], num_repeats: int) -> list[float]:
+        """Seconds of each run, the device's work included, after three that do not count."""
+        times: list[float] = []
+        for index in range(num_repeats + 3):
+            self.wait()
+            started = time.perf_counter()
+            run()
+            self.wait()
+            if index >= 3:
+                times.append(time.perf_counter() - started)
+        return times
+
+    def copy_bytes_per_s(self, num_bytes: int, num_repeats: int) -> float:
+        """Bytes read and written by a copy of `num_bytes`, in a second; the best of several."""
+        source = torch.ones(num_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * num_bytes / min(self.times_s(lambda: target.copy_(source), num_repeats))
+
+    def describe(self) -> dict[str, Any]:
+        if self.device.type != "cuda":
+            return {"name": "cpu"}
+        found = torch.cuda.get_device_properties(self.device)
+        return {
+            "name": found.name,
+            "memory_gib": round(found.total_memory / 2**30, 1),
+            "multiprocessors": found.multi_processor_count,
+            "capability": f"{found.major}.{found.minor}",
+            "cuda": torch.version.cuda,
+        }
+
+
+class Bench:
+    """A model of random weights, sessions with a context in its KV pool, and its passes."""
+
+    def __init__(
+        self, shape: ModelShape, settings: GpuBenchSettings, device: Device, folder: Path, *, is_exact: bool
+    ) -> None:
+        self._shape, self._settings, self._device = shape, settings, device
+        config = load_config(write_config(folder, shape, settings.dtype, settings.max_model_len))
+        self.decoder = Decoder(
+            folder,
+            config,
+            device.device,
+            is_exact=is_exact,
+            open_tensors=lambda _: RandomWeights(device.device),
+        )
+        self._pool = KVPool(config, settings.num_kv_slots, device.device)
+        self._memory = KvMemory(self._pool, shares_prefixes=False)
+        self._sessions: list[SessionSlots] = []
+
+    def prepare(self, requests: Sequence[CaptureRequest], max_rows: int) -> tuple[CaptureReport, bool]:
+        """Capture; whether all forms of pass, eager and captured, have the same bits; then fill contexts."""
+        reports: list[CaptureReport] = []
+
+        def capture() -> None:
+            limits = CaptureLimits(ShapeLimits(max_rows=max_rows))
+            reports.append(self.decoder.capture(self._pool, requests, recorder_for(self._device.device), limits))
+
+        is_invariant = make_row_invariant(self.decoder, self._pool, capture)
+        self._sessions = [SessionSlots(self._memory) for _ in range(max(self._settings.num_sessions))]
+        for slots in self._sessions:
+            segment = self._segment(slots, self._settings.context)
+            self.decoder.forward(self.decoder.lay_out([segment]), self._pool)
+        return reports[0], is_invariant
+
+    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> list[PassResult]:
+        """Eager and captured passes of `num_rows` more rows for each of so many sessions."""
+        slots = self._sessions[:num_sessions]
+        segments = [self._segment(each, num_rows) for each in slots]
+        is_captured = isinstance(self.decoder.arrange(segments, plan), CapturedLayout)
+
+        def run(mode: str) -> torch.Tensor:
+            layout = self.decoder.arrange(segments, plan) if mode == "graph" else self.decoder.lay_out(segments)
+            rows = [layout.flat_row(index, row) for index in range(num_sessions) for row in range(num_rows)]
+            return self.decoder.row_logits(layout, rows, self._pool, plan)
+
+        modes = ["eager", "graph"] if is_captured else ["eager"]
+        differing = float((run("graph") != run("eager")).float().mean()) if is_captured else None
+        times: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(3):  # in turn, so that whatever slows the machine down slows both
+            for mode in modes:
+                times[mode] += self._device.times_s(partial(run, mode), self._settings.num_repeats)
+        for each in slots:
+            each.truncate(self._settings.context)
+        floor_ms = 1e3 * self._read_bytes(num_sessions, num_rows) / speed
+        return [
+            PassResult(
+                model=self._shape.name,
+                plan=name,
+                mode=mode,
+                num_sessions=num_sessions,
+                num_rows=num_rows,
+                median_ms=round(1e3 * statistics.median(times[mode]), 4),
+                best_ms=round(1e3 * min(times[mode]), 4),
+                floor_ms=round(floor_ms, 4),
+                times_floor=round(1e3 * statistics.median(times[mode]) / floor_ms, 2),
+                differing_share=differing if mode == "graph" else None,
+            )
+            for mode in modes
+        ]
+
+    def _segment(self, slots: SessionSlots, num_rows: int) -> Segment:
+        start = slots.num_cached
+        positions = range(start, start + num_rows)
+        own = slots.extend(num_rows)
+        token_ids = [position % self._shape.vocab_size for position in positions]
+        return Segment(token_ids, positions, own, [position + 1 for position in positions], slots.by_position)
+
+    def _read_bytes(self, num_sessions: int, num_rows: int) -> float:
+        """Weights but for the embedding table, and every session's keys and values."""
+        shape, itemsize = self._shape, self.decoder.config.dtype.itemsize
+        layers = shape.num_layers * (shape.attention_parameters + shape.mlp_parameters)
+        num_values = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        num_tokens = num_sessions * (self._settings.context + num_rows)
+        return float(itemsize * (layers + shape.head_parameters + num_values * num_tokens))
+
+
+def base_results(
+    settings: GpuBenchSettings, device: Device, folder: Path, speed: float
+) -> tuple[list[PassResult], dict[str, Any]]:
+    """Verifier passes by rows of one session, and by sessions of a plain row each."""
+    bench = Bench(settings.base, settings, device, folder, is_exact=True)
+    plan = sequential_plan(settings.base.num_layers)
+    report, is_invariant = bench.prepare([CaptureRequest(plan, max(settings.base_rows))], max(settings.base_rows))
+    kinds = [(1, rows) for rows in settings.base_rows] + [(count, 1) for count in settings.num_sessions if count > 1]
+    results = [result for kind in kinds for result in bench.measure(plan, "sequential", *kind, speed)]
+    return results, {**dataclasses.asdict(report), "row_invariant": is_invariant}
+
+
+def draft_results(
+    settings: GpuBenchSettings, device: Device, folder: Path, speed: float
+) -> tuple[list[PassResult], dict[str, Any]]:
+    """Steps of a level's width: sequential, and the fuzzy plans of the same model."""
+    bench = Bench(settings.draft, settings, device, folder, is_exact=False)
+    num_layers, size = settings.draft.num_layers, settings.layer_parallel_size
+    plans = {
+        "sequential": sequential_plan(num_layers),
+        f"n{size}-sequential": paper_plan(num_layers, size, MlpPlacement.SEQUENTIAL),
+        f"n{size}-staged": paper_plan(num_layers, size, MlpPlacement.STAGED),
+    }
+    requests = [CaptureRequest(plan, settings.draft_width) for plan in plans.values()]
+    most_rows = settings.draft_width * max(settings.num_sessions)
+    report, _ = bench.prepare(requests, most_rows)
+    results = [
+        result
+        for count in settings.num_sessions
+        for name, plan in plans.items()
+        for result in bench.measure(plan, name, count, settings.draft_width, speed)
+    ]
+    return results, dataclasses.asdict(report)
+
+
+@torch.inference_mode()
+def measure(settings: GpuBenchSettings, device: Device) -> dict[str, Any]:
+    """Everything, as plain JSON values."""
+    speed = device.copy_bytes_per_s(settings.num_copied_bytes, settings.num_repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        base, base_captures = base_results(settings, device, Path(folder) / "base", speed)
+        draft, draft_captures = draft_results(settings, device, Path(folder) / "draft", speed)
+    return {
+        "device": device.describe(),
+        "copy_gb_per_s": round(speed / 1e9, 1),
+        "captures": {"base": base_captures, "draft": draft_captures},
+        "results": [dataclasses.asdict(result) for result in (*base, *draft)],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print a table, write FILE; 2 where there is no GPU for the full shapes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description="passes on one GPU, with and without graphs"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever there is: tests that it runs")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not arguments.tiny:
+        print("bench.gpu: torch finds no GPU; --tiny runs small shapes on the CPU", file=sys.stderr)
+        return 2
+    settings = TINY if arguments.tiny else FULL
+    measured = measure(settings, Device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    _print(measured)
+    if arguments.json is not None:
+        run = {
+            "command": shlex.join(["python", "-m", "bench.gpu", *argv]),
+            "machine": dataclasses.asdict(describe_machine()),
+            "commit": current_commit(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "settings": dataclasses.asdict(settings),
+        }
+        write_report(arguments.json, run | measured)
+    return 0
+
+
+def _print(measured: dict[str, Any]) -> None:
+    print(f"{measured['device']['name']}, a copy moves {measured['copy_gb_per_s']} GB/s")
+    for role, captures in measured["captures"].items():
+        print(f"{role}: {captures}")
+    print(f"{'model':14} {'plan':14} {'mode':6} sessions  rows  median ms   best ms  floor ms  x floor  differing")
+    for each in measured["results"]:
+        differing = "" if each["differing_share"] is None else f"{each['differing_share']:9.2%}"
+        print(
+            f"{each['model']:14} {each['plan']:14} {each['mode']:6} {each['num_sessions']:8} {each['num_rows']:5}"
+            f" {each['median_ms']:10.3f} {each['best_ms']:9.3f} {each['floor_ms']:9.3f} {each['times_floor']:8.2f}"
+            f" {differing}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""Checkpoints that nobody has to download: a model's shape with random weights, made on the device itself."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from easyspec.planner.shape import ModelShape
+
+# Small enough that activations stay finite through any number of layers.
+_STD = 0.02
+
+
+class RandomWeights:
+    """A TensorSource: every tensor is normal, made when it is asked for, and the same for the same name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> RandomWeights:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """bfloat16, as checkpoints of this size are."""
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        whole = torch.empty(shape, dtype=torch.bfloat16, device=self._device).normal_(0.0, _STD, generator=generator)
+        whole = whole + 1.0 if len(shape) == 1 else whole
+        cut = whole if rows is None else whole[rows.start : rows.stop]
+        return cut if columns is None else cut[:, columns.start : columns.stop]
+
+
+def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int) -> Path:
+    """The `config.json` of a Llama of this shape; returns the folder."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": max_model_len,
+        "rope_theta": 500_000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,54 @@
+"""The benchmark for GPUs runs everywhere with small shapes; its figures are looked at where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.random_weights import RandomWeights
+
+
+def test_small_shapes_run_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results" / "gpu.json"
+    assert gpu.main(["--tiny", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["command"] == f"python -m bench.gpu --tiny --json {path}"
+    assert report["commit"]
+    assert report["machine"]["torch"]
+    assert report["copy_gb_per_s"] > 0
+    assert report["captures"]["base"]["row_invariant"] is True
+    results = report["results"]
+    assert {(each["plan"], each["mode"]) for each in results} == {
+        (plan, mode) for plan in ("sequential", "n2-sequential", "n2-staged") for mode in ("eager", "graph")
+    }
+    for each in results:
+        assert each["median_ms"] >= each["best_ms"] > 0
+        assert each["times_floor"] == pytest.approx(each["median_ms"] / each["floor_ms"], rel=0.01)
+        if each["model"] == "tiny-base" and each["mode"] == "graph":
+            assert each["differing_share"] == 0.0, "the base model's passes have the same bits"
+    assert "x floor" in capsys.readouterr().out
+
+
+def test_the_floor_counts_what_must_be_read(tmp_path: Path) -> None:
+    settings = gpu.TINY
+    bench = gpu.Bench(settings.base, settings, gpu.Device(torch.device("cpu")), tmp_path, is_exact=True)
+    linears = sum(linear.in_features * linear.out_features for linear in bench.decoder.linears())
+    # 3 layers, key and value of 2 heads of 16, in sessions of 150 tokens and 4 more.
+    assert bench._read_bytes(2, 4) == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 154)
+
+
+def test_full_shapes_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_random_weights_have_a_name() -> None:
+    weights = RandomWeights(torch.device("cpu"))
+    whole = weights.tensor("a.weight", (6, 4))
+    assert torch.equal(weights.tensor("a.weight", (6, 4), range(2, 4), range(1, 3)), whole[2:4, 1:3])
+    assert not torch.equal(weights.tensor("b.weight", (6, 4)), whole)
