@@ -17,7 +17,7 @@ from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, Sampl
 from easyspec.cli.processes import DRAFTER, VERIFIER, ServiceProcess, ServiceStack, StackSettings
 from easyspec.parallel.launch import torchrun_arguments
 from easyspec.speculation.parameters import StopConditions
-from tests.fakes.processes import processes_with, ranks_under
+from tests.fakes.processes import assert_none_left_with, ranks_under
 
 NUM_RANKS = 2
 NUM_KILLS = 20
@@ -131,8 +131,8 @@ async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path) -> N
             check(disturbed, role, expected)
         await ranks.until_all_serve()
         assert await ranks.generate() == expected
-    assert processes_with(str(base_folder)) == []
-    assert processes_with(str(draft_folder)) == []
+    assert_none_left_with(str(base_folder))
+    assert_none_left_with(str(draft_folder))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.two_machines import REPOSITORY, REQUESTS, why_not
-from tests.fakes.processes import processes_with
+from tests.fakes.processes import assert_none_left_with
 
 GROUP_GONE_S = 10.0
 
@@ -45,4 +45,4 @@ def test_two_machines_say_what_one_rank_says_also_when_disturbed(
     for disturbance in ("verifier's rank 1 killed", "drafter's rank 1 killed", "cable pulled out"):
         assert said[disturbance]["groups_gone_s"] < GROUP_GONE_S, disturbance
         assert said[disturbance]["is_same_text"], disturbance
-    assert processes_with(str(base_folder)) == []
+    assert_none_left_with(str(base_folder))

@@ -23,6 +23,14 @@ def processes_with(argument: str) -> list[int]:
     return found
 
 
+def assert_none_left_with(argument: str, within_s: float = 5.0) -> None:
+    """Fail unless the last process with `argument` ends in time: the kernel kills orphans, but not at once."""
+    deadline_s = time.monotonic() + within_s
+    while left := processes_with(argument):
+        assert time.monotonic() < deadline_s, f"processes {left} are left"
+        time.sleep(0.05)
+
+
 @dataclass(frozen=True)
 class RankProcess:
     """A process that torchrun started; `handle` means this very process, whoever gets its id later."""
