@@ -109,7 +109,7 @@ class DrafterEngine:
         check_graphs(settings.cuda_graphs)
         self._loaded = loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
         self._thread.when_idle = loaded.decoder.keep_followers
-        self._thread.when_stopped = loaded.decoder.dismiss_followers
+        self._thread.when_stopped = loaded.dismiss_followers
         self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         model_source = LayerParallelSource(
@@ -141,7 +141,7 @@ def follow(settings: DrafterSettings) -> None:
     check_graphs(settings.cuda_graphs)
     loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
     with torch.inference_mode():
-        loaded.decoder.follow(loaded.memory.pool)
+        loaded.follow()
 
 
 def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:

@@ -69,7 +69,7 @@ class DeviceThread:
 
     `when_idle` is called about every second in which nothing is asked, `when_stopped` at the end; both on the thread,
     and set before there are tasks. `patience_s` says how many seconds the next step should wait for tasks that are
-    about to come. EngineLostError from a step or from `when_idle` ends the thread.
+    about to come. EngineLostError from a step or from one of these ends the thread, and the engine is lost.
     """
 
     def __init__(self, name: str) -> None:
@@ -139,14 +139,13 @@ class DeviceThread:
         built.set_result(None)
         try:
             self._work(core)
+            core.abandon(UnavailableError("the engine has stopped"))
+            self.when_stopped()
         except EngineLostError as error:
             structlog.get_logger().error("engine_lost", thread=self._name, reason=str(error))
             self._is_stopped = True
             core.abandon(UnavailableError(str(error)))
             self._lost.set_result(None)
-        else:
-            core.abandon(UnavailableError("the engine has stopped"))
-            self.when_stopped()
         for task in self._take(wait=False):
             task.fail(UnavailableError("the engine has stopped"))
 

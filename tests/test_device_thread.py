@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from easyspec.device_thread import DeviceThread, Task
-from easyspec.errors import CapacityError, UnavailableError
+from easyspec.errors import CapacityError, EngineLostError, UnavailableError
 from tests.fakes.servers import eventually
 
 
@@ -248,3 +248,21 @@ async def test_an_opening_that_is_answered_while_its_caller_goes_away_is_closed(
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert closed == [42]
+
+
+def lose_another_rank() -> None:
+    raise EngineLostError("another rank is gone")
+
+
+async def test_a_loss_in_an_idle_time_is_one(thread: DeviceThread) -> None:
+    thread.when_idle = lose_another_rank
+    await asyncio.wait_for(thread.wait_lost(), 10)
+    with pytest.raises(UnavailableError):
+        await thread.submit(Number(1))
+
+
+async def test_a_loss_at_the_very_end_is_one(thread: DeviceThread) -> None:
+    """torchrun asks the others to stop when a rank is gone: whoever then says goodbye finds nobody."""
+    thread.when_stopped = lose_another_rank
+    await thread.stop()
+    await asyncio.wait_for(thread.wait_lost(), 10)

@@ -97,7 +97,7 @@ class VerifierEngine:
         check_graphs(settings.cuda_graphs)
         self._loaded = loaded = load_model(settings, is_exact=True)
         self._thread.when_idle = loaded.decoder.keep_followers
-        self._thread.when_stopped = loaded.decoder.dismiss_followers
+        self._thread.when_stopped = loaded.dismiss_followers
         with torch.inference_mode():
             self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool, self._capture)
         info = loaded.info
@@ -131,4 +131,4 @@ def follow(settings: VerifierSettings) -> None:
     loaded = load_model(settings, is_exact=True)
     with torch.inference_mode():
         tile_products(loaded.decoder)
-        loaded.decoder.follow(loaded.memory.pool)
+        loaded.follow()

@@ -30,7 +30,8 @@ _CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
 DEFAULT_BASE = _CHECKOUT / "models" / "base"
 DEFAULT_DRAFT = _CHECKOUT / "models" / "draft"
 
-_NUM_KEPT_LINES = 20
+# torchrun says twenty lines about a rank that ended.
+_NUM_KEPT_LINES = 100
 _MAX_LINE_BYTES = 1 << 20
 _POLL_S = 0.1
 # The gateway looks at a service that was not there at first every second or two.
@@ -144,8 +145,13 @@ class ServiceProcess:
         if self._pump is not None:
             await self._pump
         ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last_words = self._last_lines[-1] if self._last_lines else "it said nothing"
-        return ServiceFailedError(f"the {self.role} {ending} {when}: {last_words}")
+        return ServiceFailedError(f"the {self.role} {ending} {when}: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        """Why the role says that it ended, whatever a launcher says after it; else the last line."""
+        own_lines = [line for line in self._last_lines if line.startswith(f"{self.role}: ")]
+        lines = own_lines or self._last_lines
+        return lines[-1] if lines else "it said nothing"
 
     def kill(self) -> None:
         """SIGKILL."""

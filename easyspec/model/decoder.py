@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
-from easyspec.errors import ConfigurationError
 from easyspec.model.attention import AttentionFunction, blockwise_attention, flat_attention
 from easyspec.model.captures import Recorder
 from easyspec.model.config import ModelConfig
@@ -70,10 +69,8 @@ class Decoder:
         """Raises ConfigurationError for a missing or corrupt checkpoint, or one that does not split evenly."""
         self._shard = Shard(ranks.rank, ranks.size) if placement is RankPlacement.TENSOR else WHOLE
         self._shard.check(config)
-        if placement is RankPlacement.LAYERS_SHARDED_MLP and config.intermediate_size % ranks.size != 0:
-            raise ConfigurationError(
-                f"an MLP of {config.intermediate_size} cannot be split over {ranks.size} ranks; allowed: its divisors"
-            )
+        if placement is RankPlacement.LAYERS_SHARDED_MLP:
+            Shard(ranks.rank, ranks.size).check_mlp(config)
         self.config = config
         self.layer_config = self._shard.of(config)
         self._ranks = ranks

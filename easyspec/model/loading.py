@@ -17,11 +17,14 @@ from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
 from easyspec.model.kv_cache import KvMemory, KVPool
 from easyspec.parallel.launch import local_rank
-from easyspec.parallel.ranks import join_group
+from easyspec.parallel.lifeline import Lifeline, open_lifeline
+from easyspec.parallel.ranks import Ranks, join_group
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 _MIN_SHARED_WEIGHTS = 2**20
+# Hexadecimal digits that fit an int64.
+_COMPARED_DIGITS = 15
 
 
 class ModelSettings(Protocol):
@@ -51,7 +54,7 @@ class ModelSettings(Protocol):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder, its KV memory, how it introduces itself, and the folder it came from.
+    """A decoder, its KV memory, how it introduces itself, the folder it came from, and the tie to the other ranks.
 
     `info.max_model_len` is what fits that memory.
     """
@@ -60,6 +63,17 @@ class LoadedModel:
     memory: KvMemory
     info: ModelInfo
     folder: Path
+    lifeline: Lifeline
+
+    def dismiss_followers(self) -> None:
+        """On rank 0, at the end of its last pass: the other ranks may go."""
+        self.lifeline.leave()
+        self.decoder.dismiss_followers()
+
+    def follow(self) -> None:
+        """On the others: compute a part of rank 0's passes until it dismisses them; raises EngineLostError."""
+        self.decoder.follow(self.memory.pool)
+        self.lifeline.leave()
 
 
 def load_model(
@@ -76,9 +90,11 @@ def load_model(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     ranks = join_group(device)
+    lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)
     decoder = Decoder(folder, config, device, is_exact=is_exact, ranks=ranks, placement=placement)
     fitting = num_pool_slots(decoder.layer_config, device, settings.num_kv_slots, settings.kv_memory_fraction)
-    num_slots = int(ranks.gather(torch.tensor([fitting], device=device)).min())
+    fingerprint = model_fingerprint(folder, config)
+    num_slots = _agreed_slots(ranks, fitting, fingerprint, device)
     context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)
     if context < config.max_model_len:
         structlog.get_logger().warning("context_cut_to_kv_memory", max_model_len=context, num_kv_slots=num_slots)
@@ -91,10 +107,20 @@ def load_model(
         dtype=str(config.dtype).removeprefix("torch."),
         eos_token_ids=config.eos_token_ids,
         num_layers=config.num_layers,
-        fingerprint=model_fingerprint(folder, config),
+        fingerprint=fingerprint,
     )
     memory = KvMemory(KVPool(decoder.layer_config, num_slots, device), shares_prefixes=settings.share_prefixes)
-    return LoadedModel(decoder, memory, info, folder)
+    return LoadedModel(decoder, memory, info, folder, lifeline)
+
+
+def _agreed_slots(ranks: Ranks, fitting: int, fingerprint: str, device: torch.device) -> int:
+    """What fits on every rank. Raises ConfigurationError unless all have the same model, each from its own disk."""
+    own = torch.tensor([fitting, int(fingerprint[:_COMPARED_DIGITS], 16)], device=device)
+    all_slots, all_models = ranks.gather(own).unbind(dim=1)
+    others = [rank for rank, model in enumerate(all_models.tolist()) if model != all_models[0]]
+    if others:
+        raise ConfigurationError(f"ranks {', '.join(map(str, others))} have another checkpoint than rank 0")
+    return int(all_slots.min())
 
 
 def _num_threads(config: ModelConfig) -> int | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from easyspec.errors import ConfigurationError
+from easyspec.model.tensor_file import TensorFile
 
 
 class TensorSource(Protocol):
@@ -36,14 +36,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stack = ExitStack()
-        self._file_of_tensor: dict[str, Any] = {}
-        for path in checkpoint_files(folder):
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigurationError(f"cannot read {path}: {error}") from error
-            self._file_of_tensor.update(dict.fromkeys(file.keys(), file))
+        self._file_of_tensor: dict[str, TensorFile] = {}
+        with ExitStack() as stack:
+            for path in checkpoint_files(folder):
+                file = stack.enter_context(closing(TensorFile(path)))
+                self._file_of_tensor.update(dict.fromkeys(file, file))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -63,20 +61,10 @@ class Checkpoint:
         """The tensor `name`, which must have `shape`, or some of its rows or columns; no more than those is read."""
         if name not in self._file_of_tensor:
             raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
-        try:
-            stored = self._file_of_tensor[name].get_slice(name)
-            if tuple(stored.get_shape()) != shape:
-                raise ConfigurationError(
-                    f"{name!r} in {self._folder} has shape {tuple(stored.get_shape())}; expected {shape}"
-                )
-            tensor: torch.Tensor = stored[_cut(rows)] if columns is None else stored[_cut(rows), _cut(columns)]
-        except SafetensorError as error:
-            raise ConfigurationError(f"cannot read {name!r} in {self._folder}: {error}") from error
-        return tensor
-
-
-def _cut(part: range | None) -> slice:
-    return slice(None) if part is None else slice(part.start, part.stop)
+        file = self._file_of_tensor[name]
+        if file.shape(name) != shape:
+            raise ConfigurationError(f"{name!r} in {self._folder} has shape {file.shape(name)}; expected {shape}")
+        return file.read(name, rows, columns)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

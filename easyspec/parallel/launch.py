@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+# How a process ends whose device or group is lost: whoever started it starts it again.
+EXIT_LOST = 3
 _PR_SET_PDEATHSIG = 1
 
 
@@ -20,6 +22,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def is_one_machine() -> bool:
+    """Whether all processes of this group run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", group_size())) == group_size()
+
+
+def master_host() -> str:
+    """Where the processes of this group meet."""
+    return os.environ.get("MASTER_ADDR", "localhost")
+
+
 def is_follower() -> bool:
     """True for every process of a group but rank 0, which speaks to the outside."""
     return group_size() > 1 and os.environ.get("RANK", "0") != "0"
@@ -27,7 +39,13 @@ def is_follower() -> bool:
 
 def die_with_launcher() -> None:
     """Under torchrun on Linux: be killed when it is, so that no rank is left behind."""
-    if group_size() > 1 and sys.platform == "linux":
+    if group_size() > 1:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """On Linux: be killed when the process that started this one ends."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

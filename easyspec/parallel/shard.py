@@ -28,6 +28,16 @@ class Shard:
                 f"MLP of {config.intermediate_size} do not split evenly; allowed: {', '.join(map(str, working))}"
             )
 
+    def check_mlp(self, config: ModelConfig) -> None:
+        """The same where the MLPs alone are split."""
+        size = config.intermediate_size
+        if size % self.size != 0:
+            working = [num_ranks for num_ranks in range(1, 2 * self.size) if size % num_ranks == 0]
+            raise ConfigurationError(
+                f"rank_placement is 'layers-sharded-mlp' on {self.size} ranks: an MLP of {size} does not split evenly; "
+                f"allowed: {', '.join(map(str, working))} ranks, or another placement"
+            )
+
     def of(self, config: ModelConfig) -> ModelConfig:
         """The model as this rank's layers see it: fewer heads and a narrower MLP, everything else the same."""
         return replace(

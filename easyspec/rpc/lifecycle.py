@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from easyspec.errors import ConfigurationError, EngineLostError
-from easyspec.parallel.launch import die_with_launcher, is_follower
+from easyspec.parallel.launch import EXIT_LOST, die_with_launcher, is_follower
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.settings import ServerSettings, load_settings
@@ -28,7 +28,6 @@ from easyspec.telemetry.metrics_server import MetricsServer
 from easyspec.telemetry.tracing import Tracing
 
 EXIT_CONFIGURATION = 2
-EXIT_LOST = 3
 
 # After the last RPC: time for its status to reach the client, while health watchers hold their streams open.
 _FLUSH_GRACE_S = 0.2
@@ -178,18 +177,35 @@ class RpcServer:
             self._parts_watch = asyncio.create_task(self._watch_parts(self._application))
 
     async def drain(self, grace_s: float) -> None:
-        """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application."""
+        """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application.
+
+        Nobody is waited for once the application is lost.
+        """
         self.is_serving = False
         if self._parts_watch is not None:
             await _cancelled(self._parts_watch)
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
-        is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._drain_application(grace_s))
+        is_idle = await self._finish_unless_lost(grace_s)
         await self._server.stop(_FLUSH_GRACE_S if is_idle else 0)
         if not await self._boundary.wait_idle(_CANCEL_GRACE_S):
             _log.error("rpc_ignores_cancellation")
         await self._application.stop()
+
+    async def _finish_unless_lost(self, grace_s: float) -> bool:
+        finishing = asyncio.ensure_future(self._finish(grace_s))
+        losing = asyncio.ensure_future(_lost(self._application))
+        try:
+            await asyncio.wait((finishing, losing), return_when=asyncio.FIRST_COMPLETED)
+            return finishing.done() and finishing.result()
+        finally:
+            await _cancelled(finishing, losing)
+
+    async def _finish(self, grace_s: float) -> bool:
+        """Let what is running end; False if something outlived `grace_s`."""
+        is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._drain_application(grace_s))
+        return is_idle
 
     async def _drain_application(self, grace_s: float) -> None:
         if isinstance(self._application, Drainable):
@@ -230,15 +246,18 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
             _log.info("serving", address=f"{host}:{port}", port=port)
             await asyncio.wait((stop_waiter, lost_waiter), return_when=asyncio.FIRST_COMPLETED)
         if lost_waiter.done():
-            grace_s = 0.0
             lost_waiter.result()
-            raise EngineLostError("the device or another rank is lost")
-        _log.info("draining", grace_s=grace_s)
+        else:
+            _log.info("draining", grace_s=grace_s)
     finally:
-        await _cancelled(starting, stop_waiter, lost_waiter)
+        await _cancelled(starting, stop_waiter)
         await server.drain(grace_s)
+        is_lost = lost_waiter.done()
+        await _cancelled(lost_waiter)
         if metrics_server is not None:
             await metrics_server.close()
+    if is_lost:
+        raise EngineLostError("the device or another rank is lost")
     _log.info("stopped")
 
 

@@ -137,6 +137,13 @@ async def test_a_service_that_ends_at_start_up_stops_the_others(settings: StackS
     assert not any(process.is_running for process in stack.processes)
 
 
+async def test_the_reason_of_a_role_is_given_and_not_what_its_launcher_says_after_it(settings: StackSettings) -> None:
+    script = "import sys; print('drafter: no such model'); print('Traceback\\n' * 40); sys.exit(1)"
+    stack = ServiceStack(replace(settings, commands=FAKES | {"drafter": ("-c", script)}), lambda role, line: None)
+    with pytest.raises(ServiceFailedError, match=r"exit code 1 before it was ready: drafter: no such model$"):
+        await stack.__aenter__()
+
+
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"draft is .* allowed: a checkpoint folder"):

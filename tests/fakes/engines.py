@@ -60,6 +60,7 @@ class FakeEngine:
         self.sessions: dict[int, FakeSession] = {}
         self.events: list[str] = []
         self.start_gate, self.open_gate, self.step_gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.lost = asyncio.Event()
         for gate in (self.start_gate, self.open_gate, self.step_gate):
             gate.set()
         self.start_fault: Exception | None = None
@@ -77,7 +78,7 @@ class FakeEngine:
         self.events.append("stop")
 
     async def wait_lost(self) -> None:
-        await asyncio.Event().wait()
+        await self.lost.wait()
 
     def close(self, session_id: int) -> None:
         if self.sessions.pop(session_id, None) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,9 @@ import pytest
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import load_config
 from easyspec.model.distributed_group import RankPlacement
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
-from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, Ranks, join_group
-from easyspec.parallel.shard import Shard
+from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, Ranks, SingleRank, join_group
 from easyspec.speculation.parameters import MlpPlacement
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.model.passes import CPU, Passes, random_token_ids, random_tree
@@ -146,28 +143,17 @@ def test_layer_parallel_ranks_compute_what_one_does(folders: dict[str, Path], nu
     assert led[-1].collectives[0] == {"share": 1}, "the exact pass needs no collective of its own"
 
 
-def test_a_split_that_is_not_even_is_refused_with_those_that_are(folders: dict[str, Path]) -> None:
-    config = load_config(folders["llama"])
-    with pytest.raises(ConfigurationError, match=r"tensor_parallel_size is 3: 4 heads.*allowed: 1, 2, 4"):
-        Shard(0, 3).check(config)
-
-
-def loaded_bytes(folder: Path) -> tuple[int, int]:
-    """(bytes of this rank's layers, peak resident memory while loading, above what there was before)."""
-    ranks = join_group(CPU, timeout_s=60)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    decoder = Passes(folder, is_exact=True, ranks=ranks, num_slots=64).decoder
-    layers = sum(
-        value.numel() * value.element_size()
-        for layer in decoder._layers
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    )
-    return layers, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-
-
-def test_a_rank_holds_its_share_of_the_layers(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
-    ((whole, _),) = [loaded_bytes(folder)]
-    for share, _peak in run_ranks(2, loaded_bytes, folder):
-        assert share == pytest.approx(whole / 2, rel=0.01)
+@pytest.mark.parametrize(
+    ("num_ranks", "placement", "message"),
+    [
+        (3, RankPlacement.TENSOR, r"tensor_parallel_size is 3: 4 heads.*allowed: 1, 2, 4"),
+        (5, RankPlacement.LAYERS_SHARDED_MLP, r"on 5 ranks: an MLP of 96 .*allowed: 1, 2, 3, 4, 6, 8 ranks"),
+    ],
+)
+def test_a_split_that_is_not_even_is_refused_with_those_that_are(
+    folders: dict[str, Path], num_ranks: int, placement: RankPlacement, message: str
+) -> None:
+    folder = folders["llama"]
+    for is_exact in (True, False):  # as the verifier and the drafter load it
+        with pytest.raises(ConfigurationError, match=message):
+            Passes(folder, is_exact=is_exact, ranks=SingleRank(0, num_ranks), placement=placement)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 _TIMEOUT_S = 100.0
+_LEAVING_S = 5.0
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -22,27 +25,44 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for rank in range(num_ranks):
-        here, there = context.Pipe(duplex=False)
-        target = (function.__module__, function.__qualname__, arguments, rank, num_ranks, port, there)
-        process = context.Process(target=_run, args=target, daemon=True)
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
     try:
-        return [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
+        for rank in range(num_ranks):
+            here, there = context.Pipe(duplex=False)
+            target = (function.__module__, function.__qualname__, arguments, rank, num_ranks, port, there)
+            process = context.Process(target=_run, args=target, daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        results = _receive_all(pipes)
+        for process in processes:
+            process.join(_LEAVING_S)
+        return results
     finally:
         for process in processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()  # nothing, where it has ended
+            process.join()
+            process.close()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _receive_all(pipes: list[Connection]) -> list[Any]:
+    """Results by rank; the first error that comes is raised at once, whatever the other ranks are doing."""
+    results: dict[int, Any] = {}
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while len(results) < len(pipes):
+        missing = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = multiprocessing.connection.wait(list(missing), max(deadline_s - time.monotonic(), 0))
+        if not ready:
+            raise TimeoutError(f"ranks {list(missing.values())} said nothing for {_TIMEOUT_S:g} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            results[missing[pipe]] = _receive(missing[pipe], pipe)
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _receive(rank: int, pipe: Connection) -> Any:
-    if not pipe.poll(_TIMEOUT_S):
-        raise TimeoutError(f"rank {rank} said nothing for {_TIMEOUT_S:g} s")
     try:
         is_result, value = pipe.recv()
     except EOFError:
@@ -61,6 +81,9 @@ def _run(module: str, name: str, arguments: Any, rank: int, size: int, port: int
         "MASTER_PORT": str(port),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    from easyspec.parallel.launch import die_with_parent
+
+    die_with_parent()  # also where that is killed, and cannot end this process in an orderly way
     import torch
 
     torch.set_num_threads(1)

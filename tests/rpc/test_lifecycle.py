@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from easyspec.errors import ConfigurationError, UnavailableError
+from easyspec.errors import ConfigurationError, EngineLostError, UnavailableError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
@@ -150,6 +150,30 @@ async def test_serve_can_be_stopped_while_loading() -> None:
     stopping.set()
     await asyncio.wait_for(task, 2)
     assert engine.events == ["start", "stop"]
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+async def test_a_lost_engine_waits_for_nobody(is_draining: bool, events: Events) -> None:
+    """Also after SIGTERM, which torchrun sends the moment that another rank is gone: sessions that are open cannot end
+    in an orderly way any more."""
+    engine, stopping = FakeVerifierEngine("base"), asyncio.Event()
+    engine.step_gate.clear()
+    settings = VerifierSettings(model="unused", address="127.0.0.1:0", drain_grace_s=600)
+    task = asyncio.create_task(serve(VerifierServer(engine), settings, stopping))
+    await eventually(lambda: any(event["event"] == "serving" for event in events()))
+    port = next(event["port"] for event in events() if event["event"] == "serving")
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(iter([OPEN, TREE]), timeout=60)
+        await eventually(lambda: "step" in engine.events)
+        if is_draining:
+            stopping.set()
+            await eventually(lambda: any(event["event"] == "draining" for event in events()))
+        assert not task.done()
+        engine.lost.set()
+        with pytest.raises(EngineLostError):
+            await asyncio.wait_for(task, 10)
+        assert engine.events[-2:] == ["close", "stop"]
+        assert await call.code() is not grpc.StatusCode.OK
 
 
 async def test_serve_ends_with_what_start_raises() -> None:
