@@ -22,6 +22,7 @@ from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.logprobs import row_logprobs
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.sampling import ChoiceRow, choose_tokens
+from easyspec.speculation.split_choice import can_split
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.speculation.transfer import to_device
 
@@ -42,9 +43,24 @@ class Case:
     num_top_logprobs: int | None = None
 
 
-def decide(base_logits: Tensor, cases: Sequence[Case]) -> list[Verdict | EasyspecError]:
-    """The verdict on each tree, from `base_logits` (float32 [R, V]), or the error that ends its session alone."""
+def can_be_chosen_apart(case: Case, vocab_size: int) -> bool:
+    """Whether the verdict needs no logits, but the token chosen at each row alone."""
+    return (
+        case.num_top_logprobs is None and case.grammar is None and can_split(case.choice_rows[0].sampling, vocab_size)
+    )
+
+
+def decide(
+    base_logits: Tensor, cases: Sequence[Case], chosen: Sequence[Sequence[int] | None] = ()
+) -> list[Verdict | EasyspecError]:
+    """The verdict on each tree, from `base_logits` (float32 [R, V]), or the error that ends its session alone.
+
+    `chosen` are the tokens at the rows of those cases that `can_be_chosen_apart`, and None for the others.
+    """
     walkers = [_Walker(case) for case in cases]
+    for walker, choices in zip(walkers, chosen, strict=False):
+        if choices is not None:
+            walker.take(choices)
     while active := [walker for walker in walkers if walker.rows]:
         rows = [walker.case.first_row + row for walker in active for row in walker.rows]
         choices = choose_tokens(_selected(base_logits, rows), [row for walker in active for row in walker.choice_rows])

@@ -29,7 +29,8 @@ from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
 from verifier_service.scheduler import ScheduledSession, Scheduler, SchedulerLimits, Work
-from verifier_service.verdicts import Case, decide
+from verifier_service.tree_batch import TreeBatch
+from verifier_service.verdicts import Case
 
 
 @dataclass(eq=False)
@@ -232,16 +233,14 @@ class Verifier:
         segments = [work.session.segment(work.slots, work.tree) for work in works]
         layout = self._decoder.arrange(segments)
         judged: list[VerifierSession] = []
-        cases: list[Case] = []
-        rows: list[int] = []
+        batch = TreeBatch(self._decoder)
         for index, work in enumerate(works):
             if work.tree is not None:  # else it is a piece of a prompt
                 judged.append(work.session)
-                cases.append(work.session.case(work.tree, first_row=len(rows)))
                 root = layout.flat_row(index, len(work.slots) - 1)
-                rows += range(root, root + len(work.tree) + 1)
-        hidden = self._decoder.forward(layout, self._memory.pool, logit_rows=rows)
-        outcomes = decide(self._decoder.logits(hidden, rows), cases) if rows else []
+                batch.add(work.session.case(work.tree, first_row=len(batch.logit_rows)), root)
+        hidden = self._decoder.forward(layout, self._memory.pool, None, batch.logit_rows, batch.choice_rows)
+        outcomes = batch.decide(hidden)
         self._add_prompt_logprobs(works, layout, hidden)
         compute_ns = time.monotonic_ns() - started_ns
         num_rows = sum(layout.num_rows)

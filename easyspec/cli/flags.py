@@ -10,6 +10,7 @@ import typer
 
 from easyspec.cli.clients import GenerateFlags
 from easyspec.errors import InvalidRequestError
+from easyspec.planner.placement import Wishes
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 
 # Nothing of a model is known before its services run; they check again, by their own limits.
@@ -22,6 +23,14 @@ class Mlp(enum.Enum):
 
     sequential = "sequential"
     staged = "staged"
+
+
+class Placement(enum.Enum):
+    """What the drafter's ranks share."""
+
+    layers = "layers"
+    layers_sharded_mlp = "layers-sharded-mlp"
+    tensor = "tensor"
 
 
 Base = Annotated[Path, typer.Option("--base", help="Checkpoint folder of the base model.", show_default="bundled")]
@@ -39,10 +48,25 @@ Also = Annotated[
 ]
 Model = Annotated[str, typer.Option(help="Name of the model to ask; unset: the gateway's first.", show_default=False)]
 TensorParallelSize = Annotated[
-    int, typer.Option(min=1, help="Ranks (processes, one a GPU) that share the base model's layers.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Ranks (processes, one a GPU) that share the base model's layers. [default: planned; 1 without GPUs]",
+    ),
 ]
 DrafterRanks = Annotated[
-    int, typer.Option(min=1, help="Ranks that share the draft model's layers; see --rank-placement of the drafter.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Ranks that share the draft model's layers, as --rank-placement says. [default: planned; 1 without GPUs]",
+    ),
+]
+RankPlacementFlag = Annotated[
+    Placement | None,
+    typer.Option(
+        "--rank-placement",
+        help="What the drafter's ranks share: the layers of groups, these and sharded MLPs, or every layer.",
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs of the services that are started.")]
 
@@ -66,6 +90,23 @@ LayerParallelSize = Annotated[
     int | None, typer.Option(help="Draft layers whose attention runs at the same time; 1 is sequential.")
 ]
 MlpFlag = Annotated[Mlp | None, typer.Option("--mlp", help="Where the MLPs of a layer group run.")]
+
+
+def wishes_of(
+    tensor_parallel_size: int | None = None,
+    drafter_ranks: int | None = None,
+    layer_parallel_size: int | None = None,
+    mlp: Mlp | None = None,
+    rank_placement: Placement | None = None,
+) -> Wishes:
+    """What these flags ask for; the rest is planned."""
+    return Wishes(
+        tensor_parallel_size,
+        drafter_ranks,
+        layer_parallel_size,
+        None if mlp is None else mlp.value,
+        None if rank_placement is None else rank_placement.value,
+    )
 
 
 def check_flags(flags: GenerateFlags) -> None:

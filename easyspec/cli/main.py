@@ -16,17 +16,19 @@ from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
-from easyspec.cli.flags import check_flags, checked_address, named_folders
+from easyspec.cli.flags import check_flags, checked_address, named_folders, wishes_of
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.index import index
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
+from easyspec.cli.planning import planned
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
 from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE
 from easyspec.planner.costs import CostModel
-from easyspec.planner.hardware import device_named, stack_named
+from easyspec.planner.hardware import DEVICES, SERVICE, device_named, service_stacks
+from easyspec.planner.placement import Wishes
 from easyspec.planner.planner import Workload, make_plan
 from easyspec.planner.shape import find_shape
 from easyspec.planner.validation import compare_with_paper
@@ -78,8 +80,11 @@ def up(
         int, typer.Option(min=1, help="Verifier replicas; those after the first take free ports.")
     ] = 1,
     also: flags.Also = None,
-    tensor_parallel_size: flags.TensorParallelSize = 1,
-    drafter_ranks: flags.DrafterRanks = 1,
+    tensor_parallel_size: flags.TensorParallelSize = None,
+    drafter_ranks: flags.DrafterRanks = None,
+    layer_parallel_size: flags.LayerParallelSize = None,
+    mlp: flags.MlpFlag = None,
+    rank_placement: flags.RankPlacementFlag = None,
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
     log_flags = ("--log-format", "console" if sys.stderr.isatty() else "json")
@@ -92,9 +97,11 @@ def up(
         http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
         num_verifiers=verifiers,
         also=named_folders("--also", also),
-        num_ranks={"verifier": tensor_parallel_size, "drafter": drafter_ranks},
         flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
     )
+    wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp, rank_placement)
+    settings, placement = planned(settings, wishes)
+    print(f"plan: {placement}", file=sys.stderr, flush=True)
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))
 
 
@@ -130,8 +137,8 @@ def generate(
     show_speculation: Annotated[
         bool, typer.Option("--show-speculation", help="Colour accepted draft tokens green and bonus tokens yellow.")
     ] = False,
-    tensor_parallel_size: flags.TensorParallelSize = 1,
-    drafter_ranks: flags.DrafterRanks = 1,
+    tensor_parallel_size: flags.TensorParallelSize = None,
+    drafter_ranks: flags.DrafterRanks = None,
     verbose: flags.Verbose = False,
 ) -> None:
     """Stream a completion to stdout, and statistics to stderr."""
@@ -161,8 +168,9 @@ def generate(
         access = access_from_environment(is_own_gateway=False)
         work = stream_completion(checked_address("--gateway", gateway), request, show_speculation, access)
     else:
-        num_ranks = {"verifier": tensor_parallel_size, "drafter": drafter_ranks}
-        settings = StackSettings(base=base, draft=None if no_draft else draft, num_ranks=num_ranks)
+        settings = StackSettings(base=base, draft=None if no_draft else draft)
+        wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp)
+        settings = _planned_for_gpus(settings, wishes)
         work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
 
@@ -220,6 +228,8 @@ def chat(
     terminal = ChatTerminal(sys.stdin.isatty(), has_colours if show_speculation is None else show_speculation)
     address = None if gateway is None else checked_address("--gateway", gateway)
     settings = StackSettings(base=base, draft=None if no_draft else draft)
+    if address is None:
+        settings = _planned_for_gpus(settings, wishes_of(layer_parallel_size=layer_parallel_size, mlp=mlp))
     try:
         access = access_from_environment(is_own_gateway=address is None)
         hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log, access)
@@ -234,8 +244,14 @@ def plan(
     ] = "llama-3-70b",
     draft: Annotated[str, typer.Option(help="Draft model, named likewise.")] = "llama-3-8b",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Which: a100, a100-40gb, h100, h200, b200, l40s.")] = "h100",
-    stack: Annotated[str, typer.Option(help="graphs, eager, or paper (transformers' eager code).")] = "graphs",
+    gpu: Annotated[str, typer.Option(help=f"Which: {', '.join(DEVICES)}.")] = "h100",
+    stack: Annotated[
+        str,
+        typer.Option(
+            help="service (CUDA graphs where a role has one rank, none where several), graphs, eager, or paper "
+            "(transformers' eager code)."
+        ),
+    ] = SERVICE,
     num_draft_levels: Annotated[int, typer.Option(min=1, help="Levels of a draft tree.")] = 5,
     tree_width: Annotated[int, typer.Option(min=1, help="Nodes expanded per level.")] = 4,
     num_nodes: Annotated[int, typer.Option(min=1, help="Nodes of a draft tree.")] = 15,
@@ -252,11 +268,11 @@ def plan(
     if validate:
         print_validation(compare_with_paper())
         return
-    costs = CostModel(device_named(gpu), stack_named(stack))
+    costs = CostModel(device_named(gpu), *service_stacks(stack))
     workload = Workload(num_draft_levels, tree_width, num_nodes, context, kv_tokens, acceptance_rate)
     found = make_plan(costs, find_shape(base), find_shape(draft), gpus, workload)
     if as_json:
-        print(plan_as_json(found, costs.device, costs.stack))
+        print(plan_as_json(found, costs))
     else:
         print_plan(found, f"{base} + {draft} on {gpus} x {gpu}, {stack}", shows_all=shows_all)
 
@@ -321,6 +337,14 @@ def _run_bench(name: str, arguments: list[str]) -> int:
             raise
         raise ConfigurationError("the benchmarks are part of the checkout, which is not here") from error
     return int(module.main(arguments))
+
+
+def _planned_for_gpus(settings: StackSettings, wishes: Wishes) -> StackSettings:
+    """As planned; on machines with GPUs, where there is something to choose, the plan is shown."""
+    settings, placement = planned(settings, wishes)
+    if placement.is_for_gpus:
+        print(f"plan: {placement}", file=sys.stderr, flush=True)
+    return settings
 
 
 async def _generate_with_own_services(

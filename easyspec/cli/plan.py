@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from easyspec.planner.hardware import Device, Stack
+from easyspec.planner.costs import CostModel
 from easyspec.planner.planner import Plan, RoundEstimate
 from easyspec.planner.validation import Comparison
 
@@ -46,12 +46,13 @@ def print_plan(plan: Plan, title: str, *, shows_all: bool) -> None:
     console.print(f"recommended: {_recommendation(plan)}")
 
 
-def plan_as_json(plan: Plan, device: Device, stack: Stack) -> str:
+def plan_as_json(plan: Plan, costs: CostModel) -> str:
     """Everything that the table shows and the constants it rests on."""
     recommended = plan.recommended
     document = {
-        "device": dataclasses.asdict(device),
-        "stack": dataclasses.asdict(stack),
+        "device": dataclasses.asdict(costs.device),
+        "stack": dataclasses.asdict(costs.stack),
+        "stack_of_ranks": dataclasses.asdict(costs.of_role(2).stack),
         "plain_ms": plan.plain_ms,
         "verifier_ranks": plan.verifier_ranks,
         "recommended": _as_dict(recommended) if recommended is not None else None,

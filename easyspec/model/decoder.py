@@ -36,6 +36,7 @@ from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.parallel.shard import WHOLE, Shard
 from easyspec.speculation.parameters import MlpPlacement
+from easyspec.speculation.split_choice import NO_ROWS, SplitRows, choose_split
 from easyspec.speculation.transfer import to_device
 
 AnyLayerGroup: TypeAlias = "LayerGroup | DistributedLayerGroup"
@@ -153,14 +154,16 @@ class Decoder:
         pool: KVPool,
         plan: LayerPlan | None = None,
         logit_rows: Sequence[int] = (),
+        choice_rows: SplitRows = NO_ROWS,
     ) -> torch.Tensor:
         """Run a pass: [T] tokens -> hidden states [T, E], final norm applied; writes K and V of every row.
 
-        `logit_rows` announces what the next call of `logits` will ask for, which saves other ranks an order of its own.
+        `logit_rows` announces what the next call of `logits` will ask for, which saves other ranks an order of its own;
+        `choice_rows` what `choose` must be asked for after it.
         Of a captured pass, the hidden states are overwritten by the next pass.
         """
         plan = plan or self.sequential_plan
-        self._lead(PassOrder(layout.segments, plan, tuple(logit_rows)))
+        self._lead(PassOrder(layout.segments, plan, tuple(logit_rows), choice_rows))
         self._announced_rows = tuple(logit_rows)
         if isinstance(layout, CapturedLayout):
             assert self._graphs is not None, "captured here"
@@ -216,6 +219,8 @@ class Decoder:
                 hidden = self.forward(self.lay_out(order.segments), pool, order.plan, order.logit_rows)
             if isinstance(order, PassOrder | HeadOrder) and order.logit_rows:
                 self.logits(hidden, order.logit_rows)
+            if isinstance(order, PassOrder) and order.choice_rows.rows:
+                self.choose(hidden, order.choice_rows)
 
     def keep_followers(self) -> None:
         """Tell the other ranks that rank 0 lives, and learn that they do; raises EngineLostError. For idle times."""
@@ -236,15 +241,32 @@ class Decoder:
             assert announced == tuple(rows), "what was announced comes first"
         elif self._shard.size > 1:
             self._lead(HeadOrder(tuple(rows)))
+        logits = self._share_of_logits(hidden, rows)
+        if self._shard.size > 1:
+            logits = self._ranks.gather(logits).transpose(0, 1).flatten(1)  # [R, all shares]
+        return logits[:, : self.config.vocab_size]
+
+    @property
+    def is_vocabulary_split(self) -> bool:
+        """Whether ranks have a share of the head each, so that `choose` moves less than `logits`."""
+        return self._shard.size > 1
+
+    def choose(self, hidden: torch.Tensor, rows: SplitRows) -> torch.Tensor:
+        """Tokens, int64, at rows of the last pass that were announced, on every rank; their logits stay where they are.
+
+        Comes after `logits` of rows announced with the same pass.
+        """
+        own = self._shard.vocabulary(self.config.vocab_size)
+        logits = self._share_of_logits(hidden, rows.rows)[:, : len(own)]
+        return choose_split(logits, own.start, rows, self._ranks.gather)
+
+    def _share_of_logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         num_rows = len(rows)
         hidden = hidden[to_device(rows, torch.int64, hidden.device)]
         if self._is_exact:
             # R is any number here, and products of few or odd row counts differ from others in their last bits.
             hidden = functional.pad(hidden, (0, 0, 0, bucket(num_rows) - num_rows))
-        logits = self._head(hidden)[:num_rows].float()
-        if self._shard.size > 1:
-            logits = self._ranks.gather(logits).transpose(0, 1).flatten(1)  # [R, all shares]
-        return logits[:, : self.config.vocab_size]
+        return self._head(hidden)[:num_rows].float()
 
     def linears(self) -> list[Linear]:
         """Every weight product of the sequential plan, the head included."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import enum
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from easyspec.model.row_layout import BLOCK_SIZE, Int64Array, Segment, TreeColumns
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.speculation.split_choice import NO_ROWS, SplitRows
 
 
 class Order(enum.Enum):
@@ -26,11 +27,12 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class PassOrder:
-    """A forward pass, and the rows that the head is applied to after it."""
+    """A forward pass, and after it the rows that the head gives logits for, and those that it chooses tokens at."""
 
     segments: tuple[Segment, ...]
     plan: LayerPlan
     logit_rows: tuple[int, ...]
+    choice_rows: SplitRows = NO_ROWS
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def encode_order(order: PassOrder | HeadOrder | Order) -> bytes:
     if not isinstance(order, PassOrder):
         return pickle.dumps(order)
     segments = tuple(_compact(segment) for segment in order.segments)
-    return pickle.dumps(PassOrder(segments, order.plan, order.logit_rows), protocol=pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps(replace(order, segments=segments), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def decode_order(payload: bytes) -> PassOrder | HeadOrder | Order:

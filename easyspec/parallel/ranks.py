@@ -76,17 +76,20 @@ SINGLE_RANK = SingleRank()
 class GroupRanks:
     """Ranks of a torch.distributed process group. Raises EngineLostError when the others cannot be reached.
 
-    `num_collectives` counts what was called, by name, for tests and plans. Not thread-safe: the device thread owns it.
+    `num_collectives` counts what was called, by name, and `num_bytes` what this rank put into sums and gathers, for
+    tests and plans. Not thread-safe: the device thread owns it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.num_collectives: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
         self._device = device
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         self.num_collectives["sum"] += 1
+        self.num_bytes["sum"] += part.nbytes
         parts = self._all_gather(part)
         total = parts[0].float()
         for other in parts[1:]:
@@ -95,6 +98,7 @@ class GroupRanks:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         self.num_collectives["gather"] += 1
+        self.num_bytes["gather"] += part.nbytes
         return self._all_gather(part)
 
     def share(self, payload: bytes | None) -> bytes:

@@ -31,7 +31,8 @@ class Stack:
 
     `launch_us` is the host's time per kernel, which bounds a pass that is not captured in a graph; `kernel_floor_us` is
     the least a kernel takes on the device. `attention_kernels` and `mlp_kernels` are kernels per layer, norms and
-    residuals included. `collective_us` is the latency of one all-reduce or all-gather of a few kilobytes.
+    residuals included. `collective_us` is the latency of one all-reduce or all-gather of a few kilobytes, `order_us` of
+    the broadcast with which rank 0 begins a pass (None: as any collective).
     `memory_efficiency` is the share of the datasheet's bandwidth that a product of few rows reaches.
     """
 
@@ -44,6 +45,7 @@ class Stack:
     memory_efficiency: float
     compute_efficiency: float
     source: str
+    order_us: float | None = None
 
 
 _GIB = 2.0**30
@@ -54,9 +56,12 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
         for device in (
             Device("a100-40gb", 40 * _GIB, 1555e9, 312e12, 300e9, "NVIDIA A100 datasheet, SXM, dense bf16"),
             Device("a100", 80 * _GIB, 2039e9, 312e12, 300e9, "NVIDIA A100 datasheet, SXM 80 GB, dense bf16"),
+            Device("a100-pcie", 80 * _GIB, 1935e9, 312e12, 32e9, "NVIDIA A100 datasheet, PCIe 4.0 x16, dense bf16"),
             Device("h100", 80 * _GIB, 3350e9, 989e12, 450e9, "NVIDIA H100 datasheet, SXM, dense bf16"),
+            Device("h100-pcie", 80 * _GIB, 2000e9, 756e12, 64e9, "NVIDIA H100 datasheet, PCIe 5.0 x16, dense bf16"),
             Device("h200", 141e9, 4800e9, 989e12, 450e9, "NVIDIA H200 datasheet, dense bf16"),
             Device("b200", 180e9, 8000e9, 2250e12, 900e9, "NVIDIA DGX B200 datasheet per GPU, dense bf16"),
+            Device("l4", 24 * _GIB, 300e9, 121e12, 32e9, "NVIDIA L4 datasheet, PCIe 4.0 x16, dense bf16"),
             Device("l40s", 48 * _GIB, 864e9, 362e12, 32e9, "NVIDIA L40S datasheet, PCIe 4.0 x16, dense bf16"),
         )
     }
@@ -111,15 +116,25 @@ def device_named(name: str) -> Device:
     return _named(DEVICES, "gpu", name)
 
 
+SERVICE = "service"
+
+
+def service_stacks(name: str) -> tuple[Stack, Stack]:
+    """Of a role on one rank, and of one on several: `service` is what this service does today, graphs on one alone."""
+    if name == SERVICE:
+        return STACKS["graphs"], STACKS["eager"]
+    return stack_named(name), stack_named(name)
+
+
 def stack_named(name: str) -> Stack:
     """A row of the table; InvalidRequestError lists the others."""
-    return _named(STACKS, "stack", name)
+    return _named(STACKS, "stack", name, SERVICE)
 
 
 _RowT = TypeVar("_RowT")
 
 
-def _named(table: Mapping[str, _RowT], field: str, name: str) -> _RowT:
+def _named(table: Mapping[str, _RowT], field: str, name: str, *further: str) -> _RowT:
     if name not in table:
-        raise InvalidRequestError(field, name, ", ".join(table))
+        raise InvalidRequestError(field, name, ", ".join([*further, *table]))
     return table[name]

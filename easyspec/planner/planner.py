@@ -7,23 +7,13 @@ recommended among those the service can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from easyspec.errors import InvalidRequestError
-from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
-from easyspec.planner.acceptance import (
-    EXACT_ACCEPTANCE_RATE,
-    LAYER_PARALLEL_SIZES,
-    acceptance_rate,
-    tokens_per_round,
-)
+from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE, acceptance_rate, tokens_per_round
 from easyspec.planner.costs import CostModel, Load
+from easyspec.planner.memory import fitting_verifier_ranks, missing_bytes
+from easyspec.planner.scheme import DraftScheme, draft_schemes
 from easyspec.planner.shape import ModelShape
-from easyspec.speculation.parameters import MlpPlacement
-
-# Left free for activations, graphs and the framework.
-_USABLE_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
@@ -40,17 +30,6 @@ class Workload:
     kv_tokens: int = 65_536
     exact_acceptance_rate: float = EXACT_ACCEPTANCE_RATE
     overhead_us: float = 600.0
-
-
-@dataclass(frozen=True)
-class DraftScheme:
-    """One way to run the drafter: `num_ranks` GPUs, a layer plan, and what is split over the ranks."""
-
-    name: str
-    num_ranks: int
-    plan: LayerPlan
-    is_tensor_parallel: bool = False
-    is_mlp_sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,14 +64,22 @@ class Plan:
         return best if best is not None and best.tokens_per_s > 1e3 / self.plain_ms else None
 
 
-def make_plan(costs: CostModel, base: ModelShape, draft: ModelShape, num_gpus: int, workload: Workload) -> Plan:
-    """Cost every scheme; InvalidRequestError if the base model fits in no way."""
-    verifier_ranks = _verifier_ranks(costs, base, num_gpus, workload)
+def make_plan(
+    costs: CostModel,
+    base: ModelShape,
+    draft: ModelShape,
+    num_gpus: int,
+    workload: Workload,
+    verifier_ranks: int | None = None,
+) -> Plan:
+    """Cost every scheme, with `verifier_ranks` or the best number; InvalidRequestError if the base fits in no way."""
+    if verifier_ranks is None:
+        verifier_ranks = best_verifier_ranks(costs, base, num_gpus, workload)
     plain_load = Load(1, workload.context_tokens)
-    plain_ms = costs.tensor_parallel_us(base, plain_load, verifier_ranks) / 1e3
+    plain_ms = verify_pass_us(costs, base, plain_load, verifier_ranks) / 1e3
     estimates, rejected = [], []
     for scheme in draft_schemes(draft, num_gpus):
-        missing = _missing_bytes(costs, base, draft, verifier_ranks, scheme, workload)
+        missing = missing_bytes(costs.device.memory_bytes, base, draft, verifier_ranks, scheme, workload.kv_tokens)
         if missing > 0:
             rejected.append((scheme.name, f"{missing / 2**30:.1f} GiB a GPU too little memory"))
         else:
@@ -101,23 +88,9 @@ def make_plan(costs: CostModel, base: ModelShape, draft: ModelShape, num_gpus: i
     return Plan(plain_ms, verifier_ranks, tuple(estimates), tuple(rejected))
 
 
-def draft_schemes(draft: ModelShape, num_gpus: int) -> Iterator[DraftScheme]:
-    """Every way that the planner compares: exact on one rank, tensor-parallel, layer-parallel in three forms."""
-    exact = sequential_plan(draft.num_layers)
-    yield DraftScheme("TP-1", 1, exact)
-    for ranks in draft.supported_ranks(num_gpus):
-        if ranks > 1:
-            yield DraftScheme(f"TP-{ranks}", ranks, exact, is_tensor_parallel=True)
-    for size in LAYER_PARALLEL_SIZES:
-        if size > draft.num_layers:
-            continue
-        paper = paper_plan(draft.num_layers, size, MlpPlacement.SEQUENTIAL)
-        staged = paper_plan(draft.num_layers, size, MlpPlacement.STAGED)
-        for ranks in sorted({1, min(size, num_gpus)}):
-            yield DraftScheme(f"LP N={size} R={ranks}", ranks, paper)
-            if ranks > 1 and ranks in draft.supported_ranks(num_gpus):
-                yield DraftScheme(f"LP N={size} R={ranks} + sharded MLP", ranks, paper, is_mlp_sharded=True)
-            yield DraftScheme(f"staged LP N={size} R={ranks}", ranks, staged)
+def verify_pass_us(costs: CostModel, base: ModelShape, load: Load, num_ranks: int) -> float:
+    """A pass of the verifier."""
+    return costs.of_role(num_ranks).tensor_parallel_us(base, load, num_ranks)
 
 
 def draft_pass_us(
@@ -127,6 +100,7 @@ def draft_pass_us(
 
     Layer-parallel ranks keep all layers and compute the exact pass whole, each by itself (docs/decisions/0015).
     """
+    costs = costs.of_role(scheme.num_ranks)
     if scheme.is_tensor_parallel:
         return costs.tensor_parallel_us(draft, load, scheme.num_ranks)
     if is_calibration:
@@ -152,7 +126,7 @@ def estimate_round(
     level = Load(workload.tree_width, workload.context_tokens)
     calibrate_us = draft_pass_us(costs, draft, scheme, calibrated, is_calibration=True)
     fuzzy_us = draft_pass_us(costs, draft, scheme, level, is_calibration=False)
-    verify_us = costs.tensor_parallel_us(base, Load(workload.num_nodes + 1, workload.context_tokens), verifier_ranks)
+    verify_us = verify_pass_us(costs, base, Load(workload.num_nodes + 1, workload.context_tokens), verifier_ranks)
     fuzzy_total_us = (workload.num_levels - 1) * fuzzy_us
     round_us = calibrate_us + fuzzy_total_us + verify_us + workload.overhead_us
     overlapped_us = fuzzy_total_us + max(verify_us, calibrate_us) + workload.overhead_us
@@ -170,31 +144,8 @@ def estimate_round(
     )
 
 
-def _verifier_ranks(costs: CostModel, base: ModelShape, num_gpus: int, workload: Workload) -> int:
-    """The tensor-parallel size that fits and makes a pass shortest."""
-    fitting = [
-        ranks
-        for ranks in base.supported_ranks(num_gpus)
-        if _base_bytes(base, ranks, workload) <= _USABLE_MEMORY * costs.device.memory_bytes
-    ]
-    if not fitting:
-        needed = min(_base_bytes(base, ranks, workload) for ranks in base.supported_ranks(num_gpus)) / 2**30
-        have = _USABLE_MEMORY * costs.device.memory_bytes / 2**30
-        raise InvalidRequestError("gpus", num_gpus, f"more: the base needs {needed:.0f} GiB a GPU of {have:.0f}")
+def best_verifier_ranks(costs: CostModel, base: ModelShape, num_gpus: int, workload: Workload) -> int:
+    """The tensor-parallel size that fits and makes a pass shortest; InvalidRequestError if none fits."""
+    fitting = fitting_verifier_ranks(costs.device.memory_bytes, base, num_gpus, workload.kv_tokens)
     load = Load(workload.num_nodes + 1, workload.context_tokens)
-    return min(fitting, key=lambda ranks: costs.tensor_parallel_us(base, load, ranks))
-
-
-def _base_bytes(base: ModelShape, ranks: int, workload: Workload) -> float:
-    cached = base.num_layers * base.kv_bytes(workload.kv_tokens) / min(ranks, base.num_kv_heads)
-    return base.weight_bytes / ranks + cached
-
-
-def _missing_bytes(
-    costs: CostModel, base: ModelShape, draft: ModelShape, verifier_ranks: int, scheme: DraftScheme, workload: Workload
-) -> float:
-    """Bytes by which the busiest GPU, which runs both roles, is too small; 0 or less if it fits."""
-    ranks = scheme.num_ranks if scheme.is_tensor_parallel else 1
-    cached = draft.num_layers * draft.kv_bytes(workload.kv_tokens) / min(ranks, draft.num_kv_heads)
-    needed = _base_bytes(base, verifier_ranks, workload) + draft.weight_bytes / ranks + cached
-    return needed - _USABLE_MEMORY * costs.device.memory_bytes
+    return min(fitting, key=lambda ranks: verify_pass_us(costs, base, load, ranks))

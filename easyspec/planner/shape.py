@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-BYTES_PER_VALUE = 2  # bfloat16 weights and KV, which is what GPUs serve
+_BYTES_PER_VALUE = 2  # bfloat16 weights and KV, which is what GPUs serve
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ModelShape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    bytes_per_value: int = _BYTES_PER_VALUE
 
     @property
     def attention_parameters(self) -> int:
@@ -42,11 +43,11 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Everything that must lie in memory, embeddings and head both."""
         layers = self.num_layers * (self.attention_parameters + self.mlp_parameters)
-        return BYTES_PER_VALUE * (layers + 2 * self.head_parameters)
+        return self.bytes_per_value * (layers + 2 * self.head_parameters)
 
     def kv_bytes(self, num_tokens: int) -> int:
         """Keys and values of one layer."""
-        return BYTES_PER_VALUE * 2 * self.num_kv_heads * self.head_dim * num_tokens
+        return self.bytes_per_value * 2 * self.num_kv_heads * self.head_dim * num_tokens
 
     def supported_ranks(self, most: int) -> list[int]:
         """Tensor-parallel sizes up to `most` that split heads and MLP evenly; KV heads may be replicated."""
@@ -95,4 +96,5 @@ def find_shape(model: str) -> ModelShape:
         head_dim=config.head_dim,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
+        bytes_per_value=config.dtype.itemsize,
     )

@@ -14,7 +14,8 @@ from easyspec.parallel.layer_groups import paper_plan
 from easyspec.planner.acceptance import tokens_per_round
 from easyspec.planner.costs import CostModel, Load
 from easyspec.planner.hardware import device_named, stack_named
-from easyspec.planner.planner import DraftScheme, draft_pass_us
+from easyspec.planner.planner import draft_pass_us
+from easyspec.planner.scheme import DraftScheme
 from easyspec.planner.shape import KNOWN_SHAPES
 from easyspec.speculation.parameters import MlpPlacement
 

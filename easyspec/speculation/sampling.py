@@ -202,11 +202,16 @@ def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> N
     logits[row_index, token_ids] = values
 
 
+def divide_by_temperature_(scores: Tensor, temperatures: Sequence[float]) -> None:
+    """Scores relative to the row's best logit, float32 [R, V], become those at the rows' temperatures, above 0."""
+    divisors = [[max(temperature, _MIN_TEMPERATURE)] for temperature in temperatures]
+    scores.div_(to_device(divisors, torch.float32, scores.device))
+
+
 def _scores(adjusted: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
     """Temperature and filters: a new tensor, 0 at a row's best token."""
-    temperatures = [[max(row.sampling.temperature, _MIN_TEMPERATURE)] for row in rows]
     scores = adjusted - adjusted.amax(-1, keepdim=True)
-    scores.div_(to_device(temperatures, torch.float32, adjusted.device))
+    divide_by_temperature_(scores, [row.sampling.temperature for row in rows])
     vocab_size = adjusted.shape[1]
     filtered = [index for index, row in enumerate(rows) if has_filters(row.sampling, vocab_size)]
     if len(filtered) == len(rows):
@@ -220,41 +225,57 @@ def _scores(adjusted: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
 
 
 def _argmax_with_noise(scores: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
-    """Argmax of scores + noise, int64 [R]; overwrites `scores`. Rows at one place of a request share their noise."""
+    return best_with_noise(scores, [(row.sampling.seed, row.position) for row in rows])[1]
+
+
+def best_with_noise(
+    scores: Tensor, places: Sequence[tuple[int, int]], first_token_id: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The largest of scores + noise and its token, float32 and int64 [R]; overwrites `scores`.
+
+    `scores` are those of the tokens from `first_token_id` on; `places` are (seed, position) of each row. Rows at one
+    place of a request share their noise. On a CPU a row none of whose tokens can win may say -inf and any of them.
+    """
     noise_rows: dict[tuple[int, int], list[int]] = {}
-    for index, row in enumerate(rows):
-        noise_rows.setdefault((signed_seed(row.sampling.seed), row.position), []).append(index)
-    device, vocab_size = scores.device, scores.shape[1]
-    if not is_remote(scores) and vocab_size >= _MIN_PRUNED_VOCAB_SIZE:
-        return _pruned_argmax_with_noise(scores, noise_rows)
+    for index, (seed, position) in enumerate(places):
+        noise_rows.setdefault((signed_seed(seed), position), []).append(index)
+    device, num_tokens = scores.device, scores.shape[1]
+    token_ids = torch.arange(first_token_id, first_token_id + num_tokens, device=device)
+    if not is_remote(scores) and num_tokens >= _MIN_PRUNED_VOCAB_SIZE:
+        return _pruned_best_with_noise(scores, noise_rows, token_ids)
     seeds = to_device([seed for seed, _ in noise_rows], torch.int64, device)
     positions = to_device([position for _, position in noise_rows], torch.int64, device)
-    noise = gumbel_noise(seeds, positions, torch.arange(vocab_size, device=device))  # [N, V]
-    noise_index = [0] * len(rows)
+    noise = gumbel_noise(seeds, positions, token_ids)  # [N, V]
+    noise_index = [0] * len(places)
     for noise_row, group in enumerate(noise_rows.values()):
         for index in group:
             noise_index[index] = noise_row
     scores += noise[to_device(noise_index, torch.int64, device)]
-    return scores.argmax(-1)
+    best = scores.argmax(-1)
+    return scores.gather(1, best.unsqueeze(1)).squeeze(1), token_ids[best]
 
 
-def _pruned_argmax_with_noise(scores: Tensor, noise_rows: dict[tuple[int, int], list[int]]) -> Tensor:
-    """The same argmax, taking logarithms only for tokens that can win.
+def _pruned_best_with_noise(
+    scores: Tensor, noise_rows: dict[tuple[int, int], list[int]], token_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, taking logarithms only for tokens that can win.
 
-    A row's best score is 0, so its winner has at least the least noise there is; a token that stays below that with
-    the largest noise of this noise row cannot win. Rounding is monotonic: hence the slack is only
+    A row's best score (of the whole vocabulary) is 0, so its winner has at least the least noise there is; a token that
+    stays below that with the largest noise of this noise row cannot win. Rounding is monotonic: hence the slack is only
     for the cutoff's own rounding.
     """
-    choices = torch.empty(len(scores), dtype=torch.int64)
-    token_ids = torch.arange(scores.shape[1])
+    values = torch.full((len(scores),), -torch.inf)
+    choices = token_ids[:1].repeat(len(scores))
     for (seed, position), group in noise_rows.items():
         bits = uniform_bits(torch.tensor([seed]), torch.tensor([position]), token_ids).squeeze(0)  # [V]
         cutoff = MIN_GUMBEL_NOISE - float(gumbel_of_bits(bits.max())) - _PRUNING_SLACK
         for index in group:
             candidates = (scores[index] >= cutoff).nonzero().squeeze(1)  # [K]
-            noisy = scores[index, candidates] + gumbel_of_bits(bits[candidates])
-            choices[index] = candidates[noisy.argmax()]
-    return choices
+            if len(candidates):
+                noisy = scores[index, candidates] + gumbel_of_bits(bits[candidates])
+                best = noisy.argmax()
+                values[index], choices[index] = noisy[best], token_ids[candidates[best]]
+    return values, choices
 
 
 def _tolist(choices: Tensor) -> list[int]:

@@ -22,7 +22,8 @@ from easyspec.parallel.layer_groups import paper_plan
 from easyspec.planner.acceptance import acceptance_rate
 from easyspec.planner.costs import CostModel, Load
 from easyspec.planner.hardware import DEVICES, STACKS, device_named, stack_named
-from easyspec.planner.planner import Workload, draft_schemes, make_plan
+from easyspec.planner.planner import Workload, make_plan
+from easyspec.planner.scheme import draft_schemes
 from easyspec.planner.shape import KNOWN_SHAPES, find_shape
 from easyspec.planner.validation import compare_with_paper
 from easyspec.speculation.parameters import MlpPlacement
