@@ -128,6 +128,33 @@ class Decoder:
             hidden = group(hidden, state)
         return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
 
+    def forward_between(
+        self,
+        layout: RowLayout,
+        pool: KVPool,
+        plan: LayerPlan,
+        layers: range,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Part of a pass: `layers` alone, which begin and end at group borders of `plan`; writes their K and V.
+
+        `hidden` [rows, E] is what the same rows came to at the entrance, None where it is the first layer. Returns
+        what they come to at the exit, in the same form, without the final norm. On one rank only (`can_slice`).
+        """
+        assert self.can_slice, "one rank"
+        embedded, state = self._begin(layout, pool)
+        padding = 0 if hidden is None else len(embedded) - len(hidden)
+        hidden = embedded if hidden is None else functional.pad(hidden, (0, 0, 0, padding))
+        for group_layers, group in zip(plan.groups, self._plan_groups(plan), strict=True):
+            if group_layers.start in layers:
+                hidden = group(hidden, state)
+        return hidden[: sum(layout.num_rows)]
+
+    def exit_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head on hidden states [R, E] of any depth: float32 [R, V]."""
+        hidden = unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+        return self._head(hidden)[:, : self.config.vocab_size].float()
+
     @property
     def can_slice(self) -> bool:
         """Whether `forward_in_slices` is possible: several ranks compute whole passes, in the order they are told."""
