@@ -29,7 +29,7 @@ from drafter_service.sources.exit_state import ExitState
 from drafter_service.sources.level_ranking import rank_level
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob
-from easyspec.model.decoder import Decoder
+from easyspec.model.decoder import Decoder, EnteredPass
 from easyspec.model.kv_cache import KVPool
 from easyspec.model.row_layout import Segment
 from easyspec.parallel.layer_groups import LayerPlan
@@ -86,6 +86,7 @@ class EarlyExits:
         self._pool = pool
         self._gate = gate
         self._clock_ns = clock_ns
+        self._entered: dict[tuple[tuple[int, ...], ...], EnteredPass] = {}
 
     def begin(self, state: SessionState, job: DraftJob) -> None:
         """Learn from the verdict on the last tree; to be called before the session begins the job."""
@@ -113,6 +114,7 @@ class EarlyExits:
         `plan` is the sequential one, but for sessions that are to do without calibration.
         """
         started_ns = self._clock_ns()
+        self._entered.clear()
         segments = [segment for _, segment in chains]
         hidden = self._run(segments, plan, range(_exits(chains[0][0].state).exits[0]))
         levels = []
@@ -132,6 +134,7 @@ class EarlyExits:
     def grow(self, frontiers: Sequence[tuple[Drafting, Segment]], plan: LayerPlan) -> None:
         """One fuzzy pass over the frontiers, each as deep as its gates say, and the level that it gives."""
         started_ns = self._clock_ns()
+        self._entered.clear()
         segments = [segment for _, segment in frontiers]
         hidden = self._run(segments, plan, range(_exits(frontiers[0][0].state).exits[0]))
         levels = [
@@ -210,8 +213,11 @@ class EarlyExits:
         self, segments: Sequence[Segment], plan: LayerPlan, layers: range, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """What each segment's rows come to at the end of `layers`."""
-        layout = self._decoder.lay_out(segments)
-        hidden = self._decoder.forward_between(layout, self._pool, plan, layers, hidden)
+        # Within a level the same slots are the same rows, which see the same: only the first stage lays them out.
+        key = tuple(tuple(segment.slots) for segment in segments)
+        if key not in self._entered:
+            self._entered[key] = self._decoder.enter(self._decoder.lay_out(segments), self._pool)
+        hidden = self._decoder.forward_between(self._entered[key], plan, layers, hidden)
         return torch.split(hidden, [len(segment) for segment in segments])
 
 
