@@ -68,8 +68,9 @@ class ExitGate(Protocol):
     def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
         """What was chosen at a row that the verdict came to, and what the exits had said there, one after the other."""
 
-    def observe_round(self, seconds: float, num_accepted: int) -> None:
-        """How long a whole round of a request took, verifier included, and what it brought beside the bonus token."""
+    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+        """How long a whole round of a request took, verifier included, how many tokens came of it, and how many levels
+        of the tree had the token that was chosen there, one after the other."""
 
 
 class LearnedGate:
@@ -104,12 +105,12 @@ class LearnedGate:
             helped = (token_id in deeper.token_ids) - (token_id in look.token_ids)
             self._gain(exit_index, look.confidence).observe(helped)
 
-    def observe_round(self, seconds: float, num_accepted: int) -> None:
-        self._token_s.add(seconds / (num_accepted + 1))
-        while len(self._following) < num_accepted:
+    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+        self._token_s.add(seconds / num_tokens)
+        while len(self._following) < num_right:
             self._following.append(_Average(_FOLLOW_RATE))
-        for depth in range(1, num_accepted + 1):
-            self._following[depth - 1].add(num_accepted - depth)
+        for depth in range(1, num_right + 1):
+            self._following[depth - 1].add(num_right - depth)
 
     def _gain(self, exit_index: int, confidence: float) -> _Gain:
         confidence_class = sum(confidence >= border for border in _CLASS_BORDERS)

@@ -93,20 +93,24 @@ class EarlyExits:
         exits = _exits(state)
         now_ns = self._clock_ns()
         if exits.began_ns is not None and exits.looks:
-            self._gate.observe_round((now_ns - exits.began_ns) * _NS, job.num_new_tokens - 1)
-            self._learn(state, job.session.token_ids[-job.num_new_tokens :])
+            num_right = self._learn(state, job.session.token_ids[-job.num_new_tokens :])
+            self._gate.observe_round((now_ns - exits.began_ns) * _NS, job.num_new_tokens, num_right)
         exits.began_ns = now_ns
 
-    def _learn(self, state: SessionState, chosen: Sequence[int]) -> None:
+    def _learn(self, state: SessionState, chosen: Sequence[int]) -> int:
+        """Tell the gate about every level that the verdict came to; returns how many of them had the chosen token."""
         tree, looks = state.tree, _exits(state).looks
         assert tree is not None, "there was a tree"
         row: int | None = 0
+        num_right = 0
         for token_id in chosen:
             if row not in looks:
-                return
+                break
             self._gate.observe_choice(looks[row], token_id)
             children = (child for child, parent_row in enumerate(tree.parent_rows) if parent_row == row)
             row = next((child + 1 for child in children if tree.token_ids[child] == token_id), None)
+            num_right += row is not None
+        return num_right
 
     def calibrate(self, chains: Sequence[tuple[Drafting, Segment]], plan: LayerPlan) -> None:
         """A pass over new committed tokens, as deep as the first level of each tree goes; adds that level.

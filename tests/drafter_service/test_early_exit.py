@@ -51,7 +51,7 @@ class ScriptedGate:
         self.num_decided = 0
         self.stages: list[Stage] = []
         self.choices: list[tuple[Look, ...]] = []
-        self.rounds: list[int] = []
+        self.rounds: list[tuple[int, int]] = []
 
     def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
         self.num_decided += len(levels)
@@ -64,9 +64,9 @@ class ScriptedGate:
     def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
         self.choices.append(tuple(looks))
 
-    def observe_round(self, seconds: float, num_accepted: int) -> None:
+    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
         assert seconds > 0.0
-        self.rounds.append(num_accepted)
+        self.rounds.append((num_tokens, num_right))
 
 
 def always(stage: Stage, level: LevelView) -> bool:
@@ -302,7 +302,7 @@ def test_the_gate_hears_what_the_exits_said_where_the_verdict_came(exits_core: C
     gate.rounds.clear()
     session_id, _, trees = rounds(exits_core, STAGED, BOTH, num_rounds=2)
     num_levels = trees[0].num_levels
-    assert gate.rounds == [num_levels]
+    assert gate.rounds == [(num_levels + 1, num_levels)]
     assert [len(looks) for looks in gate.choices] == [1 + 2 * (depth % 2 == 0) for depth in range(1, num_levels + 1)]
     assert all(len(look.token_ids) == BUDGET.num_nodes // BUDGET.num_levels for looks in gate.choices for look in looks)
     exits_core.close(session_id)

@@ -20,7 +20,7 @@ def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: 
     for stage in (FIRST, LATER):
         gate.observe_stage(stage, stage_s)
     for _ in range(num_places):
-        gate.observe_round(3 * TOKEN_S, num_accepted=2)
+        gate.observe_round(3 * TOKEN_S, num_tokens=3, num_right=2)
         for confidence, gain in gain_of.items():
             deeper = (7,) if generator.random() < gain else (9,)
             gate.observe_choice([Look(confidence, (9,)), Look(confidence, deeper)], 7)
@@ -75,7 +75,7 @@ def test_now_and_then_a_level_goes_on_so_that_the_gate_hears_of_it() -> None:
 
 def test_it_changes_its_mind_and_an_outlier_does_not_change_it() -> None:
     gate = gate_that_has_seen({UNSURE: 0.25}, stage_s=0.05 * TOKEN_S)
-    gate.observe_round(3600.0, num_accepted=0)  # a client that paused for an hour
+    gate.observe_round(3600.0, num_tokens=1, num_right=0)  # a client that paused for an hour
     assert share_going_on(gate, LATER, LevelView(UNSURE, 0.02, 2)) < 0.1
     for _ in range(2000):
         gate.observe_choice([Look(UNSURE, (7,)), Look(UNSURE, (7,))], 7)
