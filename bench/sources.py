@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
+import operator
 import shlex
 import statistics
 from collections import Counter
@@ -27,7 +29,7 @@ from bench.source_tasks import TASK_NAMES, SourceTask, source_tasks
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
-from easyspec.speculation.sources import NO_SOURCES, SINGLE_SOURCES, DraftSources
+from easyspec.speculation.sources import ALL_SOURCES, SINGLE_SOURCES, TEXT_SOURCES, DraftSources, parse_sources
 
 _NUM_LEVELS, _WIDTH = 5, 4
 _WARM_UP_TOKENS = 16
@@ -35,13 +37,14 @@ _WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class SourcesSettings:
-    """One run; tasks and seeds follow from `seed`."""
+    """One run, of which sets of sources; tasks and seeds follow from `seed`."""
 
     node_budgets: tuple[int, ...]
     temperatures: tuple[float, ...]
     num_prompts: int
     max_tokens: int
     seed: int
+    source_sets: tuple[DraftSources, ...]
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,15 @@ def main(argv: list[str]) -> int:
 
 
 def source_sets() -> list[DraftSources]:
-    """Each alone, then the pairs, then all."""
-    sets = []
-    for size in range(1, len(SINGLE_SOURCES) + 1):
-        for members in combinations(SINGLE_SOURCES, size):
-            union = NO_SOURCES
-            for member in members:
-                union |= member
-            sets.append(union)
-    return sets
+    """Model, retrieval and n-grams: each alone, the pairs, all; then early exit in the model's place and beside it."""
+    independent = [source for source in SINGLE_SOURCES if source is not DraftSources.EARLY_EXIT]
+    sets = [
+        functools.reduce(operator.or_, members)
+        for size in range(1, len(independent) + 1)
+        for members in combinations(independent, size)
+    ]
+    early = DraftSources.EARLY_EXIT
+    return [*sets, early, early | DraftSources.MODEL, early | TEXT_SOURCES, ALL_SOURCES]
 
 
 def summarize_sources(measured: Sequence[Measured]) -> list[SourcesResult]:
@@ -157,7 +160,7 @@ def _result(
 
 def interleaved(tasks: Sequence[SourceTask], settings: SourcesSettings) -> Iterator[tuple[str, int, Task]]:
     """Every prompt plainly and with every set and budget before the next prompt; the order of sets rotates."""
-    modes = [Mode("+".join(sources.names), LayerPlanRequest(), sources) for sources in source_sets()]
+    modes = [Mode("+".join(sources.names), LayerPlanRequest(), sources) for sources in settings.source_sets]
     for index, task in enumerate(tasks):
         shift = index % len(modes)
         for temperature in settings.temperatures:
@@ -208,7 +211,12 @@ def _report(
         "commit": current_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "pair": pair.name,
-        "settings": dataclasses.asdict(settings) | {"num_levels": _NUM_LEVELS, "width": _WIDTH},
+        "settings": dataclasses.asdict(settings)
+        | {
+            "num_levels": _NUM_LEVELS,
+            "width": _WIDTH,
+            "source_sets": ["+".join(s.names) for s in settings.source_sets],
+        },
         "results": [dataclasses.asdict(result) for result in results],
     }
 
@@ -229,6 +237,7 @@ def _settings(arguments: argparse.Namespace) -> SourcesSettings:
         num_prompts=arguments.num_prompts or (2 if quick else 8),
         max_tokens=arguments.max_tokens or (48 if quick else 96),
         seed=arguments.seed,
+        source_sets=tuple(parse_sources(names.split(",")) for names in arguments.sources or ()) or tuple(source_sets()),
     )
 
 
@@ -238,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write results to FILE")
     add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure")
     add("--quick", action="store_true", help="16 nodes, 2 prompts of a kind, 48 tokens: minutes instead of an hour")
+    add(
+        "--sources",
+        action="append",
+        metavar="A,B",
+        help="a set of sources; may be repeated (default: every set worth a row)",
+    )
     add("--nodes", type=int, action="append", metavar="N", help="nodes of a tree; may be repeated")
     add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")
     add("--num-prompts", type=int, metavar="N", help="prompts of each kind (default: 8, quick 2)")

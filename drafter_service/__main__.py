@@ -7,7 +7,7 @@ import sys
 from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterEngine, DrafterServer
 from easyspec.rpc.lifecycle import run_role
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.sources import MODEL_SOURCES
 from easyspec.telemetry.metrics import EngineMetrics, StepObserver
 from easyspec.telemetry.tracing import open_tracing
 
@@ -23,7 +23,7 @@ def build(settings: DrafterSettings) -> DrafterServer:
 
 
 def _engine(settings: DrafterSettings, on_step: StepObserver) -> DrafterEngine:
-    if DraftSources.MODEL not in settings.draft_sources:
+    if not settings.draft_sources & MODEL_SOURCES:
         from drafter_service.text_engine import TextDrafterEngine
 
         return TextDrafterEngine(settings, on_step)

@@ -10,7 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc.settings import EngineSettings, address_field
-from easyspec.speculation.sources import DraftSources, parse_sources
+from easyspec.speculation.sources import MODEL_SOURCES, DraftSources, parse_sources
 
 
 def _last_part(fields: dict[str, Any]) -> str:
@@ -26,8 +26,8 @@ class DrafterSettings(EngineSettings):
     model: str = Field(
         default="",
         description="Draft model: a folder with config.json, safetensors and tokenizer, or a Hugging Face hub id. "
-        "Unset only where --sources does not name the model: such a drafter guesses from text alone, needs "
-        "--tokenizer, and loads neither weights nor torch.",
+        "Unset only where --sources names neither model nor early_exit: such a drafter guesses from text alone, "
+        "needs --tokenizer, and loads neither weights nor torch.",
     )
     served_model_name: str = Field(
         default_factory=_last_part,
@@ -36,8 +36,9 @@ class DrafterSettings(EngineSettings):
     )
     sources: str = Field(
         default="model,retrieval,ngram",
-        description="Who guesses where a request does not say: some of model, retrieval, ngram, with commas. All of "
-        "them, fused into one tree, get the most tokens accepted per round (docs/sources.md).",
+        description="Who guesses where a request does not say: some of model, retrieval, ngram, early_exit, with "
+        "commas. The first three, fused into one tree, get the most tokens accepted per round; early_exit needs a "
+        "draft model with trained exits, and a request may name it wherever the model is here (docs/sources.md).",
     )
     tokenizer: Path | None = Field(
         default=None,
@@ -108,11 +109,12 @@ class DrafterSettings(EngineSettings):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        if DraftSources.MODEL in self.draft_sources and not self.model:
+        needs_model = bool(self.draft_sources & MODEL_SOURCES)
+        if needs_model and not self.model:
             raise ValueError(
                 "model (--model, EASYSPEC_DRAFTER_MODEL) is not set; allowed: a checkpoint folder or a hub id, or "
                 "--sources without the model"
             )
-        if DraftSources.MODEL not in self.draft_sources and self.tokenizer is None and not self.model:
+        if not needs_model and self.tokenizer is None and not self.model:
             raise ValueError("tokenizer is not set; allowed: a checkpoint folder, for a drafter without a model")
         return self

@@ -46,12 +46,24 @@ class CloseTask(Task[None]):
 
 @dataclass(frozen=True)
 class DrafterLimits:
-    """What one session may ask for; `max_model_len` is what fits the KV memory."""
+    """What one session may ask for; `max_model_len` is what fits the KV memory.
+
+    `sources` guess where a session does not say who shall. `early_exits` are those of the draft model that sessions
+    may use; there may be none, for the reason `no_exits_because`.
+    """
 
     served_model_name: str
     max_model_len: int
     max_tree_nodes: int
     sources: DraftSources = DraftSources.MODEL
+    early_exits: tuple[int, ...] = ()
+    no_exits_because: str = ""
+
+    @property
+    def known_sources(self) -> DraftSources:
+        """Those that a session may name."""
+        has_more = bool(self.early_exits) and DraftSources.MODEL in self.sources
+        return self.sources | DraftSources.EARLY_EXIT if has_more else self.sources
 
 
 class DrafterShape(Protocol):
@@ -178,6 +190,8 @@ class Drafter:
             preference=self._preference(request),
             target=request.base_fingerprint,
         )
+        if DraftSources.EARLY_EXIT in session.sources:
+            session.plan = session.plan.cut_at(self._limits.early_exits)
         self._source.open(session)
         self._sessions[session.session_id] = session
         return session.session_id
@@ -189,11 +203,14 @@ class Drafter:
         return GrammarPreference(self._grammars, grammar, len(request.prompt_token_ids) - request.num_output_tokens)
 
     def _sources(self, wanted: DraftSources | None) -> DraftSources:
-        here = self._limits.sources
         if wanted is None:
-            return here
-        if wanted & ~here:
-            raise InvalidRequestError("sources", ", ".join(wanted.names), f"some of {', '.join(here.names)}")
+            return self._limits.sources
+        missing = wanted & ~self._limits.known_sources
+        if missing:
+            known = f"some of {', '.join(self._limits.known_sources.names)}"
+            if DraftSources.EARLY_EXIT in missing and self._limits.no_exits_because:
+                known += f" ({self._limits.no_exits_because})"
+            raise InvalidRequestError("sources", ", ".join(wanted.names), known)
         return wanted
 
     def _plan(self, request: LayerPlanRequest) -> LayerPlan:

@@ -122,8 +122,16 @@ class DrafterEngine:
         )
         fused = FusedDrafting(open_text_resources(settings, loaded.info.tokenizer_fingerprint))
         source = FusingSource(model_source, fused)
+        no_exits_because = _why_no_exits(loaded)
+        if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:
+            raise ConfigurationError(f"sources is {settings.sources!r}, but {no_exits_because}")
         limits = DrafterLimits(
-            settings.served_model_name, loaded.info.max_model_len, settings.max_tree_nodes, settings.draft_sources
+            settings.served_model_name,
+            loaded.info.max_model_len,
+            settings.max_tree_nodes,
+            settings.draft_sources,
+            () if no_exits_because else loaded.decoder.config.early_exits,
+            no_exits_because,
         )
         grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
         grammars.prepare()
@@ -160,6 +168,15 @@ def _captured(plan: LayerPlan, sequential_plan: LayerPlan) -> list[CaptureReques
     most_rows = {sequential_plan: _MOST_CALIBRATED_ROWS}
     most_rows[plan] = max(_MOST_LEVEL_ROWS, most_rows.get(plan, 0))
     return [CaptureRequest(*each) for each in most_rows.items()]
+
+
+def _why_no_exits(loaded: LoadedModel) -> str:
+    """Why nobody can draft by early exit here; empty if everybody can."""
+    if not loaded.decoder.config.early_exits:
+        return f"the draft model in {loaded.folder} has no exit_layers in its config.json"
+    if not loaded.decoder.can_slice:
+        return "early_exit needs a draft model on one rank"
+    return ""
 
 
 def _warm_up(drafter: Drafter, max_tree_nodes: int) -> None:

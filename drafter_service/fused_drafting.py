@@ -17,7 +17,6 @@ from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
-from easyspec.speculation.token_tree import ScoredTree
 
 # Nodes worth less than this cost the verifier more than they can bring.
 DEFAULT_MIN_NODE_VALUE = 0.002
@@ -81,10 +80,10 @@ class FusedDrafting:
             pass
         request.guessers = request.text.guessers(request.num_read)
 
-    def finish(self, session_id: int, model_tree: ScoredTree | None, num_nodes: int) -> FusedTree:
-        """The round's tree; `model_tree` is the draft model's, where it takes part."""
+    def finish(self, session_id: int, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
+        """The round's tree; `model` has the draft model's, where it takes part."""
         request = self._requests[session_id]
-        guessers = request.guessers if model_tree is None else [ModelGuesser(model_tree), *request.guessers]
+        guessers = request.guessers if model is None else [model, *request.guessers]
         request.guessers = []
         request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value)
         return request.last

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from drafter_service.fused_drafting import FusedDrafting
+from drafter_service.sources.exit_provenance import told_apart
+from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.speculation.messages import DraftTimings
-from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
-from easyspec.speculation.token_tree import ScoredTree
+from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSources
 
 _NO_PROGRESS = Progress((), (), has_more=False)
 
@@ -57,7 +59,7 @@ class FusingSource:
         progress = self._model.step() if self._model is not None else _NO_PROGRESS
         for proposal in progress.proposals:
             is_fused = self._asks_text(proposal.job.session)
-            proposals.append(self._fuse(proposal.job, proposal.tree, proposal.timings) if is_fused else proposal)
+            proposals.append(self._fuse(proposal.job, proposal, proposal.timings) if is_fused else _named(proposal))
         return Progress(proposals, progress.evicted, progress.has_more or bool(self._unread))
 
     def abandon(self) -> Sequence[DraftSession]:
@@ -73,9 +75,13 @@ class FusingSource:
             session_id: session for session_id, session in self._unread.items() if not self._fused.read(session_id)
         }
 
-    def _fuse(self, job: DraftJob, model_tree: ScoredTree | None, timings: DraftTimings) -> Proposal:
-        fused = self._fused.finish(job.session.session_id, model_tree, job.budget.num_nodes)
-        return Proposal(job, fused.scored, timings, fused.node_sources)
+    def _fuse(self, job: DraftJob, model: Proposal | None, timings: DraftTimings) -> Proposal:
+        guesser = ModelGuesser(model.tree, model.early_rows) if model is not None else None
+        fused = self._fused.finish(job.session.session_id, guesser, job.budget.num_nodes)
+        node_sources = fused.node_sources
+        if model is not None:
+            node_sources = told_apart(fused.tree, node_sources, model.tree.tree, model.early_rows)
+        return Proposal(job, fused.scored, timings, node_sources)
 
     @property
     def _model_source(self) -> DraftSource:
@@ -83,7 +89,17 @@ class FusingSource:
         return self._model
 
     def _asks_model(self, session: DraftSession) -> bool:
-        return DraftSources.MODEL in session.sources
+        return bool(session.sources & MODEL_SOURCES)
 
     def _asks_text(self, session: DraftSession) -> bool:
         return bool(session.sources & TEXT_SOURCES)
+
+
+def _named(proposal: Proposal) -> Proposal:
+    """The model's tree within the budget, each node with the exit that guessed it; as it is where none was early."""
+    if not proposal.early_rows:
+        return proposal
+    pruned = proposal.tree.pruned_scored(proposal.job.budget.num_nodes)
+    everybody = (DraftSources.MODEL,) * len(pruned.tree)
+    node_sources = told_apart(pruned.tree, everybody, proposal.tree.tree, proposal.early_rows)
+    return replace(proposal, tree=pruned, node_sources=node_sources)

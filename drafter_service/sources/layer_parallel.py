@@ -10,14 +10,17 @@ prompts, and grows every tree by a level. Who comes late joins at the next level
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from drafter_service.growth import DEFAULT_RANKING, RankingSettings, draw_noise, rank_candidates
-from drafter_service.level_mask import level_mask
+from drafter_service.exit_gate import ExitGate, LearnedGate
+from drafter_service.growth import DEFAULT_RANKING, RankingSettings
+from drafter_service.sources.early_exit import EarlyExits
+from drafter_service.sources.exit_state import ExitState
+from drafter_service.sources.level_ranking import draw_round_noise, rank_level
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
 from easyspec.errors import CapacityError
@@ -27,16 +30,13 @@ from easyspec.model.row_layout import ROW_BUCKETS, Segment
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.messages import DraftTimings
+from easyspec.speculation.sources import DraftSources
 
-# Children looked at per row: the chance that the base model picks a later one is small. The same number for every
-# session, so that a node's value does not depend on the budgets of others in the batch.
-_NUM_CANDIDATES = 8
-# Up to this many tokens noise is drawn for all of them, once a round; beyond, for the likeliest of each row.
-_MAX_NOISED_VOCABULARY = 8192
 # Who had a tree so recently will soon come for the next one, and would wait for a long step.
 _DRAFTING_WITHIN_NS = 1_000_000_000
 
 _ItemT = TypeVar("_ItemT")
+_PlanT = TypeVar("_PlanT")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,11 @@ class LayerParallelSource:
         max_tree_slots: int,
         ranking: RankingSettings = DEFAULT_RANKING,
         max_prefill_slowdown: float = 1.7,
+        gate: ExitGate | None = None,
     ) -> None:
         self._ranking = ranking
         self._decoder = decoder
+        self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate())
         self._memory = memory
         self._max_tree_slots = max_tree_slots
         self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk, ROW_BUCKETS)
@@ -84,7 +86,7 @@ class LayerParallelSource:
 
     def open(self, session: DraftSession) -> None:
         """Let the session in if there is room for its prompt and a tree; raises CapacityError."""
-        state = SessionState(session, self._memory, self._ranking)
+        state = SessionState(session, self._memory, self._ranking, self._exit_state(session))
         num_hit = state.slots.take_prefix(session.token_ids[:-1])
         state.num_exact = state.slots.num_cached
         wanted = state.num_uncached + self._max_tree_slots
@@ -99,6 +101,15 @@ class LayerParallelSource:
         self._states[session.session_id] = state
         if state.num_unread > 0:
             self._unread.append(state)
+
+    def _exit_state(self, session: DraftSession) -> ExitState | None:
+        """Where the session's levels may leave: at early exits, and after the last layer if the model is asked too."""
+        config = self._decoder.config
+        if DraftSources.EARLY_EXIT not in session.sources:
+            return None
+        assert config.early_exits, "sessions ask for sources that are here"
+        is_whole_asked = DraftSources.MODEL in session.sources
+        return ExitState([*config.early_exits, *([config.num_layers] if is_whole_asked else [])])
 
     def close(self, session: DraftSession) -> None:
         """Free the session's KV memory, of which exact entries stay as a prefix for others; idempotent."""
@@ -117,7 +128,10 @@ class LayerParallelSource:
 
     def begin(self, job: DraftJob) -> None:
         """Learn from the verdict and drop the last tree; the next step calibrates."""
-        self._states[job.session.session_id].begin(job)
+        state = self._states[job.session.session_id]
+        if state.exits is not None:
+            self._early_exits.begin(state, job)
+        state.begin(job)
 
     def step(self) -> Progress:
         """Calibrate who has come, beside pieces of prompts; then one level for every tree that is not full."""
@@ -127,14 +141,20 @@ class LayerParallelSource:
     def _step(self) -> Progress:
         started_ns = time.monotonic_ns()
         chains = self._chains()
-        for plan, members in _by_plan(chains, self._plan_of_chain):
+        early = [chain for chain in chains if _may_leave(chain)]
+        for plan, members in _by_plan([chain for chain in chains if not _may_leave(chain)], self._plan_of_chain):
             self._run_chains(members, plan)
+        for plan, members in _by_plan(early, self._plan_of_chain):
+            self._calibrate_early(members, plan)
         num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
         num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.drafting is None)
         growing = [drafting for drafting in self._draftings() if drafting.is_calibrated and drafting.tree.frontier]
         frontiers = [frontier for drafting in growing if (frontier := self._frontier(drafting)) is not None]
-        for plan, group in _by_plan(frontiers, lambda frontier: frontier.drafting.job.session.plan):
-            self._grow(group, plan)
+        for (plan, is_early), group in _by_plan(frontiers, _way_of_frontier):
+            if is_early:
+                self._early_exits.grow([(frontier.drafting, frontier.segment) for frontier in group], plan)
+            else:
+                self._grow(group, plan)
         if chains or frontiers:
             num_rows = num_chain_rows + sum(len(frontier.segment) for frontier in frontiers)
             self._pace.observe(num_rows, num_prompt_rows, time.monotonic_ns() - started_ns)
@@ -232,6 +252,11 @@ class LayerParallelSource:
                 chain.drafting.is_calibrated = True
                 chain.drafting.calibrate_ns += elapsed_ns
 
+    def _calibrate_early(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
+        calibrations = [(chain.drafting, chain.segment) for chain in chains if chain.drafting is not None]
+        self._draw_noise([drafting for drafting, _ in calibrations])
+        self._early_exits.calibrate(calibrations, plan)
+
     def _frontier(self, drafting: Drafting) -> _Frontier | None:
         num_nodes = len(drafting.tree.frontier)
         is_there = drafting.job.session.session_id in self._states  # else it gave way to an older one just now
@@ -253,36 +278,12 @@ class LayerParallelSource:
             drafting.fuzzy_ns += time.monotonic_ns() - started_ns
 
     def _draw_noise(self, draftings: Sequence[Drafting]) -> None:
-        """The noise of the rounds that begin, where somebody samples and it is little enough to draw all of it."""
-        sampled = [drafting for drafting in draftings if not drafting.job.session.sampling.is_greedy]
-        vocab_size = self._decoder.config.vocab_size
-        if not sampled or vocab_size > _MAX_NOISED_VOCABULARY:
-            return
-        drawn = draw_noise(
-            [drafting.job.session.sampling for drafting in sampled],
-            [drafting.base_length for drafting in sampled],
-            [drafting.job.budget.num_levels for drafting in sampled],
-            vocab_size,
-            self._decoder.device,
-        )
-        for drafting, noise in zip(sampled, drawn, strict=True):
-            drafting.noise = noise
+        draw_round_noise(draftings, self._decoder.config.vocab_size, self._decoder.device)
 
     def _add_level(self, draftings: Sequence[Drafting], draft_logits: torch.Tensor) -> None:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
-        positions: list[int] = []
-        samplings = []
-        for drafting in draftings:
-            num_rows = len(drafting.tree.frontier)
-            positions += [drafting.base_length + drafting.level] * num_rows
-            samplings += [drafting.job.session.sampling] * num_rows
-        mask = level_mask([(d.job.session.preference, d.job.session.token_ids, d.tree) for d in draftings])
-        draft_logits, noise = mask.applied(draft_logits), _level_noise(draftings)
-        candidates = mask.kept(rank_candidates(draft_logits, positions, samplings, _NUM_CANDIDATES, noise))
-        for drafting in draftings:
-            count = len(drafting.tree.frontier)
-            drafting.tree.add_level(candidates[:count])
-            candidates = candidates[count:]
+        for drafting, candidates in zip(draftings, rank_level(draftings, draft_logits), strict=True):
+            drafting.tree.add_level(candidates)
 
     def _finish(self, drafting: Drafting) -> Proposal:
         drafting.state.drafting = None
@@ -292,7 +293,14 @@ class LayerParallelSource:
             fuzzy_ns=drafting.fuzzy_ns,
             num_fuzzy_steps=drafting.num_fuzzy_steps,
         )
-        return Proposal(drafting.job, drafting.tree.scored(), timings)
+        return Proposal(drafting.job, drafting.tree.scored(), timings, early_rows=self._early_rows(drafting.state))
+
+    def _early_rows(self, state: SessionState) -> Mapping[int, int]:
+        """Rows whose children come from an early exit, and which."""
+        if state.exits is None:
+            return {}
+        depths, num_layers = state.exits.exits, self._decoder.config.num_layers
+        return {row: index + 1 for row, index in state.exits.exit_of_row.items() if depths[index] < num_layers}
 
     def _make_room(self, num_slots: int, state: SessionState) -> bool:
         """Whether there are so many slots, if need be from younger sessions."""
@@ -316,22 +324,18 @@ def _is_finished(drafting: Drafting) -> bool:
     return drafting.is_calibrated and not drafting.tree.frontier
 
 
-def _by_plan(
-    items: Sequence[_ItemT], plan_of: Callable[[_ItemT], LayerPlan]
-) -> Iterable[tuple[LayerPlan, list[_ItemT]]]:
-    groups: dict[LayerPlan, list[_ItemT]] = {}
+def _may_leave(chain: _Chain) -> bool:
+    """Whether it is a calibration that goes only as deep as its level needs; prompts are read whole."""
+    return chain.drafting is not None and chain.state.exits is not None
+
+
+def _way_of_frontier(frontier: _Frontier) -> tuple[LayerPlan, bool]:
+    """The plan, and whether the level may leave early."""
+    return frontier.drafting.job.session.plan, frontier.drafting.state.exits is not None
+
+
+def _by_plan(items: Sequence[_ItemT], plan_of: Callable[[_ItemT], _PlanT]) -> Iterable[tuple[_PlanT, list[_ItemT]]]:
+    groups: dict[_PlanT, list[_ItemT]] = {}
     for item in items:
         groups.setdefault(plan_of(item), []).append(item)
     return groups.items()
-
-
-def _level_noise(draftings: Sequence[Drafting]) -> torch.Tensor | None:
-    """The noise of every frontier row, [rows, V]; that of a greedy one is anybody's."""
-    drawn = next((drafting.noise for drafting in draftings if drafting.noise is not None), None)
-    if drawn is None:
-        return None
-    levels = [
-        (drawn[0] if drafting.noise is None else drafting.noise[drafting.level]).expand(len(drafting.tree.frontier), -1)
-        for drafting in draftings
-    ]
-    return torch.cat(levels)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from drafter_service.acceptance_estimate import Guesser, Stated
+from drafter_service.sources.prediction import NUM_EVIDENCE_CLASSES
 from easyspec.speculation.token_tree import ScoredTree
 
-# A node's evidence: how the probability was made up is the same everywhere, and levels are told apart by depth.
-_EVIDENCE = 0
+# A node's evidence is the exit that named it, 0 being all layers: shallow exits are right less often.
+_WHOLE_MODEL = 0
 
 
 class ModelGuesser:
@@ -19,9 +22,10 @@ class ModelGuesser:
 
     kind = Guesser.MODEL
 
-    def __init__(self, scored: ScoredTree) -> None:
+    def __init__(self, scored: ScoredTree, early_rows: Mapping[int, int] = MappingProxyType({})) -> None:
         self._tree = scored.tree
         self._log_values = scored.log_values
+        self._early_rows = early_rows
 
     def root(self) -> object | None:
         return 0 if len(self._tree) else None
@@ -36,6 +40,7 @@ class ModelGuesser:
         if not children:
             return None
         value = self._log_values[cursor - 1] if cursor else 0.0
+        evidence = min(self._early_rows.get(cursor, _WHOLE_MODEL), NUM_EVIDENCE_CLASSES - 1)
         return Stated(
-            {token_id: math.exp(self._log_values[row - 1] - value) for token_id, row in children.items()}, _EVIDENCE
+            {token_id: math.exp(self._log_values[row - 1] - value) for token_id, row in children.items()}, evidence
         )

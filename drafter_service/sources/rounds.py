@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from drafter_service.growth import Candidates, GrowingTree, RankingSettings, Sharpness
+from drafter_service.sources.exit_state import ExitState
 from drafter_service.sources.source import DraftJob, DraftSession
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, TreeColumns
@@ -17,11 +19,15 @@ from easyspec.model.row_layout import Segment, TreeColumns
 class SessionState:
     """Slots of committed tokens, and of the last tree's expanded nodes (row -> slot).
 
-    The first `num_exact` cached tokens have exact K and V, which others may share.
+    The first `num_exact` cached tokens have exact K and V in all layers, which others may share. `exits` is there
+    where levels may leave the model early.
     """
 
-    def __init__(self, session: DraftSession, memory: KvMemory, ranking: RankingSettings) -> None:
+    def __init__(
+        self, session: DraftSession, memory: KvMemory, ranking: RankingSettings, exits: ExitState | None = None
+    ) -> None:
         self.session = session
+        self.exits = exits
         self.slots = SessionSlots(memory)
         self.num_prompt_tokens = len(session.token_ids)
         self.num_exact = 0
@@ -48,6 +54,9 @@ class SessionState:
             kept = self._learn(job.session.token_ids[len(job.session.token_ids) - job.num_new_tokens :])
         if job.session.calibration:
             kept = []
+        if self.exits is not None:
+            kept = [*itertools.takewhile(self.exits.is_whole, kept)] if not self.exits.num_waiting else []
+            self.exits.begin_round(max(1, job.budget.num_nodes // job.budget.num_levels))
         # Before the prompt is read there is nothing they could stand on. The bonus token has no slot.
         kept_slots = [self.tree_slots.pop(row) for row in kept[: job.num_new_tokens - 1]]
         self.drop_tree()
@@ -61,14 +70,21 @@ class SessionState:
 
     def share(self) -> None:
         """Let other sessions use what is cached, if all of it is exact."""
+        if self.exits is not None and self.session.calibration:
+            # Called when the prompt has been read, which is exact in all layers, and at the end of the session.
+            self.slots.truncate(self.num_exact)
         if self.slots.num_cached == self.num_exact:
             self.slots.share(self.session.token_ids[: self.num_exact])
 
     def chain_segment(self, slots: Sequence[int]) -> Segment:
         """Rows for the last cached tokens, which live in `slots`."""
-        positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
+        return self.committed_segment(range(self.slots.num_cached - len(slots), self.slots.num_cached))
+
+    def committed_segment(self, positions: range) -> Segment:
+        """Rows for cached tokens."""
         visible = [position + 1 for position in positions]
         token_ids = self.session.token_ids[positions.start : positions.stop]
+        slots = self.slots.by_position[positions.start : positions.stop].tolist()
         return Segment(token_ids, positions, slots, visible, self.slots.by_position)
 
     def _learn(self, new_tokens: Sequence[int]) -> list[int]:
@@ -122,26 +138,27 @@ class Drafting:
         return self.tree.depths[self.tree.frontier[0]]
 
     def frontier_segment(self, slots: Sequence[int]) -> Segment:
-        """Rows for the nodes to expand, whose K and V go to `slots`.
+        """Rows for the nodes to expand, whose K and V go to `slots`."""
+        self.state.tree_slots.update(zip(self.tree.frontier, slots, strict=True))
+        return self.node_segment(self.tree.frontier)
 
-        Each sees the committed text, its expanded ancestors and itself.
-        """
+    def node_segment(self, rows: Sequence[int]) -> Segment:
+        """Rows for nodes that have slots. Each sees the committed text, its expanded ancestors and itself."""
         tree, state = self.tree, self.state
-        state.tree_slots.update(zip(tree.frontier, slots, strict=True))
         expanded = list(state.tree_slots)  # parents first
         column_of_row = {row: column for column, row in enumerate(expanded)}
-        visible = np.zeros((len(tree.frontier), len(expanded)), dtype=np.bool_)
-        for index, row in enumerate(tree.frontier):
+        visible = np.zeros((len(rows), len(expanded)), dtype=np.bool_)
+        for index, row in enumerate(rows):
             ancestor = row
             while ancestor > 0:
                 visible[index, column_of_row[ancestor]] = True
                 ancestor = tree.parent_rows[ancestor - 1]
         root_position = self.base_length - 1
         return Segment(
-            token_ids=[tree.token_ids[row - 1] for row in tree.frontier],
-            positions=[root_position + tree.depths[row] for row in tree.frontier],
-            slots=slots,
-            num_visible=[self.base_length] * len(tree.frontier),
+            token_ids=[tree.token_ids[row - 1] for row in rows],
+            positions=[root_position + tree.depths[row] for row in rows],
+            slots=[state.tree_slots[row] for row in rows],
+            num_visible=[self.base_length] * len(rows),
             slots_by_position=state.slots.by_position,
             tree=TreeColumns(
                 [state.tree_slots[row] for row in expanded],

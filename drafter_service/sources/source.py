@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,12 +47,14 @@ class Proposal:
     """One source's tree for one job, with estimated log-probabilities of acceptance.
 
     `node_sources` says who guessed each node, where the tree is of at most the budget's nodes; empty: the model did.
+    `early_rows` are the rows whose children come from an early exit of the model: which one, from 1.
     """
 
     job: DraftJob
     tree: ScoredTree
     timings: DraftTimings = field(default_factory=DraftTimings)
     node_sources: tuple[DraftSources, ...] = ()
+    early_rows: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

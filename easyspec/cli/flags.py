@@ -83,7 +83,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output;
 NumDraftLevels = Annotated[int | None, typer.Option(help="Levels of a draft tree.")]
 TreeWidth = Annotated[int | None, typer.Option(help="Nodes expanded per level.")]
 Sources = Annotated[
-    str | None, typer.Option(help="Who guesses: some of model,retrieval,ngram. [default: the drafter's]")
+    str | None, typer.Option(help="Who guesses: some of model,retrieval,ngram,early_exit. [default: the drafter's]")
 ]
 NumNodes = Annotated[int | None, typer.Option(help="Nodes of a draft tree.")]
 LayerParallelSize = Annotated[

@@ -27,7 +27,11 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass needs to know; `hf_config` is kept for transformers' own initialisers."""
+    """What the forward pass needs to know; `hf_config` is kept for transformers' own initialisers.
+
+    `early_exits`: numbers of layers, rising, all below `num_layers`, after which the final norm and the head may be
+    applied because the checkpoint was trained that way (S2D, arXiv 2407.01955). Empty for ordinary checkpoints.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,6 +47,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     hf_config: Any
+    early_exits: tuple[int, ...] = ()
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -97,6 +102,7 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         eos_token_ids=_eos_token_ids(folder, hf),
         dtype=_dtype(dtype, hf),
         hf_config=hf,
+        early_exits=_early_exits(folder, hf),
     )
 
 
@@ -151,6 +157,17 @@ def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def _early_exits(folder: Path, hf: Any) -> tuple[int, ...]:
+    """`exit_layers` of the checkpoint without the last layer, which every checkpoint may be left at."""
+    exits = getattr(hf, "exit_layers", None) or []
+    is_list = isinstance(exits, list | tuple) and all(type(layers) is int for layers in exits)
+    if not is_list or list(exits) != sorted(set(exits)) or not all(1 <= e <= hf.num_hidden_layers for e in exits):
+        raise ConfigurationError(
+            f"exit_layers is {exits!r} in {folder}; allowed: rising numbers of layers, 1 to {hf.num_hidden_layers}"
+        )
+    return tuple(layers for layers in exits if layers < hf.num_hidden_layers)
 
 
 def _dtype(dtype: str, hf: Any) -> torch.dtype:

@@ -6,6 +6,7 @@ Dimensions: `T` rows of a pass, `E` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -44,6 +45,14 @@ PassLayout: TypeAlias = "RowLayout | CapturedLayout"
 
 # Layer plans whose wide groups are kept ready; the sequential plan counts as one and costs nothing.
 MAX_PLANS = 4
+
+
+@dataclass(frozen=True)
+class EnteredPass:
+    """A pass that has begun: its rows' embeddings [T, E], and what all its layers share."""
+
+    embedded: torch.Tensor
+    state: PassState
 
 
 class Decoder:
@@ -175,6 +184,31 @@ class Decoder:
         for group in self._plan_groups(plan):
             hidden = group(hidden, state)
         return unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+
+    def enter(self, layout: RowLayout, pool: KVPool) -> EnteredPass:
+        """Begin a pass that is run in parts. On one rank only (`can_slice`)."""
+        assert self.can_slice, "one rank"
+        return EnteredPass(*self._begin(layout, pool))
+
+    def forward_between(
+        self, entered: EnteredPass, plan: LayerPlan, layers: range, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Part of a pass: `layers` alone, which begin and end at group borders of `plan`; writes their K and V.
+
+        `hidden` [rows, E] is what the rows have come to at the entrance, None where it is the first layer. Returns
+        what they come to at the exit, in the same form, without the final norm.
+        """
+        padding = 0 if hidden is None else len(entered.embedded) - len(hidden)
+        hidden = entered.embedded if hidden is None else functional.pad(hidden, (0, 0, 0, padding))
+        for group_layers, group in zip(plan.groups, self._plan_groups(plan), strict=True):
+            if group_layers.start in layers:
+                hidden = group(hidden, entered.state)
+        return hidden[: sum(entered.state.layout.num_rows)]
+
+    def exit_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head on hidden states [R, E] of any depth: float32 [R, V]."""
+        hidden = unit_rms(hidden, self.config.rms_norm_eps).to(self.config.dtype)
+        return self._head(hidden)[:, : self.config.vocab_size].float()
 
     @property
     def can_slice(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from easyspec.errors import InvalidRequestError
@@ -29,6 +30,24 @@ class LayerPlan:
     @property
     def is_sequential(self) -> bool:
         return len(self.groups) == self.num_layers
+
+    def cut_at(self, depths: Sequence[int]) -> LayerPlan:
+        """The same plan with borders after so many layers: groups that straddle one are cut at it.
+
+        Pieces of groups that were cut join where no border parts them, up to the plan's largest group.
+        """
+        most = max(len(group) for group in self.groups)
+        groups: list[LayerGroup] = []
+        is_piece = False  # whether the last of `groups` is one
+        for group in self.groups:
+            borders = [group.start, *(depth for depth in depths if group.start < depth < group.stop), group.stop]
+            for start, stop in itertools.pairwise(borders):
+                was_piece, is_piece = is_piece, len(borders) > 2
+                if was_piece and is_piece and start not in depths and stop - groups[-1].start <= most:
+                    groups[-1] = range(groups[-1].start, stop)
+                else:
+                    groups.append(range(start, stop))
+        return LayerPlan(tuple(groups), self.mlp)
 
     def __str__(self) -> str:
         return " | ".join(

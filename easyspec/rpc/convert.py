@@ -35,7 +35,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
-from easyspec.speculation.sources import NO_SOURCES, SINGLE_SOURCES, DraftSources
+from easyspec.speculation.sources import ALL_SOURCES, NO_SOURCES, SINGLE_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 
@@ -60,6 +60,7 @@ _SOURCE_TO_PB: Mapping[DraftSources, types_pb2.DraftSource.ValueType] = MappingP
         DraftSources.MODEL: types_pb2.DRAFT_SOURCE_MODEL,
         DraftSources.RETRIEVAL: types_pb2.DRAFT_SOURCE_RETRIEVAL,
         DraftSources.NGRAM: types_pb2.DRAFT_SOURCE_NGRAM,
+        DraftSources.EARLY_EXIT: types_pb2.DRAFT_SOURCE_EARLY_EXIT,
     }
 )
 _SOURCE_FROM_PB = MappingProxyType({value: key for key, value in _SOURCE_TO_PB.items()})
@@ -174,7 +175,7 @@ def sources_from_pb(values: Iterable[types_pb2.DraftSource.ValueType], field: st
     sources = NO_SOURCES
     for value in values:
         if value not in _SOURCE_FROM_PB:
-            raise InvalidRequestError(field, value, "DraftSources: model, retrieval, ngram")
+            raise InvalidRequestError(field, value, f"DraftSources: {', '.join(ALL_SOURCES.names)}")
         sources |= _SOURCE_FROM_PB[value]
     return sources or None
 

@@ -14,6 +14,7 @@ class DraftSources(enum.IntFlag):
     MODEL = 1
     RETRIEVAL = 2
     NGRAM = 4
+    EARLY_EXIT = 8
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -24,7 +25,9 @@ class DraftSources(enum.IntFlag):
 NO_SOURCES = DraftSources(0)
 SINGLE_SOURCES = tuple(DraftSources)
 TEXT_SOURCES = DraftSources.RETRIEVAL | DraftSources.NGRAM
-ALL_SOURCES = TEXT_SOURCES | DraftSources.MODEL
+MODEL_SOURCES = DraftSources.MODEL | DraftSources.EARLY_EXIT
+"""Those that need a draft model: all of its layers, or the first ones."""
+ALL_SOURCES = TEXT_SOURCES | MODEL_SOURCES
 
 
 def parse_sources(names: Iterable[str], field: str = "speculation.sources") -> DraftSources:

@@ -175,7 +175,9 @@ class SpeculateResponse(_message.Message):
 
     @_builtins.property
     def node_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Who guessed each node of the tree, in order, as a sum of 1 (model), 2 (retrieval) and 4 (n-gram)."""
+        """Who guessed each node of the tree, in order, as a sum of 1 (model), 2 (retrieval), 4 (n-gram)
+        and 8 (early exit).
+        """
 
     def __init__(
         self,
@@ -318,7 +320,9 @@ class GetDrafterInfoResponse(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
-        """The sources that are here; guesses are theirs where a session names none."""
+        """The sources that guess where a session names none. One may name these, and EARLY_EXIT where MODEL is here and its
+        checkpoint has exits.
+        """
 
     def __init__(
         self,

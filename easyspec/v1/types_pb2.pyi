@@ -63,6 +63,10 @@ class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSour
     """
     DRAFT_SOURCE_NGRAM: _DraftSource.ValueType  # 3
     """Counts of what follows one to three tokens, in the request and in the drafter's table of a corpus."""
+    DRAFT_SOURCE_EARLY_EXIT: _DraftSource.ValueType  # 4
+    """The first layers of a draft model that was trained to be left early. Together with MODEL, each level of the tree
+    may be left early or go through all layers, whichever pays; alone, no level goes deeper than the last early exit.
+    """
 
 class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
     """Who guesses."""
@@ -77,6 +81,10 @@ of a corpus.
 """
 DRAFT_SOURCE_NGRAM: DraftSource.ValueType  # 3
 """Counts of what follows one to three tokens, in the request and in the drafter's table of a corpus."""
+DRAFT_SOURCE_EARLY_EXIT: DraftSource.ValueType  # 4
+"""The first layers of a draft model that was trained to be left early. Together with MODEL, each level of the tree
+may be left early or go through all layers, whichever pays; alone, no level goes deeper than the last early exit.
+"""
 Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
 
 @_typing.final

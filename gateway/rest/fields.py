@@ -14,6 +14,7 @@ from easyspec.speculation.parameters import (
     MlpPlacement,
     TreeBudget,
 )
+from easyspec.speculation.sources import parse_sources
 from gateway.generation import SpeculationMode, SpeculationWish
 
 Boolean: TypeAlias = Annotated[bool, Strict()]
@@ -75,6 +76,9 @@ class SpeculationFields(RestModel):
     )
     mlp: Literal["sequential", "staged"] | None = Field(None, description="Where the MLPs of a layer group run.")
     calibration: Boolean | None = Field(None, description="False keeps fuzzy KV entries, for measurement.")
+    sources: list[Text] | None = Field(
+        None, description="Who guesses: some of model, retrieval, ngram, early_exit. Unset: the drafter's own choice."
+    )
     trace: Boolean | None = Field(None, description="Tell in each streamed chunk what was guessed: its `easyspec`.")
 
     def wish(self, default_budget: TreeBudget) -> SpeculationWish:
@@ -93,6 +97,7 @@ class SpeculationFields(RestModel):
                 self.calibration is not False,
             ),
             is_traced=bool(self.trace),
+            sources=parse_sources(self.sources) if self.sources else None,
         )
 
 

@@ -29,7 +29,11 @@ def test_a_row_is_made_of_rounds() -> None:
     plain = sample(PLAIN, tuple(round_of(0, float(second), 0) for second in range(1, 5)))
     fused = sample(FUSED, (round_of(0, 1.0, 0), round_of(3, 1.5), round_of(1, 2.0)))
     (result,) = summarize_sources([Measured("code", 0, plain), Measured("code", 8, fused)])
-    assert (result.task, result.sources, result.node_budget) == ("code", ["model", "retrieval", "ngram"], 8)
+    assert (result.task, result.sources, result.node_budget) == (
+        "code",
+        ["model", "retrieval", "ngram", "early_exit"],
+        8,
+    )
     assert result.mean_acceptance_length == 3.0  # (3 + 1) / 2 rounds with a tree, and the bonus token
     assert result.draft_ms_per_round == pytest.approx(2.0)
     assert result.tokens_per_s == pytest.approx(6.0)
@@ -47,11 +51,12 @@ def test_a_completion_that_differs_is_counted() -> None:
 
 
 def test_every_set_meets_every_budget_beside_plain_decoding() -> None:
-    settings = SourcesSettings((8, 16), (0.0, 0.8), num_prompts=1, max_tokens=4, seed=1)
+    sets = tuple(source_sets())
+    settings = SourcesSettings((8, 16), (0.0, 0.8), num_prompts=1, max_tokens=4, seed=1, source_sets=sets)
     tasks = source_tasks("code", 1, 1)
     planned = list(interleaved(tasks, settings))
-    assert len(source_sets()) == 7
-    assert len(planned) == 2 * (1 + 2 * 7)
+    assert len(set(sets)) == 7 + 4  # of model and text sources all; early exit in the model's place and beside it
+    assert len(planned) == 2 * (1 + 2 * 11)
     assert sum(task.mode == PLAIN for _, _, task in planned) == 2
     assert {task.budget.num_nodes for _, _, task in planned if task.budget is not None} == {8, 16}
 
@@ -82,5 +87,5 @@ def test_the_report_has_a_table_a_task() -> None:
         "results": [vars(result) for result in results],
     }
     section = sources_section("sources-bundled.json", report)
-    assert "| copy | model+retrieval+ngram | 8 |" in section
+    assert "| copy | model+retrieval+ngram+early_exit | 8 |" in section
     assert "sources-bundled.svg" in section

@@ -10,12 +10,14 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.exit_gate import ExitGate
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 
 MAX_TREE_NODES = 64
@@ -41,8 +43,9 @@ class CoreDriver:
         sampling: SamplingParameters = GREEDY,
         plan: LayerPlanRequest = SEQUENTIAL,
         max_total_length: int | None = None,
+        sources: DraftSources | None = None,
     ) -> int:
-        task = OpenTask(OpenSpeculation(tuple(prompt), sampling, plan, max_total_length))
+        task = OpenTask(OpenSpeculation(tuple(prompt), sampling, plan, max_total_length, sources=sources))
         self.drafter.accept(task)
         return task.future.result(0)
 
@@ -76,15 +79,22 @@ class CoreDriver:
 
 
 def build_core(
-    folder: Path, prefill_chunk: int = 256, num_kv_slots: int = 4096, *, share_prefixes: bool = True
+    folder: Path,
+    prefill_chunk: int = 256,
+    num_kv_slots: int = 4096,
+    *,
+    share_prefixes: bool = True,
+    gate: ExitGate | None = None,
 ) -> CoreDriver:
     settings = DrafterSettings(
         model=str(folder), num_threads=1, num_kv_slots=num_kv_slots, share_prefixes=share_prefixes
     )
     loaded = load_model(settings, is_exact=False)
-    source = LayerParallelSource(loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES)
+    source = LayerParallelSource(loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES, gate=gate)
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
-    limits = DrafterLimits("draft", loaded.info.max_model_len, MAX_TREE_NODES)
+    limits = DrafterLimits(
+        "draft", loaded.info.max_model_len, MAX_TREE_NODES, early_exits=loaded.decoder.config.early_exits
+    )
     return CoreDriver(Drafter(loaded.decoder.config, loaded.memory, source, plan, limits), source, loaded.memory)
 
 

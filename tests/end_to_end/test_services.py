@@ -403,5 +403,8 @@ async def test_a_request_says_who_guesses_and_learns_who_was_right(services: Ser
         assert token_ids == expected
         assert completion.speculation.num_drafter_failures == 0
         assert {entry.source for entry in completion.speculation.sources} <= set(sources or [model, retrieval, ngram])
+    token_ids, completion = await generate(types_pb2.DRAFT_SOURCE_EARLY_EXIT)
+    assert token_ids == expected  # plainly: this draft model has no exits
+    assert not completion.speculation.sources
     info = await services.drafter_stub.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=10)
     assert list(info.sources) == [model, retrieval, ngram]

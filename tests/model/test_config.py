@@ -108,6 +108,22 @@ def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
         load_config(tmp_path, max_model_len=513)
 
 
+@pytest.mark.parametrize(
+    ("exit_layers", "expected"), [(None, ()), ([], ()), ([3], ()), ([1, 2, 3], (1, 2)), ([1, 2], (1, 2))]
+)
+def test_exits_are_read_and_the_last_layer_is_none(
+    tmp_path: Path, exit_layers: list[int] | None, expected: tuple[int, ...]
+) -> None:
+    fields = {} if exit_layers is None else {"exit_layers": exit_layers}
+    assert load_config(write_config(tmp_path, **fields)).early_exits == expected
+
+
+@pytest.mark.parametrize("exit_layers", [[0, 2], [2, 1], [2, 2], [2, 4], ["1"], [1.0], [True], "12", 2])
+def test_impossible_exits_are_refused(tmp_path: Path, exit_layers: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"exit_layers is .*; allowed: rising numbers of layers, 1 to 3"):
+        load_config(write_config(tmp_path, exit_layers=exit_layers))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_types_by_name_and_from_the_checkpoint(tmp_path: Path, dtype: str) -> None:
     write_config(tmp_path, dtype=dtype)

@@ -63,6 +63,34 @@ def test_any_explicit_list_survives_a_round_trip(sizes: list[int], mlp: MlpPlace
     assert plan.is_sequential == (set(sizes) == {1})
 
 
+@pytest.mark.parametrize(
+    ("groups", "depths", "expected"),
+    [
+        ("0 | 1-3 | 4-7 | 8-10 | 11", (6, 9), "0 | 1-3 | 4-5 | 6-8 | 9-10 | 11"),  # 6-7 and 8 join
+        ("0 | 1-3 | 4-7 | 8-10 | 11", (4, 8), "0 | 1-3 | 4-7 | 8-10 | 11"),
+        ("0 | 1-5 | 6-10 | 11", (3,), "0 | 1-2 | 3-5 | 6-10 | 11"),  # a group that was not cut stays alone
+        ("0-5", (2, 4), "0-1 | 2-3 | 4-5"),
+        ("0 | 1 | 2 | 3", (2,), "0 | 1 | 2 | 3"),
+        ("0 | 1-4 | 5-8 | 9", (3, 7), "0 | 1-2 | 3-6 | 7-8 | 9"),
+    ],
+)
+def test_groups_are_cut_at_exits(groups: str, depths: tuple[int, ...], expected: str) -> None:
+    num_layers = int(groups.replace("|", "-").split("-")[-1]) + 1
+    assert str(parse_plan(groups, num_layers, STAGED).cut_at(depths)) == expected
+
+
+@given(st.integers(1, 40), st.data(), st.sampled_from(MlpPlacement))
+def test_a_cut_plan_has_a_border_at_every_exit(num_layers: int, data: st.DataObject, mlp: MlpPlacement) -> None:
+    plan = paper_plan(num_layers, data.draw(st.integers(1, num_layers)), mlp)
+    depths = sorted(data.draw(st.sets(st.integers(1, num_layers))))
+    cut = plan.cut_at(depths)
+    assert cut.mlp is plan.mlp
+    assert [layer for group in cut.groups for layer in group] == [*range(num_layers)]
+    assert {*depths} <= {group.stop for group in cut.groups}
+    assert max(len(group) for group in cut.groups) <= max(len(group) for group in plan.groups)
+    assert cut.cut_at(depths) == cut
+
+
 @pytest.mark.parametrize("mlp", MlpPlacement)
 def test_size_one_is_the_sequential_plan(mlp: MlpPlacement) -> None:
     assert paper_plan(7, 1, mlp) == sequential_plan(7)

@@ -34,6 +34,7 @@ from easyspec.speculation.parameters import (
     StopConditions,
     TreeBudget,
 )
+from easyspec.speculation.sources import ALL_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 
@@ -208,3 +209,16 @@ def test_missing_parts_and_unknown_enum_values_are_named() -> None:
         convert.layer_plan_from_pb(unknown_mlp)
     with pytest.raises(InvalidRequestError, match=r"finish_reason is 9"):
         convert.verdict_from_pb(verifier_pb2.Verdict.FromString(b"\x20\x09"))
+
+
+@pytest.mark.parametrize("bits", range(int(ALL_SOURCES) + 1))
+def test_every_set_of_sources_survives_the_wire(bits: int) -> None:
+    """No source at all is how the wire says that none is named."""
+    values = convert.sources_to_pb(DraftSources(bits))
+    assert len(values) == bits.bit_count()
+    assert convert.sources_from_pb(values) == (DraftSources(bits) or None)
+
+
+def test_an_unknown_source_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match=r"sources is 99; allowed: .*model, retrieval, ngram, early_exit"):
+        convert.sources_from_pb([99])  # type: ignore[list-item]

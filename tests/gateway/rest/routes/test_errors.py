@@ -61,6 +61,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {"stream_options": {}}, "stream_options", "invalid_value"),
         (COMPLETIONS, {"speculation": {"mode": "maybe"}}, "speculation.mode", "invalid_value"),
         (COMPLETIONS, {"speculation": {"max_nodes": 65}}, "speculation.max_nodes", "invalid_value"),
+        (COMPLETIONS, {"speculation": {"sources": ["model", "oracle"]}}, "speculation.sources", "invalid_value"),
         (COMPLETIONS, {"speculation": {"layer_parallel_size": 0}}, "speculation.layer_parallel_size", "invalid_value"),
         (COMPLETIONS, {"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "invalid_value"),
         (COMPLETIONS, {"guided_regex": ""}, "guided_regex", "invalid_value"),

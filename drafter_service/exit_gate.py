@@ -1,0 +1,167 @@
+"""When a level of the draft tree may leave the model early: learned online from verdicts and from the clock.
+
+At an exit (a number of layers after which the head may be applied) a level has candidates, and a confidence. Going on
+to the next exit takes time and may put the right token among the candidates that count. The gate compares, in seconds:
+the chance that going on helps *at such a confidence*, as often as the verdict comes to this level at all, times what a
+token is worth (the time one takes at present, and those that follow it in the tree), against the time that all levels
+of the batch wait. No threshold is set by hand (S2D, arXiv 2407.01955, has one a layer).
+
+How much going on helps is known of levels that went on, where both opinions are there to compare; so every few times a
+level goes on although it does not seem to pay. What is learned is numbers, never tokens, and of fixed size: one process
+keeps one gate for all requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+# Confidence classes, by the probability of a level's best candidates.
+_CLASS_BORDERS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+# What the bundled draft gains from layer 6 to 9 in top-1 agreement (models/EVALUATION.json); it fades as verdicts come.
+_PRIOR_GAIN, _PRIOR_WEIGHT = 0.03, 16.0
+_MAX_WEIGHT = 1000.0
+_EXPLORE_EVERY = 16
+_CLOCK_RATE = 0.05
+_FOLLOW_RATE = 0.02
+# A measurement counts as at most so many times the average: a pause of the client, or of the machine, is no cost.
+_MAX_OUTLIER = 4.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one exit said about one row: the confidence of the row's whole level, and the candidates that count."""
+
+    confidence: float
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LevelView:
+    """A level at an exit. `reach` is the chance that the verdict comes to it; the first level's `depth` is 1."""
+
+    confidence: float
+    reach: float
+    depth: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The way from one exit to the next: for a first level, a later one, or one whose committed text comes along."""
+
+    exit_index: int
+    is_first: bool
+    catches_up: bool
+
+
+class ExitGate(Protocol):
+    """Decides who goes on, and hears what came of it."""
+
+    def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
+        """Which of the levels that have come to an exit together go on to the next one."""
+
+    def observe_stage(self, stage: Stage, seconds: float) -> None:
+        """What the way to the next exit took, its head and ranking included."""
+
+    def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
+        """What was chosen at a row that the verdict came to, and what the exits had said there, one after the other."""
+
+    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+        """How long a whole round of a request took, verifier included, how many tokens came of it, and how many levels
+        of the tree had the token that was chosen there, one after the other."""
+
+
+class LearnedGate:
+    """The gate described above."""
+
+    def __init__(self) -> None:
+        self._gains: dict[tuple[int, int], _Gain] = {}
+        self._stage_s: dict[Stage, _Average] = {}
+        self._token_s = _Average(_CLOCK_RATE)
+        self._following: list[_Average] = []
+
+    def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
+        price, token_s = self._stage_s.get(stage), self._token_s.value
+        if price is None or price.value is None or token_s is None:
+            return [True] * len(levels)  # nothing is known yet
+        gains = [self._gain(stage.exit_index, level.confidence) for level in levels]
+        worth = [
+            gain.value * level.reach * (1.0 + self._num_following(level.depth)) * token_s
+            for gain, level in zip(gains, levels, strict=True)
+        ]
+        wanted = [value > price.value for value in worth]
+        total = sum(value for value, is_wanted in zip(worth, wanted, strict=True) if is_wanted)
+        if total < price.value * len(levels):  # everybody waits for those who go on
+            wanted = [False] * len(levels)
+        return [is_wanted or gain.is_to_explore() for is_wanted, gain in zip(wanted, gains, strict=True)]
+
+    def observe_stage(self, stage: Stage, seconds: float) -> None:
+        self._stage_s.setdefault(stage, _Average(_CLOCK_RATE)).add(seconds)
+
+    def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
+        for exit_index, (look, deeper) in enumerate(itertools.pairwise(looks)):
+            helped = (token_id in deeper.token_ids) - (token_id in look.token_ids)
+            self._gain(exit_index, look.confidence).observe(helped)
+
+    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+        self._token_s.add(seconds / num_tokens)
+        while len(self._following) < num_right:
+            self._following.append(_Average(_FOLLOW_RATE))
+        for depth in range(1, num_right + 1):
+            self._following[depth - 1].add(num_right - depth)
+
+    def _gain(self, exit_index: int, confidence: float) -> _Gain:
+        confidence_class = sum(confidence >= border for border in _CLASS_BORDERS)
+        return self._gains.setdefault((exit_index, confidence_class), _Gain())
+
+    def _num_following(self, depth: int) -> float:
+        """Tokens that are accepted below a level whose token was."""
+        known = self._following[depth - 1].value if depth <= len(self._following) else None
+        return known or 0.0
+
+
+class _Gain:
+    """How much likelier the next exit has the right token, at one exit and class of confidence."""
+
+    def __init__(self) -> None:
+        self._sum = _PRIOR_GAIN * _PRIOR_WEIGHT
+        self._weight = _PRIOR_WEIGHT
+        self._num_stops = 0
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight
+
+    def observe(self, helped: int) -> None:
+        """1: the next exit had it and this one had not; -1: the other way round."""
+        self._sum += helped
+        self._weight += 1.0
+        if self._weight > _MAX_WEIGHT:  # what is long ago fades
+            self._sum /= 2.0
+            self._weight /= 2.0
+
+    def is_to_explore(self) -> bool:
+        """Count a level that would stop; True for every so many of them."""
+        self._num_stops += 1
+        return self._num_stops % _EXPLORE_EVERY == 0
+
+
+class _Average:
+    """A running average that outliers cannot carry away; None before the first value."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._count = 0
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        """One value more; the first ones count alike."""
+        self._count += 1
+        if self.value is None:
+            self.value = value
+            return
+        if self._count > 1 / self._rate and self.value > 0.0:
+            value = min(value, _MAX_OUTLIER * self.value)
+        self.value += max(self._rate, 1.0 / self._count) * (value - self.value)
