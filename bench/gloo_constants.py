@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def measure_constants(ranks: Ranks, models: Path) -> Constants:
     if ranks.size > 1:
         for num_bytes in PART_BYTES:
             part = torch.zeros(num_bytes // 4)
-            gather_us[num_bytes] = _each_us(ranks, products, lambda part=part: ranks.gather(part))
+            gather_us[num_bytes] = _each_us(ranks, products, partial(ranks.gather, part))
         payload = b"order" if ranks.rank == 0 else None
         order_us = _each_us(ranks, products, lambda: ranks.share(payload))
     latency_us, link = _fit(gather_us, ranks.size)

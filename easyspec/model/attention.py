@@ -59,7 +59,7 @@ def _largest_of(values: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """The largest of each segment's blocks: [A, X, Q, 1] -> [A, B, Q, 1]."""
     if blocks.are_even:
         return values.view(values.shape[0], len(blocks.counts), -1, *values.shape[2:]).amax(dim=1)
-    first, *others = torch.split(values, blocks.counts, dim=1)
+    first, *others = torch.split(values, [*blocks.counts], dim=1)
     largest = first.contiguous()
     for other in others:
         part = largest[:, : other.shape[1]]
@@ -80,7 +80,7 @@ def _sum_of(values: torch.Tensor, blocks: Blocks) -> torch.Tensor:
             left[:, : right.shape[1]].add_(right)
             parts = left
         return parts[:, 0]
-    totals = torch.split(values, blocks.counts, dim=1)
+    totals = torch.split(values, [*blocks.counts], dim=1)
     distance = 1
     while distance < len(totals):
         for left, right in zip(totals[:: 2 * distance], totals[distance :: 2 * distance], strict=False):
