@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from easyspec.telemetry.metrics import STEP_BUCKETS, RoleMetrics
-from gateway.peers import PeerState
+from gateway.state_metrics import StateCollector
 
 if TYPE_CHECKING:
-    from easyspec.speculation.messages import KvUsage
     from gateway.generation import GenerationChunk, GenerationRequest
     from gateway.observation import Ending, RequestObserver
+    from gateway.state_metrics import GatewayState
 
 # vLLM's own buckets, so that its dashboards show the same resolution.
 _FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -55,42 +52,7 @@ class GatewayMetrics(RoleMetrics):
 
     def watch(self, read_state: Callable[[], GatewayState | None]) -> None:
         """Export what is known at the moment of a scrape; called once."""
-        self.registry.register(_StateCollector(read_state))
-
-
-@dataclass(frozen=True)
-class PeerSample:
-    """One replica behind the gateway, as it is now."""
-
-    role: str
-    address: str
-    state: PeerState
-    num_sessions: int
-
-
-@dataclass(frozen=True)
-class ModelSample:
-    """One base model as it is now. `kv` is its verifiers' memory at their last probes."""
-
-    name: str
-    is_ready: bool
-    num_running: int
-    num_waiting: int
-    kv: tuple[KvUsage | None, ...]
-
-    @property
-    def kv_share(self) -> float | None:
-        """The used part of the memory, 0 to 1; None if no verifier has told."""
-        known = [kv for kv in self.kv if kv is not None]
-        return sum(kv.num_used_slots for kv in known) / sum(kv.num_slots for kv in known) if known else None
-
-
-@dataclass(frozen=True)
-class GatewayState:
-    """What the gateway knows at one moment."""
-
-    models: tuple[ModelSample, ...]
-    peers: tuple[PeerSample, ...]
+        self.registry.register(StateCollector(read_state))
 
 
 class _Instruments:
@@ -266,45 +228,3 @@ class _RequestMetrics:
             num_later_tokens = clock.num_tokens - clock.num_first_tokens
             if num_later_tokens > 0:
                 model.per_output_token.observe((clock.last_ns - clock.first_ns) * _NS / num_later_tokens)
-
-
-class _StateCollector(Collector):
-    def __init__(self, read_state: Callable[[], GatewayState | None]) -> None:
-        self._read_state = read_state
-
-    def collect(self) -> Iterator[Metric]:
-        state = self._read_state()
-        if state is None:
-            return
-        models = state.models
-        running = {model.name: model.num_running for model in models}
-        yield _by_model("vllm:num_requests_running", "Requests being decoded.", running)
-        waiting = {model.name: model.num_waiting for model in models}
-        yield _by_model("vllm:num_requests_waiting", "Requests waiting for a place.", waiting)
-        used = {model.name: share for model in models if (share := model.kv_share) is not None}
-        if used:
-            yield _by_model("vllm:kv_cache_usage_perc", "Used part of the verifiers' KV, 0 to 1.", used)
-        ready = {model.name: float(model.is_ready) for model in models}
-        yield _by_model("easyspec_model_ready", "1 while a verifier of the model can be used.", ready)
-        states = GaugeMetricFamily(
-            "easyspec_peer_state", "1 for the state that a replica is in.", labels=("role", "address", "state")
-        )
-        sessions = GaugeMetricFamily(
-            "easyspec_peer_sessions", "Sessions of this gateway at a replica.", labels=("role", "address")
-        )
-        for peer in state.peers:
-            sessions.add_metric((peer.role, peer.address), peer.num_sessions)
-            for possible in PeerState:
-                states.add_metric((peer.role, peer.address, possible.value), float(possible is peer.state))
-        yield states
-        yield sessions
-
-    def describe(self) -> Iterator[Metric]:
-        return iter(())
-
-
-def _by_model(name: str, text: str, values: Mapping[str, float]) -> Metric:
-    metric = GaugeMetricFamily(name, text, labels=_MODEL)
-    for model, value in values.items():
-        metric.add_metric((model,), value)
-    return metric

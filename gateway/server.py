@@ -32,13 +32,15 @@ from gateway.generation import (
     SpeculationWish,
     TokenIds,
 )
-from gateway.metrics import GatewayMetrics, GatewayState, ModelSample, PeerSample
+from gateway.metrics import GatewayMetrics
 from gateway.observation import GenerationObserver, RequestLog, everyone
 from gateway.peers import PeerState
 from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.served_models import ServedModels
+from gateway.speculation_controller import ControllerState
+from gateway.state_metrics import GatewayState, ModelSample, PeerSample
 from gateway.statistics import RoundTimings, SpeculationStatistics
 from gateway.tool_parser import ToolCallDelta
 from gateway.trace import RoundTrace
@@ -227,6 +229,21 @@ def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
         drafter_state=_PEER_STATES[drafter.state] if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
         draft_model=convert.model_info_to_pb(draft.model) if draft is not None else None,
         num_running_requests=generator.num_running,
+        speculation=_controller_to_pb(generator.speculation.state()),
+    )
+
+
+def _controller_to_pb(state: ControllerState) -> generation_pb2.SpeculationState:
+    return generation_pb2.SpeculationState(
+        arm=state.arm,
+        budget=convert.budget_to_pb(state.budget) if state.budget is not None else None,
+        load=state.load,
+        is_trial=state.is_trial,
+        num_switches=state.num_switches,
+        num_trials=state.num_trials,
+        trial_cost_s=state.trial_cost_s,
+        tokens_per_s=state.tokens_per_s,
+        acceptance_by_level=state.acceptance_by_level,
     )
 
 
@@ -234,7 +251,12 @@ def _model_sample(generator: Generator) -> ModelSample:
     verifiers = generator.verifier_peer
     kv = [replica.peer.info.kv for replica in verifiers.replicas if replica.peer.info is not None]
     return ModelSample(
-        generator.name or "", verifiers.is_ready, generator.num_running, generator.num_waiting, tuple(kv)
+        name=generator.name or "",
+        is_ready=verifiers.is_ready,
+        num_running=generator.num_running,
+        num_waiting=generator.num_waiting,
+        kv=tuple(kv),
+        speculation=generator.speculation.state(),
     )
 
 

@@ -71,6 +71,7 @@ class ControllerState:
 
     num_running: int
     load: int
+    arms: tuple[str, ...]
     arm: str
     budget: TreeBudget | None
     is_trial: bool
@@ -183,6 +184,7 @@ class SpeculationController:
         return ControllerState(
             num_running=self._num_counted,
             load=2**self._load,
+            arms=tuple(arm.name for arm in self.arms),
             arm=self.arm.name,
             budget=self.arm.budget,
             is_trial=self._trial is not None,

@@ -957,6 +957,7 @@ class ServedModel(_message.Message):
     DRAFTER_STATE_FIELD_NUMBER: _builtins.int
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use; empty while the first model's verifier has not answered yet."""
     verifier_state: Global___GetServerInfoResponse.PeerState.ValueType
@@ -973,6 +974,10 @@ class ServedModel(_message.Message):
     def draft_model(self) -> _types_pb2.ModelInfo:
         """The draft model; unset without a drafter, and while it has not answered yet."""
 
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationState:
+        """How much its requests in mode auto speculate at present."""
+
     def __init__(
         self,
         *,
@@ -982,10 +987,11 @@ class ServedModel(_message.Message):
         drafter_state: Global___GetServerInfoResponse.PeerState.ValueType = ...,
         draft_model: _types_pb2.ModelInfo | None = ...,
         num_running_requests: _builtins.int = ...,
+        speculation: Global___SpeculationState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model", "speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model", "drafter_state", b"drafter_state", "name", b"name", "num_running_requests", b"num_running_requests", "verifier_state", b"verifier_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_model", b"_base_model", "_draft_model", b"_draft_model", "base_model", b"base_model", "draft_model", b"draft_model", "drafter_state", b"drafter_state", "name", b"name", "num_running_requests", b"num_running_requests", "speculation", b"speculation", "verifier_state", b"verifier_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_model: _TypeAlias = _typing.Literal["base_model"]  # noqa: Y015
     _WhichOneofArgType__base_model: _TypeAlias = _typing.Literal["_base_model", b"_base_model"]  # noqa: Y015
@@ -997,3 +1003,85 @@ class ServedModel(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_model) -> _WhichOneofReturnType__draft_model | None: ...
 
 Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
+
+@_typing.final
+class SpeculationState(_message.Message):
+    """What the gateway has found to bring most tokens a second of all requests together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TokensPerSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ARM_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    IS_TRIAL_FIELD_NUMBER: _builtins.int
+    NUM_SWITCHES_FIELD_NUMBER: _builtins.int
+    NUM_TRIALS_FIELD_NUMBER: _builtins.int
+    TRIAL_COST_S_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_BY_LEVEL_FIELD_NUMBER: _builtins.int
+    arm: _builtins.str
+    """The size of tree that is followed: off, small, medium or full."""
+    load: _builtins.int
+    """Running requests that this is for, rounded to a power of two."""
+    is_trial: _builtins.bool
+    """Whether it is followed for a moment, to measure it."""
+    num_switches: _builtins.int
+    """Changes since the start, trials included."""
+    num_trials: _builtins.int
+    """Trials since the start."""
+    trial_cost_s: _builtins.float
+    """What they have cost, in seconds."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.TreeBudget:
+        """That size; unset if it is off."""
+
+    @_builtins.property
+    def tokens_per_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Output tokens a second of all requests together, by size, as measured at this load."""
+
+    @_builtins.property
+    def acceptance_by_level(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of trees with a first, second, ... level of which it was accepted; recent rounds count most."""
+
+    def __init__(
+        self,
+        *,
+        arm: _builtins.str = ...,
+        budget: _types_pb2.TreeBudget | None = ...,
+        load: _builtins.int = ...,
+        is_trial: _builtins.bool = ...,
+        num_switches: _builtins.int = ...,
+        num_trials: _builtins.int = ...,
+        trial_cost_s: _builtins.float = ...,
+        tokens_per_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        acceptance_by_level: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "acceptance_by_level", b"acceptance_by_level", "arm", b"arm", "budget", b"budget", "is_trial", b"is_trial", "load", b"load", "num_switches", b"num_switches", "num_trials", b"num_trials", "tokens_per_s", b"tokens_per_s", "trial_cost_s", b"trial_cost_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
+    _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+
+Global___SpeculationState: _TypeAlias = SpeculationState  # noqa: Y015

@@ -61,6 +61,9 @@ class Live:
     async def generate(self, **fields: Any) -> list[generation_pb2.GenerateResponse]:
         return [chunk async for chunk in self.call(**fields)]
 
+    async def info(self) -> generation_pb2.GetServerInfoResponse:
+        return await self._stub.GetServerInfo(generation_pb2.GetServerInfoRequest())  # type: ignore[no-any-return]
+
 
 @asynccontextmanager
 async def live_gateway(pair: FakePair, folder: Path, **fields: Any) -> AsyncIterator[Live]:
@@ -209,3 +212,22 @@ async def test_routine_rpcs_that_fail_are_still_told(live: Live) -> None:
     with captured_logs() as logs:
         await live.pair.verifier_service.kill()
         await until(lambda: "unreachable" in logs.getvalue())
+
+
+async def test_what_speculation_is_found_to_bring_is_told_by_metrics_and_by_the_server(
+    pair: FakePair, tokenizer_folder: Path
+) -> None:
+    async with live_gateway(pair, tokenizer_folder) as live:
+        pair.verifier.delay_s = 0.001
+        await live.generate(max_tokens=400)
+        (model,) = (await live.info()).served_models
+        state, samples = model.speculation, scrape(live.server)
+        assert samples[("easyspec_speculation_arm", state.arm)] == 1
+        arms = {key: value for key, value in samples.items() if key[0] == "easyspec_speculation_arm"}
+        assert (len(arms), sum(arms.values())) == (4, 1)
+        assert state.tokens_per_s["full"] > 0
+        throughputs = [key for key in samples if key[0] == "easyspec_speculation_arm_tokens_per_second"]
+        assert {arm for _, arm in throughputs} == set(state.tokens_per_s)
+        assert samples[("easyspec_speculation_trials_total",)] == state.num_trials
+        assert samples[("easyspec_speculation_switches_total",)] == state.num_switches
+        assert 0.0 < state.acceptance_by_level[0] <= 1.0
