@@ -119,6 +119,7 @@ class DrafterEngine:
             settings.max_tree_nodes,
             ranking,
             settings.max_prefill_slowdown,
+            max_batch_rows=settings.max_batch_rows,
         )
         fused = FusedDrafting(open_text_resources(settings, loaded.info.tokenizer_fingerprint))
         source = FusingSource(model_source, fused)

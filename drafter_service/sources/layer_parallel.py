@@ -72,8 +72,10 @@ class LayerParallelSource:
         ranking: RankingSettings = DEFAULT_RANKING,
         max_prefill_slowdown: float = 1.7,
         gate: ExitGate | None = None,
+        max_batch_rows: int = 512,
     ) -> None:
         self._ranking = ranking
+        self._max_batch_rows = max_batch_rows
         self._decoder = decoder
         self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate())
         self._memory = memory
@@ -149,7 +151,10 @@ class LayerParallelSource:
         num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
         num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.drafting is None)
         growing = [drafting for drafting in self._draftings() if drafting.is_calibrated and drafting.tree.frontier]
-        frontiers = [frontier for drafting in growing if (frontier := self._frontier(drafting)) is not None]
+        # Who is nearest to its end goes first, and makes room.
+        nearest = sorted(growing, key=lambda drafting: -drafting.level)
+        grown = _fitting(nearest, lambda drafting: len(drafting.tree.frontier), self._max_batch_rows)
+        frontiers = [frontier for drafting in grown if (frontier := self._frontier(drafting)) is not None]
         for (plan, is_early), group in _by_plan(frontiers, _way_of_frontier):
             if is_early:
                 self._early_exits.grow([(frontier.drafting, frontier.segment) for frontier in group], plan)
@@ -176,7 +181,11 @@ class LayerParallelSource:
     def _chains(self) -> list[_Chain]:
         """This step's calibrations and pieces of prompts, with their slots."""
         waiting = [drafting for drafting in self._draftings() if not drafting.is_calibrated]
-        ready = [drafting for drafting in waiting if drafting.state.num_unread <= 0]
+        ready = _fitting(
+            [drafting for drafting in waiting if drafting.state.num_unread <= 0],
+            lambda drafting: drafting.state.num_uncached,
+            self._max_batch_rows,
+        )
         wanted: dict[int, tuple[SessionState, int, Drafting | None]] = {
             drafting.job.session.session_id: (drafting.state, drafting.state.num_uncached, drafting)
             for drafting in ready
@@ -339,3 +348,14 @@ def _by_plan(items: Sequence[_ItemT], plan_of: Callable[[_ItemT], _PlanT]) -> It
     for item in items:
         groups.setdefault(plan_of(item), []).append(item)
     return groups.items()
+
+
+def _fitting(items: Sequence[_ItemT], num_rows_of: Callable[[_ItemT], int], most_rows: int) -> list[_ItemT]:
+    """The first of `items` that fit one pass together; the others' turn comes with a later one. At least one."""
+    taken: list[_ItemT] = []
+    for item in items:
+        most_rows -= num_rows_of(item)
+        if taken and most_rows < 0:
+            break
+        taken.append(item)
+    return taken

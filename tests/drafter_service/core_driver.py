@@ -85,12 +85,15 @@ def build_core(
     *,
     share_prefixes: bool = True,
     gate: ExitGate | None = None,
+    max_batch_rows: int = 512,
 ) -> CoreDriver:
     settings = DrafterSettings(
         model=str(folder), num_threads=1, num_kv_slots=num_kv_slots, share_prefixes=share_prefixes
     )
     loaded = load_model(settings, is_exact=False)
-    source = LayerParallelSource(loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES, gate=gate)
+    source = LayerParallelSource(
+        loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES, gate=gate, max_batch_rows=max_batch_rows
+    )
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
     limits = DrafterLimits(
         "draft", loaded.info.max_model_len, MAX_TREE_NODES, early_exits=loaded.decoder.config.early_exits

@@ -19,6 +19,7 @@ from easyspec.errors import (
     StalePositionError,
     UnknownModelError,
 )
+from easyspec.model.row_layout import RowLayout
 from easyspec.speculation.messages import OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.token_tree import TokenTree
@@ -319,3 +320,27 @@ def test_plans_are_the_requests_or_the_services(core: CoreDriver) -> None:
     assert tree(LayerPlanRequest(mlp=MlpPlacement.SEQUENTIAL)) == tree(PAPER)
     assert len({tree(STAGED), tree(PAPER), tree(SEQUENTIAL)}) == 3
     assert MAX_TREE_NODES == 64
+
+
+def test_a_pass_has_no_more_rows_than_it_may_and_everybody_gets_the_tree_of_a_wider_one(draft_folder: Path) -> None:
+    trees: dict[int, list[TokenTree]] = {}
+    for max_batch_rows in (512, 7):
+        core = build_core(draft_folder, max_batch_rows=max_batch_rows)
+        rows_of_passes: list[int] = []
+        decoder = core.source._decoder
+        forward = decoder.forward
+
+        def counted(layout: RowLayout, *rest: Any, forward: Any = forward, rows: list[int] = rows_of_passes) -> Any:
+            rows.append(sum(layout.num_rows))
+            return forward(layout, *rest)
+
+        decoder.forward = counted  # type: ignore[method-assign, assignment]
+        sessions = [core.open([*range(1, 6 + index)], plan=PAPER) for index in range(6)]
+        for index, session_id in enumerate(sessions):  # prompts are read one by one, and do not count
+            core.draft(session_id, 5 + index, [7])
+        rows_of_passes.clear()
+        asked = [core.ask(session_id, 6 + index, [8, 9], BUDGET) for index, session_id in enumerate(sessions)]
+        trees[max_batch_rows] = [draft.tree for draft in core.finish(asked)]
+        assert max(rows_of_passes) <= max_batch_rows
+        assert all(len(tree) == BUDGET.num_nodes for tree in trees[max_batch_rows])
+    assert trees[7] == trees[512]
