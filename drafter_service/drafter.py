@@ -179,19 +179,18 @@ class Drafter:
         if request.num_output_tokens > len(request.prompt_token_ids):
             most = len(request.prompt_token_ids)
             raise InvalidRequestError("num_output_tokens", request.num_output_tokens, f"0 to {most}")
+        sources = self._sources(request.sources)
         session = DraftSession(
             session_id=next(self._session_ids),
             token_ids=[*request.prompt_token_ids],
             max_length=self._max_length(request),
             sampling=request.sampling,
-            plan=self._plan(request.layer_plan),
+            plan=self._plan(request.layer_plan, sources),
             calibration=request.layer_plan.calibration,
-            sources=self._sources(request.sources),
+            sources=sources,
             preference=self._preference(request),
             target=request.base_fingerprint,
         )
-        if DraftSources.EARLY_EXIT in session.sources:
-            session.plan = session.plan.cut_at(self._limits.early_exits)
         self._source.open(session)
         self._sessions[session.session_id] = session
         return session.session_id
@@ -213,11 +212,13 @@ class Drafter:
             raise InvalidRequestError("sources", ", ".join(wanted.names), known)
         return wanted
 
-    def _plan(self, request: LayerPlanRequest) -> LayerPlan:
-        if request.layer_parallel_size is None:
-            return replace(self._default_plan, mlp=request.mlp or self._default_plan.mlp)
+    def _plan(self, request: LayerPlanRequest, sources: DraftSources) -> LayerPlan:
         mlp = request.mlp or self._default_plan.mlp
-        return paper_plan(self._config.num_layers, request.layer_parallel_size, mlp)
+        if request.layer_parallel_size is None:
+            plan = replace(self._default_plan, mlp=mlp)
+        else:
+            plan = paper_plan(self._config.num_layers, request.layer_parallel_size, mlp)
+        return plan.cut_at(self._limits.early_exits) if DraftSources.EARLY_EXIT in sources else plan
 
     def _max_length(self, request: OpenSpeculation) -> int:
         """Most tokens the session can come to hold."""
