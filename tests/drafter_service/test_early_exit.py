@@ -239,7 +239,7 @@ def test_sessions_that_leave_at_different_exits_share_passes(exits_core: CoreDri
     """Side by side each has the trees that it has alone."""
 
     def by_session(stage: Stage, level: LevelView) -> bool:
-        return (int(level.confidence * 1000) + level.depth) % 2 == 0
+        return (level.confidence > 0.5) == (level.depth % 2 == 0)
 
     gate.decide = by_session
     prompts = [PROMPT[: 90 + 10 * index] for index in range(3)]

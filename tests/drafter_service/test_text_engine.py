@@ -49,6 +49,7 @@ def test_it_neither_imports_torch_nor_takes_much_memory(draft_folder: Path) -> N
     ("flags", "problem"),
     [
         ([], "model .*is not set"),
+        (["--sources", "early_exit,ngram", "--tokenizer", "x"], "model .*is not set"),
         (["--sources", "retrieval,ngram"], "tokenizer is not set"),
         (["--sources", "retrieval,oracle", "--tokenizer", "x"], "oracle"),
     ],
