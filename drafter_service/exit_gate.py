@@ -7,13 +7,15 @@ token is worth (the time one takes at present, and those that follow it in the t
 of the batch wait. No threshold is set by hand (S2D, arXiv 2407.01955, has one a layer).
 
 How much going on helps is known of levels that went on, where both opinions are there to compare; so every few times a
-level goes on although it does not seem to pay. What is learned is numbers, never tokens, and of fixed size: one process
-keeps one gate for all requests.
+level goes on although it does not seem to pay. What is learned is numbers, never tokens, and of bounded size, apart for
+each base model: one process keeps one gate for all requests.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +26,8 @@ _CLASS_BORDERS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 _PRIOR_GAIN, _PRIOR_WEIGHT = 0.03, 16.0
 _MAX_WEIGHT = 1000.0
 _EXPLORE_EVERY = 16
+# Far more base models than one drafter serves.
+_MAX_TARGETS = 32
 _CLOCK_RATE = 0.05
 _FOLLOW_RATE = 0.02
 # A measurement counts as at most so many times the average: a pause of the client, or of the machine, is no cost.
@@ -40,11 +44,15 @@ class Look:
 
 @dataclass(frozen=True)
 class LevelView:
-    """A level at an exit. `reach` is the chance that the verdict comes to it; the first level's `depth` is 1."""
+    """A level at an exit. `reach` is the chance that the verdict comes to it; the first level's `depth` is 1.
+
+    `target` tells the base models apart.
+    """
 
     confidence: float
     reach: float
     depth: int
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,10 @@ class ExitGate(Protocol):
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         """What the way to the next exit took, its head and ranking included."""
 
-    def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
+    def observe_choice(self, target: str, looks: Sequence[Look], token_id: int) -> None:
         """What was chosen at a row that the verdict came to, and what the exits had said there, one after the other."""
 
-    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+    def observe_round(self, target: str, seconds: float, num_tokens: int, num_right: int) -> None:
         """How long a whole round of a request took, verifier included, how many tokens came of it, and how many levels
         of the tree had the token that was chosen there, one after the other."""
 
@@ -77,18 +85,16 @@ class LearnedGate:
     """The gate described above."""
 
     def __init__(self) -> None:
-        self._gains: dict[tuple[int, int], _Gain] = {}
         self._stage_s: dict[Stage, _Average] = {}
-        self._token_s = _Average(_CLOCK_RATE)
-        self._following: list[_Average] = []
+        self._targets: OrderedDict[str, _Target] = OrderedDict()
 
     def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
-        price, token_s = self._stage_s.get(stage), self._token_s.value
-        if price is None or price.value is None or token_s is None:
+        price = self._stage_s.get(stage)
+        if price is None or price.value is None:
             return [True] * len(levels)  # nothing is known yet
-        gains = [self._gain(stage.exit_index, level.confidence) for level in levels]
+        gains = [self._target(level.target).gain(stage.exit_index, level.confidence) for level in levels]
         worth = [
-            gain.value * level.reach * (1.0 + self._num_following(level.depth)) * token_s
+            gain.value * level.reach * self._target(level.target).seconds_of(level.depth)
             for gain, level in zip(gains, levels, strict=True)
         ]
         wanted = [value > price.value for value in worth]
@@ -100,10 +106,40 @@ class LearnedGate:
     def observe_stage(self, stage: Stage, seconds: float) -> None:
         self._stage_s.setdefault(stage, _Average(_CLOCK_RATE)).add(seconds)
 
-    def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
+    def observe_choice(self, target: str, looks: Sequence[Look], token_id: int) -> None:
         for exit_index, (look, deeper) in enumerate(itertools.pairwise(looks)):
             helped = (token_id in deeper.token_ids) - (token_id in look.token_ids)
-            self._gain(exit_index, look.confidence).observe(helped)
+            self._target(target).gain(exit_index, look.confidence).observe(helped)
+
+    def observe_round(self, target: str, seconds: float, num_tokens: int, num_right: int) -> None:
+        self._target(target).observe_round(seconds, num_tokens, num_right)
+
+    def _target(self, target: str) -> _Target:
+        """What is known of a base model; the one unheard of for longest is forgotten."""
+        known = self._targets.pop(target, None) or _Target()
+        self._targets[target] = known
+        if len(self._targets) > _MAX_TARGETS:
+            self._targets.popitem(last=False)
+        return known
+
+
+class _Target:
+    """How well exits guess for one base model, and what its tokens are worth."""
+
+    def __init__(self) -> None:
+        self._gains: dict[tuple[int, int], _Gain] = {}
+        self._token_s = _Average(_CLOCK_RATE)
+        self._following: list[_Average] = []
+
+    def gain(self, exit_index: int, confidence: float) -> _Gain:
+        """Of going on from an exit at such a confidence."""
+        confidence_class = sum(confidence >= border for border in _CLASS_BORDERS)
+        return self._gains.setdefault((exit_index, confidence_class), _Gain())
+
+    def seconds_of(self, depth: int) -> float:
+        """What a right token at a level is worth, with those that are accepted below it; no end before any is known."""
+        known = self._following[depth - 1].value if depth <= len(self._following) else None
+        return math.inf if self._token_s.value is None else (1.0 + (known or 0.0)) * self._token_s.value
 
     def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
         self._token_s.add(seconds / num_tokens)
@@ -111,15 +147,6 @@ class LearnedGate:
             self._following.append(_Average(_FOLLOW_RATE))
         for depth in range(1, num_right + 1):
             self._following[depth - 1].add(num_right - depth)
-
-    def _gain(self, exit_index: int, confidence: float) -> _Gain:
-        confidence_class = sum(confidence >= border for border in _CLASS_BORDERS)
-        return self._gains.setdefault((exit_index, confidence_class), _Gain())
-
-    def _num_following(self, depth: int) -> float:
-        """Tokens that are accepted below a level whose token was."""
-        known = self._following[depth - 1].value if depth <= len(self._following) else None
-        return known or 0.0
 
 
 class _Gain:

@@ -60,7 +60,8 @@ class _Level:
         """What the gate looks at."""
         tree = self.drafting.tree
         reach = 1.0 if self.is_first else sum(math.exp(tree.log_values[row - 1]) for row in self.rows)
-        return LevelView(self.confidences[-1], min(1.0, reach), self.drafting.level + 1)
+        session = self.drafting.job.session
+        return LevelView(self.confidences[-1], min(1.0, reach), self.drafting.level + 1, session.target)
 
     def look(self, candidates: list[Candidates]) -> None:
         """Take note of what an exit says; confidence is the best candidates' probability, rows weighed by theirs."""
@@ -80,11 +81,13 @@ class EarlyExits:
         decoder: Decoder,
         pool: KVPool,
         gate: ExitGate,
+        max_batch_rows: int = 512,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._gate = gate
+        self._max_batch_rows = max_batch_rows
         self._clock_ns = clock_ns
         self._entered: dict[tuple[tuple[int, ...], ...], EnteredPass] = {}
 
@@ -94,7 +97,8 @@ class EarlyExits:
         now_ns = self._clock_ns()
         if exits.began_ns is not None and exits.looks:
             num_right = self._learn(state, job.session.token_ids[-job.num_new_tokens :])
-            self._gate.observe_round((now_ns - exits.began_ns) * _NS, job.num_new_tokens, num_right)
+            elapsed_s = (now_ns - exits.began_ns) * _NS
+            self._gate.observe_round(job.session.target, elapsed_s, job.num_new_tokens, num_right)
         exits.began_ns = now_ns
 
     def _learn(self, state: SessionState, chosen: Sequence[int]) -> int:
@@ -106,7 +110,7 @@ class EarlyExits:
         for token_id in chosen:
             if row not in looks:
                 break
-            self._gate.observe_choice(looks[row], token_id)
+            self._gate.observe_choice(state.session.target, looks[row], token_id)
             children = (child for child, parent_row in enumerate(tree.parent_rows) if parent_row == row)
             row = next((child + 1 for child in children if tree.token_ids[child] == token_id), None)
             num_right += row is not None
@@ -215,14 +219,32 @@ class EarlyExits:
 
     def _run(
         self, segments: Sequence[Segment], plan: LayerPlan, layers: range, hidden: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        """What each segment's rows come to at the end of `layers`."""
-        # Within a level the same slots are the same rows, which see the same: only the first stage lays them out.
-        key = tuple(tuple(segment.slots) for segment in segments)
-        if key not in self._entered:
-            self._entered[key] = self._decoder.enter(self._decoder.lay_out(segments), self._pool)
-        hidden = self._decoder.forward_between(self._entered[key], plan, layers, hidden)
-        return torch.split(hidden, [len(segment) for segment in segments])
+    ) -> list[torch.Tensor]:
+        """What each segment's rows, of a session each, come to at the end of `layers`; in passes of bounded size."""
+        counts = [len(segment) for segment in segments]
+        before = [None] * len(segments) if hidden is None else torch.split(hidden, counts)
+        arrived: list[torch.Tensor] = []
+        for part in self._pieces(counts):
+            inside, entrance = segments[part.start : part.stop], before[part.start : part.stop]
+            # Within a level the same slots are the same rows, which see the same: only the first stage lays them out.
+            key = tuple(tuple(segment.slots) for segment in inside)
+            if key not in self._entered:
+                self._entered[key] = self._decoder.enter(self._decoder.lay_out(inside), self._pool)
+            known = [each for each in entrance if each is not None]
+            come = self._decoder.forward_between(self._entered[key], plan, layers, torch.cat(known) if known else None)
+            arrived += torch.split(come, counts[part.start : part.stop])
+        return arrived
+
+    def _pieces(self, counts: Sequence[int]) -> list[range]:
+        """Segments that fit one pass together, each in one piece."""
+        pieces, num_rows = [range(0)], 0
+        for index, count in enumerate(counts):
+            num_rows += count
+            if num_rows > self._max_batch_rows and len(pieces[-1]):
+                pieces.append(range(index, index))
+                num_rows = count
+            pieces[-1] = range(pieces[-1].start, index + 1)
+        return pieces
 
 
 def _exits(state: SessionState) -> ExitState:

@@ -77,7 +77,7 @@ class LayerParallelSource:
         self._ranking = ranking
         self._max_batch_rows = max_batch_rows
         self._decoder = decoder
-        self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate())
+        self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate(), max_batch_rows)
         self._memory = memory
         self._max_tree_slots = max_tree_slots
         self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk, ROW_BUCKETS)

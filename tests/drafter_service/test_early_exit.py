@@ -14,6 +14,9 @@ import torch
 from drafter_service.exit_gate import LevelView, Look, Stage
 from drafter_service.sources.early_exit import MAX_WAITING
 from easyspec.errors import InvalidRequestError
+from easyspec.model.decoder import EnteredPass
+from easyspec.model.kv_cache import KVPool
+from easyspec.model.row_layout import RowLayout
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
@@ -61,10 +64,10 @@ class ScriptedGate:
         assert seconds >= 0.0
         self.stages.append(stage)
 
-    def observe_choice(self, looks: Sequence[Look], token_id: int) -> None:
+    def observe_choice(self, target: str, looks: Sequence[Look], token_id: int) -> None:
         self.choices.append(tuple(looks))
 
-    def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
+    def observe_round(self, target: str, seconds: float, num_tokens: int, num_right: int) -> None:
         assert seconds > 0.0
         self.rounds.append((num_tokens, num_right))
 
@@ -257,6 +260,33 @@ def test_sessions_that_leave_at_different_exits_share_passes(exits_core: CoreDri
     assert [draft.tree for draft in exits_core.finish(asked)] == alone
     for session_id in ids:
         exits_core.close(session_id)
+
+
+def test_passes_are_of_bounded_size(
+    exits_core: CoreDriver, gate: ScriptedGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits in many sessions may be many rows; in pieces it comes to the same."""
+    counts: list[int] = []
+    early_exits = exits_core.source._early_exits
+    enter = early_exits._decoder.enter
+
+    def counted(layout: RowLayout, pool: KVPool) -> EnteredPass:
+        counts.append(sum(layout.num_rows))
+        return enter(layout, pool)
+
+    monkeypatch.setattr(early_exits._decoder, "enter", counted)
+    outcomes = []
+    for most_rows in (512, 6):
+        monkeypatch.setattr(early_exits, "_max_batch_rows", most_rows)
+        gate.decide = every_second_level
+        ids = [exits_core.open(PROMPT[: 90 + index], SAMPLED, STAGED, sources=BOTH) for index in range(3)]
+        counts.clear()
+        asked = [exits_core.ask(one, 90 + index, [9, 8], BUDGET) for index, one in enumerate(ids)]
+        outcomes.append([draft.tree for draft in exits_core.finish(asked)])
+        for session_id in ids:
+            exits_core.close(session_id)
+    assert outcomes[0] == outcomes[1]
+    assert max(counts) <= 2 * BUDGET.width  # those of one session, with those they descend from
 
 
 def test_alone_it_never_goes_deeper_than_the_last_early_exit(exits_core: CoreDriver, gate: ScriptedGate) -> None:

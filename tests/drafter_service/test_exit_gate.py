@@ -12,6 +12,7 @@ FIRST = Stage(0, is_first=True, catches_up=False)
 LATER = Stage(0, is_first=False, catches_up=False)
 SURE, UNSURE = 0.99, 0.3
 TOKEN_S = 0.01
+BASE = ""
 
 
 def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: int = 400) -> LearnedGate:
@@ -20,10 +21,10 @@ def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: 
     for stage in (FIRST, LATER):
         gate.observe_stage(stage, stage_s)
     for _ in range(num_places):
-        gate.observe_round(3 * TOKEN_S, num_tokens=3, num_right=2)
+        gate.observe_round(BASE, 3 * TOKEN_S, num_tokens=3, num_right=2)
         for confidence, gain in gain_of.items():
             deeper = (7,) if generator.random() < gain else (9,)
-            gate.observe_choice([Look(confidence, (9,)), Look(confidence, deeper)], 7)
+            gate.observe_choice(BASE, [Look(confidence, (9,)), Look(confidence, deeper)], 7)
     return gate
 
 
@@ -75,8 +76,24 @@ def test_now_and_then_a_level_goes_on_so_that_the_gate_hears_of_it() -> None:
 
 def test_it_changes_its_mind_and_an_outlier_does_not_change_it() -> None:
     gate = gate_that_has_seen({UNSURE: 0.25}, stage_s=0.05 * TOKEN_S)
-    gate.observe_round(3600.0, num_tokens=1, num_right=0)  # a client that paused for an hour
+    gate.observe_round(BASE, 3600.0, num_tokens=1, num_right=0)  # a client that paused for an hour
     assert share_going_on(gate, LATER, LevelView(UNSURE, 0.02, 2)) < 0.1
     for _ in range(2000):
-        gate.observe_choice([Look(UNSURE, (7,)), Look(UNSURE, (7,))], 7)
+        gate.observe_choice(BASE, [Look(UNSURE, (7,)), Look(UNSURE, (7,))], 7)
     assert share_going_on(gate, LATER, LevelView(UNSURE, 1.0, 2)) < 0.1
+
+
+def test_what_one_base_model_taught_is_not_held_against_another() -> None:
+    gate = gate_that_has_seen({UNSURE: 0.0}, stage_s=0.05 * TOKEN_S)
+    gate.observe_round("other", TOKEN_S, num_tokens=1, num_right=0)
+    for _ in range(100):
+        gate.observe_choice("other", [Look(UNSURE, (9,)), Look(UNSURE, (7,))], 7)
+    assert share_going_on(gate, LATER, LevelView(UNSURE, 1.0, 2)) < 0.1
+    assert share_going_on(gate, LATER, LevelView(UNSURE, 1.0, 2, "other")) == 1.0
+
+
+def test_base_models_beyond_a_bound_are_forgotten() -> None:
+    gate = gate_that_has_seen({UNSURE: 0.0}, stage_s=0.05 * TOKEN_S)
+    for number in range(100):
+        gate.observe_round(f"made up {number}", TOKEN_S, num_tokens=1, num_right=0)
+    assert share_going_on(gate, LATER, LevelView(UNSURE, 1.0, 2)) == 1.0  # as if nothing were known
