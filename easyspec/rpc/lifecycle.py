@@ -38,9 +38,10 @@ _PARTS_POLL_S = 0.5
 _SERVER_OPTIONS = (
     # Two servers must not share a port by accident, which is gRPC's default.
     ("grpc.so_reuseport", 0),
-    # Clients ping every 30 s, also during a long prefill; the default rules answer that with GOAWAY.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients ping: every 30 s, also during a long prefill, and beside data, to learn what the connection can carry. The
+    # default rules take what comes in a pause for abuse and end the connection with every stream on it ("Too many
+    # pings"), a machine short of CPU time being enough. What is queued for a peer that floods is bounded without them.
+    ("grpc.http2.max_ping_strikes", 0),
     # Clients look names up when they connect, and at no other time: only so do they find replicas that were added.
     # Streams that are open go on over the old connection until they end.
     ("grpc.max_connection_age_ms", 60_000),

@@ -110,6 +110,31 @@ async def test_a_health_watcher_does_not_hold_up_draining() -> None:
         assert (await watch.read()).status == Status.Value("NOT_SERVING")
 
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and SETTINGS, all default
+PING = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"whatever"
+PING_TYPE, GO_AWAY_TYPE, ACK = 6, 7, 1
+
+
+async def until_ping_answered(reader: asyncio.StreamReader) -> None:
+    kind, flags = None, 0
+    while (kind, flags) != (PING_TYPE, ACK):
+        header = await asyncio.wait_for(reader.readexactly(9), 10)
+        await reader.readexactly(int.from_bytes(header[:3], "big"))
+        kind, flags = header[3], header[4]
+        assert kind != GO_AWAY_TYPE
+
+
+async def test_pings_in_a_pause_end_no_connection() -> None:
+    async with serving(VerifierServer(FakeVerifierEngine("base"))) as address:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(PREFACE)
+        for _ in range(10):
+            writer.write(PING)
+            await until_ping_answered(reader)
+        writer.close()
+
+
 async def test_reflection_lists_the_services() -> None:
     async with serving(VerifierServer(FakeVerifierEngine("base"))) as address, open_channel(address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
