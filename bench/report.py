@@ -1,4 +1,4 @@
-"""Render docs/benchmarks.md from docs/benchmarks/*.json: `python -m bench.report`."""
+"""Render docs/benchmarks.md, and a part of docs/planning.md, from docs/benchmarks/*.json: `python -m bench.report`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from bench import planner_report
 from bench.machine import REPOSITORY
 from bench.source_report import plot_sources, sources_section
 from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
 TARGET = REPOSITORY / "docs" / "benchmarks.md"
+GLOO_ROUNDS = RESULTS / "gloo-rounds.json"
 
 _HEAD = """# Benchmarks
 
@@ -48,7 +50,7 @@ def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Rewrite docs/benchmarks.md."""
+    """Rewrite docs/benchmarks.md and the tables of measured ranks in docs/planning.md."""
     files = [*sorted(RESULTS.glob("decode-*.json")), *sorted(RESULTS.glob("serve-*.json"))]
     content = render({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files})
     for path in sorted(RESULTS.glob("sources-*.json")):
@@ -56,6 +58,9 @@ def main() -> int:
         plot_sources(report, path.with_suffix(".svg"))
         content += "\n" + sources_section(path.name, report)
     TARGET.write_text(content, "utf-8")
+    if GLOO_ROUNDS.is_file():
+        report = json.loads(GLOO_ROUNDS.read_text(encoding="utf-8"))
+        planner_report.refresh(REPOSITORY / "docs" / "planning.md", report)
     print(f"{TARGET.relative_to(REPOSITORY)}: {len(files)} runs")
     return 0
 

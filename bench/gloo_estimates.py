@@ -1,0 +1,99 @@
+"""The planner's estimates from measured constants, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.gloo_constants import KERNELS, Constants
+from bench.gloo_models import BASE, DRAFT
+from bench.gloo_passes import (
+    BY_OWNER,
+    CALIBRATED_ROWS,
+    REPLICATED,
+    SHARDED_MLPS,
+    TENSOR_PARALLEL,
+    WORKLOAD,
+    RoundTimes,
+)
+from easyspec.planner.costs import CostModel, Load
+from easyspec.planner.hardware import Device, Stack
+from easyspec.planner.planner import draft_pass_us
+from easyspec.planner.scheme import DraftScheme
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: estimated and measured, milliseconds."""
+
+    num_ranks: int
+    scheme: str
+    figure: str
+    model_ms: float
+    measured_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 the model is too slow."""
+        return self.model_ms / self.measured_ms
+
+
+def cost_model(constants: Constants) -> CostModel:
+    """The planner's cost model with every constant measured, but for the kernels of a layer, which are counted."""
+    device = Device(
+        name=f"one of {constants.num_ranks} ranks on this CPU",
+        memory_bytes=0.0,
+        memory_bytes_per_s=constants.memory_bytes_per_s,
+        flops_per_s=constants.flops_per_s,
+        link_bytes_per_s=constants.link_bytes_per_s,
+        source="measured",
+    )
+    stack = Stack(
+        name="gloo",
+        launch_us=0.0,
+        kernel_floor_us=constants.op_us,
+        attention_kernels=KERNELS.attention_kernels,
+        mlp_kernels=KERNELS.mlp_kernels,
+        collective_us=constants.collective_us,
+        order_us=constants.order_us,
+        memory_efficiency=1.0,
+        compute_efficiency=1.0,
+        source="measured",
+    )
+    return CostModel(device, stack)
+
+
+def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) -> Iterator[Row]:
+    """Estimates of a round's parts beside the measurement."""
+    costs, w = cost_model(constants), WORKLOAD
+    calibrate, level = Load(CALIBRATED_ROWS, w.context_tokens), Load(w.tree_width, w.context_tokens)
+    calibrate_ms = draft_pass_us(costs, DRAFT, scheme, calibrate, is_calibration=True) / 1e3
+    fuzzy_ms = draft_pass_us(costs, DRAFT, scheme, level, is_calibration=False) / 1e3
+    verify = Load(w.num_nodes + 1, w.context_tokens)
+    verify_ms = costs.tensor_parallel_us(BASE, verify, constants.num_ranks) / 1e3
+    round_ms = calibrate_ms + (w.num_levels - 1) * fuzzy_ms + verify_ms
+    figures = {
+        "calibrate": (calibrate_ms, measured.calibrate_ms),
+        "step": (fuzzy_ms, measured.fuzzy_step_ms),
+        "verify": (verify_ms, measured.verify_ms),
+        "round": (round_ms, measured.round_ms),
+    }
+    for figure, (model_ms, measured_ms) in figures.items():
+        yield Row(constants.num_ranks, scheme.name, figure, model_ms, measured_ms)
+
+
+def calibration_rows(constants: Constants, measured: dict[str, float]) -> Iterator[Row]:
+    """Ways to compute the exact pass over ranks: the model's figure, without orders, beside the measurement."""
+    costs, ranks, load = cost_model(constants), constants.num_ranks, Load(CALIBRATED_ROWS, WORKLOAD.context_tokens)
+    attention_us, mlp_us = costs.attention_us(DRAFT, load), costs.mlp_us(DRAFT, load)
+    hidden_bytes = DRAFT.bytes_per_value * load.num_rows * DRAFT.hidden_size
+    gather_us, sum_us = costs.all_gather_us(ranks * hidden_bytes, ranks), costs.all_reduce_us(hidden_bytes, ranks)
+    layer_us = {
+        REPLICATED: attention_us + mlp_us,
+        BY_OWNER: attention_us + gather_us + mlp_us,
+        SHARDED_MLPS: attention_us + costs.mlp_us(DRAFT, load, 1, ranks) + sum_us,
+    }
+    model_us = {way: DRAFT.num_layers * us + costs.head_us(DRAFT, load) for way, us in layer_us.items()}
+    model_us[TENSOR_PARALLEL] = costs.tensor_parallel_us(DRAFT, load, ranks)
+    for way, measured_ms in measured.items():
+        yield Row(ranks, way, "exact pass", model_us[way] / 1e3, measured_ms)
