@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gloo_models import NUM_SLOTS, TINY, decoder_pass
+from bench.gloo_models import NUM_SLOTS, TINY, decoder_pass, typical
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KVPool
@@ -55,8 +55,7 @@ def measure_constants(ranks: Ranks, models: Path) -> Constants:
     gather_us, order_us = {}, 0.0
     if ranks.size > 1:
         for num_bytes in PART_BYTES:
-            part = torch.zeros(num_bytes // 4)
-            gather_us[num_bytes] = _each_us(ranks, products, partial(ranks.gather, part))
+            gather_us[num_bytes] = _each_us(ranks, products, partial(ranks.gather, torch.zeros(num_bytes // 4)))
         payload = b"order" if ranks.rank == 0 else None
         order_us = _each_us(ranks, products, lambda: ranks.share(payload))
     latency_us, link = _fit(gather_us, ranks.size)
@@ -104,7 +103,7 @@ def _each_us(ranks: Ranks, products: list[Linear], collective: Callable[[], obje
 
 
 def _together(ranks: Ranks, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes: median over repeats, mean over the ranks, which all do it at once."""
+    """Seconds that `work` takes: lower quartile of repeats, mean over the ranks, which all do it at once."""
     work()
     times = []
     for _ in range(_REPEATS):
@@ -112,8 +111,8 @@ def _together(ranks: Ranks, work: Callable[[], object]) -> float:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    median = torch.tensor(statistics.median(times), dtype=torch.float64)
-    return float(ranks.gather(median).mean())
+    own = torch.tensor(typical(times), dtype=torch.float64)
+    return float(ranks.gather(own).mean())
 
 
 def _fit(gather_us: dict[int, float], num_ranks: int) -> tuple[float, float]:

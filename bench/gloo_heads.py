@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from bench.gloo_models import typical
 from easyspec.parallel.ranks import GroupRanks
 from easyspec.parallel.shard import Shard
 from easyspec.speculation.parameters import SamplingParameters
@@ -72,4 +72,4 @@ def _timed(ranks: GroupRanks, choose: Callable[[], object]) -> tuple[float, int]
         choose()
         times.append(1e3 * (time.perf_counter() - started))
         num_bytes = ranks.num_bytes["gather"] - num_bytes
-    return statistics.median(times[_WARM_UPS:]), num_bytes
+    return typical(times[_WARM_UPS:]), num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ DRAFT = ModelShape("draft", 10, 512, 8, 4, 64, 1408, 8192, bytes_per_value=4)
 # So narrow that only the number of operations counts.
 TINY = ModelShape("tiny", 12, 64, 4, 2, 16, 128, 256, bytes_per_value=4)
 NUM_SLOTS = 1024
+
+
+def typical(times: Sequence[float]) -> float:
+    """The lower quartile: what disturbs a measurement only ever adds to it, and a busy host does so often."""
+    return sorted(times)[len(times) // 4]
 
 
 def write_model(folder: Path, shape: ModelShape) -> Path:

@@ -7,7 +7,6 @@ of the one, which is one broadcast a turn that services, whose roles are process
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gloo_models import NUM_SLOTS, chain, decoder_pass
+from bench.gloo_models import NUM_SLOTS, chain, decoder_pass, typical
 from easyspec.model.attention import flat_attention
 from easyspec.model.config import ModelConfig, load_config
 from easyspec.model.decoder import Decoder
@@ -44,7 +43,7 @@ REPLICATED, BY_OWNER, SHARDED_MLPS, TENSOR_PARALLEL = (
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Medians over rounds, milliseconds."""
+    """Lower quartiles of rounds, milliseconds."""
 
     calibrate_ms: float
     fuzzy_step_ms: float
@@ -92,9 +91,7 @@ def measure_rounds(base: Model, draft: Model, scheme: DraftScheme, ranks: Ranks,
         times.append(time.perf_counter())
         base.decoder.dismiss_followers()
         rounds.append([1e3 * (time.perf_counter() - times[0]), *(1e3 * (b - a) for a, b in itertools.pairwise(times))])
-    round_ms, calibrate_ms, fuzzy_ms, verify_ms = (
-        statistics.median(column) for column in zip(*rounds[_WARM_UPS:], strict=True)
-    )
+    round_ms, calibrate_ms, fuzzy_ms, verify_ms = (typical(column) for column in zip(*rounds[_WARM_UPS:], strict=True))
     return RoundTimes(calibrate_ms, fuzzy_ms / (w.num_levels - 1), verify_ms, round_ms)
 
 
@@ -150,4 +147,4 @@ def _median_ms(draft: Model, layer_pass: _Layer, num_passes: int) -> float:
             hidden = layer_pass(layer, hidden, state)
         decoder.logits(unit_rms(hidden, decoder.config.rms_norm_eps), range(CALIBRATED_ROWS))
         times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[_WARM_UPS:])
+    return typical(times[_WARM_UPS:])

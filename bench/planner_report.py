@@ -31,7 +31,7 @@ def section(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"`{report['command'].strip()}`, commit {report['commit']}, {report['date']}; {machine['cpu']}, "
-            f"{machine['cores']} cores, torch {machine['torch']}; medians of {report['num_rounds']} rounds; "
+            f"{machine['cores']} cores, torch {machine['torch']}; lower quartiles of {report['num_rounds']} rounds; "
             f"other processes took {report['others_cpu_share']:.0%} of the CPU time meanwhile.\n",
             "Constants, each measured while all ranks do the same:\n",
             markdown_table(_CONSTANT_COLUMNS, [group["constants"] for group in groups]) + "\n",
@@ -77,12 +77,15 @@ def _rounds(groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
     for group in groups:
         for scheme in dict.fromkeys(row["scheme"] for row in group["rows"] if row["figure"] == "round"):
             figures = {row["figure"]: row for row in group["rows"] if row["scheme"] == scheme}
-            yield {"scheme": scheme, "ranks": group["constants"]["num_ranks"], **figures}
+            alone = next(row for row in groups[0]["rows"] if row["figure"] == "round")  # TP-1
+            speed = " / ".join(f"{alone[key] / figures['round'][key]:.2f}" for key in ("model_ms", "measured_ms"))
+            yield {"scheme": scheme, "ranks": group["constants"]["num_ranks"], "speed": speed, **figures}
 
 
 def _round_columns() -> list[Any]:
     figures = [(figure, lambda row, figure=figure: _cell(row[figure])) for figure in _ROUND_FIGURES]
-    return [("drafter", lambda row: row["scheme"]), ("ranks", lambda row: str(row["ranks"])), *figures]
+    names = [("drafter", lambda row: row["scheme"]), ("ranks", lambda row: str(row["ranks"]))]
+    return [*names, *figures, ("rounds, x the first row's", lambda row: row["speed"])]
 
 
 def _exact_passes(groups: Sequence[Any]) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,8 @@ from easyspec.planner.shape import ModelShape
 
 # KV pools worth planning for, in tokens: as many as the planner assumes, or what small GPUs have room for.
 _KV_TOKENS = (65_536, 16_384, 4096)
+# A pool for more serves nobody, and its slots are counted on the host.
+_MOST_KV_TOKENS = 2**20
 _SMALLEST_WORKLOAD = Workload(kv_tokens=_KV_TOKENS[-1])
 
 
@@ -100,7 +102,8 @@ def _fastest(
         placed = Placement(plan.verifier_ranks, best.scheme.num_ranks, reason, _layer_flags(best.scheme))
         schemes = [best.scheme]
     fitting = [kv_tokens_that_fit(device.memory_bytes, base, draft, plan.verifier_ranks, scheme) for scheme in schemes]
-    return replace(placed, num_kv_slots=min(fitting, default=None), has_drafter=bool(fitting))
+    num_kv_slots = min([*fitting, _MOST_KV_TOKENS]) if fitting else None
+    return replace(placed, num_kv_slots=num_kv_slots, has_drafter=bool(fitting))
 
 
 def as_asked(wishes: Wishes, reason: str) -> Placement:
@@ -141,7 +144,7 @@ def _fewest_ranks(base: ModelShape, draft: ModelShape | None, gpus: Sequence[Gpu
     scheme = next(draft_schemes(draft, 1))  # sequential, on one GPU
     for ranks in candidates:
         if missing_bytes(memory_bytes, base, draft, ranks, scheme, kv_tokens) <= 0:
-            slots = kv_tokens_that_fit(memory_bytes, base, draft, ranks, scheme)
+            slots = min(kv_tokens_that_fit(memory_bytes, base, draft, ranks, scheme), _MOST_KV_TOKENS)
             # A layer plan of the drafter's own choice would hold weights twice.
             flags = {"--layer-parallel-size": "1", **asked.layer_flags}
             return replace(asked, verifier_ranks=ranks, layer_flags=flags, num_kv_slots=slots)
