@@ -16,7 +16,7 @@ from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
+from easyspec.speculation.sources import DraftSources
 
 # Nodes worth less than this cost the verifier more than they can bring.
 DEFAULT_MIN_NODE_VALUE = 0.002
@@ -54,7 +54,7 @@ class FusedDrafting:
         target: str = "",
     ) -> None:
         """Take a request to the base model `target` up; its prompt is read piece by piece."""
-        text = TextDrafting(self._resources, sources & TEXT_SOURCES, sampling)
+        text = TextDrafting(self._resources, sources, sampling)
         self._requests[session_id] = _Request(text, self._estimates.of(target), [*token_ids])
 
     def close(self, session_id: int) -> None:

@@ -10,7 +10,7 @@ from drafter_service.fusion import PathGuesser
 from drafter_service.sources.datastore import Datastore, Found, TrieNode, predict_in_trie
 from drafter_service.sources.ngram import AdaptiveNgrams
 from drafter_service.sources.own_text import OwnText
-from drafter_service.sources.prediction import Prediction, coupled
+from drafter_service.sources.prediction import ALONE, BESIDE_A_MODEL, Breadth, Prediction, coupled
 from drafter_service.sources.suffix_automaton import Place
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
@@ -48,7 +48,7 @@ class RoundNoise:
 
 
 class TextDrafting:
-    """One request's text, as its sources see it. Holds nothing of any other request."""
+    """One request's text, as those of its `sources` that read text see it. Holds nothing of any other request."""
 
     def __init__(self, resources: TextResources, sources: DraftSources, sampling: SamplingParameters) -> None:
         self._sampling = sampling
@@ -61,6 +61,8 @@ class TextDrafting:
             self._datastore = Datastore(resources.index) if resources.index is not None else None
         if DraftSources.NGRAM in sources:
             self._ngrams = AdaptiveNgrams(resources.max_ngram_contexts, resources.prior)
+        has_model = DraftSources.MODEL in sources
+        self._breadth = BESIDE_A_MODEL if has_model else ALONE
         self._recent: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -73,7 +75,7 @@ class TextDrafting:
 
     def guessers(self, base_length: int) -> list[PathGuesser]:
         """Everybody who has something to say after the `base_length` committed tokens; looks things up."""
-        coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length))
+        coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length), self._breadth)
         guessers: list[PathGuesser] = []
         if self._own is not None:
             guessers.append(_OwnTextGuesser(self._own, coupling))
@@ -91,11 +93,13 @@ class _Coupling:
 
     sampling: SamplingParameters
     noise: RoundNoise
+    breadth: Breadth
 
     def __call__(self, prediction: Prediction | None, depth: int) -> Stated | None:
         if prediction is None:
             return None
-        return Stated(coupled(prediction, self.sampling, self.noise.level(depth)), prediction.evidence)
+        probabilities = coupled(prediction, self.sampling, self.noise.level(depth), self.breadth)
+        return Stated(probabilities, prediction.evidence)
 
 
 class _OwnTextGuesser:
@@ -127,7 +131,7 @@ class _DatastoreGuesser:
 
     def step(self, cursor: object, token_id: int) -> object | None:
         assert isinstance(cursor, TrieNode)
-        return cursor.children.get(token_id)
+        return cursor.child(token_id)
 
     def state(self, cursor: object, depth: int) -> Stated | None:
         assert isinstance(cursor, TrieNode)

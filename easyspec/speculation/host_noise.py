@@ -26,20 +26,25 @@ class HostNoise:
 
 
 class PositionNoise:
-    """Gumbel noise by token id, at one position of one request."""
+    """Gumbel noise by token id, at one position of one request; what was asked once is remembered."""
 
-    __slots__ = ("_stream",)
+    __slots__ = ("_known", "_stream")
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
+        self._known: dict[int, float] = {}
 
     def __call__(self, token_id: int) -> float:
+        known = self._known.get(token_id)
+        if known is not None:
+            return known
         # splitmix64's finaliser, written out: this is the inner loop of drafting from text.
         bits = ((token_id + 1) * _STREAM_INCREMENT + self._stream) & _MASK_64
         bits = ((bits ^ (bits >> 30)) * _FIRST_MULTIPLIER) & _MASK_64
         bits = ((bits ^ (bits >> 27)) * _SECOND_MULTIPLIER) & _MASK_64
         bits = (bits ^ (bits >> 31)) >> (64 - _UNIFORM_BITS)
-        return -math.log(-math.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        noise = self._known[token_id] = -math.log(-math.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        return noise
 
 
 def _element(index: int, state: int) -> int:
