@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
 from drafter_service.estimates_by_target import EstimatesByTarget
-from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
+from drafter_service.fusion import AllowedAfter, FusedTree, PathGuesser, fuse, learn
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
 from easyspec.speculation.parameters import SamplingParameters
@@ -80,10 +80,16 @@ class FusedDrafting:
             pass
         request.guessers = request.text.guessers(request.num_read)
 
-    def finish(self, session_id: int, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
-        """The round's tree; `model` has the draft model's, where it takes part."""
+    def finish(
+        self,
+        session_id: int,
+        model: ModelGuesser | None,
+        num_nodes: int,
+        allowed_after: AllowedAfter | None = None,
+    ) -> FusedTree:
+        """The round's tree; `model` has the draft model's, where it takes part: what is allowed only."""
         request = self._requests[session_id]
         guessers = request.guessers if model is None else [model, *request.guessers]
         request.guessers = []
-        request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value)
+        request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value, allowed_after)
         return request.last

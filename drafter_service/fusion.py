@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate, Guesser, JudgedPlace, RequestBias, Stated
+from drafter_service.grammar_preference import may_follow
 from easyspec.speculation.sources import NO_SOURCES, DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
@@ -33,6 +37,10 @@ _SOURCE_OF: Mapping[Guesser, DraftSources] = {
     Guesser.DATASTORE: DraftSources.RETRIEVAL,
     Guesser.NGRAM: DraftSources.NGRAM,
 }
+
+
+AllowedAfter: TypeAlias = Callable[[Sequence[int]], "NDArray[np.uint8] | None"]
+"""Bits of the tokens that may follow a path, as `GrammarPreference.allowed_after` has them."""
 
 
 class PathGuesser(Protocol):
@@ -74,8 +82,10 @@ class GrowingUnion:
         estimate: AcceptanceEstimate,
         bias: RequestBias,
         min_value: float = 0.0,
+        allowed_after: AllowedAfter | None = None,
     ) -> None:
         self._guessers = guessers
+        self._allowed_after = allowed_after
         self._estimate = estimate
         self._bias = bias
         self._min_value = min_value
@@ -102,6 +112,8 @@ class GrowingUnion:
             is_spared = guesser.kind is Guesser.NGRAM and stated and self.values[row] < _MIN_NGRAM_VALUE
             if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
                 stated[guesser.kind] = said
+        if stated and self._allowed_after is not None:
+            stated = _without_forbidden(stated, self._allowed_after(self._path_token_ids(row)))
         if not stated:
             return
         place = self._estimate.judge(stated, depth, self._bias)
@@ -127,6 +139,13 @@ class GrowingUnion:
             for guesser, cursor in zip(self._guessers, self._cursors[self.parent_rows[row - 1]], strict=True)
         ]
 
+    def _path_token_ids(self, row: int) -> tuple[int, ...]:
+        path: list[int] = []
+        while row > 0:
+            path.append(self.token_ids[row - 1])
+            row = self.parent_rows[row - 1]
+        return tuple(reversed(path))
+
     def add_best(self) -> int | None:
         """Make the most valuable candidate a node and return its row; None if there is none worth it."""
         if not self._heap:
@@ -150,6 +169,18 @@ class GrowingUnion:
         return FusedTree(ScoredTree(tree, log_values), tuple(self.node_sources), self.places)
 
 
+def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
+    """What was said without tokens that a grammar forbids; guessers who said nothing else are left out."""
+    if bits is None:
+        return dict(stated)
+    kept: dict[Guesser, Stated] = {}
+    for guesser, said in stated.items():
+        allowed = {token_id: value for token_id, value in said.probabilities.items() if may_follow(bits, token_id)}
+        if allowed:
+            kept[guesser] = Stated(allowed, said.evidence)
+    return kept
+
+
 @cache
 def _sources_of(case: int) -> DraftSources:
     """The sources that named a candidate."""
@@ -166,9 +197,13 @@ def fuse(
     bias: RequestBias,
     num_nodes: int,
     min_value: float = 0.0,
+    allowed_after: AllowedAfter | None = None,
 ) -> FusedTree:
-    """The `num_nodes` most valuable nodes of all guesses, fewer where they are worth less than `min_value`."""
-    growing = GrowingUnion(guessers, estimate, bias, min_value)
+    """The `num_nodes` most valuable nodes of all guesses, fewer where they are worth less than `min_value`.
+
+    `allowed_after` says what a grammar lets follow a path, if there is one.
+    """
+    growing = GrowingUnion(guessers, estimate, bias, min_value, allowed_after)
     growing.expand(0)
     for num_left in reversed(range(num_nodes)):
         row = growing.add_best()

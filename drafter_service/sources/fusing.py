@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from drafter_service.fused_drafting import FusedDrafting
+from drafter_service.fusion import AllowedAfter
 from drafter_service.sources.exit_provenance import told_apart
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
@@ -77,7 +78,7 @@ class FusingSource:
 
     def _fuse(self, job: DraftJob, model: Proposal | None, timings: DraftTimings) -> Proposal:
         guesser = ModelGuesser(model.tree, model.early_rows) if model is not None else None
-        fused = self._fused.finish(job.session.session_id, guesser, job.budget.num_nodes)
+        fused = self._fused.finish(job.session.session_id, guesser, job.budget.num_nodes, _allowed_after(job.session))
         node_sources = fused.node_sources
         if model is not None:
             node_sources = told_apart(fused.tree, node_sources, model.tree.tree, model.early_rows)
@@ -103,3 +104,11 @@ def _named(proposal: Proposal) -> Proposal:
     everybody = (DraftSources.MODEL,) * len(pruned.tree)
     node_sources = told_apart(pruned.tree, everybody, proposal.tree.tree, proposal.early_rows)
     return replace(proposal, tree=pruned, node_sources=node_sources)
+
+
+def _allowed_after(session: DraftSession) -> AllowedAfter | None:
+    """What the session's grammar lets follow a path."""
+    preference = session.preference
+    if preference is None:
+        return None
+    return lambda path: preference.allowed_after(session.token_ids, [path])[0]
