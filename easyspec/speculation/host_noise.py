@@ -1,8 +1,11 @@
-"""The noise of `coupling`, one token at a time and without torch: for guessers that look at a handful of tokens."""
+"""The noise of `coupling` without torch, for guessers that look at few tokens: one at a time, or some thousands."""
 
 from __future__ import annotations
 
 import math
+
+import numpy as np
+import numpy.typing as npt
 
 _MASK_64 = 2**64 - 1
 _STREAM_INCREMENT = 0x9E3779B97F4A7C15
@@ -33,6 +36,15 @@ class PositionNoise:
     def __init__(self, stream: int) -> None:
         self._stream = stream
         self._known: dict[int, float] = {}
+
+    def of(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The noise of many tokens."""
+        bits = (token_ids + 1).astype(np.uint64) * np.uint64(_STREAM_INCREMENT) + np.uint64(self._stream)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_FIRST_MULTIPLIER)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_SECOND_MULTIPLIER)
+        bits = (bits ^ (bits >> np.uint64(31))) >> np.uint64(64 - _UNIFORM_BITS)
+        noise: npt.NDArray[np.float64] = -np.log(-np.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        return noise
 
     def __call__(self, token_id: int) -> float:
         known = self._known.get(token_id)
