@@ -214,12 +214,18 @@ def fuse(
     return growing.finished()
 
 
-def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate, bias: RequestBias) -> None:
-    """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token."""
-    row: int | None = 0
-    for token_id in chosen:
-        place = fused.places.get(row) if row is not None else None
-        if row is None or place is None:
-            return
-        estimate.observe(place, token_id, bias)
-        row = fused.tree.children[row].get(token_id)
+def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate, bias: RequestBias) -> int:
+    """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token.
+
+    Returns how many of them the tree brought, the bonus token among them.
+    """
+    row = 0
+    for num_accepted, token_id in enumerate(chosen):
+        place = fused.places.get(row)
+        if place is not None:
+            estimate.observe(place, token_id, bias)
+        child = fused.tree.children[row].get(token_id)
+        if child is None:
+            return num_accepted + 1
+        row = child
+    return len(chosen)

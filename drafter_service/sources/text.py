@@ -20,7 +20,7 @@ from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.speculation.host_noise import HostNoise, PositionNoise
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.sources import MODEL_SOURCES, DraftSources
 
 _CONTEXT_TOKENS = 32
 _NUM_COMMON_TOKENS = 4096
@@ -73,7 +73,7 @@ class TextDrafting:
         if DraftSources.NGRAM in sources:
             self._ngrams = AdaptiveNgrams(resources.max_ngram_contexts, resources.prior)
         # A draft model knows better, wherever it looks.
-        has_model = DraftSources.MODEL in sources
+        has_model = bool(sources & MODEL_SOURCES)
         self._breadth = BESIDE_A_MODEL if has_model else ALONE
         is_blind = not sampling.is_greedy and not has_model
         self._common_tokens = resources.common_tokens if is_blind else None

@@ -16,7 +16,7 @@ from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions, TreeBudget
-from easyspec.speculation.sources import ALL_SOURCES, TEXT_SOURCES, DraftSources
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from tests.engine_driver import BUDGET, Output, drafting, generate
 from tests.fakes.checkpoints import VOCAB_SIZE
@@ -89,7 +89,7 @@ async def test_drafts_hold_what_is_allowed_and_more_of_them_is_accepted(
     assert len(preferring.rounds) < len(ignorant.rounds)
 
 
-@pytest.mark.parametrize("sources", [TEXT_SOURCES, ALL_SOURCES], ids=lambda sources: "+".join(sources.names))
+@pytest.mark.parametrize("sources", [TEXT_SOURCES, TEXT_SOURCES | MODEL], ids=lambda sources: "+".join(sources.names))
 async def test_guesses_from_text_are_those_that_are_allowed(
     verifier: VerifierEngine,
     drafter: DrafterEngine,
