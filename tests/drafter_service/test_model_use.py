@@ -10,6 +10,7 @@ from drafter_service.drafter import Drafter, DrafterLimits
 from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.model_use import ModelUse
 from drafter_service.sources.fusing import FusingSource
+from drafter_service.sources.source import DraftJob
 from drafter_service.sources.text import TextResources
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, CoreDriver
@@ -45,7 +46,10 @@ def fusing(core: CoreDriver, model_use: ModelUse) -> CoreDriver:
     return CoreDriver(drafter, core.source, core.memory)
 
 
-def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver) -> None:
+def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[DraftJob] = []
+    begin = core.source.begin
+    monkeypatch.setattr(core.source, "begin", lambda job: (jobs.append(job), begin(job)))
     decisions = [True, False, False, True, False, True]
     model_use = Scripted(decisions)
     driver = fusing(core, model_use)
@@ -55,11 +59,14 @@ def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver) -> None:
         (draft,) = driver.finish([driver.ask(session_id, len(tokens), said, BUDGET)])
         tokens += said
         assert len(draft.tree) > 0
-        assert any(DraftSources.MODEL in sources for sources in draft.node_sources) is has_model
+        assert (draft.timings.calibrate_ns > 0) is has_model
         path = draft.tree.path_rows(len(draft.tree))
-        said = (*(draft.tree.token_ids[row - 1] for row in path), 500)
+        said = (*(draft.tree.token_ids[row - 1] for row in path), 8)  # the prompt knows what follows it
         brought.append((len(said), has_model))
     assert model_use.observed == brought[:-1]
+    # The first job has the two tokens before the loop's; the last one has those of the round that it sat out, too.
+    given = [2, *(count for count, _ in brought)]
+    assert [job.num_new_tokens for job in jobs] == [given[0], sum(given[1:4]), sum(given[4:6])]
     fresh_id = core.open(tokens[:-1])
     core.draft(fresh_id, len(tokens) - 1, tokens[-1:])
     difference = (driver.kv(session_id, len(tokens)) - core.kv(fresh_id, len(tokens))).abs().max().item()
