@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from drafter_service.sources.prediction import NUM_EVIDENCE_CLASSES
@@ -27,6 +27,8 @@ class Guesser(enum.IntEnum):
 
 
 NUM_GUESSERS = len(Guesser)
+# A case has a digit of base three per guesser: it was not there (0), named the token (1), or named others (2).
+_DIGITS = tuple(3**guesser for guesser in Guesser)
 
 _FIRST_KNOT, _KNOT_DISTANCE, _NUM_KNOTS = -6.0, 1.5, 9  # log-odds
 _KNOT_STRENGTH = 4.0
@@ -37,6 +39,8 @@ _MIXER_RATE = 0.02
 _BIAS_RATE = 0.05
 _MAX_BIAS = 3.0
 _MAX_LOG_ODDS = 7.0
+# What is stated is read within the knots: log-odds of -5.99 and 5.99.
+_MIN_STATED, _MAX_STATED = 0.0025, 0.9975
 # A guesser that looked and did not name a token: its curve is read at one place.
 _UNNAMED = -4.0
 
@@ -50,25 +54,20 @@ class Stated:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A possible node. `inputs` holds, per guesser of the place, its calibrated log-odds, `stated` what it said
-    (None: it named others); `case` says who named it."""
-
-    token_id: int
-    probability: float
-    inputs: tuple[float, ...]
-    stated: tuple[float | None, ...]
-    case: int
-
-
-@dataclass(frozen=True, slots=True)
 class JudgedPlace:
-    """Every candidate after one path, with what is needed to learn from the verdict."""
+    """All that was said after one path, and what became of it: enough to learn from the verdict.
+
+    `probabilities` are the estimates by token, `cases` say who named the token. `inputs` holds, per guesser of the
+    place, the calibrated log-odds of the tokens that it named.
+    """
 
     guessers: tuple[Guesser, ...]
+    stated: tuple[Stated, ...]
     curves: tuple[Curve, ...]
     unnamed_curves: tuple[Curve, ...]
-    candidates: tuple[Candidate, ...]
+    inputs: tuple[Mapping[int, float], ...]
+    cases: Mapping[int, int]
+    probabilities: Mapping[int, float]
 
 
 class Curve:
@@ -81,28 +80,69 @@ class Curve:
         self._accepted = [_KNOT_STRENGTH * _sigmoid(log_odds) for log_odds in self._log_odds]
         self._tried = [_KNOT_STRENGTH] * _NUM_KNOTS
 
+    @property
+    def num_observed(self) -> float:
+        """Verdicts counted, those that faded less."""
+        return sum(self._tried) - _KNOT_STRENGTH * _NUM_KNOTS
+
     def __call__(self, stated: float) -> float:
-        """The log-odds of being right."""
+        """The log-odds of being right; `stated` lies between the knots."""
         place = (stated - _FIRST_KNOT) / _KNOT_DISTANCE
-        if place <= 0.0:
-            return self._log_odds[0]
-        if place >= _NUM_KNOTS - 1:
-            return self._log_odds[-1]
         knot = int(place)
         low = self._log_odds[knot]
         return low + (place - knot) * (self._log_odds[knot + 1] - low)
 
-    def observe(self, stated: float, is_accepted: bool) -> None:
-        """Count one verdict."""
-        place = max(0.0, min(_NUM_KNOTS - 1.001, (stated - _FIRST_KNOT) / _KNOT_DISTANCE))
+    def read(self, probabilities: Mapping[int, float], bias: float) -> dict[int, float]:
+        """The log-odds of many, `bias` added. Written out: this is the inner loop of fusing."""
+        log_odds, log = self._log_odds, math.log
+        found: dict[int, float] = {}
+        for token_id, probability in probabilities.items():
+            if probability > _MAX_STATED:
+                probability = _MAX_STATED
+            elif probability < _MIN_STATED:
+                probability = _MIN_STATED
+            place = (log(probability / (1.0 - probability)) - _FIRST_KNOT) / _KNOT_DISTANCE
+            knot = int(place)
+            low = log_odds[knot]
+            found[token_id] = low + (place - knot) * (log_odds[knot + 1] - low) + bias
+        return found
+
+    def observe(self, probabilities: Mapping[int, float], chosen_token_id: int) -> None:
+        """Count the verdict on all that was named at a place."""
+        log, tried, accepted = math.log, self._tried, self._accepted
+        touched: set[int] = set()
+        for token_id, probability in probabilities.items():
+            if probability > _MAX_STATED:
+                probability = _MAX_STATED
+            elif probability < _MIN_STATED:
+                probability = _MIN_STATED
+            place = (log(probability / (1.0 - probability)) - _FIRST_KNOT) / _KNOT_DISTANCE
+            knot = int(place)
+            upper = place - knot
+            tried[knot] += 1.0 - upper
+            tried[knot + 1] += upper
+            if token_id == chosen_token_id:
+                accepted[knot] += 1.0 - upper
+                accepted[knot + 1] += upper
+            touched.add(knot)
+            touched.add(knot + 1)
+        self._refresh(touched)
+
+    def observe_unnamed(self, num_accepted: int, num_tried: int) -> None:
+        """Count the verdict on tokens that others named."""
+        place = (_UNNAMED - _FIRST_KNOT) / _KNOT_DISTANCE
         knot = int(place)
         for index, weight in ((knot, 1.0 - place + knot), (knot + 1, place - knot)):
-            self._tried[index] += weight
-            self._accepted[index] += weight * is_accepted
-            if self._tried[index] > _MAX_KNOT_WEIGHT:  # what is long ago fades
-                self._tried[index] /= 2.0
-                self._accepted[index] /= 2.0
-            self._log_odds[index] = _log_odds(self._accepted[index] / self._tried[index])
+            self._tried[index] += weight * num_tried
+            self._accepted[index] += weight * num_accepted
+        self._refresh((knot, knot + 1))
+
+    def _refresh(self, knots: Iterable[int]) -> None:
+        for knot in knots:
+            if self._tried[knot] > _MAX_KNOT_WEIGHT:  # what is long ago fades
+                self._tried[knot] /= 2.0
+                self._accepted[knot] /= 2.0
+            self._log_odds[knot] = _log_odds(self._accepted[knot] / self._tried[knot])
 
 
 class RequestBias:
@@ -121,65 +161,85 @@ class AcceptanceEstimate:
         self._weights: dict[int, list[float]] = {}
 
     def judge(self, stated: Mapping[Guesser, Stated], depth: int, bias: RequestBias) -> JudgedPlace:
-        """The chance that each candidate at level `depth` is accepted, given that its parent is."""
+        """The chance that each named token at level `depth` is accepted, given that its parent is."""
         guessers = tuple(stated)
         indexes = [_curve_index(guesser, depth, said.evidence) for guesser, said in stated.items()]
         curves = tuple(self._curves[index] for index in indexes)
         unnamed_curves = tuple(self._unnamed[index] for index in indexes)
-        unnamed = [curve(_UNNAMED) for curve in unnamed_curves]
-        sides = [
-            (said.probabilities, curve, bias.values[guesser], unnamed_log_odds, 3**guesser)
-            for (guesser, said), curve, unnamed_log_odds in zip(stated.items(), curves, unnamed, strict=True)
-        ]
-        candidates = []
-        for token_id in dict.fromkeys(token_id for said in stated.values() for token_id in said.probabilities):
-            case = 0
-            inputs: list[float] = []
-            log_odds: list[float | None] = []
-            for probabilities, curve, own_bias, unnamed_log_odds, digit in sides:
-                probability = probabilities.get(token_id)
-                if probability is None:
-                    case += 2 * digit
-                    log_odds.append(None)
-                    inputs.append(unnamed_log_odds)
-                else:
-                    case += digit
-                    said_log_odds = _log_odds(probability)
-                    log_odds.append(said_log_odds)
-                    inputs.append(curve(said_log_odds) + own_bias)
-            mixed = self._mixed(case, guessers, inputs)
-            candidates.append(Candidate(token_id, _sigmoid(mixed), tuple(inputs), tuple(log_odds), case))
-        return JudgedPlace(guessers, curves, unnamed_curves, tuple(candidates))
+        silent = 2 * sum(_DIGITS[guesser] for guesser in guessers)
+        inputs: list[dict[int, float]] = []
+        cases: dict[int, int] = {}
+        for (guesser, said), curve in zip(stated.items(), curves, strict=True):
+            digit = _DIGITS[guesser]
+            for token_id in said.probabilities:
+                cases[token_id] = cases.get(token_id, silent) - digit
+            inputs.append(curve.read(said.probabilities, bias.values[guesser]))
+        probabilities: dict[int, float] = {}
+        place = JudgedPlace(
+            guessers, tuple(stated.values()), curves, unnamed_curves, tuple(inputs), cases, probabilities
+        )
+        self._mix(place, probabilities)
+        return place
 
     def observe(self, place: JudgedPlace, chosen_token_id: int, bias: RequestBias) -> None:
         """Learn from what was chosen at a place that the verdict reached."""
-        for candidate in place.candidates:
-            is_accepted = candidate.token_id == chosen_token_id
-            error = is_accepted - candidate.probability
-            weights = self._weights_of(candidate.case)
+        unnamed = [curve(_UNNAMED) for curve in place.unnamed_curves]
+        for token_id, case in place.cases.items():
+            error = (token_id == chosen_token_id) - place.probabilities[token_id]
+            step = _MIXER_RATE * error
+            weights = self._weights_of(case)
             for index, guesser in enumerate(place.guessers):
-                stated = candidate.stated[index]
-                weight = weights[guesser]
-                if stated is None:
-                    place.unnamed_curves[index].observe(_UNNAMED, is_accepted)
+                weight, value = weights[guesser], place.inputs[index].get(token_id)
+                if value is None:
+                    value = unnamed[index]
                 else:
-                    place.curves[index].observe(stated, is_accepted)
                     moved = bias.values[guesser] + _BIAS_RATE * error * weight
                     bias.values[guesser] = max(-_MAX_BIAS, min(_MAX_BIAS, moved))
-                weights[guesser] = max(-0.5, min(2.0, weight + _MIXER_RATE * error * candidate.inputs[index]))
-            weights[-1] = max(-3.0, min(3.0, weights[-1] + _MIXER_RATE * error))
+                weights[guesser] = max(-0.5, min(2.0, weight + step * value))
+            weights[-1] = max(-3.0, min(3.0, weights[-1] + step))
+        self._observe_curves(place, chosen_token_id)
 
-    def _mixed(self, case: int, guessers: Sequence[Guesser], inputs: Sequence[float]) -> float:
+    def _observe_curves(self, place: JudgedPlace, chosen_token_id: int) -> None:
+        is_chosen_known = chosen_token_id in place.cases
+        for said, curve, unnamed_curve in zip(place.stated, place.curves, place.unnamed_curves, strict=True):
+            curve.observe(said.probabilities, chosen_token_id)
+            num_unnamed = len(place.cases) - len(said.probabilities)
+            if num_unnamed:
+                is_missed = is_chosen_known and chosen_token_id not in said.probabilities
+                unnamed_curve.observe_unnamed(is_missed, num_unnamed)
+
+    def _mix(self, place: JudgedPlace, probabilities: dict[int, float]) -> None:
+        """The estimate of every token: log-odds of who named it and of who did not, weighed by the case."""
+        terms_of: dict[int, tuple[float, list[tuple[float, Mapping[int, float]]]]] = {}
+        for token_id, case in place.cases.items():
+            known = terms_of.get(case)
+            if known is None:
+                known = terms_of[case] = self._terms(place, case)
+            total, terms = known
+            for weight, inputs in terms:
+                total += weight * inputs[token_id]
+            if total > _MAX_LOG_ODDS:
+                total = _MAX_LOG_ODDS
+            elif total < -_MAX_LOG_ODDS:
+                total = -_MAX_LOG_ODDS
+            probabilities[token_id] = 1.0 / (1.0 + math.exp(-total))
+
+    def _terms(self, place: JudgedPlace, case: int) -> tuple[float, list[tuple[float, Mapping[int, float]]]]:
+        """What is the same for all tokens of a case, and per guesser that named them weight and inputs."""
         weights = self._weights_of(case)
-        total = weights[-1]
-        for guesser, value in zip(guessers, inputs, strict=True):
-            total += weights[guesser] * value
-        return max(-_MAX_LOG_ODDS, min(_MAX_LOG_ODDS, total))
+        constant = weights[-1]
+        terms = []
+        for guesser, inputs, unnamed_curve in zip(place.guessers, place.inputs, place.unnamed_curves, strict=True):
+            if case // _DIGITS[guesser] % 3 == 1:
+                terms.append((weights[guesser], inputs))
+            else:
+                constant += weights[guesser] * unnamed_curve(_UNNAMED)
+        return constant, terms
 
     def _weights_of(self, case: int) -> list[float]:
         weights = self._weights.get(case)
         if weights is None:
-            digits = [case // 3**guesser % 3 for guesser in range(NUM_GUESSERS)]
+            digits = [case // _DIGITS[guesser] % 3 for guesser in range(NUM_GUESSERS)]
             num_named = digits.count(1)
             # Opinions of guessers that looked at the same text agree for the same reasons: less than a sum.
             named, unnamed = num_named**-0.6 if num_named else 0.0, 0.5

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate
+from drafter_service.model_use import ModelUse
 
 # Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
 _MAX_TARGETS = 32
+
+
+@dataclass(frozen=True)
+class _Learned:
+    estimate: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
+    model_use: ModelUse = field(default_factory=ModelUse)
 
 
 class EstimatesByTarget:
@@ -16,12 +24,19 @@ class EstimatesByTarget:
 
     def __init__(self, max_targets: int = _MAX_TARGETS) -> None:
         self._max_targets = max_targets
-        self._estimates: OrderedDict[str, AcceptanceEstimate] = OrderedDict()
+        self._learned: OrderedDict[str, _Learned] = OrderedDict()
 
     def of(self, target: str) -> AcceptanceEstimate:
         """The estimate for the base model `target`; sessions may keep it for as long as they live."""
-        estimate = self._estimates.pop(target, None) or AcceptanceEstimate()
-        self._estimates[target] = estimate
-        if len(self._estimates) > self._max_targets:
-            self._estimates.popitem(last=False)
-        return estimate
+        return self._learned_of(target).estimate
+
+    def model_use_of(self, target: str) -> ModelUse:
+        """What is known of rounds with that base model; to be kept as long."""
+        return self._learned_of(target).model_use
+
+    def _learned_of(self, target: str) -> _Learned:
+        learned = self._learned.pop(target, None) or _Learned()
+        self._learned[target] = learned
+        if len(self._learned) > self._max_targets:
+            self._learned.popitem(last=False)
+        return learned

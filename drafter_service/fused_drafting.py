@@ -7,16 +7,18 @@ there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
 from drafter_service.estimates_by_target import EstimatesByTarget
-from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
+from drafter_service.fusion import AllowedAfter, FusedTree, PathGuesser, fuse, learn
+from drafter_service.model_use import ModelUse
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
+from easyspec.speculation.sources import DraftSources
 
 # Nodes worth less than this cost the verifier more than they can bring.
 DEFAULT_MIN_NODE_VALUE = 0.002
@@ -29,6 +31,7 @@ class _Request:
 
     text: TextDrafting
     estimate: AcceptanceEstimate
+    model_use: ModelUse
     unread: list[int]
     num_read: int = 0
     bias: RequestBias = field(default_factory=RequestBias)
@@ -54,8 +57,10 @@ class FusedDrafting:
         target: str = "",
     ) -> None:
         """Take a request to the base model `target` up; its prompt is read piece by piece."""
-        text = TextDrafting(self._resources, sources & TEXT_SOURCES, sampling)
-        self._requests[session_id] = _Request(text, self._estimates.of(target), [*token_ids])
+        text = TextDrafting(self._resources, sources, sampling)
+        self._requests[session_id] = _Request(
+            text, self._estimates.of(target), self._estimates.model_use_of(target), [*token_ids]
+        )
 
     def close(self, session_id: int) -> None:
         """Forget all of a request; idempotent."""
@@ -69,21 +74,44 @@ class FusedDrafting:
         request.num_read += len(piece)
         return not request.unread
 
-    def begin(self, session_id: int, new_token_ids: Sequence[int]) -> None:
-        """Commit the verdict's tokens: learn from them, read them, look things up."""
+    def begin(self, session_id: int, new_token_ids: Sequence[int]) -> int | None:
+        """Commit the verdict's tokens: learn from them, read them, look things up.
+
+        Returns how many of them the last tree brought, the bonus token among them; None if there was no tree.
+        """
         request = self._requests[session_id]
+        num_brought = None
         if request.last is not None:
-            learn(request.last, new_token_ids, request.estimate, request.bias)
+            num_brought = learn(request.last, new_token_ids, request.estimate, request.bias)
             request.last = None
         request.unread.extend(new_token_ids)
         while not self.read(session_id):
             pass
         request.guessers = request.text.guessers(request.num_read)
+        return num_brought
 
-    def finish(self, session_id: int, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
-        """The round's tree; `model` has the draft model's, where it takes part."""
+    def model_use(self, session_id: int) -> ModelUse:
+        """What decides whether a round of the request is worth the draft model's time."""
+        return self._requests[session_id].model_use
+
+    def expected_of_text(self, session_id: int, num_nodes: int, allowed_after: AllowedAfter | None = None) -> float:
+        """How many tokens the round may be expected to come to, if text alone drafts it; after `begin`."""
+        request = self._requests[session_id]
+        tree = fuse(
+            request.guessers, request.estimate, request.bias, num_nodes, self._min_node_value, allowed_after
+        ).scored
+        return 1.0 + sum(math.exp(value) for value in tree.log_values)
+
+    def finish(
+        self,
+        session_id: int,
+        model: ModelGuesser | None,
+        num_nodes: int,
+        allowed_after: AllowedAfter | None = None,
+    ) -> FusedTree:
+        """The round's tree; `model` has the draft model's, where it takes part: what is allowed only."""
         request = self._requests[session_id]
         guessers = request.guessers if model is None else [model, *request.guessers]
         request.guessers = []
-        request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value)
+        request.last = fuse(guessers, request.estimate, request.bias, num_nodes, self._min_node_value, allowed_after)
         return request.last

@@ -19,6 +19,11 @@ from easyspec.speculation.parameters import Grammar
 NOTHING_ALLOWED = np.zeros(1, dtype=np.uint8)
 
 
+def may_follow(bits: NDArray[np.uint8], token_id: int) -> bool:
+    """Whether a token is among those allowed."""
+    return token_id // 8 < len(bits) and bool(bits[token_id // 8] >> token_id % 8 & 1)
+
+
 class GrammarPreference:
     """One session's place in its grammar; its output begins at position `num_prompt_tokens`."""
 

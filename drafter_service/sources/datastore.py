@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from drafter_service.sources.prediction import Prediction, best
 from easyspec.datastore.suffix_index import Match, SuffixIndex
@@ -20,22 +20,49 @@ _UNSEEN = 1.0
 _EVIDENCE_LENGTHS = (4, 6, 9, 14)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class TrieNode:
-    """Continuations that went the same way: how many, and where they went on."""
+    """A place in the trie of continuations, which is made only where somebody looks.
 
-    weight: float = 0.0
-    children: dict[int, TrieNode] = field(default_factory=dict)
+    `numbers` are the continuations that went this way, `depth` how far.
+    """
 
-    def insert(self, token_ids: Sequence[int], weight: float) -> None:
-        """Count one continuation."""
-        node = self
-        for token_id in token_ids:
-            child = node.children.get(token_id)
-            if child is None:
-                child = node.children[token_id] = TrieNode()
-            child.weight += weight
-            node = child
+    trie: Trie
+    depth: int
+    numbers: Sequence[int]
+
+    def weights(self) -> dict[int, float]:
+        """Where they go on from here, and how much weight goes there."""
+        continuations, depth = self.trie.continuations, self.depth
+        weights: dict[int, float] = {}
+        for number in self.numbers:
+            token_ids, weight = continuations[number]
+            if depth < len(token_ids):
+                token_id = token_ids[depth]
+                weights[token_id] = weights.get(token_id, 0.0) + weight
+        return weights
+
+    def child(self, token_id: int) -> TrieNode | None:
+        """One token further; None if no continuation goes there."""
+        continuations, depth = self.trie.continuations, self.depth
+        numbers = [
+            number
+            for number in self.numbers
+            if depth < len(continuations[number][0]) and continuations[number][0][depth] == token_id
+        ]
+        return TrieNode(self.trie, depth + 1, numbers) if numbers else None
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Continuations with their weights, to be counted by prefix."""
+
+    continuations: Sequence[tuple[Sequence[int], float]]
+
+    @property
+    def root(self) -> TrieNode:
+        """Where all of them begin."""
+        return TrieNode(self, 0, range(len(self.continuations)))
 
 
 @dataclass(frozen=True)
@@ -59,25 +86,28 @@ class Datastore:
         if not matches:
             return None
         length = max(match.length for match in matches)
-        root = TrieNode()
+        continuations: list[tuple[Sequence[int], float]] = []
         for match in matches:
             if match.length == length:
-                self._collect(root, match, context)
-        return Found(root, sum(length >= bound for bound in _EVIDENCE_LENGTHS)) if root.children else None
+                continuations += self._collected(match, context)
+        if not any(token_ids for token_ids, _ in continuations):
+            return None
+        return Found(Trie(continuations).root, sum(length >= bound for bound in _EVIDENCE_LENGTHS))
 
-    def _collect(self, root: TrieNode, match: Match, context: list[int]) -> None:
+    def _collected(self, match: Match, context: list[int]) -> list[tuple[Sequence[int], float]]:
         shorter = match.length // 2
+        found: list[tuple[Sequence[int], float]] = []
         if match.num_places < _ENOUGH_PLACES and shorter >= _MIN_LENGTH:
             wider = self._index.shorten(context, match, shorter)
-            for continuation in self._index.continuations(wider, _MAX_PLACES, _NUM_TOKENS):
-                root.insert(continuation, 1.0)
-        for continuation in self._index.continuations(match, _MAX_PLACES, _NUM_TOKENS):
-            root.insert(continuation, _LONGEST_WEIGHT)
+            found += [(each, 1.0) for each in self._index.continuations(wider, _MAX_PLACES, _NUM_TOKENS)]
+        found += [(each, _LONGEST_WEIGHT) for each in self._index.continuations(match, _MAX_PLACES, _NUM_TOKENS)]
+        return found
 
 
 def predict_in_trie(node: TrieNode, evidence: int) -> Prediction | None:
     """How the continuations went on from here."""
-    if not node.children:
+    weights = node.weights()
+    if not weights:
         return None
-    total = sum(child.weight for child in node.children.values()) + _UNSEEN
-    return best({token_id: child.weight / total for token_id, child in node.children.items()}, evidence)
+    total = sum(weights.values()) + _UNSEEN
+    return best({token_id: weight / total for token_id, weight in weights.items()}, evidence)

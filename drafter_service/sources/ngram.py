@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drafter_service.sources.prediction import Prediction, best
-from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable
+from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable, Successors
 
 # Per token: what was seen 700 tokens ago counts half.
 _DECAY = 0.999
@@ -20,9 +20,13 @@ _MAX_PRIOR_WEIGHT = 12.0
 # Weight of the shorter context's opinion against one observation.
 _BACKOFF = 1.5
 # What is left open below this is not worth asking a shorter context about.
-_MIN_SHARE = 0.05
+_MIN_SHARE = 0.1
+# Nor is a successor of which a context makes less than this.
+_MIN_ADDED = 0.005
 # Below this weight the own text's longest context is thin evidence.
 _MUCH = 2.0
+# Contexts whose successors in the corpus are kept at hand.
+_MAX_REMEMBERED = 4096
 
 
 class AdaptiveNgrams:
@@ -32,6 +36,7 @@ class AdaptiveNgrams:
         self._max_contexts = max_contexts
         self._prior = prior
         self._tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in range(MAX_ORDER)]
+        self._asked: dict[tuple[int, ...], Successors | None] = {}
         self._last: tuple[int, ...] = ()
         # Weights are kept in units that grow, instead of fading one by one.
         self._unit = 1.0
@@ -63,30 +68,41 @@ class AdaptiveNgrams:
         probabilities: dict[int, float] = {}
         evidence, share = 0, 1.0
         for order in range(len(context), 0, -1):
-            weights, own = self._weights(context[-order:])
-            if not weights:
+            known = context[-order:]
+            own = self._tables[order - 1].get(known)
+            prior = self._prior_successors(known)
+            if own is None and prior is None:
                 continue
+            own_weight = sum(own.values()) / self._unit if own is not None else 0.0
+            prior_weight = min(prior.total, _MAX_PRIOR_WEIGHT) if prior is not None else 0.0
             if not probabilities:
-                evidence = order - 1 + (order == MAX_ORDER) * ((own > 0) + (own > _MUCH))
-            total = sum(weights.values()) + _BACKOFF
-            for token_id, weight in weights.items():
-                probabilities[token_id] = probabilities.get(token_id, 0.0) + share * weight / total
-            share *= _BACKOFF / total
+                evidence = order - 1 + (order == MAX_ORDER) * ((own_weight > 0.0) + (own_weight > _MUCH))
+            scale = share / (_OWN_WEIGHT * own_weight + prior_weight + _BACKOFF)
+            if own is not None:
+                unit = scale * _OWN_WEIGHT / self._unit
+                for token_id, weight in own.items():
+                    probabilities[token_id] = probabilities.get(token_id, 0.0) + unit * weight
+            if prior is not None:
+                unit = scale * prior_weight / prior.total
+                for token_id, count in zip(prior.token_ids, prior.counts, strict=True):
+                    if unit * count < _MIN_ADDED:  # the commonest come first
+                        break
+                    probabilities[token_id] = probabilities.get(token_id, 0.0) + unit * count
+            share = _BACKOFF * scale
             if share < _MIN_SHARE:
                 break
         return best(probabilities, evidence) if probabilities else None
 
-    def _weights(self, context: tuple[int, ...]) -> tuple[dict[int, float], float]:
-        """Weights of a context's successors, and how much of them is the request's own."""
-        counted = self._tables[len(context) - 1].get(context)
-        weights = {token_id: _OWN_WEIGHT * value / self._unit for token_id, value in (counted or {}).items()}
-        own = sum(weights.values()) / _OWN_WEIGHT
-        successors = self._prior.successors(context) if self._prior is not None else None
-        if successors is not None:
-            unit = min(successors.total, _MAX_PRIOR_WEIGHT) / successors.total
-            for token_id, count in zip(successors.token_ids, successors.counts, strict=True):
-                weights[token_id] = weights.get(token_id, 0.0) + unit * count
-        return weights, own
+    def _prior_successors(self, context: tuple[int, ...]) -> Successors | None:
+        """What the corpus has; rounds ask for the same contexts again and again."""
+        if self._prior is None:
+            return None
+        if context in self._asked:
+            return self._asked[context]
+        if len(self._asked) >= _MAX_REMEMBERED:
+            self._asked.clear()
+        found = self._asked[context] = self._prior.successors(context)
+        return found
 
     def _count(self, table: dict[tuple[int, ...], dict[int, float]], context: tuple[int, ...], token_id: int) -> None:
         successors = table.pop(context, None)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from drafter_service.acceptance_estimate import Guesser, Stated
 from drafter_service.fusion import PathGuesser
+from drafter_service.sources.common_tokens import CommonTokens, FavouredTokens
 from drafter_service.sources.datastore import Datastore, Found, TrieNode, predict_in_trie
 from drafter_service.sources.ngram import AdaptiveNgrams
 from drafter_service.sources.own_text import OwnText
-from drafter_service.sources.prediction import Prediction, coupled
+from drafter_service.sources.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, Breadth, Prediction, coupled
 from drafter_service.sources.suffix_automaton import Place
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.speculation.host_noise import HostNoise, PositionNoise
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.sources import MODEL_SOURCES, DraftSources
 
 _CONTEXT_TOKENS = 32
+_NUM_COMMON_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,12 @@ class TextResources:
     prior: NgramTable | None = None
     max_own_tokens: int = 32_768
     max_ngram_contexts: int = 16_384
+
+    @cached_property
+    def common_tokens(self) -> CommonTokens | None:
+        """Of the corpus that the table is of."""
+        token_ids, shares = self.prior.commonest(_NUM_COMMON_TOKENS) if self.prior is not None else ((), ())
+        return CommonTokens(np.asarray(token_ids), np.asarray(shares)) if len(token_ids) else None
 
 
 class RoundNoise:
@@ -48,7 +59,7 @@ class RoundNoise:
 
 
 class TextDrafting:
-    """One request's text, as its sources see it. Holds nothing of any other request."""
+    """One request's text, as those of its `sources` that read text see it. Holds nothing of any other request."""
 
     def __init__(self, resources: TextResources, sources: DraftSources, sampling: SamplingParameters) -> None:
         self._sampling = sampling
@@ -61,6 +72,11 @@ class TextDrafting:
             self._datastore = Datastore(resources.index) if resources.index is not None else None
         if DraftSources.NGRAM in sources:
             self._ngrams = AdaptiveNgrams(resources.max_ngram_contexts, resources.prior)
+        # A draft model knows better, wherever it looks.
+        has_model = bool(sources & MODEL_SOURCES)
+        self._breadth = BESIDE_A_MODEL if has_model else ALONE
+        is_blind = not sampling.is_greedy and not has_model
+        self._common_tokens = resources.common_tokens if is_blind else None
         self._recent: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -73,7 +89,7 @@ class TextDrafting:
 
     def guessers(self, base_length: int) -> list[PathGuesser]:
         """Everybody who has something to say after the `base_length` committed tokens; looks things up."""
-        coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length))
+        coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length), self._breadth)
         guessers: list[PathGuesser] = []
         if self._own is not None:
             guessers.append(_OwnTextGuesser(self._own, coupling))
@@ -81,7 +97,11 @@ class TextDrafting:
         if found is not None:
             guessers.append(_DatastoreGuesser(found, coupling))
         if self._ngrams is not None:
-            guessers.append(_NgramGuesser(self._ngrams, coupling))
+            favoured = None
+            if self._common_tokens is not None:
+                temperature = max(self._sampling.temperature, MIN_TEMPERATURE)
+                favoured = FavouredTokens(self._common_tokens, temperature, coupling.noise.level)
+            guessers.append(_NgramGuesser(self._ngrams, coupling, favoured))
         return guessers
 
 
@@ -91,11 +111,13 @@ class _Coupling:
 
     sampling: SamplingParameters
     noise: RoundNoise
+    breadth: Breadth
 
     def __call__(self, prediction: Prediction | None, depth: int) -> Stated | None:
         if prediction is None:
             return None
-        return Stated(coupled(prediction, self.sampling, self.noise.level(depth)), prediction.evidence)
+        probabilities = coupled(prediction, self.sampling, self.noise.level(depth), self.breadth)
+        return Stated(probabilities, prediction.evidence)
 
 
 class _OwnTextGuesser:
@@ -127,7 +149,7 @@ class _DatastoreGuesser:
 
     def step(self, cursor: object, token_id: int) -> object | None:
         assert isinstance(cursor, TrieNode)
-        return cursor.children.get(token_id)
+        return cursor.child(token_id)
 
     def state(self, cursor: object, depth: int) -> Stated | None:
         assert isinstance(cursor, TrieNode)
@@ -137,8 +159,8 @@ class _DatastoreGuesser:
 class _NgramGuesser:
     kind = Guesser.NGRAM
 
-    def __init__(self, ngrams: AdaptiveNgrams, coupling: _Coupling) -> None:
-        self._ngrams, self._coupling = ngrams, coupling
+    def __init__(self, ngrams: AdaptiveNgrams, coupling: _Coupling, favoured: FavouredTokens | None) -> None:
+        self._ngrams, self._coupling, self._favoured = ngrams, coupling, favoured
 
     def root(self) -> object | None:
         return self._ngrams.end()
@@ -149,4 +171,7 @@ class _NgramGuesser:
 
     def state(self, cursor: object, depth: int) -> Stated | None:
         assert isinstance(cursor, tuple)
-        return self._coupling(self._ngrams.predict(cursor), depth)
+        prediction = self._ngrams.predict(cursor)
+        if self._favoured is not None:
+            prediction = self._favoured.beside(prediction, depth)
+        return self._coupling(prediction, depth)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from easyspec.errors import ConfigurationError
-from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 index = typer.Typer(help="Files of a corpus that drafters guess from.", no_args_is_help=True)
 
@@ -20,40 +15,30 @@ _Corpus = Annotated[
 ]
 _Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="Checkpoint folder whose tokenizer.json is used.")]
 _Output = Annotated[Path, typer.Option("--output", help="File to write; it appears when it is complete.")]
+_Ngrams = Annotated[
+    Path | None, typer.Option("--ngrams", help="Write a table of n-grams too: sooner than with a command of its own.")
+]
 
 
 @index.command()
-def build(corpus: _Corpus, tokenizer: _Tokenizer, output: _Output) -> None:
+def build(corpus: _Corpus, tokenizer: _Tokenizer, output: _Output, ngrams: _Ngrams = None) -> None:
     """Write a suffix index, for `--index` of the drafter: the source `retrieval`."""
-    from easyspec.datastore.suffix_index import build_suffix_index
-
-    _build(corpus, tokenizer, output, build_suffix_index)
+    _build(corpus, tokenizer, output, ngrams)
 
 
-@index.command()
-def ngrams(corpus: _Corpus, tokenizer: _Tokenizer, output: _Output) -> None:
+@index.command(name="ngrams")
+def ngrams_alone(corpus: _Corpus, tokenizer: _Tokenizer, output: _Output) -> None:
     """Write a table of n-grams, for `--ngram-prior` of the drafter: the source `ngram`."""
-    from easyspec.datastore.ngram_table import build_ngram_table
-
-    _build(corpus, tokenizer, output, build_ngram_table)
+    _build(corpus, tokenizer, None, output)
 
 
-def _build(corpus: list[Path], tokenizer_folder: Path, output: Path, build_file: Callable[..., None]) -> None:
-    import numpy as np
+def _build(corpus: list[Path], tokenizer: Path, index_path: Path | None, ngrams_path: Path | None) -> None:
+    from easyspec.datastore.build import DatastoreFiles, build_datastore
+    from easyspec.datastore.corpus import read_documents
 
-    from easyspec.datastore.corpus import load_tokenizer, read_documents, write_tokens
+    def say(what: str, duration_s: float) -> None:
+        typer.echo(f"{what}: {duration_s:.1f} s", err=True)
 
-    fingerprint = tokenizer_fingerprint(tokenizer_folder)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if not output.parent.is_dir():
-        raise ConfigurationError(f"output is {str(output)!r}; allowed: a file in a folder that exists")
     started_s = time.monotonic()
-    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=".tokens-") as file:
-        num_tokens = write_tokens(read_documents(corpus), tokenizer, file)
-        file.flush()
-        if num_tokens == 0:
-            raise ConfigurationError("the corpus holds no text")
-        typer.echo(f"{num_tokens:,} tokens in {time.monotonic() - started_s:.1f} s", err=True)
-        build_file(np.memmap(file.name, dtype="<u4", mode="r"), output, fingerprint)
-    num_bytes = output.stat().st_size
-    typer.echo(f"{output}: {num_bytes / 1e6:.1f} MB, {time.monotonic() - started_s:.1f} s in all", err=True)
+    build_datastore(read_documents(corpus), tokenizer, DatastoreFiles(index_path, ngrams_path), say)
+    typer.echo(f"{time.monotonic() - started_s:.1f} s in all", err=True)

@@ -29,7 +29,8 @@ _MAX_TOKEN = (1 << _TOKEN_BITS) - 1
 _KEY_MASK = (1 << 43) - 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK_64 = 2**64 - 1
-_CHUNK_TOKENS = 1 << 24
+# Sorted at once, with 24 bytes of memory a token; merging sorted chunks takes longer than sorting.
+_CHUNK_TOKENS = 1 << 26
 
 _Keys = npt.NDArray[np.uint64]
 _Counts = npt.NDArray[np.uint32]
@@ -68,6 +69,20 @@ class NgramTable:
         return Successors(
             self._tokens[order][begin:end].tolist(), self._counts[order][begin:end].tolist(), self._totals[order][row]
         )
+
+    def commonest(self, num_tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Up to `num_tokens` of the tokens that were followed by another, with their shares of all of those."""
+        contexts, totals = np.asarray(self._contexts[1]), np.asarray(self._totals[1])
+        if not len(contexts):
+            return np.empty(0, dtype=np.int64), np.empty(0)
+        # Keys do not tell which token they are of. Who is among nobody's commonest successors is not common.
+        token_ids = np.unique(np.asarray(self._tokens[1]))
+        keys = _context_keys([token_ids], len(token_ids), 1)
+        rows = np.minimum(np.searchsorted(contexts, keys), len(contexts) - 1)
+        counts = np.where(contexts[rows] == keys, totals[rows], 0)
+        chosen = np.argsort(-counts.astype(np.int64), kind="stable")[:num_tokens]
+        chosen = chosen[counts[chosen] > 0]
+        return token_ids[chosen].astype(np.int64), counts[chosen] / totals.sum(dtype=np.int64)
 
 
 def context_key(context: Sequence[int]) -> int:
@@ -113,17 +128,23 @@ def _count(tokens: Tokens, order: int) -> tuple[_Keys, _Counts]:
 def _entries(tokens: Tokens, order: int) -> _Keys:
     """An entry for every token that has `order` tokens of its document before it."""
     num_entries = max(0, len(tokens) - order)
-    keys = np.full(num_entries, order, dtype=np.uint64)
+    columns = [tokens[offset : offset + num_entries] for offset in range(order)]
     is_whole = tokens[order:] != SEPARATOR
-    for offset in range(order):
-        column = tokens[offset : offset + num_entries]
+    for column in columns:
         is_whole &= column != SEPARATOR
-        keys = (keys ^ column.astype(np.uint64)) * np.uint64(_MULTIPLIER)
-        keys ^= keys >> np.uint64(29)
-    keys = (keys & np.uint64(_KEY_MASK)) << np.uint64(_TOKEN_BITS)
+    keys = _context_keys(columns, num_entries, order) << np.uint64(_TOKEN_BITS)
     keys |= tokens[order:].astype(np.uint64)
     entries: _Keys = keys[is_whole]
     return entries
+
+
+def _context_keys(columns: Sequence[Tokens], num_contexts: int, order: int) -> _Keys:
+    """`context_key` of many contexts, whose tokens are in `columns`."""
+    keys = np.full(num_contexts, order, dtype=np.uint64)
+    for column in columns:
+        keys = (keys ^ column.astype(np.uint64)) * np.uint64(_MULTIPLIER)
+        keys ^= keys >> np.uint64(29)
+    return keys & np.uint64(_KEY_MASK)
 
 
 def _merged(entries: _Keys, counts: _Counts, added: _Keys, added_counts: _Counts) -> tuple[_Keys, _Counts]:

@@ -7,6 +7,7 @@ cut into shards, each with a suffix array of its own: building needs memory for 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class SuffixIndex:
         key = np.array(context[: -length - 1 : -1], dtype=">u4").tobytes()
         return self._range(match.shard, key, match.begin)
 
-    def continuations(self, match: Match, max_places: int, num_tokens: int) -> list[list[int]]:
+    def continuations(self, match: Match, max_places: int, num_tokens: int) -> list[tuple[int, ...]]:
         """Up to `num_tokens` tokens that followed at up to `max_places` places, evenly spread over all of them."""
         tokens, suffixes = self._tokens[match.shard], self._suffixes[match.shard]
         step = max(1, -(-match.num_places // max_places))
@@ -71,7 +72,7 @@ class SuffixIndex:
         for row in range(match.begin, match.end, step):
             end = suffixes[row] * _TOKEN_BYTES
             begin = max(0, end - num_tokens * _TOKEN_BYTES)
-            followed: list[int] = np.frombuffer(tokens[begin:end], dtype=">u4")[::-1].tolist()
+            followed = struct.unpack(f">{(end - begin) // _TOKEN_BYTES}I", tokens[begin:end])[::-1]
             if SEPARATOR in followed:
                 followed = followed[: followed.index(SEPARATOR)]
             found.append(followed)

@@ -1,8 +1,11 @@
-"""The noise of `coupling`, one token at a time and without torch: for guessers that look at a handful of tokens."""
+"""The noise of `coupling` without torch, for guessers that look at few tokens: one at a time, or some thousands."""
 
 from __future__ import annotations
 
 import math
+
+import numpy as np
+import numpy.typing as npt
 
 _MASK_64 = 2**64 - 1
 _STREAM_INCREMENT = 0x9E3779B97F4A7C15
@@ -26,20 +29,34 @@ class HostNoise:
 
 
 class PositionNoise:
-    """Gumbel noise by token id, at one position of one request."""
+    """Gumbel noise by token id, at one position of one request; what was asked once is remembered."""
 
-    __slots__ = ("_stream",)
+    __slots__ = ("_known", "_stream")
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
+        self._known: dict[int, float] = {}
+
+    def of(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The noise of many tokens."""
+        bits = (token_ids + 1).astype(np.uint64) * np.uint64(_STREAM_INCREMENT) + np.uint64(self._stream)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_FIRST_MULTIPLIER)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_SECOND_MULTIPLIER)
+        bits = (bits ^ (bits >> np.uint64(31))) >> np.uint64(64 - _UNIFORM_BITS)
+        noise: npt.NDArray[np.float64] = -np.log(-np.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        return noise
 
     def __call__(self, token_id: int) -> float:
+        known = self._known.get(token_id)
+        if known is not None:
+            return known
         # splitmix64's finaliser, written out: this is the inner loop of drafting from text.
         bits = ((token_id + 1) * _STREAM_INCREMENT + self._stream) & _MASK_64
         bits = ((bits ^ (bits >> 30)) * _FIRST_MULTIPLIER) & _MASK_64
         bits = ((bits ^ (bits >> 27)) * _SECOND_MULTIPLIER) & _MASK_64
         bits = (bits ^ (bits >> 31)) >> (64 - _UNIFORM_BITS)
-        return -math.log(-math.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        noise = self._known[token_id] = -math.log(-math.log((bits + 0.5) * 2.0**-_UNIFORM_BITS))
+        return noise
 
 
 def _element(index: int, state: int) -> int:

@@ -30,15 +30,27 @@ async def test_files_are_built_and_open(easyspec_command: Command, checkpoint: P
     for name, command in (("index", "build"), ("ngrams", "ngrams")):
         ended = await easyspec_command("index", command, str(corpus), *wanted, str(folder / name))
         assert ended.code == 0, ended.stderr
+    ended = await easyspec_command(
+        "index", "build", str(corpus), *wanted, str(folder / "index.2"), "--ngrams", str(folder / "ngrams.2")
+    )
+    assert ended.code == 0, ended.stderr
+    for name in ("index", "ngrams"):
+        assert (folder / f"{name}.2").read_bytes() == (folder / name).read_bytes()
     stop = load_tokenizer(checkpoint).encode("stop here", add_special_tokens=False).ids
     index, table = SuffixIndex(folder / "index", fingerprint), NgramTable(folder / "ngrams", fingerprint)
     assert index.num_tokens == table.num_tokens
     (match,) = index.longest_matches(stop[:-1], 1, 16)
-    assert [stop[-1]] in index.continuations(match, 10, 1)
+    assert (stop[-1],) in index.continuations(match, 10, 1)
     successors = table.successors(stop[:1])
     assert successors is not None
     assert stop[1] in successors.token_ids
-    assert sorted(path.name for path in folder.iterdir()) == ["corpus", "index", "ngrams"]  # nothing else is left
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "corpus",
+        "index",
+        "index.2",
+        "ngrams",
+        "ngrams.2",
+    ]  # nothing else is left
 
 
 async def test_what_cannot_be_built_is_said_in_one_line(

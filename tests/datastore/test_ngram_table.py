@@ -51,6 +51,21 @@ def test_successors_are_the_commonest_ones(tmp_path: Path, chunk: int, corpus: l
             assert found.total == counts.total()
 
 
+@given(corpus=documents)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_commonest_tokens_have_their_shares(tmp_path: Path, corpus: list[list[int]]) -> None:
+    table = build(tmp_path, corpus)
+    followed = Counter(token for document in corpus for token in document[:-1])
+    token_ids, shares = table.commonest(1000)
+    found = dict(zip(token_ids.tolist(), shares.tolist(), strict=True))
+    following = {token for document in corpus for token in document[1:]}
+    if all(len(counts) <= NUM_SUCCESSORS for counts in counted(corpus, 1).values()):
+        assert found.keys() == followed.keys() & following
+    assert found == pytest.approx({token: followed[token] / followed.total() for token in found})
+    assert [*found.values()] == sorted(found.values(), reverse=True)
+    assert [*found][:2] == table.commonest(2)[0].tolist()
+
+
 def test_an_unknown_context_has_none(tmp_path: Path) -> None:
     table = build(tmp_path, [[1, 2, 3] * 4])
     assert table.successors((7,)) is None

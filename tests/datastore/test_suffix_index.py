@@ -49,7 +49,7 @@ def test_the_longest_suffix_is_found_with_all_its_places(
     for match in matches:
         for length in range(1, match.length + 1):
             shorter = index.shorten(context, match, length)
-            followed = [continuation[:4] for continuation in occurrences(corpus, context[-length:])]
+            followed = [tuple(continuation[:4]) for continuation in occurrences(corpus, context[-length:])]
             assert sorted(index.continuations(shorter, 10_000, 4)) == sorted(followed)
 
 

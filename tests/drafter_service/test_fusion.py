@@ -6,9 +6,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafter_service import fusion
 from drafter_service.acceptance_estimate import AcceptanceEstimate, Guesser, RequestBias, Stated
 from drafter_service.fusion import FusedTree, PathGuesser, fuse, learn
 from drafter_service.sources.model_guesses import ModelGuesser
@@ -56,7 +58,10 @@ def guessers(draw: st.DrawFn) -> list[PathGuesser]:
 
 
 def fused(made: Sequence[PathGuesser], num_nodes: int, estimate: AcceptanceEstimate | None = None) -> FusedTree:
-    return fuse(made, estimate or AcceptanceEstimate(), RequestBias(), num_nodes)
+    """Everybody is asked everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusion, "_MIN_NGRAM_VALUE", 0.0)
+        return fuse(made, estimate or AcceptanceEstimate(), RequestBias(), num_nodes)
 
 
 @settings(deadline=None, max_examples=50)
@@ -107,12 +112,26 @@ def test_every_guess_is_in_the_union(made: list[PathGuesser]) -> None:
     assert paths == reachable - {()}
 
 
+def test_ngrams_are_spared_on_paths_of_little_worth_where_others_speak() -> None:
+    paths = {(): {1: 0.9, 2: 0.05}, (1,): {3: 0.9}, (2,): {4: 0.9}}
+    own, ngrams = TrieGuesser(Guesser.OWN_TEXT, paths), TrieGuesser(Guesser.NGRAM, paths)
+    result = fuse([own, ngrams], AcceptanceEstimate(), RequestBias(), 10)
+    of_path = {
+        tuple(result.tree.token_ids[above - 1] for above in result.tree.path_rows(row)): source
+        for row, source in enumerate(result.node_sources, start=1)
+    }
+    both = DraftSources.RETRIEVAL | DraftSources.NGRAM
+    assert of_path == {(1,): both, (2,): both, (1, 3): both, (2, 4): DraftSources.RETRIEVAL}
+    alone = fuse([ngrams], AcceptanceEstimate(), RequestBias(), 10)
+    assert len(alone.tree) == 4
+
+
 def test_two_who_agree_are_worth_more_than_one() -> None:
     one = TrieGuesser(Guesser.OWN_TEXT, {(): {1: 0.6}})
     other = TrieGuesser(Guesser.NGRAM, {(): {1: 0.6, 2: 0.35}})
     estimate = AcceptanceEstimate()
-    alone = fused([one], 1, estimate).places[0].candidates[0].probability
-    together = fused([one, other], 1, estimate).places[0].candidates[0].probability
+    alone = fused([one], 1, estimate).places[0].probabilities[1]
+    together = fused([one, other], 1, estimate).places[0].probabilities[1]
     assert together > alone
 
 
@@ -137,7 +156,7 @@ def test_it_learns_whom_to_believe() -> None:
         1,
     )
     assert result.tree.token_ids == (8,)
-    by_token = {candidate.token_id: candidate.probability for candidate in result.places[0].candidates}
+    by_token = result.places[0].probabilities
     assert 0.75 < by_token[8] < 0.97
     assert by_token[7] < 0.25
 

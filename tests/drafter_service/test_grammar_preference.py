@@ -10,18 +10,18 @@ import pytest
 
 from drafter_service.drafter import Drafter
 from drafter_service.engine import DrafterEngine
+from drafter_service.sources import fusing
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions, TreeBudget
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from tests.engine_driver import BUDGET, Output, drafting, generate
 from tests.fakes.checkpoints import VOCAB_SIZE
 from verifier_service.engine import VerifierEngine
 
-# Guesses from text do not know grammars.
 MODEL = DraftSources.MODEL
 PROMPT = (5, 8, 13, 21, 34, 55)
 GRAMMARS = {
@@ -87,6 +87,42 @@ async def test_drafts_hold_what_is_allowed_and_more_of_them_is_accepted(
     assert ignorant.said == plain.said
     assert preferring.num_accepted > ignorant.num_accepted
     assert len(preferring.rounds) < len(ignorant.rounds)
+
+
+@pytest.mark.parametrize("sources", [TEXT_SOURCES, TEXT_SOURCES | MODEL], ids=lambda sources: "+".join(sources.names))
+async def test_guesses_from_text_are_those_that_are_allowed(
+    verifier: VerifierEngine,
+    drafter: DrafterEngine,
+    base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: DraftSources,
+) -> None:
+    """The prompt repeats what the grammar forbids; the output, what it allows."""
+    request = replace(asked(SAMPLINGS["greedy"], GRAMMARS["words"]), prompt_token_ids=PROMPT * 4)
+    await drafted(verifier, drafter, request)  # from now on it is compiled
+
+    async def draft() -> tuple[Output, bool]:
+        """The output, and whether all nodes were allowed."""
+        async with drafting(drafter, request, sources=sources) as drafts:
+            output = await generate(verifier, request, drafts)
+        state = await compiled_state(base_folder, GRAMMARS["words"])
+        is_allowed = True
+        for round_ in output.rounds:
+            try:
+                check_allowed(state, round_.draft.tree)
+            except AssertionError:
+                return output, False
+            for token_id in round_.answer.verdict.token_ids:
+                state.advance(token_id)
+        return output, is_allowed
+
+    preferring, is_allowed = await draft()
+    assert is_allowed
+    assert any(source & TEXT_SOURCES for round_ in preferring.rounds for source in round_.draft.node_sources)
+    monkeypatch.setattr(fusing, "_allowed_after", lambda session: None)
+    ignorant, is_allowed = await draft()
+    assert not is_allowed
+    assert ignorant.said == preferring.said
 
 
 async def test_a_session_opened_in_mid_output_knows_where_it_is(

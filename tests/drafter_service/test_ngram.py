@@ -15,7 +15,7 @@ from easyspec.datastore.ngram_table import NUM_SUCCESSORS, NgramTable, build_ngr
 
 def likeliest(ngrams: AdaptiveNgrams) -> int | None:
     prediction = ngrams.predict(ngrams.end())
-    return next(iter(prediction.probabilities)) if prediction is not None else None
+    return max(prediction.probabilities, key=prediction.probabilities.__getitem__) if prediction is not None else None
 
 
 def test_the_longest_context_decides() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,3 +23,4 @@ def test_it_is_the_noise_of_coupling(seed: int, position: int, token_ids: list[i
     assert torch.tensor([noise(token_id) for token_id in token_ids], dtype=torch.float32).allclose(
         rows[0], rtol=0, atol=1e-6
     )
+    assert noise.of(np.array(token_ids)) == pytest.approx([noise(token_id) for token_id in token_ids], abs=1e-9)

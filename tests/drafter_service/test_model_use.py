@@ -1,0 +1,124 @@
+"""Rounds that text drafts at a better rate are drafted by text alone, and the model catches up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.fused_drafting import FusedDrafting
+from drafter_service.model_use import ModelUse
+from drafter_service.sources.fusing import FusingSource
+from drafter_service.sources.source import DraftJob
+from drafter_service.sources.text import TextResources
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
+from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, CoreDriver
+
+PROMPT = (5, 8, 13, 21, 34, 55) * 6
+MODEL_S, TEXT_S, REST_S = 0.015, 0.001, 0.025
+
+
+class Scripted(ModelUse):
+    """Decides as it is told, and remembers what it was told of rounds."""
+
+    def __init__(self, decisions: Iterable[bool]) -> None:
+        super().__init__()
+        self._decisions = iter(decisions)
+        self.observed: list[tuple[int, bool]] = []
+
+    def is_worth_it(self, expected_of_text: float) -> bool:
+        assert expected_of_text > 1.0  # the prompt repeats itself
+        return next(self._decisions)
+
+    def observe(self, expected_of_text: float, num_tokens: int, *, has_model: bool) -> None:
+        self.observed.append((num_tokens, has_model))
+
+
+def fusing(core: CoreDriver, model_use: ModelUse) -> CoreDriver:
+    """The same model and memory, text beside it."""
+    fused = FusedDrafting(TextResources())
+    fused.model_use = lambda session_id: model_use  # type: ignore[method-assign]
+    source = FusingSource(core.source, fused)
+    limits = DrafterLimits("draft", core.drafter.max_model_len, MAX_TREE_NODES, TEXT_SOURCES | DraftSources.MODEL)
+    decoder = core.source._decoder
+    drafter = Drafter(decoder.config, core.memory, source, decoder.sequential_plan, limits)
+    return CoreDriver(drafter, core.source, core.memory)
+
+
+def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[DraftJob] = []
+    begin = core.source.begin
+    monkeypatch.setattr(core.source, "begin", lambda job: (jobs.append(job), begin(job)))
+    decisions = [True, False, False, True, False, True]
+    model_use = Scripted(decisions)
+    driver = fusing(core, model_use)
+    session_id = driver.open(PROMPT, SAMPLED)
+    tokens, said, brought = list(PROMPT), (5, 8), []
+    for has_model in decisions:
+        (draft,) = driver.finish([driver.ask(session_id, len(tokens), said, BUDGET)])
+        tokens += said
+        assert len(draft.tree) > 0
+        assert (draft.timings.calibrate_ns > 0) is has_model
+        path = draft.tree.path_rows(len(draft.tree))
+        said = (*(draft.tree.token_ids[row - 1] for row in path), 8)  # the prompt knows what follows it
+        brought.append((len(said), has_model))
+    assert model_use.observed == brought[:-1]
+    # The first job has the two tokens before the loop's; the last one has those of the round that it sat out, too.
+    given = [2, *(count for count, _ in brought)]
+    assert [job.num_new_tokens for job in jobs] == [given[0], sum(given[1:4]), sum(given[4:6])]
+    fresh_id = core.open(tokens[:-1])
+    core.draft(fresh_id, len(tokens) - 1, tokens[-1:])
+    difference = (driver.kv(session_id, len(tokens)) - core.kv(fresh_id, len(tokens))).abs().max().item()
+    assert difference < 1e-5
+    driver.close(session_id)
+    core.close(fresh_id)
+
+
+def used(tokens_with_model: int, tokens_of_text: int, num_rounds: int = 400) -> float:
+    """The share of rounds that ask the model, where text brings what it expects."""
+    model_use = ModelUse()
+    num_asked = 0
+    for _ in range(num_rounds):
+        has_model = model_use.is_worth_it(tokens_of_text)
+        num_asked += has_model
+        model_use.drafted(MODEL_S if has_model else TEXT_S, has_model=has_model)
+        model_use.returned(REST_S)
+        num_tokens = tokens_with_model if has_model else tokens_of_text
+        model_use.observe(tokens_of_text, num_tokens, has_model=has_model)
+    return num_asked / num_rounds
+
+
+@pytest.mark.parametrize(
+    ("tokens_with_model", "tokens_of_text", "is_asked"), [(4, 2, True), (4, 3, False), (9, 7, False), (9, 3, True)]
+)
+def test_the_better_rate_wins(tokens_with_model: int, tokens_of_text: int, is_asked: bool) -> None:
+    """A round with the model takes 40 ms, one without 26."""
+    share = used(tokens_with_model, tokens_of_text)
+    assert share > 0.93 if is_asked else share < 0.07
+
+
+def test_what_it_learned_does_not_stay_for_ever() -> None:
+    model_use = ModelUse()
+
+    def asked(tokens_of_text: int, num_rounds: int) -> int:
+        count = 0
+        for _ in range(num_rounds):
+            has_model = model_use.is_worth_it(3.0)
+            count += has_model
+            model_use.drafted(MODEL_S if has_model else TEXT_S, has_model=has_model)
+            model_use.returned(REST_S)
+            model_use.observe(3.0, 5 if has_model else tokens_of_text, has_model=has_model)
+        return count
+
+    assert asked(tokens_of_text=2, num_rounds=100) > 90
+    asked(tokens_of_text=5, num_rounds=1500)
+    assert asked(tokens_of_text=5, num_rounds=100) < 20
+
+
+def test_a_silent_client_is_not_a_slow_verifier() -> None:
+    model_use = ModelUse()
+    for _ in range(20):
+        model_use.returned(REST_S)
+    model_use.returned(3600.0)
+    assert model_use._rest_s.value < 2 * REST_S
