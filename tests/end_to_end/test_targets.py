@@ -54,7 +54,7 @@ async def test_two_models_share_a_drafter_and_neither_takes_the_other_down(
     settings = StackSettings(base_folder, draft_folder, also={SECOND: second_folder}, flags=FLAGS)
     async with running(settings) as pair:
         assert len(pair.stack.processes) == 4
-        greedy, _, second_greedy, _ = await check_both_at_once(pair)
+        greedy, *_ = await check_both_at_once(pair)
         with pytest.raises(UnknownModelError, match=SECOND):
             await pair.generate(replace(GREEDY, model="third"))
         verifier = pair.stack.also[SECOND]
@@ -66,9 +66,6 @@ async def test_two_models_share_a_drafter_and_neither_takes_the_other_down(
         assert completion.speculation.num_accepted_tokens > 0
         with pytest.raises(UnavailableError):
             await pair.generate(replace(GREEDY, model=SECOND))
-        await verifier.start()
-        await until_verifier_is(pair, SECOND, States.PEER_STATE_READY)
-        assert (await pair.generate(replace(GREEDY, model=SECOND)))[0] == second_greedy
 
 
 @pytest.mark.skipif(
