@@ -46,7 +46,7 @@ def _placement(settings: StackSettings, wishes: Wishes, environment: Mapping[str
         placement = as_asked(wishes, "both roles are to run on the CPU")
     elif not (found := gpus.detect_gpus()):
         placement = as_asked(wishes, "no GPU here")
-    elif settings.num_verifiers > 1:
+    elif settings.num_verifiers > 1 or settings.also:
         placement = as_asked(wishes, "several verifiers share the GPUs, which is not planned for")
     else:
         draft = None if settings.draft is None else find_shape(str(settings.draft))

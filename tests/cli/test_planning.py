@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, DRAFTER, GATEWAY, VERIFIER, StackSettings
 from easyspec.planner.gpus import Gpu
 from easyspec.planner.placement import Wishes
 from tests.cli.conftest import CHECKOUT
@@ -75,8 +75,9 @@ def test_roles_on_the_cpu_and_replicas_are_not_planned(monkeypatch: pytest.Monke
     on_cpu = {"EASYSPEC_DRAFTER_DEVICE": "cpu", "EASYSPEC_VERIFIER_DEVICE": "cpu"}
     _, placement = planned(SETTINGS, Wishes(), on_cpu)
     assert "CPU" in placement.reason
-    _, placement = planned(StackSettings(num_verifiers=2), Wishes(), NOTHING)
-    assert "several verifiers" in placement.reason
+    for settings in (StackSettings(num_verifiers=2), StackSettings(also={"second": DEFAULT_BASE})):
+        _, placement = planned(settings, Wishes(), NOTHING)
+        assert "several verifiers" in placement.reason
     _, placement = planned(StackSettings(draft=None), Wishes(), NOTHING)
     assert not placement.has_drafter
 
