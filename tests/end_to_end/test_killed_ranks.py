@@ -15,7 +15,6 @@ import pytest
 
 from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, is_drafter_ready
 from easyspec.cli.processes import DRAFTER, VERIFIER, ServiceProcess, ServiceStack, StackSettings
-from easyspec.parallel.launch import torchrun_arguments
 from easyspec.speculation.parameters import StopConditions
 from tests.fakes.processes import assert_none_left_with, ranks_under
 
@@ -46,6 +45,7 @@ class Running:
 
     stack: ServiceStack
     client: GatewayClient
+    restarts_itself: bool
 
     def launcher(self, role: str) -> ServiceProcess:
         process = self.stack.drafter if role == DRAFTER else self.stack.verifier
@@ -68,9 +68,17 @@ class Running:
                 last_s = time.monotonic()
                 token_ids += response.token_ids
                 if len(pauses_s) == after_chunks:
-                    ending = asyncio.create_task(kill_rank_1(self.launcher(role).pid))
+                    ending = asyncio.create_task(self.kill_and_restart(role))
         assert ending is not None, "the stream was long enough"
         return Disturbed(tuple(token_ids), response.completion, max(pauses_s[after_chunks:]), await ending)
+
+    async def kill_and_restart(self, role: str) -> float:
+        """Seconds until the group had ended; unless somebody else does, start torchrun again when it has ended, too."""
+        group_gone_s = await kill_rank_1(self.launcher(role).pid)
+        if self.restarts_itself:
+            await self.launcher(role).wait()
+            await self.launcher(role).start()
+        return group_gone_s
 
     async def until_all_serve(self) -> None:
         for role in (VERIFIER, DRAFTER):
@@ -94,14 +102,12 @@ def ignore(role: str, line: str) -> None: ...
 
 @asynccontextmanager
 async def running(
-    base: Path, draft: Path, max_restarts: int, on_log: Callable[[str, str], None] = ignore
+    base: Path, draft: Path, restarts_itself: bool, on_log: Callable[[str, str], None] = ignore
 ) -> AsyncIterator[Running]:
-    """With `max_restarts` torchrun starts a group again, else whoever started torchrun has to."""
-    torchrun = (*torchrun_arguments(NUM_RANKS), "--max-restarts", str(max_restarts))
-    commands = {role: (*torchrun, "-m", f"{role}_service") for role in (VERIFIER, DRAFTER)}
-    settings = StackSettings(base, draft, commands=commands, flags={"gateway": GATEWAY_FLAGS})
+    num_ranks = {VERIFIER: NUM_RANKS, DRAFTER: NUM_RANKS}
+    settings = StackSettings(base, draft, num_ranks=num_ranks, flags={"gateway": GATEWAY_FLAGS})
     async with ServiceStack(settings, on_log) as stack, GatewayClient(stack.gateway_address) as client:
-        yield Running(stack, client)
+        yield Running(stack, client, restarts_itself)
 
 
 def check(disturbed: Disturbed, role: str, expected: tuple[int, ...]) -> None:
@@ -114,11 +120,11 @@ def check(disturbed: Disturbed, role: str, expected: tuple[int, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path) -> None:
-    """torchrun starts the groups again. Roles take turns in pairs, so that each is killed beside a whole and beside a
+    """Roles take turns in pairs, so that each is killed beside a whole and beside a
     restarting other; streams are at various places.
     """
     roles = [role for pair in range(NUM_KILLS // 2) for role in (DRAFTER, VERIFIER)[:: 1 if pair % 2 else -1]]
-    async with running(base_folder, draft_folder, NUM_KILLS) as ranks:
+    async with running(base_folder, draft_folder, restarts_itself=True) as ranks:
         expected = await ranks.generate()
         for number, role in enumerate(roles):
             if number % 2 == 0:
@@ -140,7 +146,7 @@ async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path) -> N
 async def test_a_killed_rank_ends_torchrun_which_is_started_again(base_folder: Path, draft_folder: Path) -> None:
     """As `easyspec up` does it."""
     lines: list[str] = []
-    async with running(base_folder, draft_folder, 0, lambda role, line: lines.append(line)) as ranks:
+    async with running(base_folder, draft_folder, False, lambda role, line: lines.append(line)) as ranks:
         watching = asyncio.create_task(ranks.stack.watch())
         expected = await ranks.generate()
         for role in (DRAFTER, VERIFIER):

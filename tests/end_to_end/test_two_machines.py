@@ -42,7 +42,6 @@ def test_two_machines_say_what_one_rank_says_also_when_disturbed(
     said = report(base_folder, draft_folder, logs, "--disturb")
     print(said)
     assert said["same"] == said["requests"] == len(REQUESTS)
-    for disturbance in ("verifier's rank 1 killed", "drafter's rank 1 killed", "cable pulled out"):
-        assert said[disturbance]["groups_gone_s"] < GROUP_GONE_S, disturbance
-        assert said[disturbance]["is_same_text"], disturbance
+    assert said["groups_gone_s"] < GROUP_GONE_S
+    assert said["is_same_text"]
     assert_none_left_with(str(base_folder))
