@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate
 from drafter_service.model_use import ModelUse
+from drafter_service.text_use import TextGains
 
 # Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
 _MAX_TARGETS = 32
@@ -16,6 +17,8 @@ _MAX_TARGETS = 32
 class _Learned:
     estimate: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
     model_use: ModelUse = field(default_factory=ModelUse)
+    greedy_gains: TextGains = field(default_factory=TextGains)
+    sampled_gains: TextGains = field(default_factory=TextGains)
 
 
 class EstimatesByTarget:
@@ -33,6 +36,11 @@ class EstimatesByTarget:
     def model_use_of(self, target: str) -> ModelUse:
         """What is known of rounds with that base model; to be kept as long."""
         return self._learned_of(target).model_use
+
+    def text_gains_of(self, target: str, *, is_greedy: bool) -> TextGains:
+        """What text has brought in rounds with that base model; to be kept as long."""
+        learned = self._learned_of(target)
+        return learned.greedy_gains if is_greedy else learned.sampled_gains
 
     def _learned_of(self, target: str) -> _Learned:
         learned = self._learned.pop(target, None) or _Learned()

@@ -17,6 +17,7 @@ from drafter_service.fusion import AllowedAfter, FusedTree, PathGuesser, fuse, l
 from drafter_service.model_use import ModelUse
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.text import TextDrafting, TextResources
+from drafter_service.text_use import TextGains, TextUse
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import DraftSources
 
@@ -32,6 +33,8 @@ class _Request:
     text: TextDrafting
     estimate: AcceptanceEstimate
     model_use: ModelUse
+    text_use: TextUse
+    text_gains: TextGains
     unread: list[int]
     num_read: int = 0
     bias: RequestBias = field(default_factory=RequestBias)
@@ -58,8 +61,14 @@ class FusedDrafting:
     ) -> None:
         """Take a request to the base model `target` up; its prompt is read piece by piece."""
         text = TextDrafting(self._resources, sources, sampling)
+        gains = self._estimates.text_gains_of(target, is_greedy=sampling.is_greedy)
         self._requests[session_id] = _Request(
-            text, self._estimates.of(target), self._estimates.model_use_of(target), [*token_ids]
+            text=text,
+            estimate=self._estimates.of(target),
+            model_use=self._estimates.model_use_of(target),
+            text_use=TextUse(gains),
+            text_gains=gains,
+            unread=[*token_ids],
         )
 
     def close(self, session_id: int) -> None:
@@ -93,6 +102,14 @@ class FusedDrafting:
     def model_use(self, session_id: int) -> ModelUse:
         """What decides whether a round of the request is worth the draft model's time."""
         return self._requests[session_id].model_use
+
+    def text_use(self, session_id: int) -> TextUse:
+        """What decides whether a round of the request is worth text's work, where the model drafts it."""
+        return self._requests[session_id].text_use
+
+    def text_took(self, session_id: int, work_s: float, round_s: float) -> None:
+        """A round of the request that both drafted took so long, of which text had `work_s`."""
+        self._requests[session_id].text_gains.took(work_s, round_s)
 
     def expected_of_text(self, session_id: int, num_nodes: int, allowed_after: AllowedAfter | None = None) -> float:
         """How many tokens the round may be expected to come to, if text alone drafts it; after `begin`."""

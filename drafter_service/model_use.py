@@ -26,13 +26,14 @@ _MAX_GAP_RATIO = 4.0
 class Average:
     """What a number is of late; the first few count alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = _RATE) -> None:
         self.value = 0.0
         self.count = 0
+        self._rate = rate
 
     def add(self, number: float) -> None:
         self.count += 1
-        self.value += (number - self.value) * max(_RATE, 1.0 / self.count)
+        self.value += (number - self.value) * max(self._rate, 1.0 / self.count)
 
 
 @dataclass

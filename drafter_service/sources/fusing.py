@@ -11,8 +11,10 @@ from drafter_service.fusion import AllowedAfter
 from drafter_service.sources.exit_provenance import told_apart
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
+from drafter_service.text_use import tokens_by
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSources
+from easyspec.speculation.token_tree import TokenTree
 
 # Of the tree by which text says what it expects: enough to tell a copy from a guess, and cheap.
 _NUM_TRIAL_NODES = 8
@@ -21,19 +23,24 @@ _NO_PROGRESS = Progress((), (), has_more=False)
 
 @dataclass
 class _Round:
-    """A session's latest round: what text expected of it, whether the model takes part, and since when."""
+    """A session's latest round: who takes part, since when, what text expected of it and what it worked, and the tree
+    that the model would have sent alone."""
 
-    expected_of_text: float
-    has_model: bool
     begun_ns: int
+    has_model: bool = True
+    has_text: bool = True
+    expected_of_text: float = 1.0
+    text_ns: int = 0
+    model_tree: TokenTree | None = None
     answered_ns: int | None = None
 
 
 class FusingSource:
     """A DraftSource. Sessions that ask the model alone get the model's tree as it is.
 
-    Of those that ask both, rounds that text alone drafts at a better rate are drafted by text alone; the model catches
-    up in the next round that it takes part in.
+    Of those that ask both, rounds that text alone drafts at a better rate are drafted by text alone, and rounds in
+    which text brings less than its work costs by the model alone; the other catches up in the next round that it
+    takes part in.
     """
 
     def __init__(self, model: DraftSource | None, fused: FusedDrafting) -> None:
@@ -41,6 +48,7 @@ class FusingSource:
         self._fused = fused
         self._rounds: dict[int, _Round] = {}
         self._num_unseen: dict[int, int] = {}  # tokens that the model has not been given, by session
+        self._num_unheard: dict[int, int] = {}  # tokens that text has not been given, by session
         self._unread: dict[int, DraftSession] = {}  # prompts that text sources have not read
         self._text_jobs: dict[int, DraftJob] = {}  # begun, and not for the model
 
@@ -59,42 +67,72 @@ class FusingSource:
         self._fused.close(session.session_id)
         self._rounds.pop(session.session_id, None)
         self._num_unseen.pop(session.session_id, None)
+        self._num_unheard.pop(session.session_id, None)
         self._unread.pop(session.session_id, None)
         self._text_jobs.pop(session.session_id, None)
 
     def begin(self, job: DraftJob) -> None:
         """Let text sources read and look things up; the model drafts in the steps that follow."""
         session = job.session
-        num_brought = None
-        if self._asks_text(session):
-            self._unread.pop(session.session_id, None)
-            num_brought = self._fused.begin(session.session_id, session.token_ids[-job.num_new_tokens :])
-        if not self._asks_model(session):
-            self._text_jobs[session.session_id] = job
-        elif not self._asks_text(session):
+        if not self._asks_text(session):
             self._model_source.begin(job)
+        elif not self._asks_model(session):
+            self._begin_text(job)
+            self._text_jobs[session.session_id] = job
         else:
-            self._begin_round(job, num_brought)
+            self._begin_round(job)
 
-    def _begin_round(self, job: DraftJob, num_brought: int | None) -> None:
-        """Let the model take part if that is worth its time."""
+    def _begin_text(self, job: DraftJob) -> int | None:
+        """Returns how many tokens the last tree brought, if text had a part in it."""
         session = job.session
-        now_ns = time.monotonic_ns()
-        model_use = self._fused.model_use(session.session_id)
+        self._unread.pop(session.session_id, None)
+        num_tokens = self._num_unheard.pop(session.session_id, 0) + job.num_new_tokens
+        return self._fused.begin(session.session_id, session.token_ids[-num_tokens:])
+
+    def _begin_round(self, job: DraftJob) -> None:
+        """Let those take part who are worth their time: model, text, or both."""
+        session, begun_ns = job.session, time.monotonic_ns()
         last = self._rounds.get(session.session_id)
-        if last is not None and last.answered_ns is not None and num_brought is not None:
-            model_use.returned((now_ns - last.answered_ns) / 1e9)
+        if last is not None and last.answered_ns is not None:
+            self._learn_from(last, job, begun_ns)
+        # Who drafted the last round alone goes on being asked.
+        has_text = (last is not None and not last.has_model) or self._fused.text_use(session.session_id).is_worth_it(
+            len(self._rounds)
+        )
+        if not has_text:
+            self._rounds[session.session_id] = _Round(begun_ns, has_text=False)
+            self._num_unheard[session.session_id] = self._num_unheard.get(session.session_id, 0) + job.num_new_tokens
+            self._begin_model(job)
+            return
+        model_use = self._fused.model_use(session.session_id)
+        num_brought = self._begin_text(job)
+        if last is not None and last.has_text and num_brought is not None:
             model_use.observe(last.expected_of_text, num_brought, has_model=last.has_model)
         num_nodes = min(job.budget.num_nodes, _NUM_TRIAL_NODES)
         expected = self._fused.expected_of_text(session.session_id, num_nodes, _allowed_after(session))
         has_model = model_use.is_worth_it(expected)
-        self._rounds[session.session_id] = _Round(expected, has_model, now_ns)
-        num_unseen = self._num_unseen.pop(session.session_id, 0) + job.num_new_tokens
+        text_ns = time.monotonic_ns() - begun_ns
+        self._rounds[session.session_id] = _Round(begun_ns, has_model, expected_of_text=expected, text_ns=text_ns)
         if has_model:
-            self._model_source.begin(replace(job, num_new_tokens=num_unseen))
+            self._begin_model(job)
         else:
+            num_unseen = self._num_unseen.get(session.session_id, 0) + job.num_new_tokens
             self._num_unseen[session.session_id] = num_unseen
             self._text_jobs[session.session_id] = job
+
+    def _begin_model(self, job: DraftJob) -> None:
+        num_unseen = self._num_unseen.pop(job.session.session_id, 0) + job.num_new_tokens
+        self._model_source.begin(replace(job, num_new_tokens=num_unseen))
+
+    def _learn_from(self, last: _Round, job: DraftJob, now_ns: int) -> None:
+        """What the verdict says of the last round, of which text knows what it brought."""
+        session_id = job.session.session_id
+        assert last.answered_ns is not None, "it had a tree"
+        self._fused.model_use(session_id).returned((now_ns - last.answered_ns) / 1e9)
+        if last.model_tree is not None:
+            num_without = tokens_by(last.model_tree, job.session.token_ids[-job.num_new_tokens :])
+            self._fused.text_use(session_id).observe(job.num_new_tokens, num_without)
+            self._fused.text_took(session_id, last.text_ns / 1e9, (now_ns - last.begun_ns) / 1e9)
 
     def step(self) -> Progress:
         """A step of the model; whoever it is done with, and who does not need it, gets a fused tree."""
@@ -103,8 +141,11 @@ class FusingSource:
         proposals = [self._fuse(job, None, DraftTimings()) for job in text_jobs.values()]
         progress = self._model.step() if self._model is not None else _NO_PROGRESS
         for proposal in progress.proposals:
-            is_fused = self._asks_text(proposal.job.session)
-            proposals.append(self._fuse(proposal.job, proposal, proposal.timings) if is_fused else _named(proposal))
+            proposals.append(
+                self._fuse(proposal.job, proposal, proposal.timings)
+                if self._has_text(proposal.job.session)
+                else self._alone(proposal)
+            )
         return Progress(proposals, progress.evicted, progress.has_more or bool(self._unread))
 
     def abandon(self) -> Sequence[DraftSession]:
@@ -121,20 +162,36 @@ class FusingSource:
         }
 
     def _fuse(self, job: DraftJob, model: Proposal | None, timings: DraftTimings) -> Proposal:
+        begun_ns = time.monotonic_ns()
         guesser = ModelGuesser(model.tree, model.early_rows) if model is not None else None
         fused = self._fused.finish(job.session.session_id, guesser, job.budget.num_nodes, _allowed_after(job.session))
-        self._note_answer(job.session)
         node_sources = fused.node_sources
         if model is not None:
             node_sources = told_apart(fused.tree, node_sources, model.tree.tree, model.early_rows)
+        self._note_answer(job, model, time.monotonic_ns() - begun_ns)
         return Proposal(job, fused.scored, timings, node_sources)
 
-    def _note_answer(self, session: DraftSession) -> None:
-        round_ = self._rounds.get(session.session_id)
+    def _alone(self, proposal: Proposal) -> Proposal:
+        round_ = self._rounds.get(proposal.job.session.session_id)
         if round_ is not None:
             round_.answered_ns = time.monotonic_ns()
-            duration_s = (round_.answered_ns - round_.begun_ns) / 1e9
-            self._fused.model_use(session.session_id).drafted(duration_s, has_model=round_.has_model)
+        return _named(proposal)
+
+    def _note_answer(self, job: DraftJob, model: Proposal | None, fusing_ns: int) -> None:
+        round_ = self._rounds.get(job.session.session_id)
+        if round_ is None:
+            return
+        round_.answered_ns = time.monotonic_ns()
+        round_.text_ns += fusing_ns
+        if model is not None:
+            round_.model_tree = model.tree.pruned(job.budget.num_nodes)
+        duration_s = (round_.answered_ns - round_.begun_ns) / 1e9
+        self._fused.model_use(job.session.session_id).drafted(duration_s, has_model=round_.has_model)
+
+    def _has_text(self, session: DraftSession) -> bool:
+        """Whether text takes part in the session's round."""
+        round_ = self._rounds.get(session.session_id)
+        return round_.has_text if round_ is not None else self._asks_text(session)
 
     @property
     def _model_source(self) -> DraftSource:
