@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from easyspec.errors import ConfigurationError, EngineLostError
 from easyspec.parallel.launch import group_size
+from easyspec.parallel.meeting import meet
 
 # A follower that misses several heartbeats of rank 0 gives up; longer than any single pass takes.
 DEFAULT_TIMEOUT_S = 300.0
@@ -146,7 +147,9 @@ def join_group(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Ra
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+            store, rank, size = meet(timeout_s)
+            timeout = datetime.timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             raise ConfigurationError(f"the ranks cannot meet: {error}") from error
     return GroupRanks(device)

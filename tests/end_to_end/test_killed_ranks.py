@@ -45,7 +45,6 @@ class Running:
 
     stack: ServiceStack
     client: GatewayClient
-    restarts_itself: bool
 
     def launcher(self, role: str) -> ServiceProcess:
         process = self.stack.drafter if role == DRAFTER else self.stack.verifier
@@ -68,17 +67,9 @@ class Running:
                 last_s = time.monotonic()
                 token_ids += response.token_ids
                 if len(pauses_s) == after_chunks:
-                    ending = asyncio.create_task(self.kill_and_restart(role))
+                    ending = asyncio.create_task(kill_rank_1(self.launcher(role).pid))
         assert ending is not None, "the stream was long enough"
         return Disturbed(tuple(token_ids), response.completion, max(pauses_s[after_chunks:]), await ending)
-
-    async def kill_and_restart(self, role: str) -> float:
-        """Seconds until the group had ended; unless somebody else does, start torchrun again when it has ended, too."""
-        group_gone_s = await kill_rank_1(self.launcher(role).pid)
-        if self.restarts_itself:
-            await self.launcher(role).wait()
-            await self.launcher(role).start()
-        return group_gone_s
 
     async def until_all_serve(self) -> None:
         for role in (VERIFIER, DRAFTER):
@@ -101,13 +92,11 @@ def ignore(role: str, line: str) -> None: ...
 
 
 @asynccontextmanager
-async def running(
-    base: Path, draft: Path, restarts_itself: bool, on_log: Callable[[str, str], None] = ignore
-) -> AsyncIterator[Running]:
+async def running(base: Path, draft: Path, on_log: Callable[[str, str], None] = ignore) -> AsyncIterator[Running]:
     num_ranks = {VERIFIER: NUM_RANKS, DRAFTER: NUM_RANKS}
     settings = StackSettings(base, draft, num_ranks=num_ranks, flags={"gateway": GATEWAY_FLAGS})
     async with ServiceStack(settings, on_log) as stack, GatewayClient(stack.gateway_address) as client:
-        yield Running(stack, client, restarts_itself)
+        yield Running(stack, client)
 
 
 def check(disturbed: Disturbed, role: str, expected: tuple[int, ...]) -> None:
@@ -119,12 +108,13 @@ def check(disturbed: Disturbed, role: str, expected: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path) -> None:
-    """Roles take turns in pairs, so that each is killed beside a whole and beside a
+async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts the group again. Roles take turns in pairs, so that each is killed beside a whole and beside a
     restarting other; streams are at various places.
     """
+    monkeypatch.setenv("PET_MAX_RESTARTS", str(NUM_KILLS))  # torchrun's --max-restarts
     roles = [role for pair in range(NUM_KILLS // 2) for role in (DRAFTER, VERIFIER)[:: 1 if pair % 2 else -1]]
-    async with running(base_folder, draft_folder, restarts_itself=True) as ranks:
+    async with running(base_folder, draft_folder) as ranks:
         expected = await ranks.generate()
         for number, role in enumerate(roles):
             if number % 2 == 0:
@@ -146,7 +136,7 @@ async def test_twenty_kills_in_a_row(base_folder: Path, draft_folder: Path) -> N
 async def test_a_killed_rank_ends_torchrun_which_is_started_again(base_folder: Path, draft_folder: Path) -> None:
     """As `easyspec up` does it."""
     lines: list[str] = []
-    async with running(base_folder, draft_folder, False, lambda role, line: lines.append(line)) as ranks:
+    async with running(base_folder, draft_folder, lambda role, line: lines.append(line)) as ranks:
         watching = asyncio.create_task(ranks.stack.watch())
         expected = await ranks.generate()
         for role in (DRAFTER, VERIFIER):
