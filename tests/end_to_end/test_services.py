@@ -353,6 +353,8 @@ async def test_text_is_the_same_with_any_plan_and_width_and_without_a_drafter(
     assert plain
     for size, width in ((1, 1), (2, 4), (4, 8), (6, 3)):
         request = generation(temperature=temperature)
+        request.speculation.sources.append(types_pb2.DRAFT_SOURCE_MODEL)  # text is guessed as it is with any plan
+        request.speculation.mode = generation_pb2.SpeculationParameters.MODE_ON
         request.speculation.layer_plan.layer_parallel_size = size
         request.speculation.budget.num_levels, request.speculation.budget.width = 5, width
         request.speculation.budget.num_nodes = 24
@@ -361,14 +363,14 @@ async def test_text_is_the_same_with_any_plan_and_width_and_without_a_drafter(
         assert completion.speculation.num_accepted_tokens > 0
 
 
-async def test_tokenizers_that_do_not_fit_are_a_start_up_error_with_both_fingerprints(
+async def test_tokenizers_that_do_not_fit_are_a_start_up_error_with_the_first_differences(
     base_folder: Path, draft_folder: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(draft_folder, tmp_path / "other"))
     write_tokenizer(other, VOCAB_SIZE - 20)
     for role, base, draft in (("drafter", base_folder, other), ("verifier", other, base_folder)):
         with pytest.raises(
-            ConfigurationError, match=f"the {role}'s tokenizer has fingerprint [0-9a-f]{{64}}, the gate"
+            ConfigurationError, match=f"the {role} has another tokenizer: tokenizer [0-9a-f]{{64}}, the gate.*differing"
         ):
             async with running(base, draft, base_folder):
                 pytest.fail("started")
