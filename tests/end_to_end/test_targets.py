@@ -63,7 +63,7 @@ async def test_two_models_share_a_drafter_and_neither_takes_the_other_down(
         await until_verifier_is(pair, SECOND, States.PEER_STATE_UNREACHABLE)
         text, completion = await pair.generate(GREEDY)
         assert text == greedy
-        assert completion.speculation.num_accepted_tokens > 0
+        assert completion.speculation.num_draft_tokens > 0
         with pytest.raises(UnavailableError):
             await pair.generate(replace(GREEDY, model=SECOND))
 
