@@ -33,10 +33,10 @@ KV entries (the ablation).
 
 _SERVE_HEAD = """How to read "many streams". A closed loop of clients (or Poisson arrivals, if a rate is given);
 windows of each speculation setting next to each other, in rotating order, after some unmeasured load in auto.
-*tokens/s* is the median over windows of output tokens that came in a window / its length, *x best* the median of
-per-turn ratios of auto to the setting, off or on, that was better over all turns. Times are p50/p95/p99 over all
-windows, inter-token times per token (those of one message share its gap evenly); the time to first token includes the
-burst with which a window begins.
+*tokens/s* is the median over windows of output tokens that came in a window / its length, *x best* all tokens of auto /
+those of the setting, off or on, that was better over all turns, with the standard error of single turns' ratios. Times
+are p50/p95/p99 over all windows, inter-token times per token (those of one message share its gap evenly); the time to
+first token includes the burst with which a window begins.
 *length* is the mean acceptance length, *drafted* the share of rounds with a tree, *occupancy* sessions per verifier
 step / streams, *rows* rows per step, *KV use* the share of the verifier's pool.
 """

@@ -42,7 +42,7 @@ SERVE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("streams", lambda row: str(row["concurrency"])),
     ("speculation", lambda row: row["speculation"]),
     ("tokens/s", lambda row: _number(row["tokens_per_s"], 1)),
-    ("x best", lambda row: _number(row["vs_best"], 2)),
+    ("x best", lambda row: _with_error(row["vs_best"], row.get("vs_best_error"))),
     ("TTFT ms", lambda row: _percentiles(row["ttft_ms"])),
     ("inter-token ms", lambda row: _percentiles(row["inter_token_ms"])),
     ("length", lambda row: _number(row["mean_acceptance_length"], 2)),
@@ -114,6 +114,10 @@ def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Se
     ]
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value, 2) if value is None or error is None else f"{value:.2f} ± {error:.2f}"
 
 
 def _number(value: float | None, digits: int) -> str:

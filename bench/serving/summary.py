@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ class ServeResult:
     """One speculation setting at one concurrency.
 
     `tokens_per_s` is the median over windows of output tokens that came in a window / its length; `vs_best` (auto only)
-    the median of per-turn ratios to the better of off and on, which is the one that brought more over all turns (the
-    better of each turn would be the luckier one of two). Inter-token times count every token: those that
+    is all its tokens / those of the better of off and on, which is the one that brought more over all turns (the better
+    of each turn would be the luckier one of two), and `vs_best_error` its standard error by the ratios of single turns.
+    Inter-token times count every token: those that
     came in one message share its gap evenly. `batch_sessions` and `batch_rows` are means over verifier steps,
     `batch_occupancy` is sessions / concurrency, `kv_use` the mean share of the verifier's KV pool. None: not known.
     """
@@ -41,6 +43,7 @@ class ServeResult:
     tokens_per_s: float
     tokens_per_s_by_window: tuple[float, ...]
     vs_best: float | None
+    vs_best_error: float | None
     ttft_ms: Percentiles | None
     inter_token_ms: Percentiles | None
     mean_acceptance_length: float | None
@@ -55,14 +58,25 @@ class ServeResult:
     num_failed: int
 
 
+@dataclass(frozen=True)
+class _Ratio:
+    """A ratio of throughputs and its standard error; None: not known."""
+
+    value: float | None
+    error: float | None
+
+
+_UNKNOWN = _Ratio(None, None)
+
+
 def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[ServeResult]:
     """Results of one concurrency; a turn holds one window of each setting, which ran next to each other."""
     by_setting: dict[Speculation, list[Window]] = {setting: [] for setting in Speculation}
     for window in itertools.chain.from_iterable(turns):
         by_setting[window.speculation].append(window)
-    ratios = _ratios_to_best(turns)
+    ratio = _ratio_to_best(turns)
     return [
-        _result(concurrency, setting, windows, ratios if setting is Speculation.AUTO else [])
+        _result(concurrency, setting, windows, ratio if setting is Speculation.AUTO else _UNKNOWN)
         for setting, windows in by_setting.items()
         if windows
     ]
@@ -82,19 +96,23 @@ def percentiles(values_s: Sequence[float]) -> Percentiles | None:
     return Percentiles(p50, p95, p99)
 
 
-def _ratios_to_best(turns: Sequence[Sequence[Window]]) -> list[float]:
-    """Auto / the better of off and on, by turn."""
+def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> _Ratio:
+    """Auto / the better of off and on."""
     speeds = [{window.speculation: throughput(window) for window in turn} for turn in turns]
+    speeds = [speed for speed in speeds if Speculation.AUTO in speed]
     rivals = [setting for setting in (Speculation.OFF, Speculation.ON) if all(setting in speed for speed in speeds)]
-    if not rivals:
-        return []
+    if not speeds or not rivals:
+        return _UNKNOWN
     better = max(rivals, key=lambda setting: sum(speed[setting] for speed in speeds))
-    return [
-        speed[Speculation.AUTO] / speed[better] for speed in speeds if Speculation.AUTO in speed and speed[better] > 0
-    ]
+    total = sum(speed[better] for speed in speeds)
+    if total == 0:
+        return _UNKNOWN
+    ratios = [speed[Speculation.AUTO] / speed[better] for speed in speeds if speed[better] > 0]
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+    return _Ratio(sum(speed[Speculation.AUTO] for speed in speeds) / total, error)
 
 
-def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratios: Sequence[float]) -> ServeResult:
+def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratio: _Ratio) -> ServeResult:
     chunks = [chunk for window in windows for chunk in _chunks(window)]
     streams = [stream for window in windows for stream in window.streams]
     drafted = [chunk for chunk in chunks if chunk.num_draft_tokens]
@@ -109,7 +127,8 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
         speculation=setting.value,
         tokens_per_s=statistics.median(speeds),
         tokens_per_s_by_window=speeds,
-        vs_best=statistics.median(ratios) if ratios else None,
+        vs_best=ratio.value,
+        vs_best_error=ratio.error,
         ttft_ms=percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
         inter_token_ms=percentiles([gap for window in windows for gap in _inter_token_s(window)]),
         mean_acceptance_length=1 + statistics.mean(chunk.num_accepted for chunk in drafted) if drafted else None,

@@ -95,6 +95,7 @@ def test_figures_of_hand_made_windows() -> None:
     off, on, auto = summarize(4, [[window(OFF, 1, 0.1), window(ON, 3, 0.2), window(AUTO, 3, 0.25)]])
     assert (off.tokens_per_s, on.tokens_per_s) == (10, 15)
     assert auto.vs_best == pytest.approx(auto.tokens_per_s / 15)
+    assert auto.vs_best_error is None, "one turn"
     assert off.vs_best is None
     assert on.inter_token_ms is not None
     assert on.inter_token_ms.p50 == pytest.approx(200 / 3)
@@ -116,7 +117,7 @@ def test_auto_is_compared_with_the_setting_that_is_better_over_all_turns() -> No
     off, on, auto = summarize(4, turns)
     assert sum(off.tokens_per_s_by_window) < sum(on.tokens_per_s_by_window)
     assert off.tokens_per_s > on.tokens_per_s
-    assert auto.vs_best == pytest.approx(1.0)
+    assert (auto.vs_best, auto.vs_best_error) == (pytest.approx(1.0), pytest.approx(0.0))
     assert summarize(4, [[window(AUTO, 3, 0.2)]])[0].vs_best is None
 
 
