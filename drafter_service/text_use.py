@@ -55,7 +55,7 @@ class TextUse:
         self._rest = _FIRST_REST
 
     def is_worth_it(self, num_sharing: int) -> bool:
-        """Whether to ask text in the next round; `num_sharing` requests take turns on this processor."""
+        """Whether to ask text in the next round; `num_sharing` open requests share this thread."""
         if self._rest_left > 0:
             self._rest_left -= 1
             self._num_looks = 0

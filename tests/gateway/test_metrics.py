@@ -228,6 +228,6 @@ async def test_what_speculation_is_found_to_bring_is_told_by_metrics_and_by_the_
         assert state.tokens_per_s["full"] > 0
         throughputs = [key for key in samples if key[0] == "easyspec_speculation_arm_tokens_per_second"]
         assert {arm for _, arm in throughputs} == set(state.tokens_per_s)
-        assert samples[("easyspec_speculation_trials_total",)] == state.num_trials
+        assert samples[("easyspec_speculation_trials_total",)] == state.num_trials <= state.num_switches
         assert samples[("easyspec_speculation_switches_total",)] == state.num_switches
         assert 0.0 < state.acceptance_by_level[0] <= 1.0
