@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Self
 
 import easyspec
 from easyspec.cli.clients import are_peers_ready, is_serving
+from easyspec.cli.free_ports import free_port
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
 from easyspec.vocabulary import check_vocabularies, padding_note
@@ -342,9 +342,7 @@ def _with_port(address: str) -> str:
     host, _, port = address.rpartition(":")
     if port != "0":
         return address
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
+    return f"{host}:{free_port(host)}"
 
 
 async def _all(waits: collections.abc.Iterable[Awaitable[None]]) -> None:

@@ -7,11 +7,12 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from easyspec.cli.free_ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 _PROBE_TIMEOUT_S = 60.0
@@ -49,21 +50,14 @@ def _works(command: Sequence[str]) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class ComposeStack:
     """One project of docker-compose.yml. `up` builds and starts, `down` removes containers, network and volumes."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.project = f"easyspec-test-{os.getpid()}"
-        self.grpc_address = f"127.0.0.1:{free_port()}"
-        self.http_address = f"127.0.0.1:{free_port()}"
+        self.grpc_address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        self.http_address = f"127.0.0.1:{free_port('127.0.0.1')}"
 
     @property
     def _environment(self) -> Mapping[str, str]:

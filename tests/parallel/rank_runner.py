@@ -7,12 +7,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from easyspec.cli.free_ports import free_port
 
 _TIMEOUT_S = 100.0
 _LEAVING_S = 5.0
@@ -20,9 +21,7 @@ _LEAVING_S = 5.0
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)`, a module-level function, in every rank; results by rank. Raises what a rank raised."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     try:
