@@ -15,7 +15,7 @@ from models.recipe.cut_report import write_cut_report
 from models.recipe.distil import distil
 from models.recipe.evaluate import evaluate_pair
 from models.recipe.llama import load_model
-from models.recipe.pretrain import pretrain
+from models.recipe.pretrain import pretrain, teach_copying
 from models.recipe.publish import publish_member
 from models.recipe.report import record_effort, write_report
 from models.recipe.settings import MODELS, RecipeSettings
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     command = "python -m models.recipe " + shlex.join(arguments)
     if options.command == "train":
         train_base(settings)
+        train_copying(settings)
         train_draft(settings)
     if options.command == "cut":
         cut(settings)
@@ -56,6 +57,18 @@ def train_base(settings: RecipeSettings) -> None:
     base, effort = pretrain(settings)
     publish_member(base, ensure_tokenizer(settings), settings.out / "base", {})
     record_effort(settings.out, "base", effort)
+    done.touch()
+
+
+def train_copying(settings: RecipeSettings) -> None:
+    """Make `<out>/base` go on from the pre-trained one there, unless an earlier run has already done it."""
+    done = settings.work / "copying.done"
+    if done.exists():
+        return
+    base = load_model(settings.out / "base", settings.device)
+    effort = teach_copying(settings, base)
+    publish_member(base, ensure_tokenizer(settings), settings.out / "base", {})
+    record_effort(settings.out, "copying", effort)
     done.touch()
 
 
@@ -97,6 +110,11 @@ def _settings(options: argparse.Namespace) -> RecipeSettings:
         num_steps=options.base_steps,
         max_seconds=options.base_minutes and options.base_minutes * 60,
     )
+    copying = replace(
+        settings.copying_optim,
+        num_steps=options.copying_steps,
+        max_seconds=options.copying_minutes and options.copying_minutes * 60,
+    )
     draft = replace(
         settings.distil.optim,
         num_steps=options.draft_steps,
@@ -106,7 +124,7 @@ def _settings(options: argparse.Namespace) -> RecipeSettings:
     own_text = replace(settings.distil.own_text, num_batches=options.own_batches)
     distil = replace(settings.distil, optim=draft, own_text=own_text)
     cut = replace(settings.cut, heal=replace(settings.cut.heal, optim=heal))
-    return replace(settings, base_optim=base, distil=distil, cut=cut)
+    return replace(settings, base_optim=base, copying_optim=copying, distil=distil, cut=cut)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,13 +154,14 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default=defaults.device)
     command.add_argument("--threads", type=int, default=torch.get_num_threads())
     command.add_argument("--base-steps", type=int, default=defaults.base_optim.num_steps)
+    command.add_argument("--copying-steps", type=int, default=defaults.copying_optim.num_steps)
     command.add_argument("--draft-steps", type=int, default=defaults.distil.optim.num_steps)
     own_batches = defaults.distil.own_text.num_batches
     command.add_argument("--own-batches", type=int, default=own_batches)
     healing_minutes = (defaults.cut.heal.optim.max_seconds or 0) / 60
     command.add_argument("--cut-minutes", type=float, default=healing_minutes, help="how long the shallower base heals")
-    for name in ("base", "draft"):
-        command.add_argument(f"--{name}-minutes", type=float, help=f"end the {name}'s schedule by then at the latest")
+    for name in ("base", "copying", "draft"):
+        command.add_argument(f"--{name}-minutes", type=float, help=f"end the schedule of {name} by then at the latest")
 
 
 if __name__ == "__main__":

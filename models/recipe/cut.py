@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM
 
+from models.recipe.copying import Stream
 from models.recipe.distil import DistilBatches, distil_losses, mean_exit_loss
 from models.recipe.llama import compile_layers, save_pair_member
 from models.recipe.own_text import write_own_text
 from models.recipe.publish import TOKENIZER_FILES
 from models.recipe.settings import CutSettings, RecipeSettings
 from models.recipe.tokenizer import load_tokenizer
-from models.recipe.tokens import Stream, pass_stream
+from models.recipe.tokens import pass_stream
 from models.recipe.trainer import Effort, Trainer
 
 _LAYER_KEY = re.compile(r"(model\.layers\.)(\d+)(\..+)")

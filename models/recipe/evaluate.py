@@ -16,11 +16,12 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.heldout import held_out_texts
+from models.recipe.copying import Stream
 from models.recipe.distil import base_hidden, exit_hidden
 from models.recipe.llama import load_model
 from models.recipe.own_text import continue_text
 from models.recipe.tokenizer import load_tokenizer
-from models.recipe.tokens import Stream, encode_documents
+from models.recipe.tokens import encode_documents
 
 _WINDOW = 512
 _NUM_PROMPTS = 64

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
+from models.recipe.copying import Stream
 from models.recipe.settings import OwnTextSettings
-from models.recipe.tokens import Stream
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Pre-training of the base: next-token cross entropy on the corpus."""
+"""Pre-training of the base: next-token cross entropy on the corpus, then on the corpus and exercises in copying."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,32 +11,42 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from models.recipe.llama import build_llama, compile_layers, save_pair_member
-from models.recipe.settings import RecipeSettings
+from models.recipe.settings import OptimSettings, RecipeSettings
 from models.recipe.tokens import WindowSampler, ensure_tokenizer, micro_batches
 from models.recipe.trainer import Effort, Trainer
 
 
 def pretrain(settings: RecipeSettings) -> tuple[LlamaForCausalLM, Effort]:
-    """Train the base from scratch, or resume it; returns it in float32 on `settings.device`.
+    """Train the base from scratch on the corpus alone, or resume it; returns it in float32 on `settings.device`.
 
     Writes checkpoints, `base.log` and the interim `base-latest/` below `settings.work`.
     """
+    model = build_llama(settings.base_shape, settings.base_optim.seed)
+    return model, _train("base", model, settings.base_optim, replace(settings, copying=None))
+
+
+def teach_copying(settings: RecipeSettings, base: LlamaForCausalLM) -> Effort:
+    """Train the pre-trained base on, in place, on the corpus and exercises in copying.
+
+    Writes checkpoints, `copying.log` and the interim `copying-latest/` below `settings.work`.
+    """
+    return _train("copying", base, settings.copying_optim, settings)
+
+
+def _train(name: str, model: LlamaForCausalLM, optim: OptimSettings, settings: RecipeSettings) -> Effort:
     tokenizer = ensure_tokenizer(settings)
-    model = build_llama(settings.base_shape, settings.base_optim.seed).to(settings.device)
+    model.to(settings.device)
     compile_layers(model)
-    sampler = WindowSampler(settings, settings.base_optim)
+    sampler = WindowSampler(settings, optim)
 
     def publish(folder: Path) -> None:
         save_pair_member(model, tokenizer, folder)
 
-    trainer = Trainer("base", model, settings.base_optim, settings, publish)
-    effort = trainer.run(lambda step, progress: _losses(model, sampler.batch(step, progress), settings))
-    return model, effort
+    def losses(step: int, progress: float) -> Iterator[Tensor]:
+        for part, share in micro_batches(sampler.batch(step, progress), optim):
+            yield next_token_loss(model, part.to(settings.device)) * share
 
-
-def _losses(model: LlamaForCausalLM, windows: Tensor, settings: RecipeSettings) -> Iterator[Tensor]:
-    for part, share in micro_batches(windows, settings.base_optim):
-        yield next_token_loss(model, part.to(settings.device)) * share
+    return Trainer(name, model, optim, settings, publish).run(losses)
 
 
 def next_token_loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def write_report(
     path = settings.out / "EVALUATION.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (settings.out / "base" / "README.md").write_text(
-        base_card(settings, num_params["base"], Effort(**efforts["base"]), figures), encoding="utf-8"
+        base_card(settings, num_params["base"], {k: Effort(**v) for k, v in efforts.items()}, figures), encoding="utf-8"
     )
     (settings.out / "draft" / "README.md").write_text(
         draft_card(settings, num_params["draft"], Effort(**efforts["draft"]), figures), encoding="utf-8"
@@ -59,9 +59,11 @@ def record_effort(out: Path, name: str, effort: Effort) -> None:
     path.write_text(json.dumps(efforts, indent=2) + "\n", encoding="utf-8")
 
 
-def base_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:
+def base_card(
+    settings: RecipeSettings, num_params: int, efforts: dict[str, Effort], figures: dict[str, TextFigures]
+) -> str:
     """Return the base's model card."""
-    optim = settings.base_optim
+    optim, effort = settings.base_optim, efforts["base"]
     return f"""\
 # easyspec bundled base
 
@@ -81,6 +83,7 @@ Source and docstrings of CPython {platform.python_version()}'s standard library,
 windows of {optim.short_tokens} and, for the last {optim.long_share:.0%} of the run,
 {optim.long_tokens} tokens; Muon and AdamW; {effort.seconds / 60:.0f} minutes on 2 shared CPU cores in float32, stored
 as bfloat16.
+{_copying_words(settings, efforts.get("copying"))}
 `python -m models.recipe train` makes it again.
 
 ## Figures
@@ -93,6 +96,18 @@ occurred before in the same continuation). Trained on windows of at most {optim.
 quality beyond is not measured.
 
 {LICENCE}"""
+
+
+def _copying_words(settings: RecipeSettings, effort: Effort | None) -> str:
+    if settings.copying is None or effort is None:
+        return ""
+    optim, share = settings.copying_optim, settings.copying.share
+    return f"""
+Then {effort.num_tokens / 1e6:.2f} M tokens in {effort.num_steps} steps of {optim.tokens_per_step} tokens and
+{effort.seconds / 60:.0f} minutes, {share:.0%} of them exercises in copying: functions of the corpus repeated, renamed
+or stripped of their docstring, docstrings quoted, stretches of it said twice (`models/recipe/copying.py`).
+Without them a base of this age does not look back for what it is asked to repeat.
+"""
 
 
 def draft_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:

@@ -39,6 +39,16 @@ class CorpusSettings:
 
 
 @dataclass(frozen=True)
+class CopyingSettings:
+    """Exercises in copying beside the corpus: `share` of all tokens, in blocks of one training window."""
+
+    share: float = 0.5
+    block_tokens: int = 512
+    original_chars: tuple[int, int] = (100, 1_000)
+    seed: int = 20_312
+
+
+@dataclass(frozen=True)
 class OptimSettings:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms.
 
@@ -118,6 +128,8 @@ class RecipeSettings:
     base_shape: ModelShape = BASE_SHAPE
     draft_shape: ModelShape = DRAFT_SHAPE
     base_optim: OptimSettings = OptimSettings(num_steps=1_000)
+    copying: CopyingSettings | None = field(default_factory=CopyingSettings)
+    copying_optim: OptimSettings = OptimSettings(num_steps=2_000, tokens_per_step=4_096, long_share=1.0, seed=6)
     distil: DistilSettings = DistilSettings(
         OptimSettings(
             num_steps=1_000,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from models.recipe.copying import Stream, copying_stream
 from models.recipe.corpus import Kind, training_pass
 from models.recipe.settings import OptimSettings, RecipeSettings
 from models.recipe.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
-
-Stream = NDArray[np.uint16]
 
 
 def ensure_tokenizer(settings: RecipeSettings) -> PreTrainedTokenizerFast:
@@ -28,12 +27,22 @@ def ensure_tokenizer(settings: RecipeSettings) -> PreTrainedTokenizerFast:
 
 
 def pass_stream(settings: RecipeSettings, pass_index: int) -> Stream:
-    """Return one pass of the corpus as token ids, documents ended by the separator; cached."""
-    path = settings.work / f"pass-{pass_index}.npy"
+    """Return one pass of the corpus as token ids, documents ended by the separator; cached.
+
+    With `settings.copying` exercises come after it, in blocks that begin where windows begin.
+    """
+    copying = settings.copying
+    path = settings.work / f"pass-{pass_index}{'' if copying is None else '-copying'}.npy"
     if not path.exists():
         tokenizer = ensure_tokenizer(settings)
         documents = training_pass(settings.corpus, pass_index)
-        np.save(path, encode_documents(tokenizer, [d.text for d in documents]))
+        corpus = encode_documents(tokenizer, [d.text for d in documents])
+        if copying is not None:
+            corpus = corpus[: len(corpus) // copying.block_tokens * copying.block_tokens]
+            originals = [document for document in documents if document.kind is not Kind.CHAT]
+            seeded = replace(copying, seed=copying.seed + pass_index)
+            corpus = np.concatenate([corpus, copying_stream(tokenizer, originals, corpus, seeded)])
+        np.save(path, corpus)
     stream: Stream = np.load(path, mmap_mode="r")
     return stream
 

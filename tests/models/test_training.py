@@ -55,7 +55,7 @@ def settings(tmp_path: Path) -> RecipeSettings:
     """Settings whose corpus is a cached stream of a repeating pattern."""
     np.save(tmp_path / "pass-0.npy", (np.arange(4_000) ** 2 // 7 % 37).astype(np.uint16))
     distil = DistilSettings(optim=_OPTIM, exit_layers=_EXITS)
-    return RecipeSettings(work=tmp_path, base_optim=_OPTIM, distil=distil)
+    return RecipeSettings(work=tmp_path, base_optim=_OPTIM, copying=None, distil=distil)
 
 
 def _own_text(base: LlamaForCausalLM) -> OwnText:
