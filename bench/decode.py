@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.clients import GatewayClient, ServedModels, Task
-from bench.machine import current_commit, describe_machine
 from bench.measurement import Mode, Sample, select_modes
 from bench.pairs import PAIRS, ModelPair, cosine_rows, start_services
+from bench.provenance import provenance
 from bench.summary import Result, summarize
 from bench.tables import print_results
 from easyspec.cli.signals import run_until_signal
@@ -87,9 +86,7 @@ def report(
     budget = settings.budget or models.default_budget
     return {
         "command": command,
-        "machine": dataclasses.asdict(describe_machine()),
-        "commit": current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **provenance([pair.base, pair.draft]),
         "pair": {"name": pair.name, "base": models.base, "draft": models.draft},
         "settings": {
             "num_prompts": settings.num_prompts,

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench import planner_report
 from bench.machine import REPOSITORY
+from bench.provenance import provenance_lines
 from bench.source_report import plot_sources, sources_section
 from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
 from bench.target_report import targets_section
@@ -74,15 +75,12 @@ def _is_serving(report: Mapping[str, Any]) -> bool:
 
 
 def _serve_section(name: str, report: Mapping[str, Any]) -> str:
-    machine, pair, settings = report["machine"], report["pair"], report["settings"]
+    pair, settings = report["pair"], report["settings"]
     plot = name.removesuffix(".json") + ".png"
     arrivals = "closed loop" if settings["rate"] is None else f"Poisson arrivals, {settings['rate']:g} a second"
     lines = [
         f"## Many streams: the {pair['name']} pair ({name})\n",
-        f"* command: `{report['command']}`",
-        f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"torch {machine['torch']}, Python {machine['python']}",
-        f"* commit {report['commit']}, {report['date']}",
+        *provenance_lines(report),
         f"* {arrivals}, mix {settings['mix']}, seed {settings['seed']}; {settings['num_turns']} windows of "
         f"{settings['window_s']:g} s of each setting, after {settings['settle_s']:g} s\n",
         markdown_table(SERVE_COLUMNS, report["results"]) + "\n",
@@ -95,15 +93,12 @@ def _serve_section(name: str, report: Mapping[str, Any]) -> str:
 
 
 def _section(name: str, report: Mapping[str, Any]) -> str:
-    machine, pair, settings = report["machine"], report["pair"], report["settings"]
+    pair, settings = report["pair"], report["settings"]
     budget = settings["budget"]
     lines = [
         f"## The {pair['name']} pair ({name})\n",
         f"* base: {pair['base']}\n* draft: {pair['draft']}",
-        f"* command: `{report['command']}`",
-        f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"torch {machine['torch']}, Python {machine['python']}",
-        f"* commit {report['commit']}, {report['date']}",
+        *provenance_lines(report),
         f"* {settings['num_prompts']} held-out prompts of at most {settings['max_prompt_chars']} characters, "
         f"{settings['max_tokens']} tokens each, seed {settings['seed']}; trees of {budget['num_levels']} levels, "
         f"width {budget['width']}, at most {budget['num_nodes']} nodes\n",

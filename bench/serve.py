@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import shlex
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -17,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.decode import write_report
-from bench.machine import current_commit, describe_machine
 from bench.pairs import PAIRS, ModelPair
+from bench.provenance import provenance
 from bench.serving.clients import LoadClient, VerifierProbe
 from bench.serving.load import LoadGenerator, Window, WindowSettings
 from bench.serving.overload import OverloadReport, OverloadSettings, run_overload
@@ -138,9 +137,7 @@ async def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any
                 wanted = OverloadSettings(arguments.overload_s, concurrency=max(settings.concurrencies))
                 overload = await run_overload(client, Workload(settings.mix, settings.seed), wanted, progress)
     return {
-        "machine": dataclasses.asdict(describe_machine()),
-        "commit": current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **provenance([pair.base, pair.draft] if arguments.gateway is None else []),
         "pair": {"name": pair.name if arguments.gateway is None else arguments.gateway, **_models(info)},
         "settings": {
             **dataclasses.asdict(settings),

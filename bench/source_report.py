@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.provenance import provenance_lines
 from bench.tables import Row, markdown_table
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -22,17 +23,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def sources_section(name: str, report: Mapping[str, Any]) -> str:
     """One run as Markdown; its plot stands beside its JSON file."""
-    machine, settings = report["machine"], report["settings"]
+    settings = report["settings"]
     order = sorted(
         report["results"], key=lambda row: (row["task"], row["temperature"], row["node_budget"], len(row["sources"]))
     )
     return "\n".join(
         [
             f"## Sources of guesses, the {report['pair']} pair ({name})\n",
-            f"* command: `{report['command']}`",
-            f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-            f"torch {machine['torch']}, Python {machine['python']}",
-            f"* commit {report['commit']}, {report['date']}",
+            *provenance_lines(report),
             f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
             f"seed {settings['seed']}; the index and n-gram table are of the models' training text\n",
             f"![Mean acceptance length by nodes and sources](benchmarks/{Path(name).stem}.svg)\n",

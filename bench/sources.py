@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import operator
 import shlex
@@ -21,9 +20,9 @@ from rich.progress import Progress
 
 from bench.clients import GatewayClient, Task
 from bench.decode import write_report
-from bench.machine import current_commit, describe_machine
 from bench.measurement import PLAIN, Mode, Sample
 from bench.pairs import PAIRS, ModelPair, start_services
+from bench.provenance import provenance
 from bench.source_datastore import ensure_datastore
 from bench.source_tasks import TASK_NAMES, SourceTask, source_tasks
 from easyspec.cli.signals import run_until_signal
@@ -207,9 +206,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "command": command,
-        "machine": dataclasses.asdict(describe_machine()),
-        "commit": current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **provenance([pair.base, pair.draft]),
         "pair": pair.name,
         "settings": dataclasses.asdict(settings)
         | {

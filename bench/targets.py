@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import datetime
 import shlex
 import statistics
 import sys
@@ -19,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.decode import write_report
-from bench.machine import REPOSITORY, current_commit, describe_machine
+from bench.machine import REPOSITORY
 from bench.pairs import PAIRS
+from bench.provenance import provenance
 from bench.serve import rotated
 from bench.serving.clients import LoadClient, VerifierProbe
 from bench.serving.load import LoadGenerator, Window, WindowSettings
@@ -196,9 +196,7 @@ async def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any
         for result in results_of(model.name, model.num_layers, settings.num_streams, turns_of)
     ]
     return {
-        "machine": dataclasses.asdict(describe_machine()),
-        "commit": current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **provenance([PAIRS[arguments.pair].base, SECOND_BASES[arguments.pair], PAIRS[arguments.pair].draft]),
         "pair": arguments.pair,
         "settings": {
             **dataclasses.asdict(settings),
