@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from drafter_service.acceptance_estimate import AcceptanceEstimate
-from drafter_service.model_use import ModelUse
+from drafter_service.model_use import ModelGains
 from drafter_service.text_use import TextGains
 
 # Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
@@ -14,11 +14,18 @@ _MAX_TARGETS = 32
 
 
 @dataclass(frozen=True)
+class Gains:
+    """What the model and text have brought in rounds that either could draft alone."""
+
+    of_model: ModelGains = field(default_factory=ModelGains)
+    of_text: TextGains = field(default_factory=TextGains)
+
+
+@dataclass(frozen=True)
 class _Learned:
     estimate: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
-    model_use: ModelUse = field(default_factory=ModelUse)
-    greedy_gains: TextGains = field(default_factory=TextGains)
-    sampled_gains: TextGains = field(default_factory=TextGains)
+    greedy: Gains = field(default_factory=Gains)
+    sampled: Gains = field(default_factory=Gains)
 
 
 class EstimatesByTarget:
@@ -33,14 +40,10 @@ class EstimatesByTarget:
         """The estimate for the base model `target`; sessions may keep it for as long as they live."""
         return self._learned_of(target).estimate
 
-    def model_use_of(self, target: str) -> ModelUse:
-        """What is known of rounds with that base model; to be kept as long."""
-        return self._learned_of(target).model_use
-
-    def text_gains_of(self, target: str, *, is_greedy: bool) -> TextGains:
-        """What text has brought in rounds with that base model; to be kept as long."""
+    def gains_of(self, target: str, *, is_greedy: bool) -> Gains:
+        """What is known of greedy, or of sampled, requests to that base model; to be kept as long."""
         learned = self._learned_of(target)
-        return learned.greedy_gains if is_greedy else learned.sampled_gains
+        return learned.greedy if is_greedy else learned.sampled
 
     def _learned_of(self, target: str) -> _Learned:
         learned = self._learned.pop(target, None) or _Learned()

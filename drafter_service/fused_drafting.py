@@ -7,7 +7,6 @@ there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,13 +60,13 @@ class FusedDrafting:
     ) -> None:
         """Take a request to the base model `target` up; its prompt is read piece by piece."""
         text = TextDrafting(self._resources, sources, sampling)
-        gains = self._estimates.text_gains_of(target, is_greedy=sampling.is_greedy)
+        gains = self._estimates.gains_of(target, is_greedy=sampling.is_greedy)
         self._requests[session_id] = _Request(
             text=text,
             estimate=self._estimates.of(target),
-            model_use=self._estimates.model_use_of(target),
-            text_use=TextUse(gains),
-            text_gains=gains,
+            model_use=ModelUse(gains.of_model),
+            text_use=TextUse(gains.of_text),
+            text_gains=gains.of_text,
             unread=[*token_ids],
         )
 
@@ -111,13 +110,17 @@ class FusedDrafting:
         """A round of the request that both drafted took so long, of which text had `work_s`."""
         self._requests[session_id].text_gains.took(work_s, round_s)
 
-    def expected_of_text(self, session_id: int, num_nodes: int, allowed_after: AllowedAfter | None = None) -> float:
-        """How many tokens the round may be expected to come to, if text alone drafts it; after `begin`."""
+    def draft_text(self, session_id: int, num_nodes: int, allowed_after: AllowedAfter | None = None) -> FusedTree:
+        """The tree of text alone; after `begin`. `finish` may follow or not."""
         request = self._requests[session_id]
-        tree = fuse(
-            request.guessers, request.estimate, request.bias, num_nodes, self._min_node_value, allowed_after
-        ).scored
-        return 1.0 + sum(math.exp(value) for value in tree.log_values)
+        return fuse(request.guessers, request.estimate, request.bias, num_nodes, self._min_node_value, allowed_after)
+
+    def keep(self, session_id: int, tree: FusedTree) -> FusedTree:
+        """Take a tree of `draft_text` for the round's."""
+        request = self._requests[session_id]
+        request.guessers = []
+        request.last = tree
+        return tree
 
     def finish(
         self,

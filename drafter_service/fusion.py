@@ -72,6 +72,11 @@ class FusedTree:
         """The nodes without their values."""
         return self.scored.tree
 
+    @property
+    def expected_tokens(self) -> float:
+        """How many tokens the round may be expected to come to, the bonus token among them."""
+        return 1.0 + sum(math.exp(value) for value in self.scored.log_values)
+
 
 class GrowingUnion:
     """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""

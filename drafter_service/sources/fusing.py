@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.fusion import AllowedAfter
+from drafter_service.fusion import AllowedAfter, FusedTree
 from drafter_service.sources.exit_provenance import told_apart
 from drafter_service.sources.model_guesses import ModelGuesser
 from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
@@ -16,20 +16,21 @@ from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 
-# Of the tree by which text says what it expects: enough to tell a copy from a guess, and cheap.
-_NUM_TRIAL_NODES = 8
+# Of the tree of text alone that is made before the model is asked: enough to tell a copy from a guess. A round that may
+# have no more nodes is drafted by it, if the model sits out.
+_NUM_TRIAL_NODES = 16
 _NO_PROGRESS = Progress((), (), has_more=False)
 
 
 @dataclass
 class _Round:
-    """A session's latest round: who takes part, since when, what text expected of it and what it worked, and the tree
-    that the model would have sent alone."""
+    """A session's latest round: who takes part, since when, how long text worked, and the trees that text and the model
+    would have sent alone."""
 
     begun_ns: int
     has_model: bool = True
     has_text: bool = True
-    expected_of_text: float = 1.0
+    text_tree: FusedTree | None = None
     text_ns: int = 0
     model_tree: TokenTree | None = None
     answered_ns: int | None = None
@@ -106,13 +107,15 @@ class FusingSource:
             return
         model_use = self._fused.model_use(session.session_id)
         num_brought = self._begin_text(job)
-        if last is not None and last.has_text and num_brought is not None:
-            model_use.observe(last.expected_of_text, num_brought, has_model=last.has_model)
+        if last is not None and last.text_tree is not None and num_brought is not None:
+            said = session.token_ids[-job.num_new_tokens :]
+            num_of_text = tokens_by(last.text_tree.tree, said) if last.has_model else num_brought
+            model_use.observe(last.text_tree.expected_tokens, num_of_text, num_brought if last.has_model else None)
         num_nodes = min(job.budget.num_nodes, _NUM_TRIAL_NODES)
-        expected = self._fused.expected_of_text(session.session_id, num_nodes, _allowed_after(session))
-        has_model = model_use.is_worth_it(expected)
+        text_tree = self._fused.draft_text(session.session_id, num_nodes, _allowed_after(session))
+        has_model = model_use.is_worth_it(text_tree.expected_tokens)
         text_ns = time.monotonic_ns() - begun_ns
-        self._rounds[session.session_id] = _Round(begun_ns, has_model, expected_of_text=expected, text_ns=text_ns)
+        self._rounds[session.session_id] = _Round(begun_ns, has_model, text_tree=text_tree, text_ns=text_ns)
         if has_model:
             self._begin_model(job)
         else:
@@ -163,13 +166,21 @@ class FusingSource:
 
     def _fuse(self, job: DraftJob, model: Proposal | None, timings: DraftTimings) -> Proposal:
         begun_ns = time.monotonic_ns()
-        guesser = ModelGuesser(model.tree, model.early_rows) if model is not None else None
-        fused = self._fused.finish(job.session.session_id, guesser, job.budget.num_nodes, _allowed_after(job.session))
+        fused = self._fused_tree(job, model)
         node_sources = fused.node_sources
         if model is not None:
             node_sources = told_apart(fused.tree, node_sources, model.tree.tree, model.early_rows)
         self._note_answer(job, model, time.monotonic_ns() - begun_ns)
         return Proposal(job, fused.scored, timings, node_sources)
+
+    def _fused_tree(self, job: DraftJob, model: Proposal | None) -> FusedTree:
+        session_id = job.session.session_id
+        round_ = self._rounds.get(session_id)
+        text_tree = round_.text_tree if round_ is not None else None
+        if model is None and text_tree is not None and job.budget.num_nodes <= _NUM_TRIAL_NODES:
+            return self._fused.keep(session_id, text_tree)
+        guesser = ModelGuesser(model.tree, model.early_rows) if model is not None else None
+        return self._fused.finish(session_id, guesser, job.budget.num_nodes, _allowed_after(job.session))
 
     def _alone(self, proposal: Proposal) -> Proposal:
         round_ = self._rounds.get(proposal.job.session.session_id)

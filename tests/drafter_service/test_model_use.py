@@ -8,7 +8,7 @@ import pytest
 
 from drafter_service.drafter import Drafter, DrafterLimits
 from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.model_use import ModelUse
+from drafter_service.model_use import ModelGains, ModelUse
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.source import DraftJob
 from drafter_service.sources.text import TextResources
@@ -23,16 +23,17 @@ class Scripted(ModelUse):
     """Decides as it is told, and remembers what it was told of rounds."""
 
     def __init__(self, decisions: Iterable[bool]) -> None:
-        super().__init__()
+        super().__init__(ModelGains())
         self._decisions = iter(decisions)
-        self.observed: list[tuple[int, bool]] = []
+        self.observed: list[tuple[int, int | None]] = []
 
     def is_worth_it(self, expected_of_text: float) -> bool:
         assert expected_of_text > 1.0  # the prompt repeats itself
         return next(self._decisions)
 
-    def observe(self, expected_of_text: float, num_tokens: int, *, has_model: bool) -> None:
-        self.observed.append((num_tokens, has_model))
+    def observe(self, expected_of_text: float, num_of_text: int, num_tokens: int | None) -> None:
+        assert expected_of_text > 1.0
+        self.observed.append((num_of_text, num_tokens))
 
 
 def fusing(core: CoreDriver, model_use: ModelUse) -> CoreDriver:
@@ -63,7 +64,13 @@ def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver, monkeypa
         path = draft.tree.path_rows(len(draft.tree))
         said = (*(draft.tree.token_ids[row - 1] for row in path), 8)  # the prompt knows what follows it
         brought.append((len(said), has_model))
-    assert model_use.observed == brought[:-1]
+    assert [number for of_text, number in model_use.observed if number is not None] == [
+        n for n, has in brought[:-1] if has
+    ]
+    assert [of_text for of_text, number in model_use.observed if number is None] == [n for n, has in brought if not has]
+    assert [number is not None for _, number in model_use.observed] == decisions[:-1]
+    # The prompt repeats itself and is what follows, so that text alone would have come as far as its nodes reach.
+    assert all(of_text > 1 for of_text, _ in model_use.observed)
     # The first job has the two tokens before the loop's; the last one has those of the round that it sat out, too.
     given = [2, *(count for count, _ in brought)]
     assert [job.num_new_tokens for job in jobs] == [given[0], sum(given[1:4]), sum(given[4:6])]
@@ -75,18 +82,13 @@ def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver, monkeypa
     core.close(fresh_id)
 
 
-def used(tokens_with_model: int, tokens_of_text: int, num_rounds: int = 400) -> float:
-    """The share of rounds that ask the model, where text brings what it expects."""
-    model_use = ModelUse()
-    num_asked = 0
-    for _ in range(num_rounds):
-        has_model = model_use.is_worth_it(tokens_of_text)
-        num_asked += has_model
-        model_use.drafted(MODEL_S if has_model else TEXT_S, has_model=has_model)
-        model_use.returned(REST_S)
-        num_tokens = tokens_with_model if has_model else tokens_of_text
-        model_use.observe(tokens_of_text, num_tokens, has_model=has_model)
-    return num_asked / num_rounds
+def round_of(model_use: ModelUse, expected_of_text: float, num_of_text: int, num_with_model: int) -> bool:
+    """Whether the model is asked; the request learns what the round came to."""
+    has_model = model_use.is_worth_it(expected_of_text)
+    model_use.drafted(MODEL_S if has_model else TEXT_S, has_model=has_model)
+    model_use.returned(REST_S)
+    model_use.observe(expected_of_text, num_of_text, num_with_model if has_model else None)
+    return has_model
 
 
 @pytest.mark.parametrize(
@@ -94,31 +96,52 @@ def used(tokens_with_model: int, tokens_of_text: int, num_rounds: int = 400) -> 
 )
 def test_the_better_rate_wins(tokens_with_model: int, tokens_of_text: int, is_asked: bool) -> None:
     """A round with the model takes 40 ms, one without 26."""
-    share = used(tokens_with_model, tokens_of_text)
-    assert share > 0.93 if is_asked else share < 0.07
+    model_use = ModelUse(ModelGains())
+    rounds = [round_of(model_use, tokens_of_text, tokens_of_text, tokens_with_model) for _ in range(400)]
+    share = sum(rounds) / len(rounds)
+    assert share > 0.97 if is_asked else share < 0.07
 
 
 def test_what_it_learned_does_not_stay_for_ever() -> None:
-    model_use = ModelUse()
+    model_use = ModelUse(ModelGains())
 
-    def asked(tokens_of_text: int, num_rounds: int) -> int:
-        count = 0
-        for _ in range(num_rounds):
-            has_model = model_use.is_worth_it(3.0)
-            count += has_model
-            model_use.drafted(MODEL_S if has_model else TEXT_S, has_model=has_model)
-            model_use.returned(REST_S)
-            model_use.observe(3.0, 5 if has_model else tokens_of_text, has_model=has_model)
-        return count
+    def asked(tokens_with_model: int, num_rounds: int) -> int:
+        return sum(round_of(model_use, 3.0, 3, tokens_with_model) for _ in range(num_rounds))
 
-    assert asked(tokens_of_text=2, num_rounds=100) > 90
-    asked(tokens_of_text=5, num_rounds=1500)
-    assert asked(tokens_of_text=5, num_rounds=100) < 20
+    assert asked(tokens_with_model=3, num_rounds=200) < 20
+    asked(tokens_with_model=8, num_rounds=3000)
+    assert asked(tokens_with_model=8, num_rounds=100) > 90
+
+
+def test_a_request_that_the_model_does_not_help_stops_asking_it_soon() -> None:
+    """Of others it is known that the model brings much at such rounds."""
+    shared = ModelGains()
+    others = ModelUse(shared)
+    for _ in range(200):
+        assert round_of(others, 5.0, 4, 8)
+    copying = ModelUse(shared)
+    rounds = [round_of(copying, 5.0, 9, 9) for _ in range(20)]
+    assert sum(rounds) <= 8
+    assert not any(rounds[10:])
+    assert sum(round_of(others, 5.0, 4, 8) for _ in range(20)) == 20
+
+
+def test_a_request_that_is_out_of_the_ordinary_is_asked_again_though_others_never_stop() -> None:
+    shared = ModelGains()
+    others, copying = ModelUse(shared), ModelUse(shared)
+    for _ in range(100):
+        round_of(others, 5.0, 4, 8)
+    asked = []
+    for _ in range(600):
+        round_of(others, 5.0, 4, 8)
+        asked.append(round_of(copying, 5.0, 9, 9))
+    assert 1 <= sum(asked[100:]) <= 20
 
 
 def test_a_silent_client_is_not_a_slow_verifier() -> None:
-    model_use = ModelUse()
+    shared = ModelGains()
+    model_use = ModelUse(shared)
     for _ in range(20):
         model_use.returned(REST_S)
     model_use.returned(3600.0)
-    assert model_use._rest_s.value < 2 * REST_S
+    assert shared.rest_s.value < 2 * REST_S

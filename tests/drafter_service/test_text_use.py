@@ -8,7 +8,7 @@ import pytest
 
 from drafter_service.drafter import Drafter, DrafterLimits
 from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.model_use import ModelUse
+from drafter_service.model_use import ModelGains, ModelUse
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.text import TextResources
 from drafter_service.text_use import TextGains, TextUse, tokens_by
@@ -91,7 +91,7 @@ def test_text_catches_up_after_rounds_without_it(core: CoreDriver, monkeypatch: 
     text_use = Scripted(decisions)
     fused = FusedDrafting(TextResources())
     monkeypatch.setattr(fused, "text_use", lambda session_id: text_use)
-    monkeypatch.setattr(fused, "model_use", lambda session_id: AlwaysWithModel())
+    monkeypatch.setattr(fused, "model_use", lambda session_id: AlwaysWithModel(ModelGains()))
     heard: list[int] = list(PROMPT)
     begin = fused.begin
     monkeypatch.setattr(fused, "begin", lambda session_id, tokens: (heard.extend(tokens), begin(session_id, tokens))[1])
