@@ -75,6 +75,6 @@ bench-pair: install ## widen the bundled base models to a realistic cost (into .
 	$(BIN)/python -m models.recipe widen
 	$(BIN)/python -m models.recipe widen --source models/base-small --out .bench/base-small
 
-train-models: install ## train the bundled models again from the standard library (about 100 minutes)
+train-models: install ## train the bundled models again from the standard library (about two hours)
 	$(BIN)/python -m models.recipe train
 	$(BIN)/python -m models.recipe cut

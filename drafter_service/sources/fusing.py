@@ -17,7 +17,8 @@ from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSourc
 from easyspec.speculation.token_tree import TokenTree
 
 # Of the tree of text alone that is made before the model is asked: enough to tell a copy from a guess. A round that may
-# have no more nodes is drafted by it, if the model sits out.
+# have no more nodes is drafted by it, if the model sits out; with more, what text alone would have come to is
+# underestimated by what nodes beyond these bring.
 _NUM_TRIAL_NODES = 16
 _NO_PROGRESS = Progress((), (), has_more=False)
 

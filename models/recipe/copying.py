@@ -93,11 +93,14 @@ def copying_stream(
 ) -> Stream:
     """Return blocks of `settings.block_tokens` token ids, end to end, about `settings.share` of them and `corpus`.
 
-    Equal arguments give equal blocks.
+    Equal arguments give equal blocks. Raises ValueError if the documents hold no function to copy.
     """
     choose = random.Random(settings.seed)
     num_blocks = round(len(corpus) * settings.share / (1 - settings.share) / settings.block_tokens)
     originals = [original for document in documents for original in _originals(document, settings)]
+    if not any(original.names for original in originals):
+        shortest, longest = settings.original_chars
+        raise ValueError(f"no function of {shortest} to {longest} characters to copy")
     exercises = _encoded(tokenizer, _exercises(originals, choose))
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     blocks = _blocks(exercises, corpus, end, settings.block_tokens, choose)

@@ -129,10 +129,10 @@ class RecipeSettings:
     draft_shape: ModelShape = DRAFT_SHAPE
     base_optim: OptimSettings = OptimSettings(num_steps=1_000)
     copying: CopyingSettings | None = field(default_factory=CopyingSettings)
-    copying_optim: OptimSettings = OptimSettings(num_steps=2_000, tokens_per_step=4_096, long_share=1.0, seed=6)
+    copying_optim: OptimSettings = OptimSettings(num_steps=1_050, tokens_per_step=4_096, long_share=1.0, seed=6)
     distil: DistilSettings = DistilSettings(
         OptimSettings(
-            num_steps=1_000,
+            num_steps=3_600,
             tokens_per_step=2_048,
             long_share=1.0,
             matrix_lr=1e-2,

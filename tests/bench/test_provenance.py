@@ -34,6 +34,7 @@ def test_figures_of_earlier_weights_say_so(folder: Path) -> None:
     assert "* command: `measure`" in lines
     assert f"* weights: {folder.name} {weights_digest(folder)}" in lines
     assert not any("trained further" in line for line in lines)
+    assert not any("trained further" in line for line in provenance_lines({**report, "weights": {}}))
     weights_digest.cache_clear()
     (folder / "model.safetensors").write_bytes(b"trained further")
     assert any("trained further" in line for line in provenance_lines(report))

@@ -64,6 +64,15 @@ def test_what_is_left_of_a_block_is_said_twice(tokenizer: PreTrainedTokenizerFas
     for tail in long_tails:
         length = next(n for n in range(1, len(tail)) if tail[n:] == tail[:-n])
         assert length <= len(tail) // 2
+    steps = [{(after - before) % 500 for before, after in itertools.pairwise(tail[:6])} for tail in long_tails]
+    as_in_the_corpus = [found == {7} for found in steps]
+    assert any(as_in_the_corpus)
+    assert not all(as_in_the_corpus)  # half of them are shuffled
+
+
+def test_a_corpus_without_a_function_to_copy_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="no function of 40 to 400 characters"):
+        copying_stream(tokenizer, [Document("example", Kind.LIBRARY, "x = 1\n")], _CORPUS, _SETTINGS)
 
 
 def test_equal_settings_give_equal_blocks_and_another_seed_others(tokenizer: PreTrainedTokenizerFast) -> None:
