@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.provenance import provenance_lines
+from bench.source_lengths import length_gains
 from bench.tables import Row, markdown_table
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -20,6 +22,19 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("x plain", lambda row: f"{row['speedup_vs_plain']:.2f}"),
 )
 
+_GAIN_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("task", lambda row: row["task"]),
+    ("nodes", lambda row: str(row["node_budget"])),
+    ("T", lambda row: "all" if row["temperature"] is None else f"{row['temperature']:g}"),
+    ("all fused", lambda row: f"{row['fused']:.2f}"),
+    ("best single", lambda row: f"{row['best_single']:.2f} ({row['best_source']})"),
+    ("ratio", lambda row: f"{row['fused'] / row['best_single']:.2f}"),
+)
+_ASKED = {
+    "where-it-pays": "the drafter asks whom it pays to ask in each round",
+    "always": "all sources of a request are asked in every round (`--ask always`)",
+}
+
 
 def sources_section(name: str, report: Mapping[str, Any]) -> str:
     """One run as Markdown; its plot stands beside its JSON file."""
@@ -27,14 +42,22 @@ def sources_section(name: str, report: Mapping[str, Any]) -> str:
     order = sorted(
         report["results"], key=lambda row: (row["task"], row["temperature"], row["node_budget"], len(row["sources"]))
     )
+    gains = [dataclasses.asdict(gain) for gain in length_gains(report["results"])]
     return "\n".join(
         [
             f"## Sources of guesses, the {report['pair']} pair ({name})\n",
             *provenance_lines(report),
             f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
-            f"seed {settings['seed']}; the index and n-gram table are of the models' training text\n",
+            f"seed {settings['seed']}; the index and n-gram table are of the models' training text; "
+            f"{_ASKED[settings.get('ask', 'where-it-pays')]}\n",
             f"![Mean acceptance length by nodes and sources](benchmarks/{Path(name).stem}.svg)\n",
             markdown_table(_COLUMNS, order) + "\n",
+            *(
+                ["Tokens a round of model, retrieval and n-grams fused, and of the best of them alone:\n"]
+                if gains
+                else []
+            ),
+            *([markdown_table(_GAIN_COLUMNS, gains) + "\n"] if gains else []),
         ]
     )
 

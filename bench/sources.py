@@ -24,6 +24,7 @@ from bench.measurement import PLAIN, Mode, Sample
 from bench.pairs import PAIRS, ModelPair, start_services
 from bench.provenance import provenance
 from bench.source_datastore import ensure_datastore
+from bench.source_lengths import LengthGain, length_gains
 from bench.source_tasks import TASK_NAMES, SourceTask, source_tasks
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError
@@ -44,6 +45,7 @@ class SourcesSettings:
     max_tokens: int
     seed: int
     source_sets: tuple[DraftSources, ...]
+    ask: str = "where-it-pays"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> int:
     results = summarize_sources(measured)
     for result in results:
         console.print(_line(result), highlight=False)
+    for gain in length_gains(dataclasses.asdict(result) for result in results):
+        console.print(_gain_line(gain), highlight=False)
     if arguments.json is not None:
         write_report(
             arguments.json, _report(shlex.join(["easyspec", "bench", "sources", *argv]), pair, settings, results)
@@ -184,7 +188,7 @@ async def _measure(pair: ModelPair, settings: SourcesSettings, console: Console)
         raise ConfigurationError(str(error)) from None
     tasks = [task for group in zip(*by_name, strict=True) for task in group]
     console.print("preparing the index (made once)")
-    flags = ensure_datastore(pair.base)
+    flags = [*ensure_datastore(pair.base), "--ask", settings.ask]
     measured = []
     async with start_services(pair, flags) as address, GatewayClient(address, timeout_s=600.0) as client:
         planned = list(interleaved(tasks, settings))
@@ -226,6 +230,14 @@ def _line(result: SourcesResult) -> str:
     )
 
 
+def _gain_line(gain: LengthGain) -> str:
+    temperature = "over all T" if gain.temperature is None else f"T = {gain.temperature:g}"
+    return (
+        f"{gain.task:5}  {temperature:10}  {gain.node_budget:2} nodes  fused {gain.fused:5.2f} tokens a round, best "
+        f"single {gain.best_single:5.2f} ({gain.best_source}): {gain.ratio:.2f}"
+    )
+
+
 def _settings(arguments: argparse.Namespace) -> SourcesSettings:
     quick = arguments.quick
     return SourcesSettings(
@@ -235,6 +247,7 @@ def _settings(arguments: argparse.Namespace) -> SourcesSettings:
         max_tokens=arguments.max_tokens or (48 if quick else 96),
         seed=arguments.seed,
         source_sets=tuple(parse_sources(names.split(",")) for names in arguments.sources or ()) or tuple(source_sets()),
+        ask=arguments.ask,
     )
 
 
@@ -249,6 +262,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="A,B",
         help="a set of sources; may be repeated (default: every set worth a row)",
+    )
+    add(
+        "--ask",
+        choices=["where-it-pays", "always"],
+        default="where-it-pays",
+        help="the drafter's --ask: always shows how long fused trees are, where-it-pays (default) how fast decoding is",
     )
     add("--nodes", type=int, action="append", metavar="N", help="nodes of a tree; may be repeated")
     add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")

@@ -40,6 +40,12 @@ class DrafterSettings(EngineSettings):
         "commas. The first three, fused into one tree, get the most tokens accepted per round; early_exit needs a "
         "draft model with trained exits, and a request may name it wherever the model is here (docs/sources.md).",
     )
+    ask: Literal["where-it-pays", "always"] = Field(
+        default="where-it-pays",
+        description="where-it-pays or always: whether a round asks all of its request's sources, or leaves out the "
+        "draft model, or text, where the other alone drafts at a better rate. always gets the longest acceptance and "
+        "fewer tokens a second; it is for measuring.",
+    )
     tokenizer: Path | None = Field(
         default=None,
         description="Checkpoint folder whose tokenizer.json gives token ids their meaning, for a drafter without "

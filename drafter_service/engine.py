@@ -122,7 +122,7 @@ class DrafterEngine:
             max_batch_rows=settings.max_batch_rows,
         )
         fused = FusedDrafting(open_text_resources(settings, loaded.info.tokenizer_fingerprint))
-        source = FusingSource(model_source, fused)
+        source = FusingSource(model_source, fused, is_everybody_asked=settings.ask == "always")
         no_exits_because = _why_no_exits(loaded)
         if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:
             raise ConfigurationError(f"sources is {settings.sources!r}, but {no_exits_because}")

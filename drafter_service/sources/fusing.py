@@ -42,12 +42,13 @@ class FusingSource:
 
     Of those that ask both, rounds that text alone drafts at a better rate are drafted by text alone, and rounds in
     which text brings less than its work costs by the model alone; the other catches up in the next round that it
-    takes part in.
+    takes part in. With `is_everybody_asked` nobody is left out of any round.
     """
 
-    def __init__(self, model: DraftSource | None, fused: FusedDrafting) -> None:
+    def __init__(self, model: DraftSource | None, fused: FusedDrafting, *, is_everybody_asked: bool = False) -> None:
         self._model = model
         self._fused = fused
+        self._is_everybody_asked = is_everybody_asked
         self._rounds: dict[int, _Round] = {}
         self._num_unseen: dict[int, int] = {}  # tokens that the model has not been given, by session
         self._num_unheard: dict[int, int] = {}  # tokens that text has not been given, by session
@@ -97,11 +98,7 @@ class FusingSource:
         last = self._rounds.get(session.session_id)
         if last is not None and last.answered_ns is not None:
             self._learn_from(last, job, begun_ns)
-        # Who drafted the last round alone goes on being asked.
-        has_text = (last is not None and not last.has_model) or self._fused.text_use(session.session_id).is_worth_it(
-            len(self._rounds)
-        )
-        if not has_text:
+        if not self._is_text_asked(session, last):
             self._rounds[session.session_id] = _Round(begun_ns, has_text=False)
             self._num_unheard[session.session_id] = self._num_unheard.get(session.session_id, 0) + job.num_new_tokens
             self._begin_model(job)
@@ -114,7 +111,7 @@ class FusingSource:
             model_use.observe(last.text_tree.expected_tokens, num_of_text, num_brought if last.has_model else None)
         num_nodes = min(job.budget.num_nodes, _NUM_TRIAL_NODES)
         text_tree = self._fused.draft_text(session.session_id, num_nodes, _allowed_after(session))
-        has_model = model_use.is_worth_it(text_tree.expected_tokens)
+        has_model = self._is_everybody_asked or model_use.is_worth_it(text_tree.expected_tokens)
         text_ns = time.monotonic_ns() - begun_ns
         self._rounds[session.session_id] = _Round(begun_ns, has_model, text_tree=text_tree, text_ns=text_ns)
         if has_model:
@@ -123,6 +120,12 @@ class FusingSource:
             num_unseen = self._num_unseen.get(session.session_id, 0) + job.num_new_tokens
             self._num_unseen[session.session_id] = num_unseen
             self._text_jobs[session.session_id] = job
+
+    def _is_text_asked(self, session: DraftSession, last: _Round | None) -> bool:
+        """Whether text takes part; who drafted the last round alone goes on being asked."""
+        if self._is_everybody_asked or (last is not None and not last.has_model):
+            return True
+        return self._fused.text_use(session.session_id).is_worth_it(len(self._rounds))
 
     def _begin_model(self, job: DraftJob) -> None:
         num_unseen = self._num_unseen.pop(job.session.session_id, 0) + job.num_new_tokens

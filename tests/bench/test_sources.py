@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.measurement import PLAIN, Mode, Round, Sample
+from bench.source_lengths import LengthGain, length_gains
 from bench.source_report import sources_section
 from bench.source_tasks import TASK_NAMES, source_tasks
 from bench.sources import Measured, SourcesSettings, interleaved, source_sets, summarize_sources
@@ -70,6 +71,33 @@ def test_tasks_are_held_out_text_and_the_same_every_time(name: str) -> None:
     for task in tasks:
         words = task.prompt.split()
         assert sum(word in everything for word in words) > 0.9 * len(words)
+
+
+def row(sources: str, temperature: float, length: float) -> dict[str, object]:
+    return {
+        "task": "copy",
+        "sources": sources.split("+"),
+        "node_budget": 8,
+        "temperature": temperature,
+        "mean_acceptance_length": length,
+    }
+
+
+def test_fused_lengths_are_held_against_the_best_single_source() -> None:
+    rows = [
+        *(row("model", temperature, length) for temperature, length in ((0.0, 4.0), (0.8, 3.0))),
+        *(row("ngram", temperature, length) for temperature, length in ((0.0, 6.0), (0.8, 1.5))),
+        *(row("retrieval+ngram", temperature, 9.0) for temperature in (0.0, 0.8)),
+        *(row("model+retrieval+ngram", temperature, length) for temperature, length in ((0.0, 8.0), (0.8, 3.3))),
+    ]
+    greedy, sampled, pooled = length_gains(rows)
+    assert greedy == LengthGain("copy", 8, 0.0, 8.0, 6.0, "ngram")
+    assert sampled == LengthGain("copy", 8, 0.8, 3.3, 3.0, "model")
+    # 24 tokens greedily and 24 sampled: 6 + 8 rounds of the model, 4 + 16 of n-grams.
+    assert (pooled.temperature, pooled.best_source) == (None, "model")
+    assert pooled.best_single == pytest.approx(48 / 14)
+    assert pooled.ratio == pytest.approx((48 / (3 + 24 / 3.3)) / (48 / 14))
+    assert length_gains(rows[:4]) == length_gains(rows[4:]) == []
 
 
 def test_the_report_has_a_table_a_task() -> None:

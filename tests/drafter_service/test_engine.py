@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
+from drafter_service.model_use import ModelUse
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from easyspec.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from easyspec.model.decoder import Decoder
@@ -55,6 +57,19 @@ async def drafted(
     async with drafting(drafter, request, LayerPlanRequest(**plan)) as drafts:
         # A chain of width 1 keeps all its candidates: 5 levels of 8.
         return await generate(verifier, request, drafts, TreeBudget(num_levels=5, width=1, num_nodes=40))
+
+
+@pytest.mark.parametrize("ask", ["where-it-pays", "always"])
+async def test_the_operator_may_have_everybody_asked(
+    draft_folder: Path, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelUse, "is_worth_it", lambda self, expected_of_text: False)
+    engine = DrafterEngine(settings(draft_folder, ask=ask))
+    await engine.start()
+    session_id = await engine.open(replace(OPENING, sources=None))
+    draft = await engine.draft(session_id, Calibration(len(PROMPT), (2, 3), BUDGET))
+    assert (draft.timings.calibrate_ns > 0) is (ask == "always")
+    await engine.stop()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

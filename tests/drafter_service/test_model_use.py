@@ -13,6 +13,7 @@ from drafter_service.model_use import ModelGains, ModelUse
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.source import DraftJob
 from drafter_service.sources.text import TextResources
+from drafter_service.text_use import TextUse
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, CoreDriver
 
@@ -37,11 +38,11 @@ class Scripted(ModelUse):
         self.observed.append((num_of_text, num_tokens))
 
 
-def fusing(core: CoreDriver, model_use: ModelUse) -> CoreDriver:
+def fusing(core: CoreDriver, model_use: ModelUse, *, is_everybody_asked: bool = False) -> CoreDriver:
     """The same model and memory, text beside it."""
     fused = FusedDrafting(TextResources())
     fused.model_use = lambda session_id: model_use  # type: ignore[method-assign]
-    source = FusingSource(core.source, fused)
+    source = FusingSource(core.source, fused, is_everybody_asked=is_everybody_asked)
     limits = DrafterLimits("draft", core.drafter.max_model_len, MAX_TREE_NODES, TEXT_SOURCES | DraftSources.MODEL)
     decoder = core.source._decoder
     drafter = Drafter(decoder.config, core.memory, source, decoder.sequential_plan, limits)
@@ -95,6 +96,20 @@ def test_a_round_of_the_model_says_how_far_text_alone_would_have_come(core: Core
     ((num_of_text, num_tokens),) = model_use.observed
     assert num_tokens == len(said)
     assert num_of_text < num_tokens
+    driver.close(session_id)
+
+
+def test_everybody_is_asked_where_that_is_asked_for(core: CoreDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would pay."""
+    model_use = Scripted([])
+    monkeypatch.setattr(TextUse, "is_worth_it", lambda self, num_sharing: False)
+    driver = fusing(core, model_use, is_everybody_asked=True)
+    session_id = driver.open(PROMPT, SAMPLED)
+    for length in range(len(PROMPT), len(PROMPT) + 10, 2):
+        (draft,) = driver.finish([driver.ask(session_id, length, (5, 8), BUDGET)])
+        assert draft.timings.calibrate_ns > 0, "the model drafted"
+        assert any(sources & TEXT_SOURCES for sources in draft.node_sources)
+    assert len(model_use.observed) == 4, "what it learns goes on"
     driver.close(session_id)
 
 
