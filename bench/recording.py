@@ -1,0 +1,132 @@
+"""What a base model says and what the draft model guesses, recorded once, to be replayed under other rules.
+
+What a base model says does not depend on the drafter, so its outputs are recorded once, and once the draft model's tree
+at each of their positions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.source_datastore import ensure_datastore
+from bench.source_tasks import TASK_NAMES, source_tasks
+from drafter_service.config import DrafterSettings
+from drafter_service.sources.layer_parallel import LayerParallelSource
+from drafter_service.sources.source import DraftJob, DraftSession
+from drafter_service.sources.text import TextResources
+from drafter_service.text_use import tokens_by
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
+from easyspec.datastore.ngram_table import NgramTable
+from easyspec.datastore.suffix_index import SuffixIndex
+from easyspec.model.loading import load_model
+from easyspec.parallel.layer_groups import paper_plan
+from easyspec.speculation.messages import OpenVerification
+from easyspec.speculation.parameters import MlpPlacement, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+from gateway.tokenizer import Tokenizer
+from verifier_service.config import VerifierSettings
+from verifier_service.engine import VerifierEngine
+
+NUM_LEVELS, WIDTH, MAX_NODES = 5, 4, 64
+_LAYER_PARALLEL_SIZE = 4
+_NUM_AT_ONCE = 16
+
+
+@dataclass
+class Recorded:
+    """A completion. `model_trees[i]` is the draft model's after `output[: i + 1]`."""
+
+    task_name: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParameters
+    output: list[int] = field(default_factory=list)
+    model_trees: list[ScoredTree] = field(default_factory=list)
+
+    @property
+    def kind(self) -> tuple[str, float]:
+        """The kind of task: its name and temperature."""
+        return self.task_name, self.sampling.temperature
+
+
+def record(num_prompts: int, seed: int, temperatures: Sequence[float], max_tokens: int) -> list[Recorded]:
+    """Every prompt of every kind at every temperature; kinds take turns. With the bundled pair."""
+    recorded = _tasks(num_prompts, seed, temperatures)
+    asyncio.run(_record_outputs(recorded, max_tokens))
+    _record_model_trees(recorded)
+    return recorded
+
+
+def num_output_tokens(tree: TokenTree, truth: Sequence[int]) -> int:
+    """How many tokens of what is left of an output a round yields."""
+    return min(tokens_by(tree, truth), len(truth))
+
+
+def _tasks(num_prompts: int, seed: int, temperatures: Sequence[float]) -> list[Recorded]:
+    """Every prompt at every temperature; kinds take turns."""
+    tokenizer = Tokenizer.load(DEFAULT_BASE)
+    by_name = [source_tasks(name, num_prompts, seed) for name in TASK_NAMES]
+    tasks = [task for group in zip(*by_name, strict=True) for task in group]
+    return [
+        Recorded(task.name, tuple(tokenizer.encode(task.prompt)), SamplingParameters(seed + index, temperature))
+        for index, task in enumerate(tasks)
+        for temperature in temperatures
+    ]
+
+
+async def _record_outputs(recorded: Sequence[Recorded], max_tokens: int) -> None:
+    verifier = VerifierEngine(VerifierSettings(model=str(DEFAULT_BASE)))
+    await verifier.start()
+
+    async def record(one: Recorded) -> None:
+        stop = StopConditions(max_tokens, ignore_eos=True)
+        session_id = await verifier.open(OpenVerification(one.prompt, one.sampling, stop))
+        while len(one.output) < max_tokens:
+            verdict, _ = await verifier.verify(session_id, len(one.prompt) + len(one.output), EMPTY_TREE)
+            one.output += verdict.token_ids
+        verifier.close(session_id)
+
+    for begin in range(0, len(recorded), _NUM_AT_ONCE):
+        await asyncio.gather(*(record(one) for one in recorded[begin : begin + _NUM_AT_ONCE]))
+    await verifier.stop()
+
+
+def _record_model_trees(recorded: Sequence[Recorded]) -> None:
+    settings = DrafterSettings(model=str(DEFAULT_DRAFT))
+    loaded = load_model(settings, is_exact=False)
+    source = LayerParallelSource(loaded.decoder, loaded.memory, settings.prefill_chunk, MAX_NODES)
+    plan = paper_plan(loaded.decoder.config.num_layers, _LAYER_PARALLEL_SIZE, MlpPlacement.STAGED)
+    budget = TreeBudget(NUM_LEVELS, WIDTH, MAX_NODES)
+    for begin in range(0, len(recorded), _NUM_AT_ONCE):
+        batch = {
+            number: (
+                one,
+                DraftSession(
+                    number, [*one.prompt], len(one.prompt) + len(one.output), one.sampling, plan, calibration=True
+                ),
+            )
+            for number, one in enumerate(recorded[begin : begin + _NUM_AT_ONCE])
+        }
+        for _, session in batch.values():
+            source.open(session)
+        for position in range(len(recorded[begin].output) - 1):
+            for one, session in batch.values():
+                session.token_ids.append(one.output[position])
+                source.begin(DraftJob(session, 1, budget))
+            num_waiting = len(batch)
+            while num_waiting:
+                for proposal in source.step().proposals:
+                    batch[proposal.job.session.session_id][0].model_trees.append(proposal.tree)
+                    num_waiting -= 1
+        for _, session in batch.values():
+            source.close(session)
+
+
+def text_resources() -> TextResources:
+    """The index and the table of the bundled pair's corpus."""
+    _, index, _, ngrams = ensure_datastore(DEFAULT_BASE)
+    fingerprint = tokenizer_fingerprint(DEFAULT_BASE)
+    return TextResources(SuffixIndex(Path(index), fingerprint), NgramTable(Path(ngrams), fingerprint))
