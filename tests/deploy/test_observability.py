@@ -179,12 +179,13 @@ def test_provisioning_fits_together() -> None:
     assert len(ids) == len(set(ids))
     scrape = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text(encoding="utf-8"))
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    second = yaml.safe_load((ROOT / "docker-compose.two-models.yml").read_text(encoding="utf-8"))["services"]
     jobs = {job["job_name"]: job["dns_sd_configs"][0] for job in scrape["scrape_configs"]}
     assert set(jobs) == {"gateway", "drafter", "verifier"}
     for role, job in jobs.items():
         variable = f"EASYSPEC_{role.upper()}_{'HTTP' if role == 'gateway' else 'METRICS'}_ADDRESS"
         assert services[role]["environment"][variable] == f"0.0.0.0:{job['port']}"
-        assert job["names"] == [role]
+        assert job["names"] == [role, *(name for name in second if name.startswith(role) and name != role)]
     mounted = {volume.partition(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]}
     for path in ("prometheus.yml", *scrape["rule_files"], "grafana/provisioning", "grafana/dashboards"):
         assert f"./deploy/observability/{path}" in mounted
