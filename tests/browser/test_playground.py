@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from gateway.tokenizer import Tokenizer
 from tests.browser.chromium import EXECUTABLE, Page, chromium
-from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running_pair
+from tests.fakes.services import TOY_TEXT, FakePair, FakeVerifierEngine, ToyLanguage, running, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer
 from tests.gateway.rest.conftest import Rest, serving_rest
+from verifier_service.server import VerifierServer
 
 pytestmark = [
     pytest.mark.slow,
@@ -187,3 +189,38 @@ async def test_it_fits_every_width_and_follows_the_readers_colours(page: Page, w
         "[...document.querySelectorAll('*')].map(e => getComputedStyle(e).transitionDuration)"
     )
     assert set(durations) == {"0s"}
+
+
+async def test_where_there_are_several_models_one_is_chosen(folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    backwards = replace(language, token_ids=language.token_ids[::-1], model_fingerprint="5a11")
+    small = FakeVerifierEngine(backwards)
+    async with running_pair(language) as pair, running(VerifierServer(small)) as small_service:
+        further = {"small": {"verifier_address": small_service.address}}
+        async with (
+            serving_rest(pair, folder, further_models=further) as rest,
+            chromium(tmp_path / "profile") as browser,
+        ):
+            page = await browser.page()
+            await page.open(rest.base_url)
+            await page.until(
+                "document.querySelector('#service-text').textContent.startsWith('models toy-base, small: ')"
+            )
+            assert not await page.evaluate("document.querySelector('#model-field').hidden")
+            await page.fill("#max_tokens", "8")
+            await run(page)
+            assert pair.verifier.trees
+            assert not small.trees
+            num_first = len(pair.verifier.trees)
+            await page.fill("#model", "small")
+            await page.until("performance.now() > 6000")  # the list is read again meanwhile, and keeps the choice
+            await run(page)
+            assert small.trees
+            assert len(pair.verifier.trees) == num_first
+            assert page.errors == []
+
+
+async def test_where_there_is_one_model_nothing_is_to_be_chosen(page: Page, rest: Rest) -> None:
+    assert (await page.text("#service-text")).startswith("model toy-base: ")
+    assert await page.evaluate("document.querySelector('#model-field').hidden")

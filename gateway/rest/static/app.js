@@ -2,7 +2,7 @@
 
 import { ApiError, apiKey, getJson, streamCompletion } from "./api.js";
 import { drawLane, drawLevels, drawStages, drawTotals, raceResult } from "./charts.js";
-import { kind, markRefused, plainOf, requestOf, unmarkAll } from "./request.js";
+import { kind, markRefused, offerModels, plainOf, requestOf, unmarkAll } from "./request.js";
 import { Run } from "./run.js";
 import { drawTree, inWords } from "./tree.js";
 
@@ -241,17 +241,19 @@ async function lookAtService() {
     const hasDrafter = health.drafter === "ready";
     const isReady = health.verifier === "ready";
     const drafter = health.drafter === "none" ? "no drafter: plain decoding only" : `drafter ${health.drafter}`;
-    const model = isReady ? await modelName() : "";
-    showService(isReady ? (hasDrafter ? "ready" : "part") : "down", `${model}verifier ${health.verifier}, ${drafter}`);
+    const models = isReady ? await modelNames() : "";
+    showService(isReady ? (hasDrafter ? "ready" : "part") : "down", `${models}verifier ${health.verifier}, ${drafter}`);
   } catch (error) {
     showService("down", error instanceof ApiError ? error.message : "the gateway cannot be reached");
   }
 }
 
-async function modelName() {
+async function modelNames() {
   try {
     const { data } = await getJson("/v1/models");
-    return `model ${data[0].id}: `;
+    const names = data.map(({ id }) => id);
+    offerModels(names);
+    return `${names.length > 1 ? "models" : "model"} ${names.join(", ")}: `;
   } catch {
     return ""; // it wants a key, which the first request will ask for
   }

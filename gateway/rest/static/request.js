@@ -21,9 +21,26 @@ export function kind() {
   return document.querySelector("input[name=kind]:checked").value;
 }
 
+/** The model to ask where there are several; otherwise nothing, and the gateway's only one answers. */
+function model() {
+  const select = byId("model");
+  return select.options.length > 1 ? { model: select.value } : {};
+}
+
+/** Offer these models, without changing what was chosen. */
+export function offerModels(names) {
+  const select = byId("model");
+  const offered = [...select.options].map((option) => option.value);
+  byId("model-field").hidden = names.length < 2;
+  if (names.join("\n") === offered.join("\n")) return;
+  const chosen = select.value;
+  select.replaceChildren(...names.map((name) => new Option(name)));
+  if (names.includes(chosen)) select.value = chosen;
+}
+
 /** Path and body. A seed is drawn here if none is given, for the race runs twice with the same one. */
 export function requestOf() {
-  const body = { ...given(NUMBERS), seed: numberIn("seed") ?? Math.floor(Math.random() * SEED_LIMIT) };
+  const body = { ...model(), ...given(NUMBERS), seed: numberIn("seed") ?? Math.floor(Math.random() * SEED_LIMIT) };
   if (byId("stop_text").value) body.stop = byId("stop_text").value;
   if (byId("ignore_eos").checked) body.ignore_eos = true;
   body.speculation = { mode: byId("mode").value, ...given(SPECULATION_NUMBERS), trace: true };
