@@ -7,10 +7,12 @@ at each of their positions.
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.provenance import provenance, provenance_lines
 from bench.source_datastore import ensure_datastore
 from bench.source_tasks import TASK_NAMES, source_tasks
 from drafter_service.config import DrafterSettings
@@ -58,6 +60,12 @@ def record(num_prompts: int, seed: int, temperatures: Sequence[float], max_token
     asyncio.run(_record_outputs(recorded, max_tokens))
     _record_model_trees(recorded)
     return recorded
+
+
+def print_provenance(module: str, argv: Sequence[str]) -> None:
+    """The command, machine, commit and weights of what follows, as Markdown."""
+    command = shlex.join(["python", "-m", module, *argv])
+    print("\n".join(provenance_lines({"command": command, **provenance([DEFAULT_BASE, DEFAULT_DRAFT])})) + "\n")
 
 
 def num_output_tokens(tree: TokenTree, truth: Sequence[int]) -> int:

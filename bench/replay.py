@@ -8,6 +8,7 @@ fusing. Made tables of docs/sources.md and docs/decisions/0021.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections import defaultdict
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.recording import Recorded, num_output_tokens, record, text_resources
+from bench.recording import Recorded, num_output_tokens, print_provenance, record, text_resources
+from bench.source_lengths import length_gains
+from bench.source_report import GAIN_COLUMNS
 from bench.source_tasks import TASK_NAMES
 from bench.sources import source_sets
+from bench.tables import Row, markdown_table
 from bench.tree_search import SEARCHES, Search
 from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
 from drafter_service.fused_drafting import DEFAULT_MIN_NODE_VALUE
@@ -42,8 +46,9 @@ class Replayed:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table."""
+    """Print tables, as Markdown: lengths of every set, and what all fused come to against the best alone."""
     arguments = _parser().parse_args(argv)
+    print_provenance("bench.replay", argv)
     recorded = record(arguments.num_prompts, arguments.seed, arguments.temperature, arguments.max_tokens)
     resources = text_resources()
     kinds = [(name, temperature) for temperature in arguments.temperature for name in TASK_NAMES]
@@ -51,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
         "| nodes | sources | search | " + " | ".join(f"{name}, T = {t:g}" for name, t in kinds) + " | ms, p50 | p95 |"
     )
     print("|---" * (len(kinds) + 5) + "|")
+    rows: list[Row] = []
     sets = [parse_sources(names.split(",")) for names in arguments.sources] or _replayed_sets()
     for num_nodes in arguments.nodes:
         for sources in sets:
@@ -61,7 +67,21 @@ def main(argv: Sequence[str]) -> int:
                 p50, p95 = np.percentile(result.round_ms, [50, 95])
                 label = "+".join(sources.names)
                 print(f"| {num_nodes} | {label} | {search} | {lengths} | {p50:.2f} | {p95:.2f} |", flush=True)
+                if chosen is SEARCHES[0]:
+                    rows += [_row(sources, num_nodes, kind, result) for kind in kinds]
+    if gains := length_gains(rows):
+        print("\n" + markdown_table(GAIN_COLUMNS, [dataclasses.asdict(gain) for gain in gains]))
     return 0
+
+
+def _row(sources: DraftSources, num_nodes: int, kind: tuple[str, float], result: Replayed) -> Row:
+    return {
+        "task": kind[0],
+        "temperature": kind[1],
+        "sources": sources.names,
+        "node_budget": num_nodes,
+        "mean_acceptance_length": result.tokens_per_round(kind),
+    }
 
 
 def _replayed_sets() -> list[DraftSources]:

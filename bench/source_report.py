@@ -22,7 +22,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("x plain", lambda row: f"{row['speedup_vs_plain']:.2f}"),
 )
 
-_GAIN_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+GAIN_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("task", lambda row: row["task"]),
     ("nodes", lambda row: str(row["node_budget"])),
     ("T", lambda row: "all" if row["temperature"] is None else f"{row['temperature']:g}"),
@@ -57,7 +57,7 @@ def sources_section(name: str, report: Mapping[str, Any]) -> str:
                 if gains
                 else []
             ),
-            *([markdown_table(_GAIN_COLUMNS, gains) + "\n"] if gains else []),
+            *([markdown_table(GAIN_COLUMNS, gains) + "\n"] if gains else []),
         ]
     )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from bench.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, record, text_resources
+from bench.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, print_provenance, record, text_resources
 from bench.source_tasks import TASK_NAMES
 from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.fusion import FusedTree
@@ -174,6 +174,7 @@ def _decode(
 def main(argv: Sequence[str]) -> int:
     """Print a table."""
     arguments = _parser().parse_args(argv)
+    print_provenance("bench.who_drafts", argv)
     recorded = record(arguments.num_prompts, arguments.seed, arguments.temperature, arguments.max_tokens)
     resources = text_resources()
     kinds = [(name, temperature) for temperature in arguments.temperature for name in TASK_NAMES]
