@@ -323,7 +323,12 @@ async def test_a_fault_in_the_verifier_is_internal_and_it_lives_on(
 async def test_a_fault_in_the_drafter_does_not_reach_the_client(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, _ = await texts(services, generation())
+    request = generation()
+    request.speculation.mode = (
+        generation_pb2.SpeculationParameters.MODE_ON
+    )  # by itself the gateway may leave it at text,
+    request.speculation.sources.append(types_pb2.DRAFT_SOURCE_MODEL)  # or at nothing: which depends on the clock
+    text, _ = await texts(services, request)
     num_calls = 0
     forward = Decoder.forward
 
@@ -335,7 +340,7 @@ async def test_a_fault_in_the_drafter_does_not_reach_the_client(
         return forward(decoder, layout, pool, plan, *rest, **named)
 
     monkeypatch.setattr(Decoder, "forward", faulty)
-    faulted, completion = await texts(services, generation())
+    faulted, completion = await texts(services, request)
     assert faulted == text
     assert num_calls >= 7
     assert completion.speculation.num_drafter_failures == 1
