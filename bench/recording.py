@@ -6,6 +6,7 @@ at each of their positions.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import shlex
 from collections.abc import Sequence
@@ -60,6 +61,15 @@ def record(num_prompts: int, seed: int, temperatures: Sequence[float], max_token
     asyncio.run(_record_outputs(recorded, max_tokens))
     _record_model_trees(recorded)
     return recorded
+
+
+def add_recording_flags(parser: argparse.ArgumentParser) -> None:
+    """What `record` wants to know."""
+    add = parser.add_argument
+    add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
+    add("--num-prompts", type=int, default=8, help="of each kind (default: 8)")
+    add("--max-tokens", type=int, default=128)
+    add("--seed", type=int, default=7)
 
 
 def print_provenance(module: str, argv: Sequence[str]) -> None:

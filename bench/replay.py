@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.recording import Recorded, num_output_tokens, print_provenance, record, text_resources
+from bench.recording import Recorded, add_recording_flags, num_output_tokens, print_provenance, record, text_resources
 from bench.source_lengths import length_gains
 from bench.source_report import GAIN_COLUMNS
 from bench.source_tasks import TASK_NAMES
@@ -149,10 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, nargs="+", default=[16], help="nodes of a tree (default: 16)")
     add("--sources", nargs="+", default=[], metavar="NAMES", help="such as model,ngram (default: every set)")
     add("--search", nargs="+", choices=[each.name for each in SEARCHES], default=[SEARCHES[0].name])
-    add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
-    add("--num-prompts", type=int, default=8, help="of each kind (default: 8)")
-    add("--max-tokens", type=int, default=128)
-    add("--seed", type=int, default=7)
+    add_recording_flags(parser)
     return parser
 
 

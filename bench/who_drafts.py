@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from bench.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, print_provenance, record, text_resources
+from bench.recording import (
+    NUM_LEVELS,
+    WIDTH,
+    Recorded,
+    add_recording_flags,
+    num_output_tokens,
+    print_provenance,
+    record,
+    text_resources,
+)
 from bench.source_tasks import TASK_NAMES
 from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.fusion import FusedTree
@@ -205,10 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-ms", type=float, default=1.3, help="reading, looking up and text's own tree (default: 1.3)")
     add("--fuse-ms", type=float, default=2.0, help="the fused tree (default: 2)")
     add("--nodes", type=int, default=16, help="nodes of a tree (default: 16)")
-    add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
-    add("--num-prompts", type=int, default=8, help="of each kind (default: 8)")
-    add("--max-tokens", type=int, default=128)
-    add("--seed", type=int, default=7)
+    add_recording_flags(parser)
     return parser
 
 
