@@ -324,10 +324,9 @@ async def test_a_fault_in_the_drafter_does_not_reach_the_client(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = generation()
-    request.speculation.mode = (
-        generation_pb2.SpeculationParameters.MODE_ON
-    )  # by itself the gateway may leave it at text,
-    request.speculation.sources.append(types_pb2.DRAFT_SOURCE_MODEL)  # or at nothing: which depends on the clock
+    # Otherwise the gateway may rest its drafter, and the drafter its model, which depends on the clock.
+    request.speculation.mode = generation_pb2.SpeculationParameters.MODE_ON
+    request.speculation.sources.append(types_pb2.DRAFT_SOURCE_MODEL)
     text, _ = await texts(services, request)
     num_calls = 0
     forward = Decoder.forward
