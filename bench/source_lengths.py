@@ -31,7 +31,7 @@ class LengthGain:
 
 def length_gains(rows: Iterable[Row]) -> list[LengthGain]:
     """By task, budget and temperature, and over temperatures where there are several; nothing for what lacks a fused
-    or a single row. Over temperatures the best source is the one that is best over all of them."""
+    row, or a single source that drafted. Over temperatures the best source is the one that is best over all of them."""
     lengths: dict[tuple[str, int], dict[frozenset[str], dict[float, float]]] = {}
     for row in rows:
         by_set = lengths.setdefault((row["task"], row["node_budget"]), {})
@@ -50,7 +50,7 @@ def length_gains(rows: Iterable[Row]) -> list[LengthGain]:
                 if of_set.keys() >= {*pooled}
             }
             singles = {next(iter(sources)): mean for sources, mean in means.items() if len(sources) == 1}
-            if _FUSED in means and singles:
+            if _FUSED in means and any(singles.values()):
                 best = max(singles, key=lambda name: singles[name])
                 gains.append(LengthGain(task, node_budget, temperature, means[_FUSED], singles[best], best))
     return gains

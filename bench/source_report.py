@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ def sources_section(name: str, report: Mapping[str, Any]) -> str:
     order = sorted(
         report["results"], key=lambda row: (row["task"], row["temperature"], row["node_budget"], len(row["sources"]))
     )
-    gains = [dataclasses.asdict(gain) for gain in length_gains(report["results"])]
     return "\n".join(
         [
             f"## Sources of guesses, the {report['pair']} pair ({name})\n",
@@ -52,14 +51,19 @@ def sources_section(name: str, report: Mapping[str, Any]) -> str:
             f"{_ASKED[settings.get('ask', 'where-it-pays')]}\n",
             f"![Mean acceptance length by nodes and sources](benchmarks/{Path(name).stem}.svg)\n",
             markdown_table(_COLUMNS, order) + "\n",
-            *(
-                ["Tokens a round of model, retrieval and n-grams fused, and of the best of them alone:\n"]
-                if gains
-                else []
-            ),
-            *([markdown_table(GAIN_COLUMNS, gains) + "\n"] if gains else []),
+            *_gain_lines(report["results"]),
         ]
     )
+
+
+def _gain_lines(rows: Sequence[Row]) -> list[str]:
+    gains = [dataclasses.asdict(gain) for gain in length_gains(rows)]
+    if not gains:
+        return []
+    return [
+        "Tokens a round of model, retrieval and n-grams fused, and of the best of them alone:\n",
+        markdown_table(GAIN_COLUMNS, gains) + "\n",
+    ]
 
 
 def plot_sources(report: Mapping[str, Any], path: Path) -> None:

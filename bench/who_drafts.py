@@ -2,7 +2,7 @@
 
 Recorded rounds go through the drafter's own fusing source. Only time is made up: what the draft model, text and the
 rest of a round (verifier, gateway, wire) take is said by flags, so that decisions depend on nothing else and two runs
-print the same. For choosing the rules in drafter_service/model_use.py and text_use.py; made the table of
+print the same. For comparing rules in drafter_service/model_use.py and text_use.py; made the table of
 docs/decisions/0021.
 """
 
@@ -35,7 +35,7 @@ from drafter_service.sources.source import DraftJob, DraftSession, Progress, Pro
 from drafter_service.sources.text import TextResources
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.parameters import TreeBudget
-from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSources
+from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import ScoredTree
 
 _UNUSED_PLAN = LayerPlan(groups=(range(1),))
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
     print("|---" * (len(kinds) + 2) + "|")
     everybody = DraftSources.MODEL | TEXT_SOURCES
     rows = [
-        ("the model alone", MODEL_SOURCES & everybody, False),
+        ("the model alone", DraftSources.MODEL, False),
         ("text alone", TEXT_SOURCES, False),
         ("all, always", everybody, True),
         ("all, where it pays", everybody, False),

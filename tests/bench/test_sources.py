@@ -98,6 +98,7 @@ def test_fused_lengths_are_held_against_the_best_single_source() -> None:
     assert pooled.best_single == pytest.approx(48 / 14)
     assert pooled.ratio == pytest.approx((48 / (3 + 24 / 3.3)) / (48 / 14))
     assert length_gains(rows[:4]) == length_gains(rows[4:]) == []
+    assert length_gains([row("model", 0.0, 0.0), row("model+retrieval+ngram", 0.0, 2.0)]) == [], "never drafted"
 
 
 def test_the_report_has_a_table_a_task() -> None:
