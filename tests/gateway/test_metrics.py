@@ -156,8 +156,10 @@ async def test_clients_that_go_away_and_errors_are_told_apart(live: Live) -> Non
 
 async def test_a_lost_drafter_is_counted(live: Live) -> None:
     live.pair.drafter.error = CapacityError("full")
-    await live.generate()
-    assert scrape(live.server)[("easyspec_drafter_failures_total",)] == 1
+    chunks = await live.generate()
+    # Once, or again where the completion outlasted the pause before the next try.
+    num_failures = chunks[-1].completion.speculation.num_drafter_failures
+    assert scrape(live.server)[("easyspec_drafter_failures_total",)] == num_failures >= 1
 
 
 async def test_one_event_a_request_and_none_for_routine(live: Live) -> None:
