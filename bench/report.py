@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench import planner_report
+from bench.alternatives_report import alternatives_section
 from bench.machine import REPOSITORY
 from bench.provenance import provenance_lines
 from bench.source_report import plot_sources, sources_section
@@ -62,6 +63,8 @@ def main() -> int:
         content += "\n" + sources_section(path.name, report)
     for path in sorted(RESULTS.glob("targets-*.json")):
         content += "\n" + targets_section(path.name, json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(RESULTS.glob("alternatives-*.json")):
+        content += "\n" + alternatives_section(path.name, json.loads(path.read_text(encoding="utf-8")))
     TARGET.write_text(content, "utf-8")
     if GLOO_ROUNDS.is_file():
         report = json.loads(GLOO_ROUNDS.read_text(encoding="utf-8"))

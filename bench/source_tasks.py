@@ -7,6 +7,7 @@ give equal tasks on one Python version.
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import textwrap
 from collections.abc import Iterator
@@ -34,10 +35,15 @@ def source_tasks(name: str, num_prompts: int, seed: int) -> list[SourceTask]:
     """`num_prompts` tasks of one kind; raises ValueError if there are fewer."""
     if name == "code":
         return [SourceTask(name, prompt) for prompt in held_out_prompts(num_prompts, seed, _CODE_PROMPT_CHARS)]
-    prompts = sorted(set({"prose": _prose_prompts, "copy": _copy_prompts}[name]()))
+    prompts = _all_prompts(name)
     if num_prompts > len(prompts):
         raise ValueError(f"num_prompts must be at most {len(prompts)} for {name}, not {num_prompts}")
     return [SourceTask(name, prompt) for prompt in random.Random(seed).sample(prompts, num_prompts)]
+
+
+@functools.cache
+def _all_prompts(name: str) -> list[str]:
+    return sorted(set({"prose": _prose_prompts, "copy": _copy_prompts}[name]()))
 
 
 def _prose_prompts() -> Iterator[str]:

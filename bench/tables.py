@@ -87,17 +87,18 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
 def print_serve_results(rows: Sequence[Row], console: Console) -> None:
     """Every result as one row; nothing without results."""
     if rows:
-        _print_table(SERVE_COLUMNS, rows, "medians over windows; times are p50/p95/p99", console)
+        print_table(SERVE_COLUMNS, rows, "medians over windows; times are p50/p95/p99", console)
 
 
 def print_target_results(rows: Sequence[Row], console: Console) -> None:
     """Every model and setting as one row."""
-    _print_table(TARGET_COLUMNS, rows, "all models at the same time; medians over windows", console)
+    print_table(TARGET_COLUMNS, rows, "all models at the same time; medians over windows", console)
 
 
-def _print_table(
+def print_table(
     columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row], title: str, console: Console
 ) -> None:
+    """Every row under a title."""
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)

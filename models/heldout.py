@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -34,12 +35,15 @@ def held_out_prompts(num_prompts: int, seed: int, max_chars: int) -> list[str]:
     """
     if max_chars < _MIN_PROMPT_CHARS:
         raise ValueError(f"max_chars must be at least {_MIN_PROMPT_CHARS}, not {max_chars}")
-    prompts = sorted(
-        {prompt for source in held_out_texts().values() for prompt in _function_prompts(source, max_chars)}
-    )
+    prompts = _all_function_prompts(max_chars)
     if num_prompts > len(prompts):
         raise ValueError(f"num_prompts must be at most {len(prompts)}, not {num_prompts}")
     return random.Random(seed).sample(prompts, num_prompts)
+
+
+@functools.cache
+def _all_function_prompts(max_chars: int) -> list[str]:
+    return sorted({prompt for source in held_out_texts().values() for prompt in _function_prompts(source, max_chars)})
 
 
 def _function_prompts(source: str, max_chars: int) -> Iterator[str]:

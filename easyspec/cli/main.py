@@ -329,6 +329,12 @@ def bench_targets(context: typer.Context) -> None:
     raise typer.Exit(_run_bench("bench.targets", context.args))
 
 
+@bench.command("alternatives", context_settings=_BENCH_COMMAND, add_help_option=False)
+def bench_alternatives(context: typer.Context) -> None:
+    """Measure easyspec beside transformers' own generation, plain and assisted; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.alternatives", context.args))
+
+
 def _run_bench(name: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(name)

@@ -1,0 +1,192 @@
+"""`easyspec bench alternatives`: the same prompts by easyspec and by transformers' own generation, in turns.
+
+What somebody with a checkpoint and these cores would otherwise pick: transformers' plain decoding, its assisted
+generation with the same draft model, and its prompt lookup. It runs inside this process, without a wire; easyspec runs
+as it is delivered: three services behind gRPC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.alternatives_report import AlternativeResult, print_alternatives, summarize_alternatives
+from bench.decode import write_report
+from bench.pairs import PAIRS, ModelPair, start_services
+from bench.provenance import provenance
+from bench.serving.clients import LoadClient
+from bench.serving.streams import Outcome, Stream
+from bench.serving.workload import Speculation, Task
+from bench.source_tasks import TASK_NAMES, source_tasks
+from bench.timed_completion import Maker, TimedCompletion
+from bench.transformers_generation import TransformersGeneration
+from easyspec.cli.signals import run_until_signal
+from easyspec.errors import ConfigurationError, UnavailableError
+
+PROGRAM = "easyspec"
+_WARM_UP_TOKENS = 16
+_TIMEOUT_S = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AlternativesSettings:
+    """One run; prompts and seeds follow from `seed`."""
+
+    temperatures: tuple[float, ...]
+    num_prompts: int
+    max_tokens: int
+    seed: int
+
+
+class Alternative(Protocol):
+    """A way to complete a prompt."""
+
+    maker: Maker
+
+    async def complete(self, task: Task) -> tuple[int, ...]:
+        """Return exactly `task.max_tokens` new tokens; raises EasyspecError."""
+        ...
+
+
+class EasyspecServices:
+    """The running services, asked as any client asks them."""
+
+    def __init__(self, maker: Maker, client: LoadClient, speculation: Speculation) -> None:
+        self.maker = maker
+        self._client = client
+        self._speculation = speculation
+
+    async def complete(self, task: Task) -> tuple[int, ...]:
+        stream = Stream(dataclasses.replace(task, speculation=self._speculation), 0)
+        await self._client.run(stream)
+        if stream.outcome is not Outcome.COMPLETE:
+            raise UnavailableError(f"the gateway did not complete a request: {stream.error}")
+        return tuple(stream.token_ids)
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; returns 0, or 1 if speculation changed what easyspec says, or 128 + a signal's number.
+
+    Raises EasyspecError if the services do not come up or fail.
+    """
+    arguments = _parser().parse_args(argv)
+    settings, pair, console = _settings(arguments), PAIRS[arguments.pair], Console()
+    completions: list[TimedCompletion] = []
+
+    async def run() -> None:
+        completions.extend(await _measure(pair, settings, console))
+
+    interrupted = run_until_signal(run())
+    if interrupted:
+        return interrupted
+    results = summarize_alternatives(completions)
+    print_alternatives(results, console)
+    if arguments.json is not None:
+        command = shlex.join(["easyspec", "bench", "alternatives", *argv])
+        write_report(arguments.json, _report(command, pair, settings, results))
+        console.print(f"written to {arguments.json}")
+    num_differing = sum(result.num_completions - result.num_as_plain for result in results if result.program == PROGRAM)
+    console.print(f"{num_differing} completions of easyspec differ from its plain decoding (expected 0)")
+    return 1 if num_differing else 0
+
+
+def interleaved(makers: Sequence[Maker], settings: AlternativesSettings) -> Iterator[tuple[Maker, str, int, Task]]:
+    """Yield (who, kind of task, prompt index, task): every prompt by everybody before the next prompt.
+
+    Kinds take turns, and so does who is first. Raises ValueError if there are too few prompts.
+    """
+    prompts = [[task.prompt for task in source_tasks(kind, settings.num_prompts, settings.seed)] for kind in TASK_NAMES]
+    for index, same_index in enumerate(zip(*prompts, strict=True)):
+        shift = index % len(makers)
+        for kind, prompt in zip(TASK_NAMES, same_index, strict=True):
+            for temperature in settings.temperatures:
+                task = Task(prompt, settings.max_tokens, temperature, settings.seed + index, Speculation.OFF)
+                for maker in (*makers[shift:], *makers[:shift]):
+                    yield maker, kind, index, task
+
+
+async def measure(
+    alternatives: Sequence[Alternative], settings: AlternativesSettings, progress: Progress
+) -> list[TimedCompletion]:
+    """Complete every prompt by every alternative, one at a time, after a short unmeasured one by each."""
+    by_maker = {alternative.maker: alternative for alternative in alternatives}
+    planned = list(interleaved(list(by_maker), settings))
+    bar = progress.add_task("warming up", total=len(planned))
+    for maker, _, _, task in planned[: len(by_maker) * len(settings.temperatures)]:
+        await by_maker[maker].complete(dataclasses.replace(task, max_tokens=_WARM_UP_TOKENS))
+    completions = []
+    for maker, kind, index, task in planned:
+        progress.update(bar, description=f"{kind}, T = {task.temperature:g}, {maker}")
+        started_s = time.perf_counter()
+        token_ids = await by_maker[maker].complete(task)
+        elapsed_s = time.perf_counter() - started_s
+        completions.append(TimedCompletion(maker, kind, task.temperature, index, token_ids, elapsed_s))
+        progress.advance(bar)
+    return completions
+
+
+async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Console) -> list[TimedCompletion]:
+    pair.check()
+    transformers = await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
+    async with start_services(pair) as address, LoadClient(address, _TIMEOUT_S) as client:
+        easyspec = [
+            EasyspecServices(Maker(PROGRAM, "speculating"), client, Speculation.AUTO),
+            EasyspecServices(Maker(PROGRAM), client, Speculation.OFF),
+        ]
+        with Progress(console=console) as progress:
+            try:
+                return await measure([*transformers, *easyspec], settings, progress)
+            except ValueError as error:
+                raise ConfigurationError(str(error)) from None
+
+
+def _report(
+    command: str, pair: ModelPair, settings: AlternativesSettings, results: Sequence[AlternativeResult]
+) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "command": command,
+        **provenance([pair.base, pair.draft]),
+        "transformers": transformers.__version__,
+        "pair": pair.name,
+        "settings": dataclasses.asdict(settings),
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+
+
+def _settings(arguments: argparse.Namespace) -> AlternativesSettings:
+    return AlternativesSettings(
+        temperatures=tuple(arguments.temperature or (0.0, 0.8)),
+        num_prompts=arguments.num_prompts or (2 if arguments.quick else 8),
+        max_tokens=arguments.max_tokens or (48 if arguments.quick else 128),
+        seed=arguments.seed,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="easyspec bench alternatives", description=__doc__)
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="write results to FILE")
+    add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure (bench: see make bench-pair)")
+    add("--quick", action="store_true", help="few prompts and tokens: does it run, roughly how fast")
+    add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")
+    add("--num-prompts", type=int, metavar="N", help="prompts of each kind (default: 8, quick 2)")
+    add("--max-tokens", type=int, metavar="N", help="tokens per completion (default: 128, quick 48)")
+    add("--seed", type=int, default=7, metavar="N", help="chooses prompts and noise (default: 7)")
+    return parser
+
+
+if __name__ == "__main__":
+    import sys
+
+    raise SystemExit(main(sys.argv[1:]))
