@@ -10,6 +10,7 @@ import pytest
 from gateway.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer
+from tests.gateway.gateway_client import Client, gateway
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,9 @@ def language(tokenizer: Tokenizer) -> ToyLanguage:
 async def pair(language: ToyLanguage) -> AsyncIterator[FakePair]:
     async with running_pair(language) as pair:
         yield pair
+
+
+@pytest.fixture
+async def client(pair: FakePair, tokenizer_folder: Path) -> AsyncIterator[Client]:
+    async with gateway(pair, tokenizer_folder) as client:
+        yield client

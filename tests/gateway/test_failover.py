@@ -30,6 +30,7 @@ from tests.fakes.services import (
     ToyLanguage,
     running,
 )
+from tests.gateway.gateway_client import tokens
 from verifier_service.server import VerifierServer
 
 PROMPT_LENGTH = 6
@@ -76,10 +77,6 @@ class Cluster:
 
     async def info(self) -> generation_pb2.GetServerInfoResponse:
         return await self.stub.GetServerInfo(generation_pb2.GetServerInfoRequest())
-
-
-def tokens(chunks: list[generation_pb2.GenerateResponse]) -> list[int]:
-    return [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
 def num_failures(chunks: list[generation_pb2.GenerateResponse]) -> int:

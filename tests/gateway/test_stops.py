@@ -1,0 +1,59 @@
+"""Where a completion ends, and that no chunk ends in half a character."""
+
+from __future__ import annotations
+
+import pytest
+
+from easyspec.v1 import types_pb2
+from gateway.tokenizer import Tokenizer
+from tests.gateway.gateway_client import (
+    Client,
+    Mode,
+    expected,
+    text,
+    tokens,
+)
+
+
+async def test_no_chunk_ends_in_half_a_character(client: Client, tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("😀")) > 1
+    for mode in (Mode.MODE_ON, Mode.MODE_OFF):
+        chunks = await client.generate(mode=mode, max_tokens=200)
+        assert text(chunks) == tokenizer.decode(expected(client, 200))
+        assert not any("\ufffd" in chunk.text for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("offset", range(7))
+async def test_a_stop_string_at_every_offset_of_a_block(client: Client, tokenizer: Tokenizer, offset: int) -> None:
+    client.pair.drafter.wrong_every = 10_000
+    # A prompt of another length moves the stop to another place in the block.
+    prompt_ids = [5] * (7 + offset)
+    plain = await client.generate(token_ids={"ids": prompt_ids}, stop_strings=["STOP"], mode=Mode.MODE_OFF)
+    drafted = await client.generate(token_ids={"ids": prompt_ids}, stop_strings=["STOP"])
+    assert tokens(drafted) == tokens(plain)
+    assert text(drafted) == text(plain)
+    full = tokenizer.decode(expected(client, prompt_length=len(prompt_ids)))
+    assert text(plain) == full[: full.index("STOP")]
+    assert "STOP" in tokenizer.decode(tokens(plain))
+    assert "STOP" not in tokenizer.decode(tokens(plain)[:-1])
+    completion = drafted[-1].completion
+    assert completion.finish_reason == types_pb2.FINISH_REASON_STOP
+    assert completion.stop_string == "STOP"
+    assert completion.usage.num_output_tokens == len(tokens(plain))
+
+
+async def test_a_stop_token_inside_a_block_is_the_last_token(client: Client) -> None:
+    client.pair.drafter.wrong_every = 10_000
+    stop = expected(client)[9]
+    chunks = await client.generate(stop={"stop_token_ids": [stop]})
+    cut = expected(client).index(stop) + 1
+    assert tokens(chunks) == expected(client)[:cut]
+    assert chunks[-1].completion.token_id == stop
+
+
+async def test_a_stop_string_beats_the_length_on_the_same_token(client: Client) -> None:
+    whole = await client.generate(stop_strings=["STOP"])
+    cut = await client.generate(stop_strings=["STOP"], max_tokens=len(tokens(whole)))
+    assert cut[-1].completion.finish_reason == types_pb2.FINISH_REASON_STOP
+    shorter = await client.generate(stop_strings=["STOP"], max_tokens=len(tokens(whole)) - 1)
+    assert shorter[-1].completion.finish_reason == types_pb2.FINISH_REASON_LENGTH
