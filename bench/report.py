@@ -57,7 +57,7 @@ def main() -> int:
     """Rewrite docs/benchmarks.md and the tables of measured ranks in docs/planning.md."""
     files = [*sorted(RESULTS.glob("decode-*.json")), *sorted(RESULTS.glob("serve-*.json"))]
     content = render({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files})
-    for path in sorted(RESULTS.glob("sources-*.json")):
+    for path in sorted([*RESULTS.glob("sources-*.json"), *RESULTS.glob("exits*.json")]):
         report = json.loads(path.read_text(encoding="utf-8"))
         plot_sources(report, path.with_suffix(".svg"))
         content += "\n" + sources_section(path.name, report)
