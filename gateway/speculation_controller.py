@@ -4,7 +4,8 @@ Drafter and verifier may share the same cores, and requests share every step; so
 the round of the request that asked for it. What counts is the throughput of the system while *everybody* follows the
 same choice. The controller therefore makes one choice for all requests in mode auto (an arm: off, or a tree size),
 measures throughput per load (running requests, by octave) and arm, keeps to the best, and tries each other arm now
-and then for a moment. A trial is as rare as it is costly: all trials together may cost 1.5 % of the throughput.
+and then for a moment. A trial is as rare as it is costly: all trials together may cost 1.5 % of the throughput. Times
+are those in which somebody was served: to one who comes now and then an hour may be no more than a few requests.
 Decision record 0007 has the reasons and the figures.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from easyspec.speculation.parameters import TreeBudget
+from gateway.busy_clock import BusyClock
 from gateway.speculation_arms import OFF, Arm, arms_within
 from gateway.speculation_estimates import AcceptanceCurve, CostCurve, Throughput
 
@@ -124,15 +126,16 @@ class SpeculationController:
         self.arms: Sequence[Arm] = arms_within(budget)
         self.arm = self.arms[-1]
         self.clock = clock
+        self._busy_clock = BusyClock(clock)
         self._loads: dict[int, _Load] = {}
         self._load = 0
-        self._load_seen_s = clock()
+        self._load_seen_s = 0.0
         self._counts: dict[Arm | None, int] = {}
         self._num_counted = 0
         self._uniform: Arm | None = None
         self._uniform_since_s = 0.0
         self._trial: _Trial | None = None
-        self._decided_s = clock()
+        self._decided_s = 0.0
         self._verify = CostCurve()
         self._draft_level = CostCurve()
         self.acceptance = AcceptanceCurve()
@@ -144,7 +147,7 @@ class SpeculationController:
 
     def observe(self, participant: Participant, sample: RoundSample) -> None:
         """Learn from a round that has just ended, and decide anew if it is time to."""
-        now_s = self.clock()
+        now_s = self._busy_s()
         self._count(participant, sample.arm, now_s)
         if self._trial is not None:
             self._trial.num_tokens += sample.num_tokens
@@ -161,10 +164,11 @@ class SpeculationController:
     def leave(self, participant: Participant) -> None:
         """The request is over."""
         if participant.is_counted:
+            now_s = self._busy_s()
             self._counts[participant.following] -= 1
             self._num_counted -= 1
             participant.is_counted = False
-            self._find_uniform(self.clock())
+            self._find_uniform(now_s)
 
     def break_even_acceptance(self) -> float | None:
         """Accepted tokens a round below which the present tree brings a request less than plain decoding; None while
@@ -194,6 +198,9 @@ class SpeculationController:
             tokens_per_s={arm.name: known[arm].tokens_per_s for arm in self.arms if arm in known},
             acceptance_by_level=self.acceptance.rates,
         )
+
+    def _busy_s(self) -> float:
+        return self._busy_clock.read(was_busy=self._num_counted > 0)
 
     def _count(self, participant: Participant, arm: Arm | None, now_s: float) -> None:
         if participant.is_counted and participant.following is arm:
@@ -235,7 +242,7 @@ class SpeculationController:
         """An arm has become worse or better at once: what made it so concerns the other trees as well."""
         if arm is OFF:
             return
-        now_s = self.clock()
+        now_s = self._busy_s()
         for other in (other for other in self.arms if other not in (arm, OFF)):
             if change > 1:
                 load.trial_cost_s[other] = 0.0

@@ -74,7 +74,7 @@ class SimulatedSystem:
         """Tokens a second of all requests together in the next `seconds` seconds."""
         end_s = self.now_s + seconds
         before = sum(request.num_tokens for request in self.requests)
-        while self._ends[0][0] <= end_s:
+        while self._ends and self._ends[0][0] <= end_s:
             self.now_s, index = heapq.heappop(self._ends)
             if not self.requests[index].is_gone:
                 self._end(self.requests[index])

@@ -70,6 +70,26 @@ def test_trials_cost_about_two_per_cent(num_requests: int) -> None:
     assert state.trial_cost_s <= 0.03 * seconds + 1.0  # the first look at every arm is not spread over time
 
 
+def busy_seconds_of_visits(policy_of: Callable[[SpeculationController], SpeculationPolicy | FixedPolicy]) -> float:
+    """What the last 60 of 80 short requests take, of somebody who comes every quarter of a minute."""
+    system = SimulatedSystem(cheap_rows(), seed=5)
+    controller = SpeculationController(BUDGET, system.clock)
+    busy_s = 0.0
+    for visit in range(80):
+        request, began_s = system.add(policy_of(controller)), system.now_s
+        while request.num_tokens < 80:
+            system.run(0.01)
+        busy_s += system.now_s - began_s if visit >= 20 else 0.0
+        system.remove(request)
+        system.run(15.0)
+    return busy_s
+
+
+def test_trials_are_rare_for_somebody_who_comes_now_and_then() -> None:
+    drafted = busy_seconds_of_visits(lambda controller: FixedPolicy(controller, BUDGET))
+    assert busy_seconds_of_visits(auto) <= 1.04 * drafted
+
+
 def test_intermediate_trees_are_found_where_they_are_best() -> None:
     """At 8 streams of the shared system neither off nor the full tree is best."""
     off, *_, full = fixed_throughputs([arm.budget for arm in arms_within(BUDGET)], 8, shared_cores(), BUDGET)
