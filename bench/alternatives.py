@@ -102,9 +102,13 @@ def main(argv: list[str]) -> int:
 def interleaved(makers: Sequence[Maker], settings: AlternativesSettings) -> Iterator[tuple[Maker, str, int, Task]]:
     """Yield (who, kind of task, prompt index, task): every prompt by everybody before the next prompt.
 
-    Kinds take turns, and so does who is first. Raises ValueError if there are too few prompts.
+    Kinds take turns, and so does who is first. Raises ConfigurationError if there are too few prompts.
     """
-    prompts = [[task.prompt for task in source_tasks(kind, settings.num_prompts, settings.seed)] for kind in TASK_NAMES]
+    try:
+        tasks = [source_tasks(kind, settings.num_prompts, settings.seed) for kind in TASK_NAMES]
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    prompts = [[task.prompt for task in same_kind] for same_kind in tasks]
     for index, same_index in enumerate(zip(*prompts, strict=True)):
         shift = index % len(makers)
         for kind, prompt in zip(TASK_NAMES, same_index, strict=True):
@@ -143,10 +147,7 @@ async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Con
             EasyspecServices(Maker(PROGRAM), client, Speculation.OFF),
         ]
         with Progress(console=console) as progress:
-            try:
-                return await measure([*transformers, *easyspec], settings, progress)
-            except ValueError as error:
-                raise ConfigurationError(str(error)) from None
+            return await measure([*transformers, *easyspec], settings, progress)
 
 
 def _report(

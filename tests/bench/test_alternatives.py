@@ -16,7 +16,7 @@ from bench.serving.workload import Speculation, Task
 from bench.source_tasks import TASK_NAMES
 from bench.timed_completion import Maker, TimedCompletion
 from bench.transformers_generation import TransformersGeneration
-from easyspec.errors import UnavailableError
+from easyspec.errors import ConfigurationError, UnavailableError
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.drafts import write_draft
 
@@ -73,6 +73,11 @@ async def test_everybody_gets_every_prompt_before_the_next_and_the_first_rotates
         assert {maker for maker, *_ in group} == {*makers}
         assert len({tuple(rest) for _, *rest in group}) == 1
     assert [order[begin][0] for begin in (0, 18)] == [THEIRS, OURS]
+
+
+def test_more_prompts_than_there_are_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ConfigurationError, match="at most"):
+        list(interleaved([THEIRS], dataclasses.replace(SETTINGS, num_prompts=100_000)))
 
 
 async def test_what_is_measured_is_asked_in_full_and_after_a_warm_up() -> None:
