@@ -88,7 +88,10 @@ def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
             "prompt included. *x transformers* is the median of per-prompt ratios to transformers' plain decoding. "
             "*as its own plain*",
             "counts completions with the very tokens that the same program says without speculation, from the same "
-            "seed.\n",
+            "seed.",
+            "easyspec keeps prompts it has read: of the turns of a prompt it reads only the first in full, so the "
+            "second temperature",
+            "and whichever of its two ways comes second flatter it.\n",
             *provenance_lines(report),
             f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
             f"seed {settings['seed']}\n",
