@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,11 +86,11 @@ def write_wide_tokenizer(folder: Path, vocab_size: int) -> Path:
 
 async def mask_cost(folder: Path, vocab_size: int, name: str, num_repetitions: int) -> MaskCost:
     """Follow a text under the grammar `name`, cold lexer and warm alike."""
-    compiler = GrammarCompiler(folder, vocab_size, (0,))
-    await compiler.compile(Grammar(GrammarKind.REGEX, "a"))  # reads the tokenizer
-    begin = time.perf_counter()
-    compiled = await compiler.compile(GRAMMARS[name])
-    compile_ms = (time.perf_counter() - begin) * 1e3
+    with closing(GrammarCompiler(folder, vocab_size, (0,))) as compiler:
+        await compiler.compile(Grammar(GrammarKind.REGEX, "a"))  # reads the tokenizer
+        begin = time.perf_counter()
+        compiled = await compiler.compile(GRAMMARS[name])
+        compile_ms = (time.perf_counter() - begin) * 1e3
     token_ids = Backend.from_file(str(folder / TOKENIZER_FILE)).encode(_TEXTS[name]).ids
     logits = torch.zeros(1, vocab_size)
     masks: list[float] = []

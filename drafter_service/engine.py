@@ -45,6 +45,7 @@ class DrafterEngine:
         self._loaded: LoadedModel | None = None
         self._drafter: Drafter | None = None
         self._plan: LayerPlan | None = None
+        self._grammars: GrammarCompiler | None = None
         self.max_tree_nodes = settings.max_tree_nodes
 
     async def start(self) -> None:
@@ -54,6 +55,8 @@ class DrafterEngine:
     async def stop(self) -> None:
         """End after the step in progress; waiting requests fail as unavailable."""
         await self._thread.stop()
+        if self._grammars is not None:
+            self._grammars.close()
 
     async def wait_lost(self) -> None:
         """Return when the device or another rank is lost; otherwise never."""
@@ -134,10 +137,10 @@ class DrafterEngine:
             () if no_exits_because else loaded.decoder.config.early_exits,
             no_exits_because,
         )
-        grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
-        grammars.prepare()
+        self._grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
+        self._grammars.prepare()
         self._drafter = Drafter(
-            loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, grammars
+            loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, self._grammars
         )
         requests = _captured(self._plan, loaded.decoder.sequential_plan)
         capture_passes(loaded.decoder, loaded.memory.pool, settings, requests)

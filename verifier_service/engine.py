@@ -46,6 +46,8 @@ class VerifierEngine:
     async def stop(self) -> None:
         """End after the step in progress; waiting requests fail as unavailable."""
         await self._thread.stop()
+        if self._grammars is not None:
+            self._grammars.close()
 
     async def wait_lost(self) -> None:
         """Return when the device or another rank is lost; otherwise never."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,8 @@ async def drafted(verifier: VerifierEngine, drafter: DrafterEngine, request: Ope
 
 
 async def compiled_state(folder: Path, grammar: Grammar) -> GrammarState:
-    return GrammarState(await GrammarCompiler(folder, VOCAB_SIZE, (0,)).compile(grammar), ignore_eos=False)
+    with closing(GrammarCompiler(folder, VOCAB_SIZE, (0,))) as compiler:
+        return GrammarState(await compiler.compile(grammar), ignore_eos=False)
 
 
 def check_allowed(state: GrammarState, tree: TokenTree) -> None:

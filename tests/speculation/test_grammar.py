@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,10 @@ from tokenizers import Tokenizer
 from easyspec.errors import CapacityError, InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import CompilerLimits, GrammarCompiler
+from easyspec.speculation.grammar_sandbox import GrammarSandbox
+from easyspec.speculation.grammar_trial import TrialLimits
 from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from tests.fakes.processes import assert_none_left_with, processes_with
 from tests.fakes.tiny_tokenizer import write_tokenizer
 
 VOCAB_SIZE = 345  # padded: the tokenizer has 340 entries at most
@@ -27,8 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiler(folder: Path) -> GrammarCompiler:
-    return GrammarCompiler(folder, VOCAB_SIZE, (EOS,))
+def compiler(folder: Path) -> Iterator[GrammarCompiler]:
+    with closing(GrammarCompiler(folder, VOCAB_SIZE, (EOS,))) as compiler:
+        yield compiler
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +157,15 @@ BAD = {
     "a rule without end": (lark('start: a\na: a "x"'), ""),
     "deep Lark": (lark("start: " + "(" * 20_000 + '"a"' + ")" * 20_000), "deeply nested"),
     "long Lark": (lark("start: a\n" + "\n" * 1000), "1002 lines"),
+    # The library recurses without end on these.
+    "smallest integer": (schema({"const": -(2**63)}), "-9223372036854775808 is not from -9223372036854774784 to"),
+    "nearly the smallest": (schema({"const": -(2**63) + 512}), "the number -9223372036854775296"),
+    "nested": (schema({"properties": {"a": {"items": [{"enum": ["x", {"y": -(2**63)}]}]}}}), "the number"),
+    "integer bounds": (schema({"type": "integer", "minimum": -(2**64), "maximum": -(2**63)}), "the number"),
+    "real bounds": (schema('{"type":"integer","minimum":-1e22,"maximum":-1.5e19}'), "the number -1e22"),
+    "one that it would say otherwise": (schema({"enum": [2**63]}), "to 9223372036854775807"),
+    "many digits": (schema('{"const":-1' + "0" * 5000 + "}"), "..."),
+    "within Lark": (lark('start: a | b\na: %json {"const": 1}\nb: %json{"const": -9223372036854775808}'), "the number"),
 }
 
 
@@ -163,6 +179,56 @@ async def test_what_cannot_be_compiled_names_itself(compiler: GrammarCompiler, g
         assert reason in caught.value.allowed
         assert len(caught.value.allowed) < 300
         assert "<state>" not in caught.value.allowed
+
+
+async def test_numbers_up_to_the_bounds_are_followed(compiler: GrammarCompiler, backend: Tokenizer) -> None:
+    for number in (-(2**63) + 1024, 2**63 - 1, -1.5, 0):
+        state = GrammarState(await compiler.compile(schema({"const": number})), ignore_eos=False)
+        assert follows(state, backend.encode(str(number)).ids), number
+
+
+ENDLESS = schema({"type": "integer", "multipleOf": 2**31})
+BOMB = lark("start: A\nA: " + " & ".join(f"/(.*[a-{chr(98 + i % 24)}]){{3}}.*/" for i in range(60)))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "trial", "reason"),
+    [
+        (ENDLESS, TrialLimits(cpu_s=1), "longer than 1 s"),
+        (ENDLESS, TrialLimits(wall_s=0.3), "longer than"),
+        (ENDLESS, TrialLimits(memory_bytes=1 << 24), "more than 16 MiB"),
+        (BOMB, TrialLimits(cpu_s=1), "longer than 1 s"),
+    ],
+    ids=["CPU time", "time", "memory", "bomb"],
+)
+async def test_what_ends_the_library_ends_a_process_of_its_own(
+    folder: Path, grammar: Grammar, trial: TrialLimits, reason: str
+) -> None:
+    with closing(GrammarCompiler(folder, VOCAB_SIZE, (EOS,), CompilerLimits(trial=trial))) as compiler:
+        with pytest.raises(InvalidRequestError, match=reason):
+            await compiler.compile(grammar)
+        assert (await compiler.compile(regex("a"))).grammar == regex("a")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("victim", ["the fork", "the process"])
+async def test_a_crash_refuses_its_grammar_and_no_other(tmp_path: Path, victim: str) -> None:
+    """As if the library had overflowed its stack."""
+    with closing(GrammarCompiler(write_tokenizer(tmp_path, VOCAB_SIZE - 5), VOCAB_SIZE, (EOS,))) as compiler:
+        await compiler.compile(regex("a"))
+        crashing = asyncio.create_task(compiler.compile(ENDLESS))
+        while not crashing.done():
+            for trial in processes_with(str(tmp_path)):
+                for fork in children_of(trial):
+                    os.kill(fork if victim == "the fork" else trial, signal.SIGSEGV)
+            await asyncio.sleep(0.02)
+        with pytest.raises(InvalidRequestError, match="does not survive"):
+            crashing.result()
+        assert (await compiler.compile(regex("b"))).grammar == regex("b")
+    await asyncio.to_thread(assert_none_left_with, str(tmp_path))
 
 
 # What made the library overflow an ordinary thread's stack, or compute for seconds.
@@ -218,54 +284,60 @@ async def test_a_walk_that_becomes_too_complex_is_an_error_and_the_grammar_is_co
 
 
 async def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_forgotten(folder: Path) -> None:
-    compiler = GrammarCompiler(folder, VOCAB_SIZE, (EOS,), CompilerLimits(num_kept=2))
-    first, again = await asyncio.gather(*(compiler.compile(regex("a")) for _ in range(2)))
-    assert first is again
-    second = await compiler.compile(regex("b"))
-    assert await compiler.compile(regex("a")) is first
-    await compiler.compile(regex("c"))
-    assert await compiler.compile(regex("a")) is first
-    assert await compiler.compile(regex("b")) is not second
+    with closing(GrammarCompiler(folder, VOCAB_SIZE, (EOS,), CompilerLimits(num_kept=2))) as compiler:
+        first, again = await asyncio.gather(*(compiler.compile(regex("a")) for _ in range(2)))
+        assert first is again
+        second = await compiler.compile(regex("b"))
+        assert await compiler.compile(regex("a")) is first
+        await compiler.compile(regex("c"))
+        assert await compiler.compile(regex("a")) is first
+        assert await compiler.compile(regex("b")) is not second
 
 
 async def test_slow_ones_time_out_and_waiting_ones_are_told_to_come_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = CompilerLimits(num_workers=1, max_waiting=1, timeout_s=0.05)
-    compiler = GrammarCompiler(folder, VOCAB_SIZE, (EOS,), limits)
     compile_now = GrammarCompiler._compiled
 
-    def slow(self: GrammarCompiler, grammar: Grammar) -> object:
+    def slow(self: GrammarCompiler, grammar: Grammar, sandbox: GrammarSandbox) -> object:
         time.sleep(0.5)
-        return compile_now(self, grammar)
+        return compile_now(self, grammar, sandbox)
 
     monkeypatch.setattr(GrammarCompiler, "_compiled", slow)
-    outcomes = await asyncio.gather(*(compiler.compile(regex(text)) for text in "abc"), return_exceptions=True)
-    assert isinstance(outcomes[0], InvalidRequestError)
-    assert "longer than 0.05 s" in str(outcomes[0])
-    assert [type(outcome) for outcome in outcomes[1:]] == [CapacityError, CapacityError]
-    async with asyncio.timeout(20):
-        while compiler.poll(regex("a")) is None:  # noqa: ASYNC110 - the work was not in vain
-            await asyncio.sleep(0.01)
+    with closing(GrammarCompiler(folder, VOCAB_SIZE, (EOS,), limits)) as compiler:
+        outcomes = await asyncio.gather(*(compiler.compile(regex(text)) for text in "abc"), return_exceptions=True)
+        assert isinstance(outcomes[0], InvalidRequestError)
+        assert "longer than 0.05 s" in str(outcomes[0])
+        assert [type(outcome) for outcome in outcomes[1:]] == [CapacityError, CapacityError]
+        async with asyncio.timeout(20):
+            while compiler.poll(regex("a")) is None:  # noqa: ASYNC110 - the work was not in vain
+                await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("eos_token_ids", [(), (VOCAB_SIZE - 1,)])
 async def test_a_model_without_an_end_or_a_tokenizer_refuses_grammars(
     folder: Path, tmp_path: Path, eos_token_ids: tuple[int, ...]
 ) -> None:
-    with pytest.raises(InvalidRequestError, match="no end-of-sequence token"):
-        await GrammarCompiler(folder, VOCAB_SIZE, eos_token_ids).compile(regex("a"))
-    with pytest.raises(InvalidRequestError, match="no tokenizer"):
-        await GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,)).compile(regex("a"))
+    with (
+        closing(GrammarCompiler(folder, VOCAB_SIZE, eos_token_ids)) as compiler,
+        pytest.raises(InvalidRequestError, match="no end-of-sequence token"),
+    ):
+        await compiler.compile(regex("a"))
+    with (
+        closing(GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,))) as compiler,
+        pytest.raises(InvalidRequestError, match="no tokenizer"),
+    ):
+        await compiler.compile(regex("a"))
 
 
 async def test_a_vocabulary_smaller_than_the_tokenizers(folder: Path, backend: Tokenizer) -> None:
     """Ids beyond the model's are not allowed; if only such are left, that is an error."""
     letters = {token_id: text for text, token_id in backend.get_vocab().items() if len(text) == 1 and text.islower()}
     vocab_size = sorted(letters)[3]
-    compiler = GrammarCompiler(folder, vocab_size, (EOS,))
-    bits = GrammarState(await compiler.compile(regex("[a-z]+")), ignore_eos=False).allowed_bits()
+    with closing(GrammarCompiler(folder, vocab_size, (EOS,))) as compiler:
+        bits = GrammarState(await compiler.compile(regex("[a-z]+")), ignore_eos=False).allowed_bits()
     token_ids = [token_id for token_id in range(8 * len(bits)) if bits[token_id // 8] >> token_id % 8 & 1]
     assert token_ids == sorted(letters)[:3]
-    with pytest.raises(InvalidRequestError, match="no token"):
-        await GrammarCompiler(folder, 5, (EOS,)).compile(regex("z"))
+    with closing(GrammarCompiler(folder, 5, (EOS,))) as compiler, pytest.raises(InvalidRequestError, match="no token"):
+        await compiler.compile(regex("z"))

@@ -1,0 +1,119 @@
+"""From a grammar's text to what sessions walk: bounds that need no compiler, then the library's own work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import llguidance
+
+from easyspec.speculation.grammar import CompiledGrammar, GrammarState, grammar_error
+from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
+
+# The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
+COMPILER_STACK_BYTES = 256 * 1024 * 1024
+# Work that the library may do: a tenth of its own defaults, with which a regex of 15 characters takes 1.6 s and
+# 320 MB for its first mask and stalls everybody's steps afterwards. Elaborate real schemas need a few per cent of it.
+_INITIAL_LEXER_FUEL = 100_000
+_STEP_LEXER_FUEL = 50_000
+# Compile time grows with the square of the number of terminals: 1 s at a thousand, 18 s at 4 700.
+_MAX_LARK_LINES = 1000
+# The library lets any amount of white space stand between JSON tokens, of which some models never find an end.
+_JSON_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# The library makes 64-bit integers of doubles. The smallest integer has no negative: it recurses until the stack is
+# full, and this is the next double. Beyond the largest one it takes that instead, without a word.
+_SMALLEST_NUMBER = -(2**63 - 1024)
+_LARGEST_NUMBER = 2**63 - 1
+_MOST_DIGITS = 20
+_LARK_JSON = "%json"
+
+
+@dataclass(frozen=True)
+class GrammarVocabulary:
+    """The tokens that grammars are compiled for: the tokenizer of `folder`, and vocabulary and ends of sequence as the
+    model has them (the tokenizer may have fewer entries, or more)."""
+
+    folder: Path
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> llguidance.LLTokenizer:
+    """What the library needs of the tokenizer, a second's work with a large one; raises InvalidRequestError."""
+    # Imported here: most processes never see a grammar.
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_file(str(vocabulary.folder / TOKENIZER_FILE))
+    except Exception as error:  # the library raises plain Exceptions
+        raise grammar_error(grammar, f"the model has no tokenizer here ({error})") from error
+    backend.no_padding()
+    backend.no_truncation()
+    num_entries, vocab_size = backend.get_vocab_size(with_added_tokens=True), vocabulary.vocab_size
+    eos_token_ids = [token_id for token_id in vocabulary.eos_token_ids if token_id < min(num_entries, vocab_size)]
+    if not eos_token_ids:
+        raise grammar_error(grammar, "the model has no end-of-sequence token")
+    try:
+        return llguidance.LLTokenizer(backend.to_str(), n_vocab=max(vocab_size, num_entries), eos_token=eos_token_ids)
+    except ValueError as error:
+        raise grammar_error(grammar, f"the model's tokenizer does not serve grammars ({error})") from error
+
+
+def compile_grammar(grammar: Grammar, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> CompiledGrammar:
+    """The grammar, its first mask computed; wants COMPILER_STACK_BYTES of stack.
+
+    Raises InvalidRequestError. A text that is not known to be harmless may end the process, or keep it for ever.
+    """
+    limits = llguidance.LLParserLimits(
+        initial_lexer_fuel=_INITIAL_LEXER_FUEL, step_lexer_fuel=_STEP_LEXER_FUEL, verbose_errors=False
+    )
+    matcher = llguidance.LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
+    if matcher.is_error():
+        raise grammar_error(grammar, matcher.get_error())
+    compiled = CompiledGrammar(grammar, matcher, vocab_size, tuple(tokenizer.eos_tokens))
+    # Much is computed for the first mask; also, a language without any text shows here.
+    GrammarState(compiled, ignore_eos=False).allowed_bits()
+    return compiled
+
+
+def check_numbers(grammar: Grammar) -> None:
+    """Raise InvalidRequestError if a JSON Schema, or one within Lark, has a number that the library cannot bear.
+
+    What is no JSON is left to the library.
+    """
+
+    def check(text: str) -> float:
+        value = int(text) if text.lstrip("-").isdigit() and len(text) <= _MOST_DIGITS else float(text)
+        if not _SMALLEST_NUMBER <= value <= _LARGEST_NUMBER:
+            shown = text if len(text) <= 40 else f"{text[:37]}..."
+            raise grammar_error(grammar, f"the number {shown} is not from {_SMALLEST_NUMBER} to {_LARGEST_NUMBER}")
+        return value
+
+    if grammar.kind is GrammarKind.REGEX:
+        return
+    parts = grammar.text.split(_LARK_JSON)[1:] if grammar.kind is GrammarKind.LARK else [grammar.text]
+    decoder = json.JSONDecoder(parse_int=check, parse_float=check)
+    for part in parts:
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            decoder.raw_decode(part.lstrip())
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar as the library wants it."""
+    check_numbers(grammar)
+    if grammar.kind is GrammarKind.LARK:
+        num_lines = grammar.text.count("\n") + 1
+        if num_lines > _MAX_LARK_LINES:
+            raise grammar_error(grammar, f"it has {num_lines} lines, more than {_MAX_LARK_LINES}")
+        return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+    if grammar.kind is GrammarKind.REGEX:
+        return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+    # The schema that accepts everything may be written as `true`, which takes no options.
+    text = "{}" if grammar.text.strip() == "true" else grammar.text
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITE_SPACE})
+    except ValueError as error:
+        raise grammar_error(grammar, str(error)) from error

@@ -1,0 +1,146 @@
+"""A process that tries grammars: each is compiled in a fork of its own, within limits, and thrown away.
+
+`python -m easyspec.speculation.grammar_trial ARGUMENTS` reads grammars from its standard input and answers on its
+standard output, a line of JSON each: why the grammar must not be compiled elsewhere, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llguidance
+
+from easyspec.errors import InvalidRequestError
+from easyspec.parallel.launch import die_with_parent
+from easyspec.speculation.grammar import grammar_error
+from easyspec.speculation.grammar_compilation import (
+    COMPILER_STACK_BYTES,
+    GrammarVocabulary,
+    compile_grammar,
+    load_tokenizer,
+)
+from easyspec.speculation.parameters import Grammar, GrammarKind
+
+
+@dataclass(frozen=True)
+class TrialLimits:
+    """What one grammar may take: seconds of CPU time, seconds by the clock, bytes beyond the tokenizer and the stack.
+
+    The largest grammars that are compiled at all take 1 s and 90 MB on an idle machine.
+    """
+
+    cpu_s: int = 4
+    wall_s: float = 30.0
+    memory_bytes: int = 512 * 1024 * 1024
+
+
+def arguments(vocabulary: GrammarVocabulary, limits: TrialLimits) -> tuple[str, ...]:
+    """The command line after the interpreter."""
+    tokens = (str(vocabulary.folder), vocabulary.vocab_size, vocabulary.eos_token_ids)
+    return ("-m", __name__, json.dumps([tokens, [limits.cpu_s, limits.wall_s, limits.memory_bytes]]))
+
+
+def line_of(grammar: Grammar) -> bytes:
+    """A grammar as the process reads it."""
+    return json.dumps([grammar.kind.value, grammar.text]).encode() + b"\n"
+
+
+def main() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    (folder, vocab_size, eos_token_ids), limits = json.loads(sys.argv[1])
+    trial = _Trial(GrammarVocabulary(Path(folder), vocab_size, tuple(eos_token_ids)), TrialLimits(*limits))
+    for line in sys.stdin.buffer:
+        kind, text = json.loads(line)
+        answer = trial.refusal(Grammar(GrammarKind(kind), text))
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+class _Trial:
+    def __init__(self, vocabulary: GrammarVocabulary, limits: TrialLimits) -> None:
+        self._vocabulary = vocabulary
+        self._limits = limits
+        self._tokenizer: llguidance.LLTokenizer | None = None
+
+    def refusal(self, grammar: Grammar) -> str | None:
+        """Why the grammar must not be compiled; None if it may be."""
+        try:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._vocabulary, grammar)
+        except InvalidRequestError as error:
+            return error.allowed
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            self._compile_and_exit(grammar, writer)
+        os.close(writer)
+        try:
+            answer = self._answer(reader, child)
+        finally:
+            os.close(reader)
+            _, status = os.waitpid(child, 0)
+        if answer:
+            said: str | None = json.loads(answer)
+            return said
+        return grammar_error(grammar, self._cause_of_death(status)).allowed
+
+    def _compile_and_exit(self, grammar: Grammar, writer: int) -> None:
+        """In the fork: never returns."""
+        die_with_parent()
+        self._limit()
+        answer: list[Any] = []
+
+        def work() -> None:
+            assert self._tokenizer is not None, "loaded before the fork"
+            try:
+                compile_grammar(grammar, self._tokenizer, self._vocabulary.vocab_size)
+                answer.append(None)
+            except InvalidRequestError as error:
+                answer.append(error.allowed)
+            except BaseException as error:  # the library panics with exceptions of its own, which are no Exception
+                answer.append(grammar_error(grammar, f"the compiler failed ({type(error).__name__})").allowed)
+
+        threading.stack_size(COMPILER_STACK_BYTES)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        os.write(writer, json.dumps(answer[0]).encode())
+        os._exit(0)
+
+    def _limit(self) -> None:
+        limits = self._limits
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
+        statm = Path("/proc/self/statm")
+        if statm.exists():  # elsewhere than on Linux memory is bounded by the time that it takes to fill
+            held = int(statm.read_text().split()[0]) * resource.getpagesize()
+            most = held + COMPILER_STACK_BYTES + limits.memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    def _answer(self, reader: int, child: int) -> bytes:
+        """What the fork wrote, less than a pipe holds; empty if it died, or took so long that it was killed."""
+        if not select.select([reader], [], [], self._limits.wall_s)[0]:
+            os.kill(child, signal.SIGKILL)
+        return os.read(reader, 65536)
+
+    def _cause_of_death(self, status: int) -> str:
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if ended_by in (signal.SIGXCPU, signal.SIGKILL):
+            return f"it takes longer than {self._limits.cpu_s} s to compile"
+        if ended_by == signal.SIGABRT:
+            return f"it takes more than {self._limits.memory_bytes >> 20} MiB to compile"
+        return "the compiler does not survive it"
+
+
+if __name__ == "__main__":
+    main()
