@@ -10,7 +10,9 @@ EasyspecError
 ├── StalePositionError       a message based on another committed length than the session's
 ├── CapacityError            no KV memory or no free place; try again later
 ├── UnavailableError         loading, draining or lost
-│   └── WrongModelError      this replica serves another model than the session must have
+│   ├── WrongModelError      this replica serves another model than the session must have
+│   ├── EngineLostError      the device or another rank is gone for good
+│   └── ConnectionLostError  the service did not say why: its process or the network is gone
 ├── DeadlineError            not done in time
 └── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
 """
@@ -89,6 +91,10 @@ class WrongModelError(UnavailableError):
 
 class EngineLostError(UnavailableError):
     """The device or another rank is gone for good: the process must end, so that it can be started again."""
+
+
+class ConnectionLostError(UnavailableError):
+    """The service did not say why: its process has ended, or the network to it is gone."""
 
 
 class DeadlineError(EasyspecError):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from easyspec.errors import EasyspecError, UnavailableError
+from easyspec.errors import ConnectionLostError, EasyspecError, UnavailableError
 from easyspec.rpc.channels import request_metadata
 from easyspec.rpc.convert import (
     calibration_to_pb,
@@ -196,7 +196,7 @@ async def _end_of(call: grpc.aio.StreamStreamCall[Any, Any]) -> EasyspecError:
             break
         await asyncio.sleep(_STATUS_POLL_S)
     else:
-        return UnavailableError("the connection to the service was lost")
+        return ConnectionLostError("the connection to the service was lost")
     if code is grpc.StatusCode.OK:
         return UnavailableError("the service ended the session")
     metadata = await call.initial_metadata(), await call.trailing_metadata()

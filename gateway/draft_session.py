@@ -11,7 +11,14 @@ from typing import Protocol
 
 import structlog
 
-from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError, UnknownModelError
+from easyspec.errors import (
+    CapacityError,
+    ConnectionLostError,
+    EasyspecError,
+    InvalidRequestError,
+    StalePositionError,
+    UnknownModelError,
+)
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE
@@ -25,6 +32,8 @@ _log = structlog.get_logger()
 # A session that was skipped for so many tokens at most catches up with the next calibration, in one short pass. After
 # more it is given up, so that it holds no memory for nothing, and re-opened when it is wanted again.
 _MAX_SKIPPED_TOKENS = 32
+# Drafters that may be lost in a row while they draft for a session, which may be why, before it goes on without.
+_MAX_DEATHS = 2
 # What a re-opened session is asked for while it catches up: the answer is not used.
 _CATCH_UP_BUDGET = TreeBudget(num_levels=1, width=1, num_nodes=1)
 
@@ -119,6 +128,7 @@ class ResilientDraftSession:
         self._retry_at_s = 0.0
         self._is_given_up = False
         self._num_skipped = 0
+        self._num_deaths = 0
         self.num_failures = 0
 
     def open(self) -> None:
@@ -169,6 +179,7 @@ class ResilientDraftSession:
         if draft.base_length != base_length + len(token_ids):
             raise StalePositionError(draft.base_length, base_length + len(token_ids))
         draft.tree.check(self._vocab_size, budget.num_nodes)
+        self._num_deaths = 0
         return draft
 
     def _reopen_in_background(self) -> None:
@@ -202,7 +213,8 @@ class ResilientDraftSession:
         self._retry_at_s = time.monotonic() + self._limits.backoff(self.num_failures)
         reason = str(error) or "late"
         _log.warning("draft_session_lost", request_id=self._opening.request_id, reason=reason)
-        if isinstance(error, InvalidRequestError | UnknownModelError):
+        self._num_deaths += isinstance(error, ConnectionLostError)
+        if isinstance(error, InvalidRequestError | UnknownModelError) or self._num_deaths >= _MAX_DEATHS:
             self._is_given_up = True  # the answer would be the same again
         elif self._replica is not None and not isinstance(error, CapacityError | StalePositionError):
             self._replica.peer.report_failure(reason)

@@ -16,7 +16,15 @@ from typing import Protocol
 
 import structlog
 
-from easyspec.errors import CapacityError, EasyspecError, StalePositionError, UnavailableError, WrongModelError
+from easyspec.errors import (
+    CapacityError,
+    ConnectionLostError,
+    EasyspecError,
+    EngineLostError,
+    StalePositionError,
+    UnavailableError,
+    WrongModelError,
+)
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import TimedVerdict, VerifierSession
@@ -47,6 +55,7 @@ class VerifierPool:
     def __init__(self, replicas: ReplicaSet[VerifyConnection], limits: FailoverLimits) -> None:
         self.replicas = replicas
         self._limits = limits
+        self._trials = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[ResilientVerifySession]:
@@ -54,7 +63,7 @@ class VerifierPool:
         info = self.replicas.info
         if info is not None:
             opening = replace(opening, model_fingerprint=info.model.fingerprint)
-        session = ResilientVerifySession(self.replicas, self._limits, opening, timeout_s)
+        session = ResilientVerifySession(self.replicas, self._limits, opening, timeout_s, self._trials)
         try:
             yield session
         finally:
@@ -67,6 +76,9 @@ class ResilientVerifySession:
     A lost stream is opened again from prompt and output so far, and asked again for the round that was lost: what
     comes out is what would have come out. Raises EasyspecError where that does not help (a request that is refused
     would be refused again) or takes longer than the limits allow. `num_failures` counts the rounds that met a failure.
+
+    A session that was open when a verifier died may be why. `trials`, which all sessions share, is held while one that
+    is suspected in earnest is tried: alone, not where the only replica left has other sessions, and once.
     """
 
     def __init__(
@@ -75,9 +87,13 @@ class ResilientVerifySession:
         limits: FailoverLimits,
         opening: OpenVerification,
         timeout_s: float,
+        trials: asyncio.Lock,
     ) -> None:
         self._replicas = replicas
         self._limits = limits
+        self._trials = trials
+        self._is_on_trial = False
+        self._num_deaths = 0
         self._opening = opening
         self._deadline_s = time.monotonic() + timeout_s
         self._output = list(opening.output_token_ids)
@@ -97,6 +113,7 @@ class ResilientVerifySession:
                 break
             except EasyspecError as error:
                 outage = outage or self._begin_outage()
+                self._blame(error)
                 await self._lose(outage, error)
                 await self._wait_for_next_try(outage, error)
         self._commit(answer)
@@ -107,14 +124,25 @@ class ResilientVerifySession:
     async def close(self) -> None:
         """Free the session at the verifier."""
         self._stream = None
+        self._end_trial()
         replica, self._replica = self._replica, None
         if replica is not None:
             replica.num_sessions -= 1
         await self._connection.aclose()
 
     async def _open(self, outage: _Outage | None) -> VerifierSession:
-        avoiding = outage.tried if outage is not None else set()
-        self._replica = self._replicas.pick(self._opening.model_fingerprint, avoiding)
+        fingerprint = self._opening.model_fingerprint
+        if outage is None:
+            replica = self._replicas.pick(fingerprint)
+        else:
+            if self._is_suspected:
+                await self._begin_trial(outage)
+            replica = self._replicas.pick(fingerprint, outage.tried)
+            outage.tried.add(replica)
+            if self._is_suspected and replica.num_sessions and not self._replicas.has_other(fingerprint, outage.tried):
+                self._end_trial()
+                raise UnavailableError("a verifier was lost with this request, and the only one left serves others")
+        self._replica = replica
         self._replica.num_sessions += 1
         opening = replace(
             self._opening,
@@ -129,6 +157,38 @@ class ResilientVerifySession:
     def _commit(self, answer: TimedVerdict) -> None:
         self._output.extend(answer.verdict.token_ids)
         self._has_spoken = True
+        self._num_deaths = 0
+        self._end_trial()
+
+    @property
+    def _is_suspected(self) -> bool:
+        """Whether this session is likely enough what its verifier died of. One that had begun is so after two deaths
+        in a row: most begin again elsewhere at the same time, and the others did nothing."""
+        return self._num_deaths > int(self._has_spoken)
+
+    def _blame(self, error: EasyspecError) -> None:
+        """Note a verifier's death; raises UnavailableError if this session, tried alone, has ended one again."""
+        if self._stream is None or not isinstance(error, ConnectionLostError | EngineLostError):
+            return
+        self._num_deaths += 1
+        if self._is_on_trial:
+            _log.error("verify_session_condemned", request_id=self._opening.request_id, num_deaths=self._num_deaths)
+            message = f"{self._num_deaths} verifiers in a row were lost with this request: it is not tried again"
+            raise UnavailableError(message) from error
+
+    async def _begin_trial(self, outage: _Outage) -> None:
+        """Wait for the turn of this session; raises UnavailableError if it does not come in time."""
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + outage.give_up_s - time.monotonic()):
+                await self._trials.acquire()
+        except TimeoutError:
+            raise UnavailableError("a verifier was lost with this request, and others are tried before it") from None
+        self._is_on_trial = True
+
+    def _end_trial(self) -> None:
+        if self._is_on_trial:
+            self._is_on_trial = False
+            self._trials.release()
 
     def _begin_outage(self) -> _Outage:
         self.num_failures += 1

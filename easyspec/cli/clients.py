@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from easyspec.cli.access import ANONYMOUS, GatewayAccess
-from easyspec.errors import EasyspecError, UnavailableError
+from easyspec.errors import ConnectionLostError, EasyspecError, UnavailableError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
@@ -110,7 +110,11 @@ class GatewayClient:
             call.cancel()
 
     def _named(self, error: EasyspecError) -> EasyspecError:
-        return UnavailableError(f"gateway {self._address}: {error}") if type(error) is UnavailableError else error
+        return (
+            UnavailableError(f"gateway {self._address}: {error}")
+            if type(error) in (UnavailableError, ConnectionLostError)
+            else error
+        )
 
 
 def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_pb2.GenerateRequest:

@@ -11,7 +11,8 @@
     ├── CapacityError        RESOURCE_EXHAUSTED   429   RetryInfo
     ├── UnavailableError     UNAVAILABLE          503
     │   ├── WrongModelError  UNAVAILABLE          503
-    │   └── EngineLostError  UNAVAILABLE          503
+    │   ├── EngineLostError  UNAVAILABLE          503
+    │   └── ConnectionLos... UNAVAILABLE          503
     └── DeadlineError        DEADLINE_EXCEEDED    504
 
 Every status carries an ErrorInfo with the reason below. Anything else, ConfigurationError included, is a bug of
@@ -31,6 +32,7 @@ from grpc_status import rpc_status
 
 from easyspec.errors import (
     CapacityError,
+    ConnectionLostError,
     DeadlineError,
     EasyspecError,
     EngineLostError,
@@ -72,6 +74,7 @@ ERROR_TABLE = (
     ErrorMapping(UnavailableError, grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
     ErrorMapping(WrongModelError, grpc.StatusCode.UNAVAILABLE, 503, "WRONG_MODEL"),
     ErrorMapping(EngineLostError, grpc.StatusCode.UNAVAILABLE, 503, "ENGINE_LOST"),
+    ErrorMapping(ConnectionLostError, grpc.StatusCode.UNAVAILABLE, 503, "CONNECTION_LOST"),
     ErrorMapping(DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
 )
 INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")
@@ -111,7 +114,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
-    """The exception that the peer raised, as far as its status tells; UnavailableError for a lost connection.
+    """The exception that the peer raised, as far as its status tells; ConnectionLostError if it is not the peer's.
 
     A peer's INTERNAL (and any status outside the table) becomes a plain EasyspecError, which maps to INTERNAL again.
     """
@@ -174,4 +177,6 @@ def _row_of(error: grpc.aio.AioRpcError, info: error_details_pb2.ErrorInfo) -> E
     code = error.code()
     if code is grpc.StatusCode.CANCELLED:  # by the peer or by a broken connection: our own cancellation never gets here
         code = grpc.StatusCode.UNAVAILABLE
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return mapping_of(ConnectionLostError())
     return next((row for row in ERROR_TABLE if row.code is code), INTERNAL)

@@ -188,7 +188,12 @@ async def test_every_stream_of_a_lost_replica_moves(language: ToyLanguage, token
         for verifier in it.verifiers:
             verifier.delay_s = 0.01
         streams = [asyncio.create_task(it.generate(200)) for _ in range(8)]
-        await eventually(lambda: all(len(verifier.sessions) == 4 for verifier in it.verifiers), 5)
+
+        def have_all_begun() -> bool:
+            sessions = [session for verifier in it.verifiers for session in verifier.sessions.values()]
+            return len(sessions) == 8 and all(len(session.committed) > PROMPT_LENGTH + 1 for session in sessions)
+
+        await eventually(have_all_begun, 5)
         await it.services[0].kill()
         results = await asyncio.gather(*streams)
         assert all(tokens(chunks) == it.expected(200) for chunks in results)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from easyspec.errors import (
     CapacityError,
+    ConnectionLostError,
     DeadlineError,
     EasyspecError,
     InvalidRequestError,
@@ -208,6 +210,98 @@ async def test_a_full_replica_is_waited_for_as_long_as_it_says() -> None:
         started_s = time.monotonic()
         assert await rounds(session, 2) == [3, 4]
         assert time.monotonic() - started_s > 0.1
+
+
+# --- suspects ---------------------------------------------------------------------------------------------------
+
+DEATH = ConnectionLostError("its process ended")
+
+
+async def test_a_request_that_ends_two_verifiers_is_tried_at_no_third() -> None:
+    connections = [FakeConnection(lasting=DEATH) for _ in range(4)]
+    pool = await pool_of(*connections)
+    with pytest.raises(UnavailableError, match="2 verifiers in a row were lost with this request"):
+        async with pool.open(OPENING, 10) as session:
+            await rounds(session, 1)
+    assert sum(len(connection.openings) for connection in connections) == 2
+    assert sum(replica.num_sessions for replica in pool.replicas.replicas) == 0
+
+
+async def test_it_is_not_tried_where_the_last_replica_serves_others() -> None:
+    dying, last = FakeConnection(lasting=DEATH), FakeConnection()
+    pool = await pool_of(dying, last)
+    dead, alive = pool.replicas.replicas
+    dead.peer.suspect = lambda: dead.peer.report_failure("gone")  # type: ignore[method-assign]
+    dead.num_sessions += 1
+    async with pool.open(OPENING, 10) as other:
+        await rounds(other, 1)
+        dead.num_sessions -= 1
+        async with pool.open(OPENING, 10) as session:
+            with pytest.raises(UnavailableError, match="the only one left serves others"):
+                await rounds(session, 1)
+            assert len(dying.openings) == 1
+        assert await rounds(other, 1, start=4) == [4]
+        assert (len(last.openings), alive.num_sessions) == (1, 1)
+    async with pool.open(OPENING, 10) as session:  # now it serves nobody else
+        assert await rounds(session, 1) == [3]
+
+
+async def test_streams_that_have_begun_go_on_at_the_last_replica_all_at_once() -> None:
+    dying, last = FakeConnection(), FakeConnection()
+    pool = await pool_of(dying, last)
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(pool.open(OPENING, 10)) for _ in range(6)]
+        for session in sessions:
+            await rounds(session, 1)
+        dying.lasting = DEATH
+        assert await asyncio.gather(*(rounds(session, 1, start=4) for session in sessions)) == [[4]] * 6
+        assert last.num_open == 6
+
+
+POISON_SEED = 666
+
+
+@dataclass
+class MortalConnection(FakeConnection):
+    """A replica that dies, and is there again at once, with every second round of the session with POISON_SEED."""
+
+    num_deaths: int = 0
+
+    @asynccontextmanager
+    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[MortalStream]:
+        yield MortalStream(self, opening, self.num_deaths)
+
+
+@dataclass
+class MortalStream:
+    connection: MortalConnection
+    opening: OpenVerification
+    num_deaths: int
+
+    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+        if base_length > 3 and self.opening.sampling.seed == POISON_SEED:
+            self.connection.num_deaths += 1
+        await asyncio.sleep(0.02)
+        if self.connection.num_deaths > self.num_deaths:
+            raise DEATH
+        return await self.connection.verify(base_length, tree)
+
+
+async def test_a_stream_that_ends_verifiers_ends_alone() -> None:
+    connections = [MortalConnection() for _ in range(4)]
+    pool = await pool_of(*connections, reopen_timeout_s=5)
+    openings = [replace(OPENING, sampling=SamplingParameters(seed=seed)) for seed in (*range(11), POISON_SEED)]
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(pool.open(opening, 10)) for opening in openings]
+        for session in sessions:
+            await rounds(session, 1)
+        *others, poison = await asyncio.gather(
+            *(rounds(session, 2, start=4) for session in sessions), return_exceptions=True
+        )
+    assert others == [[4, 5]] * 11
+    assert isinstance(poison, UnavailableError)
+    assert "3 verifiers in a row were lost with this request" in str(poison)
+    assert sum(connection.num_deaths for connection in connections) == 3
 
 
 # --- replicas ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from easyspec.errors import (
     InvalidTreeError,
     PromptTooLongError,
     StalePositionError,
-    UnavailableError,
     UnknownModelError,
 )
 from easyspec.rpc.errors import ERROR_TABLE, INTERNAL, error_from_rpc, error_to_status, mapping_of
@@ -53,6 +52,7 @@ def test_codes_for_both_wires() -> None:
         "UnavailableError": ("UNAVAILABLE", 503),
         "WrongModelError": ("UNAVAILABLE", 503),
         "EngineLostError": ("UNAVAILABLE", 503),
+        "ConnectionLostError": ("UNAVAILABLE", 503),
         "DeadlineError": ("DEADLINE_EXCEEDED", 504),
     }
     assert (INTERNAL.code.name, INTERNAL.http_status) == ("INTERNAL", 500)
@@ -89,8 +89,8 @@ def test_long_values_do_not_outgrow_the_trailers() -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        (grpc.StatusCode.UNAVAILABLE, UnavailableError),
-        (grpc.StatusCode.CANCELLED, UnavailableError),
+        (grpc.StatusCode.UNAVAILABLE, errors.ConnectionLostError),
+        (grpc.StatusCode.CANCELLED, errors.ConnectionLostError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, CapacityError),
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
@@ -114,4 +114,4 @@ def test_details_that_contradict_the_status_are_ignored() -> None:
     for details in (other, b"\xff\xff"):
         trailers = grpc.aio.Metadata((DETAILS_KEY, details))
         error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), trailers, "gone")
-        assert type(error_from_rpc(error)) is UnavailableError
+        assert type(error_from_rpc(error)) is errors.ConnectionLostError
