@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from easyspec.errors import ConfigurationError
+from gateway.rest.connection import BoundedConnection, most_connections
 
 # Longer than clients keep idle connections, so that they, not we, close them: no request meets a closing one.
 _KEEP_ALIVE_S = 75
@@ -47,6 +49,7 @@ class HttpListener:
             backlog=_BACKLOG,
         )
         config.load()
+        config.http_protocol_class = functools.partial(BoundedConnection, most_connections())  # type: ignore[assignment]
         config.ssl = tls  # made by us: uvicorn reads its own from files once, and misses their renewal
         self._server = _EmbeddedServer(config)
         self._task: asyncio.Task[None] | None = None
