@@ -10,10 +10,12 @@ from pydantic_core import PydanticCustomError
 
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+MAX_TOOLS = 1024
 
 
 def _only_text(kind: object) -> object:
@@ -53,9 +55,9 @@ class Message(RestModel):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[ListOf[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Text | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: ListOf[MessageToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = None
     refusal: None = Field(None, description="Only null.")
     annotations: list[Any] | None = Field(None, max_length=0, description="Only empty.")
@@ -110,8 +112,8 @@ class NamedToolChoice(RestModel):
 class ConversationFields(RestModel):
     """A conversation and how it is rendered; shared with `/tokenize`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[ChatTool] | None = Field(None, min_length=1)
+    messages: ListOf[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: ListOf[ChatTool] | None = Field(None, min_length=1, max_length=MAX_TOOLS)
     add_generation_prompt: Boolean | None = Field(None, description="False: do not begin the assistant's turn.")
     continue_final_message: Boolean | None = Field(None, description="Go on with the last message, an assistant's.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
@@ -140,7 +142,7 @@ class ChatRequest(ConversationFields, GenerationFields):
     top_logprobs: Integer | None = Field(None, description="And this many of the likeliest, 0 to 20.")
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
-    modalities: list[Literal["text"]] | None = Field(None, description="Only text.")
+    modalities: ListOf[Literal["text"]] | None = Field(None, description="Only text.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
     store: Literal[False] | None = Field(None, description="Only false: nothing is stored.")
     prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field, Strict
@@ -17,7 +17,7 @@ from gateway.choices import merged
 from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import json_bytes
-from gateway.rest.fields import Boolean, Count, Integer, Text, TokenId, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
@@ -28,6 +28,8 @@ from gateway.rest.trace import trace_fields
 router = APIRouter(route_class=JsonRoute)
 
 MAX_PROMPTS = 64
+_PromptT = TypeVar("_PromptT")
+Prompts: TypeAlias = Annotated[ListOf[_PromptT], Field(max_length=MAX_PROMPTS)]
 # OpenAI's default for this endpoint, which clients of it expect.
 DEFAULT_MAX_TOKENS = 16
 
@@ -35,7 +37,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(GenerationFields):
     """Body of `/v1/completions`."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Text | Prompts[Text] | ListOf[TokenId] | Prompts[ListOf[TokenId]] = Field(
         description="Text, token ids, or a list of either; each prompt has its own choices."
     )
     max_tokens: Count | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")

@@ -56,7 +56,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._max_connections = max_connections
         self._head_timer: asyncio.TimerHandle | None = None
         self._num_head_bytes = 0
-        self._is_in_body = False
+        self._is_in_body, self._is_all_head = False, True
         self._is_refused = False
         self._idle_since_s = time.monotonic()
 
@@ -73,8 +73,9 @@ class BoundedConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
+        self._is_all_head = not self._is_in_body
         super().data_received(data)
-        if not self._is_in_body:
+        if self._is_all_head:
             self._num_head_bytes += len(data)
             if self._num_head_bytes > _MAX_HEAD_BYTES:
                 self._refuse(_TOO_LARGE)
@@ -86,7 +87,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._is_in_body = True
+        self._is_in_body, self._is_all_head = True, False
         self._end_head_timer()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _MAX_HEAD_BYTES:
             self._refuse(_TOO_LARGE)
@@ -98,7 +99,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._is_in_body = False
+        self._is_in_body, self._is_all_head = False, False
         self._num_head_bytes = 0
         if not self._is_refused:
             super().on_message_complete()

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from easyspec.speculation.parameters import (
@@ -17,11 +26,17 @@ from easyspec.speculation.parameters import (
 from easyspec.speculation.sources import parse_sources
 from gateway.generation import SpeculationMode, SpeculationWish
 
+_ItemT = TypeVar("_ItemT")
+_KeyT = TypeVar("_KeyT")
+_MAX_KEYS = 1024
+
 Boolean: TypeAlias = Annotated[bool, Strict()]
 Integer: TypeAlias = Annotated[int, Strict()]
 Number: TypeAlias = Annotated[float, Strict(), AllowInfNan(False)]
 Text: TypeAlias = Annotated[str, Strict()]
 Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
+# One wrong item is enough to refuse a request: a problem for each of a million takes a minute to put together.
+ListOf: TypeAlias = Annotated[list[_ItemT], Field(fail_fast=True)]
 TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
@@ -58,10 +73,25 @@ def _refuse(value: object, info: ValidationInfo) -> None:
 Unsupported: TypeAlias = Annotated[None, BeforeValidator(_refuse)]
 
 
+def _check_num_keys(value: Any) -> Any:
+    """Refuse an object with more keys than make sense before each of them is told to be wrong."""
+    if isinstance(value, dict) and len(value) > _MAX_KEYS:
+        raise PydanticCustomError("too_many_keys", "an object with {count} entries", {"count": len(value)})
+    return value
+
+
+SmallDict: TypeAlias = Annotated[dict[_KeyT, _ItemT], BeforeValidator(_check_num_keys)]
+
+
 class RestModel(BaseModel):
     """A JSON object in a request; fields it does not know are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        return _check_num_keys(value)
 
 
 class SpeculationFields(RestModel):
@@ -76,7 +106,7 @@ class SpeculationFields(RestModel):
     )
     mlp: Literal["sequential", "staged"] | None = Field(None, description="Where the MLPs of a layer group run.")
     calibration: Boolean | None = Field(None, description="False keeps fuzzy KV entries, for measurement.")
-    sources: list[Text] | None = Field(
+    sources: ListOf[Text] | None = Field(
         None, description="Who guesses: some of model, retrieval, ngram, early_exit. Unset: the drafter's own choice."
     )
     trace: Boolean | None = Field(None, description="Tell in each streamed chunk what was guessed: its `easyspec`.")

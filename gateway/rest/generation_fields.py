@@ -10,7 +10,18 @@ from pydantic import Field, Strict
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
 from gateway.generation import SpeculationWish
-from gateway.rest.fields import Boolean, Integer, Number, RestModel, SpeculationFields, Text, TokenId, Unsupported
+from gateway.rest.fields import (
+    Boolean,
+    Integer,
+    ListOf,
+    Number,
+    RestModel,
+    SmallDict,
+    SpeculationFields,
+    Text,
+    TokenId,
+    Unsupported,
+)
 from gateway.rest.structured import StructuredFields
 
 # JavaScript clients hold integers up to here exactly, and are told the seed.
@@ -33,7 +44,7 @@ class GenerationFields(StructuredFields):
     n: Annotated[int, Strict(), Field(ge=1, le=128)] | None = Field(
         None, description="Choices to make of each prompt, 1 to 16 unless the gateway is set otherwise."
     )
-    stop: Text | list[Text] | None = Field(None, description="At most 16 texts that end the output.")
+    stop: Text | ListOf[Text] | None = Field(None, description="At most 16 texts that end the output.")
     seed: Integer | None = Field(None, description="Same seed, same text. Unset: drawn, and reported in `metrics`.")
     temperature: Number | None = Field(None, description="0 is greedy; up to 100. Unset: 1.")
     top_p: Number | None = Field(None, description="Keep this much probability, above 0 up to 1. Unset: 1.")
@@ -44,10 +55,12 @@ class GenerationFields(StructuredFields):
     presence_penalty: Number | None = Field(None, description="-2 to 2. Unset: 0.")
     frequency_penalty: Number | None = Field(None, description="-2 to 2. Unset: 0.")
     repetition_penalty: Number | None = Field(None, description="Above 0, up to 100. Unset: 1.")
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number] | None = Field(
+    logit_bias: SmallDict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number] | None = Field(
         None, max_length=1024, description="Added to logits, by token id, -100 to 100 each."
     )
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024, description="Further tokens that end the text.")
+    stop_token_ids: ListOf[TokenId] | None = Field(
+        None, max_length=1024, description="Further tokens that end the text."
+    )
     ignore_eos: Boolean | None = Field(None, description="Go on after the model's own end tokens.")
     speculation: SpeculationFields | None = None
     user: Text | None = Field(None, description="Accepted; has no effect.")

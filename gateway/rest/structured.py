@@ -10,7 +10,7 @@ from pydantic import Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
-from gateway.rest.fields import Boolean, RestModel, Text, Unsupported
+from gateway.rest.fields import Boolean, ListOf, RestModel, Text, Unsupported
 
 _ANY_OBJECT = '{"type": "object"}'
 _REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
@@ -37,7 +37,7 @@ class StructuredOutputs(RestModel):
 
     json_: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
-    choice: list[Text] | None = Field(None, min_length=1, max_length=1024)
+    choice: ListOf[Text] | None = Field(None, min_length=1, max_length=1024)
     grammar: Text | None = None
     json_object: Boolean | None = None
     structural_tag: Unsupported = None
@@ -59,7 +59,7 @@ class StructuredFields(RestModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | Text | None = Field(None, description="A JSON Schema.")
     guided_regex: Text | None = Field(None, description="Rust's syntax, without look-around.")
-    guided_choice: list[Text] | None = Field(None, min_length=1, max_length=1024, description="One of these texts.")
+    guided_choice: ListOf[Text] | None = Field(None, min_length=1, max_length=1024, description="One of these texts.")
     guided_grammar: Text | None = Field(None, description="llguidance's dialect of Lark.")
 
     def grammar(self) -> Grammar | None:

@@ -11,8 +11,8 @@ from pydantic import Field
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.checks import check_token_ids
 from gateway.rest.backend import InCaller
-from gateway.rest.chat_request import ConversationFields, Message
-from gateway.rest.fields import Boolean, RestModel, Text, TokenId
+from gateway.rest.chat_request import MAX_MESSAGES, ConversationFields, Message
+from gateway.rest.fields import Boolean, ListOf, RestModel, Text, TokenId
 from gateway.rest.json_route import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 class TokenizeRequest(ConversationFields):
     """Body of `/tokenize`: a prompt, or messages with what belongs to them."""
 
-    messages: list[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
+    messages: ListOf[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)  # type: ignore[assignment]
     model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
     prompt: Text | None = Field(None, description="Text, tokenized as `/v1/completions` does.")
     return_token_strs: Boolean | None = Field(None, description="Also the text of each token.")
@@ -31,7 +31,7 @@ class DetokenizeRequest(RestModel):
     """Body of `/detokenize`."""
 
     model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
-    tokens: list[TokenId] = Field(description="Token ids.")
+    tokens: ListOf[TokenId] = Field(description="Token ids.")
 
 
 @router.post("/tokenize")

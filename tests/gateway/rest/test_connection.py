@@ -78,6 +78,13 @@ async def test_a_head_must_come_in_time(rest: Rest, said: bytes, monkeypatch: py
         assert time.monotonic() - started_s < 3
 
 
+@pytest.mark.parametrize("num_bytes", [70_000, 300_000, 2_000_000])
+async def test_a_body_is_no_head(rest: Rest, num_bytes: int) -> None:
+    for _ in range(2):  # over one connection
+        body = completion_body(max_tokens=2, metadata={"x": "y" * num_bytes})
+        assert (await rest.http.post("/v1/completions", json=body)).status_code == 200
+
+
 async def test_a_request_under_way_is_not_hurried(rest: Rest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_HEAD_TIMEOUT_S", 0.2)
     rest.pair.verifier.delay_s = 0.05
@@ -92,7 +99,7 @@ async def test_the_connection_that_is_idle_longest_makes_room(
     monkeypatch.setattr(listener, "most_connections", lambda: 4)
     async with serving_rest(pair, tokenizer_folder) as rest:
         pair.verifier.delay_s = 0.02
-        body = completion_body(max_tokens=200, speculation={"mode": "off"})
+        body = completion_body(max_tokens=60, speculation={"mode": "off"})
         busy = asyncio.create_task(rest.http.post("/v1/completions", json=body))
         while not pair.verifier.sessions:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -113,7 +120,7 @@ async def test_if_all_are_busy_a_new_one_is_refused(
     monkeypatch.setattr(listener, "most_connections", lambda: 1)
     async with serving_rest(pair, tokenizer_folder) as rest:
         pair.verifier.delay_s = 0.02
-        body = completion_body(max_tokens=100, speculation={"mode": "off"})
+        body = completion_body(max_tokens=60, speculation={"mode": "off"})
         busy = asyncio.create_task(rest.http.post("/v1/completions", json=body))
         while not pair.verifier.sessions:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -30,7 +30,7 @@ async def test_in_mid_stream(rest: Rest, path: str, body: dict[str, Any], num_se
             await anext(parts)
         await eventually(lambda: len(rest.pair.verifier.sessions) == len(rest.pair.drafter.sessions) == num_sessions)
     await eventually(rest.is_idle)
-    assert rest.gateway.generator.num_running == 0
+    await eventually(lambda: rest.gateway.generator.num_running == 0)
 
 
 async def test_while_it_waits_for_the_whole_answer(rest: Rest) -> None:
@@ -41,7 +41,7 @@ async def test_while_it_waits_for_the_whole_answer(rest: Rest) -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await waiting
     await eventually(rest.is_idle)
-    assert rest.gateway.generator.num_running == 0
+    await eventually(lambda: rest.gateway.generator.num_running == 0)
 
 
 async def test_before_the_first_token(rest: Rest) -> None:
