@@ -161,26 +161,28 @@ class ApiKeys:
 
 
 class ClientLimiter:
-    """At most `max_running` requests of one client at a time; None: no limit."""
+    """At most `max_running` choices of one client at a time; None: no limit."""
 
     def __init__(self, max_running: int | None) -> None:
         self._max_running = max_running
         self._num_running: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def place(self, client: str) -> Iterator[None]:
-        """Count a request of `client` while it runs; CapacityError if it has as many as it may."""
+    def place(self, client: str, num_choices: int = 1) -> Iterator[None]:
+        """Count a prompt of `client` while it runs; CapacityError if as many choices run as may, or would be more."""
         if self._max_running is None:
             yield
             return
-        if self._num_running[client] >= self._max_running:
+        num_choices = min(num_choices, self._max_running)
+        if self._num_running[client] + num_choices > self._max_running:
             raise CapacityError(
-                f"{self._max_running} requests of this API key are running, which is its limit", _RETRY_AFTER_S
+                f"{self._num_running[client]} choices of this API key are running; its limit is {self._max_running}",
+                _RETRY_AFTER_S,
             )
-        self._num_running[client] += 1
+        self._num_running[client] += num_choices
         try:
             yield
         finally:
-            self._num_running[client] -= 1
+            self._num_running[client] -= num_choices
             if not self._num_running[client]:
                 del self._num_running[client]

@@ -118,14 +118,15 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=64,
         ge=1,
         le=65_536,
-        description="Requests of one base model decoded at the same time, 1 to 65536. 64 is beyond what one pair of "
+        description="Choices of one base model decoded at the same time, 1 to 65536: a request with n = 16 counts 16 "
+        "times for each of its prompts. 64 is beyond what one pair of "
         "models serves well; a model whose verifier is lost keeps no places of another.",
     )
     max_waiting_requests: int = Field(
         default=256,
         ge=0,
         le=65_536,
-        description="Requests of one base model that may wait for a place, 0 to 65536; more are refused at once. 256 "
+        description="Prompts for one base model that may wait for a place, 0 to 65536; more are refused at once. 256 "
         "are served within the time they may wait if a request takes a second or two.",
     )
     admission_timeout_s: float = Field(
@@ -176,7 +177,7 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=None,
         ge=1,
         le=65_536,
-        description="Requests of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit "
+        description="Choices of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit "
         "of its own.",
     )
 

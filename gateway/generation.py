@@ -7,6 +7,7 @@ import contextlib
 import enum
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +43,8 @@ from gateway.tool_parser import ToolCallDelta
 from gateway.tools import ToolDialect, forced_grammar
 from gateway.trace import RoundTrace, trace_of
 from gateway.verify_session import ResilientVerifySession, VerifierPool
+
+_NUM_TOKENIZING = 4
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class Generator:
         self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
+        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenizing")
         self._tool_dialect = tool_dialect
         self._verifiers = verifiers
         self._drafters = drafters
@@ -226,13 +230,19 @@ class Generator:
         self._check(request, peer_info)
         request = self._with_forced_calls(request)
         async with contextlib.AsyncExitStack() as places:
-            places.enter_context(self._clients.place(request.client))
-            prompt = await self._encode(request.prompt)
+            places.enter_context(self._clients.place(request.client, request.num_choices))
+            if isinstance(request.prompt, TokenIds):  # what can be told at once is, also while others wait
+                _check_prompt(request.prompt.ids, peer_info.model)
+            else:
+                self.check_size(request.prompt)
+            waiting_ns = time.monotonic_ns()
+            place = self._admission.place(request.client, timeout_s, request.num_choices, request.request_id)
+            await places.enter_async_context(place)
+            waited_ns = time.monotonic_ns() - waiting_ns
+            prompt = await self.encode(request.prompt, peer_info.model.max_model_len)
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
-            waiting_ns = time.monotonic_ns()
-            await places.enter_async_context(self._admission.place(request.client, timeout_s))
-            observer.started(len(prompt), time.monotonic_ns() - waiting_ns)
+            observer.started(len(prompt), waited_ns)
             choices = [
                 self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
                 for index in range(request.num_choices)
@@ -323,22 +333,23 @@ class Generator:
         if layer_parallel_size is not None and layer_parallel_size < 1:
             raise InvalidRequestError("speculation.layer_plan.layer_parallel_size", layer_parallel_size, "at least 1")
 
-    async def _encode(self, prompt: str | TokenIds | Conversation) -> tuple[int, ...]:
+    async def encode(self, prompt: str | TokenIds | Conversation, max_tokens: int) -> tuple[int, ...]:
+        """The token ids of a prompt; raises PromptTooLongError soon for one that has many more than `max_tokens`."""
         if isinstance(prompt, TokenIds):
             return prompt.ids
-        self.check_size(prompt)
-        # A long text takes milliseconds: not on the event loop.
-        if isinstance(prompt, Conversation):
-            return await asyncio.to_thread(self._tokenizer.encode_chat, prompt)
-        if not prompt:
-            raise InvalidRequestError("prompt.text", prompt, "at least one character")
-        return await asyncio.to_thread(self._tokenizer.encode, prompt)
+        # A long text takes seconds and a hundred times its memory: a few at a time, and not on the event loop.
+        encode: Any = self._tokenizer.encode_chat if isinstance(prompt, Conversation) else self._tokenizer.encode
+        loop = asyncio.get_running_loop()
+        token_ids: tuple[int, ...] = await loop.run_in_executor(self._tokenizing, encode, prompt, max_tokens)
+        return token_ids
 
     def check_size(self, prompt: str | Conversation) -> None:
-        """Raise InvalidRequestError for a prompt that is too large to be worth tokenizing."""
+        """Raise InvalidRequestError for a prompt that is empty, or too large to be worth tokenizing."""
         if isinstance(prompt, Conversation):
             self._limits.check_messages("prompt.chat.messages", len(prompt.turns))
             self._limits.check_text("prompt.chat.messages", prompt.num_chars)
+        elif not prompt:
+            raise InvalidRequestError("prompt.text", prompt, "at least one character")
         else:
             self._limits.check_text("prompt.text", len(prompt))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.conversation import Conversation
 
@@ -19,6 +19,10 @@ _RENDER_ARGUMENTS = frozenset(
     | {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+# Text that has more characters for each token that fits is counted before it is tokenized as a whole.
+_LIKELY_CHARS_PER_TOKEN = 8
+_COUNTED_CHARS = 65_536
+_MOST_CUT_TOKENS = 64
 _METASPACE = "\u2581"
 
 
@@ -57,15 +61,35 @@ class Tokenizer:
         """See `tokenizer_fingerprint`."""
         return self._fingerprint
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with the special tokens this tokenizer adds by default."""
+    def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of a prompt, with the special tokens this tokenizer adds by default.
+
+        With `max_tokens` a text that has many more raises PromptTooLongError before all of it is tokenized.
+        """
+        self._check_length(text, max_tokens)
         return tuple(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
-    def encode_chat(self, conversation: Conversation) -> tuple[int, ...]:
-        """Token ids of a conversation, ready for the assistant to answer unless it says otherwise."""
+    def encode_chat(self, conversation: Conversation, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant to answer unless it says otherwise.
+
+        `max_tokens` is as in `encode`.
+        """
         conversation.check()
         text = self._render(conversation)
+        self._check_length(text, max_tokens)
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        """Count the tokens of a text that is likely too long, part by part, until it is sure to be."""
+        if max_tokens is None or len(text) <= _LIKELY_CHARS_PER_TOKEN * max_tokens:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _COUNTED_CHARS):
+            part = self._backend.encode(text[start : start + _COUNTED_CHARS], add_special_tokens=False)
+            # Cut elsewhere the same text may have fewer tokens, but not many.
+            num_tokens += max(0, len(part) - _MOST_CUT_TOKENS)
+            if num_tokens > max_tokens:
+                raise PromptTooLongError("prompt", f"more than {num_tokens} tokens", f"at most {max_tokens} tokens")
 
     def chat_template(self, has_tools: bool) -> str:
         """The template that conversations with or without tools are rendered with; "" if there is none."""

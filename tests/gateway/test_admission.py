@@ -22,12 +22,12 @@ class Hall:
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     leaving: dict[str, asyncio.Event] = field(default_factory=dict)
 
-    async def come(self, name: str, timeout_s: float | None = None) -> None:
+    async def come(self, name: str, timeout_s: float | None = None, num_places: int = 1, request_id: str = "") -> None:
         """`name` is a client's name and a number."""
         self.leaving[name] = asyncio.Event()
 
         async def request() -> None:
-            async with self.admission.place(name.rstrip("0123456789"), timeout_s):
+            async with self.admission.place(name.rstrip("0123456789"), timeout_s, num_places, request_id):
                 self.order.append(name)
                 await self.leaving[name].wait()
 
@@ -150,3 +150,42 @@ async def test_a_place_granted_to_a_request_that_has_just_gone_goes_to_the_next(
         here.tasks["a2"].cancel()
         await settle()
         assert here.order == ["a1", "b1"]
+
+
+async def test_places_are_counted_by_choices() -> None:
+    async with hall(4, 10) as it:
+        await it.come("a1", num_places=3)
+        await it.come("b1", num_places=2)
+        await it.come("c1")  # would fit, and does not overtake
+        assert it.order == ["a1"]
+        await it.leave("a1")
+        assert it.order == ["a1", "b1", "c1"]
+        await it.come("d1", num_places=99)  # all there are
+        await it.leave("b1")
+        assert it.order[-1] == "c1"
+        await it.leave("c1")
+        assert it.order[-1] == "d1"
+        await it.come("e1")
+        assert it.order[-1] == "d1"
+        await it.leave("d1")
+        assert it.order[-1] == "e1"
+
+
+async def test_one_that_gives_up_lets_those_behind_it_in() -> None:
+    async with hall(2, 10) as it:
+        await it.come("a1")
+        await it.come("b1", num_places=2)
+        await it.come("c1")
+        it.tasks["b1"].cancel()
+        await settle()
+        assert it.order == ["a1", "c1"]
+
+
+async def test_requests_of_one_client_take_turns_however_many_prompts_they_have() -> None:
+    async with hall(1, 20) as it:
+        for number in range(1, 5):
+            await it.come(f"a{number}", request_id="many")
+        await it.come("a5", request_id="one")
+        for name in ("a1", "a2", "a5", "a3", "a4"):
+            await it.leave(name)
+        assert it.order == ["a1", "a2", "a5", "a3", "a4"]

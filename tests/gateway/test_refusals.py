@@ -12,6 +12,7 @@ import pytest
 
 from easyspec.errors import CapacityError, InvalidRequestError, UnavailableError
 from easyspec.v1 import generation_pb2
+from gateway.tokenizer import Tokenizer
 from tests.fakes.services import FakePair
 from tests.gateway.gateway_client import (
     Client,
@@ -135,3 +136,26 @@ async def test_too_many_requests_are_refused_with_a_hint(pair: FakePair, tokeniz
         await eventually(lambda: not pair.verifier.sessions)
         pair.verifier.delay_s = 0.0
         assert len(tokens(await client.generate())) == 60
+
+
+async def test_a_prompt_that_waits_for_a_place_is_not_tokenized(
+    pair: FakePair, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizing costs seconds and memory: a request has to be let in first."""
+    num_tokenized = 0
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        nonlocal num_tokenized
+        num_tokenized += 1
+        return encode(self, text, max_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    async with gateway(pair, tokenizer_folder, max_concurrent_requests=1, admission_timeout_s=0.2) as client:
+        pair.verifier.delay_s = 0.05
+        running = asyncio.create_task(client.generate(prompt="a", max_tokens=40))
+        await eventually(lambda: bool(pair.verifier.sessions))
+        refused = await asyncio.gather(*(client.generate(prompt="b") for _ in range(4)), return_exceptions=True)
+        assert all(isinstance(each, grpc.aio.AioRpcError) for each in refused)
+        assert num_tokenized == 1
+        running.cancel()

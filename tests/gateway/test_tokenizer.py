@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.conversation import ChatTurn, Conversation
 from gateway.tokenizer import Tokenizer
@@ -15,6 +15,19 @@ from tests.fakes.tiny_tokenizer import write_metaspace_tokenizer, write_tokenize
 @pytest.mark.parametrize("text", ["def f(n):\n    return n", " leading", "über 中文 😀", "a"])
 def test_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_text_beyond_the_context_is_refused_before_it_is_tokenized(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "def f(n): return n " * 20_000
+    whole = tokenizer.encode(text)
+    assert tokenizer.encode(text, len(whole)) == whole
+    spaces = " " * 100_000  # many characters, few tokens
+    assert tokenizer.encode(spaces, 60_000) == tokenizer.encode(spaces)
+    monkeypatch.setattr(tokenizer, "_tokenizer", None)
+    with pytest.raises(PromptTooLongError, match=r"more than .* tokens'; allowed: at most 512 tokens"):
+        tokenizer.encode(text, 512)
 
 
 def test_a_conversation_is_rendered_with_the_template(tokenizer: Tokenizer) -> None:
