@@ -22,7 +22,14 @@ from easyspec.rpc.errors import mapping_of
 from gateway.rest import chat, completions, health, models, playground, tokenize
 from gateway.rest.backend import Backend
 from gateway.rest.boundary import RestBoundary
-from gateway.rest.errors import Failure, RefusalError, failure_of, failure_of_validation
+from gateway.rest.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ClientGoneError,
+    Failure,
+    RefusalError,
+    failure_of,
+    failure_of_validation,
+)
 from gateway.rest.gate import Gate
 from gateway.rest.trust import Door, RestTrust, metrics_router
 
@@ -60,6 +67,8 @@ def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROU
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientGoneError):  # no fault of anybody's; the boundary hears of it as well
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     _count(request, mapping_of(error).reason)
     return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", ""))).response
 

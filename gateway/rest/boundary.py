@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from easyspec.errors import EasyspecError, UnavailableError
 from easyspec.rpc.errors import mapping_of
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
-from gateway.rest.errors import ClientGoneError, Failure, RefusalError, failure_of
+from gateway.rest.errors import CLIENT_CLOSED_REQUEST, ClientGoneError, Failure, RefusalError, failure_of
 from gateway.rest.gate import DRAINING, Gate
 from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
 from gateway.rest.trust import Door, RestTrust
@@ -24,7 +24,7 @@ REQUEST_ID_HEADER = b"x-request-id"
 ALWAYS_OPEN = frozenset({"/version", "/metrics"}) | PLAYGROUND_PATHS
 _MAX_REQUEST_ID_CHARS = 128
 _BODY_TIMEOUT_S = 60.0
-_OK, _CLIENT_CLOSED_REQUEST = 200, 499
+_OK = 200
 # Scrapers and probes come every few seconds.
 _ROUTINE = frozenset({"/health", "/metrics"})
 
@@ -53,7 +53,7 @@ class RestBoundary:
         try:
             await self._pass_on(scope, receive, answer)
         except ClientGoneError:
-            answer.status = answer.status or _CLIENT_CLOSED_REQUEST
+            answer.status = answer.status or CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             # Only draining cancels a request as a whole, and this is the end of it anyway.
             await answer.fail(failure_of(UnavailableError(DRAINING), request_id), scope, receive)
@@ -66,7 +66,7 @@ class RestBoundary:
             await answer.fail(failure_of(error, request_id), scope, receive)
         finally:
             duration_ms = (time.monotonic_ns() - started_ns) / 1e6
-            route, method, status = _route(scope), scope["method"], answer.status or _CLIENT_CLOSED_REQUEST
+            route, method, status = _route(scope), scope["method"], answer.status or CLIENT_CLOSED_REQUEST
             log = _log.debug if route in _ROUTINE and status == _OK else _log.info
             log("http_finished", method=method, path=route, status=status, duration_ms=round(duration_ms, 3))
             self._observer.http_finished(route, method, status)

@@ -14,6 +14,8 @@ from fastapi.responses import Response
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
 from easyspec.rpc.errors import INTERNAL, mapping_of
 
+# What nobody receives any more, for logs and metrics: nginx's status.
+CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
 _TYPES: Mapping[int, str] = MappingProxyType({429: "rate_limit_error", 500: "server_error", 503: "server_error"})
 _CODES: Mapping[str, str] = MappingProxyType(

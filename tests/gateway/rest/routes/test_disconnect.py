@@ -54,6 +54,26 @@ async def test_before_the_first_token(rest: Rest) -> None:
     await eventually(rest.is_idle)
 
 
+async def test_it_is_no_bug_of_ours(rest: Rest) -> None:
+    """It is not counted as one, which would wake an operator, and its status is 499."""
+    rest.pair.verifier.delay_s = 0.02
+    for stream in (False, True):
+        waiting = asyncio.create_task(
+            rest.http.post("/v1/completions", json=completion_body(max_tokens=1900, stream=stream))
+        )
+        await eventually(lambda: len(rest.pair.verifier.sessions) == 1)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        await eventually(rest.is_idle)
+    await eventually(lambda: rest.gateway.generator.num_running == 0)
+    metrics = (await rest.http.get("/metrics")).text
+    assert 'reason="INTERNAL"' not in metrics
+    lines = [line for line in metrics.splitlines() if "completions" in line and "http_requests_total" in line]
+    assert any('status="499"' in line for line in lines)
+    assert not any('status="500"' in line for line in lines)
+
+
 async def test_many_streams_at_once_are_all_whole(rest: Rest) -> None:
     async def stream(num_tokens: int) -> str:
         body = completion_body(stream=True, max_tokens=num_tokens)
