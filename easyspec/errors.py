@@ -32,7 +32,7 @@ class InvalidRequestError(EasyspecError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 2**256 else "a number of many digits"
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}")
         self.field = field

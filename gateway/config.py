@@ -9,12 +9,13 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from easyspec.rpc.settings import ServerSettings, address_field, check_address, check_plaintext
-from easyspec.rpc.tls import ChannelTls
+from easyspec.rpc.tls import ChannelTls, is_loopback
 from easyspec.speculation.parameters import TreeBudget
 from gateway.limits import RequestLimits
 from gateway.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
 
 HTTP_OFF = "off"
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class GatewaySettings(ServerSettings, RequestLimits):
@@ -27,6 +28,12 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default="127.0.0.1:8000",
         description="host:port of the OpenAI-compatible REST API, port 0 to 65535; 0 takes a free port, named in the "
         "`rest_listening` event. `off` serves gRPC alone. 8000 is where clients of such APIs look first.",
+    )
+    http_hosts: str = Field(
+        default="",
+        description="Names by which clients may call the REST API where it listens on this machine alone and asks for "
+        "no API key, beside localhost and its addresses, separated by commas; * for any. A page in a browser here can "
+        "have its own name led to this machine; a proxy in front may pass its name on.",
     )
     http_metrics: bool = Field(
         default=True,
@@ -225,6 +232,14 @@ class GatewaySettings(ServerSettings, RequestLimits):
             for address in route.drafter_addresses:
                 check_plaintext(f"{where}drafter_address", address, is_allowed, "peer_tls_ca")
         return self
+
+    @property
+    def trusted_hosts(self) -> frozenset[str] | None:
+        """Names that requests without a key may call this machine by; None: any."""
+        further = {name.strip().lower() for name in self.http_hosts.split(",")} - {""}
+        if "*" in further or not is_loopback(self.http_address):
+            return None
+        return _LOCAL_HOSTS | further
 
     @property
     def peer_tls(self) -> ChannelTls | None:

@@ -183,6 +183,7 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             settings.max_request_bytes,
             self.metrics,
             self.metrics.render if settings.http_metrics else None,
+            settings.trusted_hosts if self._keys is None else None,
         )
         tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
         return RestServer(self, settings.http_address, trust, tls)

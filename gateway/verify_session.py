@@ -21,6 +21,7 @@ from easyspec.errors import (
     ConnectionLostError,
     EasyspecError,
     EngineLostError,
+    InvalidRequestError,
     StalePositionError,
     UnavailableError,
     WrongModelError,
@@ -111,6 +112,8 @@ class ResilientVerifySession:
                 stream = self._stream or await self._open(outage)
                 answer = await stream.verify(base_length, tree)
                 break
+            except InvalidRequestError:  # the client's own mistake
+                raise
             except EasyspecError as error:
                 outage = outage or self._begin_outage()
                 self._blame(error)

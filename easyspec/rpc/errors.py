@@ -85,10 +85,15 @@ def mapping_of(error: BaseException) -> ErrorMapping:
     return next((row for row in ERROR_TABLE if row.error is type(error)), INTERNAL)
 
 
+def public_message(error: BaseException) -> str:
+    """What a client is told; how a service inside could not be reached names its address, which is not for clients."""
+    return "the connection to a service was lost" if isinstance(error, ConnectionLostError) else str(error)
+
+
 def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
     """The status to end an RPC with, details included. Says nothing about an INTERNAL error but `request_id`."""
     row = mapping_of(error)
-    message = str(error)[:_MAX_MESSAGE_CHARS]
+    message = public_message(error)[:_MAX_MESSAGE_CHARS]
     if row is INTERNAL:
         message = f"internal error; request id {request_id}"
     details: list[Message] = [_error_info(error, row, request_id)]

@@ -48,7 +48,7 @@ def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
         open_routers.append(metrics_router(trust.render_metrics))
     routes = create_routes(backend, open_routers)
     routes.state.observer = trust.observer
-    return RestBoundary(routes, gate, Door(trust.authenticate, open_routers), trust)
+    return RestBoundary(routes, gate, Door(trust.authenticate, open_routers, trust.hosts), trust)
 
 
 def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROUTERS) -> FastAPI:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi.responses import Response
 
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
-from easyspec.rpc.errors import INTERNAL, mapping_of
+from easyspec.rpc.errors import INTERNAL, mapping_of, public_message
 
 # What nobody receives any more, for logs and metrics: nginx's status.
 CLIENT_CLOSED_REQUEST = 499
@@ -126,7 +126,8 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
         param = param_of(error.field)
         return Failure(row.http_status, f"{param}{str(error).removeprefix(error.field)}", param, code)
     retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else None
-    return Failure(row.http_status, str(error), "model" if code == "model_not_found" else None, code, retry_after_s)
+    message, named = public_message(error), "model" if code == "model_not_found" else None
+    return Failure(row.http_status, message, named, code, retry_after_s)
 
 
 def param_of(field: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,9 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from easyspec.telemetry.metrics import CONTENT_TYPE
+from gateway.rest.errors import Failure, RefusalError
+
+_PORT = re.compile(r":[0-9]+$")
 
 Authenticate = Callable[[str | None], str | None]
 
@@ -29,31 +33,47 @@ class RestTrust:
     """What REST and gRPC have in common: keys, limits, metrics.
 
     `authenticate` turns an Authorization header into a client's name, None where anyone may call, or raises
-    UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port.
+    UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port. `hosts` are the names by
+    which this machine may be called, None: any.
     """
 
     authenticate: Authenticate
     max_body_bytes: int
     observer: HttpObserver
     render_metrics: Callable[[], bytes] | None
+    hosts: frozenset[str] | None = None
 
 
 class Door:
     """Asks for a key before anything of a request is read, but for the routes of `open_routers`.
 
-    What is not open is closed: a route that is added later is behind the door.
+    What is not open is closed: a route that is added later is behind the door. With `hosts`, nothing is open to who
+    calls this machine by another name: a page in a browser here whose name was led to this address.
     """
 
-    def __init__(self, authenticate: Authenticate, open_routers: Sequence[APIRouter]) -> None:
+    def __init__(
+        self, authenticate: Authenticate, open_routers: Sequence[APIRouter], hosts: frozenset[str] | None = None
+    ) -> None:
+        self._hosts = hosts
         self._authenticate = authenticate
         self._open_routes = [route for router in open_routers for route in router.routes]
 
     def enter(self, scope: Scope) -> str | None:
-        """The client's name, if it has one; raises UnauthenticatedError."""
+        """The client's name, if it has one; raises UnauthenticatedError, and RefusalError for a foreign name."""
+        self._check_host(scope)
         if any(route.matches(scope)[0] is not Match.NONE for route in self._open_routes):
             return None
         header = next((value for name, value in scope["headers"] if name == b"authorization"), None)
         return self._authenticate(header.decode("latin-1") if header is not None else None)
+
+    def _check_host(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        for host in (value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"):
+            name = host.rpartition(":")[0] if _PORT.search(host) else host
+            if name not in self._hosts and not name.endswith(".localhost"):
+                message = f"{host[:200]} is no name of this gateway; --http-hosts adds names"
+                raise RefusalError(Failure(403, message, code="foreign_host"))
 
 
 def metrics_router(render: Callable[[], bytes]) -> APIRouter:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
+import structlog
 
 from easyspec.errors import (
     CapacityError,
@@ -133,6 +134,18 @@ async def test_what_would_fail_again_is_passed_on_at_once(fault: EasyspecError) 
             await rounds(session, 2)
         assert caught.value is fault
     assert len(connection.openings) == 1
+
+
+async def test_a_mistake_of_the_client_is_no_lost_session() -> None:
+    connection = FakeConnection([InvalidRequestError("sampling.top_k", 0, "at least 1")])
+    pool = await pool_of(connection)
+    with structlog.testing.capture_logs() as events:
+        async with pool.open(OPENING, 10) as session:
+            with pytest.raises(InvalidRequestError):
+                await rounds(session, 1)
+            assert session.num_failures == 0
+    assert events == []
+    assert (connection.num_open, pool.replicas.replicas[0].num_sessions) == (0, 0)
 
 
 async def test_a_fault_that_comes_twice_is_passed_on() -> None:

@@ -18,6 +18,7 @@ from easyspec.errors import (
     UnknownModelError,
 )
 from easyspec.rpc.errors import ERROR_TABLE, INTERNAL, error_from_rpc, error_to_status, mapping_of
+from gateway.rest.errors import failure_of
 
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -69,6 +70,19 @@ def test_refused_values_come_back_whole(error_type: type[InvalidRequestError]) -
     assert (returned.field, repr(returned.value), returned.allowed) == ("sampling.temperature", "-1.5", "0 to 100")
     again = error_from_rpc(received(returned))  # the gateway passes on what the verifier said
     assert str(again) == str(original)
+
+
+def test_a_lost_connection_does_not_tell_where_to() -> None:
+    bare = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "connect to 10.0.0.7:50051: refused"
+    )
+    lost = error_from_rpc(bare)
+    assert "10.0.0.7" in str(lost)  # for the log
+    status = error_to_status(lost, "request-1")
+    assert status.code is grpc.StatusCode.UNAVAILABLE
+    assert status.details == "the connection to a service was lost"
+    assert b"10.0.0.7" not in status.trailing_metadata[0][1]
+    assert "10.0.0.7" not in failure_of(lost, "request-1").message
 
 
 def test_a_bug_tells_the_client_nothing_but_the_request_id() -> None:

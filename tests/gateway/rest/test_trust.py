@@ -34,6 +34,29 @@ async def guarded(pair: FakePair, tokenizer_folder: Path) -> AsyncIterator[Rest]
         yield rest
 
 
+@pytest.mark.parametrize(
+    ("host", "settings", "status"),
+    [
+        ("evil.example:8000", {}, 403),
+        ("evil.example", {}, 403),
+        ("localhost.evil.example", {}, 403),
+        ("LOCALHOST", {}, 200),
+        ("127.0.0.1:1", {}, 200),
+        ("[::1]:8000", {}, 200),
+        ("app.localhost:3000", {}, 200),
+        ("my.proxy", {"http_hosts": "other, My.Proxy"}, 200),
+        ("evil.example", {"http_hosts": "*"}, 200),
+    ],
+)
+async def test_without_keys_a_foreign_name_of_this_machine_is_refused(
+    pair: FakePair, tokenizer_folder: Path, host: str, settings: dict[str, str], status: int
+) -> None:
+    """A page in a browser on this machine may have its own name led here."""
+    async with serving_rest(pair, tokenizer_folder, **settings) as rest:
+        for path in ("/version", "/v1/models", "/"):
+            assert (await rest.http.get(path, headers={"host": host})).status_code == status
+
+
 async def test_without_a_key_every_api_route_is_closed(guarded: Rest) -> None:
     for method, path in (
         ("POST", "/v1/completions"),
