@@ -75,12 +75,15 @@ class PeerPolicy:
     num_tolerated_misfits: int = 0
 
 
+def _do_nothing() -> None: ...
+
+
 class Peer:
     """One service behind the gateway. All requests share what one of them, or a probe, has learned about it.
 
     `fetch_info` asks the service who it is and raises EasyspecError if it does not answer. A peer whose tokenizer
     differs from `fingerprint` is refused, with `explain_misfit` saying why (kept in `misfit`); probing goes on, for it
-    may be replaced by one that fits.
+    may be replaced by one that fits. `when_changed` is called with every change of `state`.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Peer:
         self._num_failures = 0
         self._num_misfits = 0
         self._failed = asyncio.Event()
+        self.when_changed: Callable[[], None] = _do_nothing
         self.state = PeerState.UNREACHABLE
         self.info: PeerInfo | None = None
         self.misfit = ""
@@ -191,4 +195,5 @@ class Peer:
         if state is not self.state:
             log = _log.info if state is PeerState.READY else _log.warning
             log("peer_state", peer=self._role, state=state.value, reason=reason)
-        self.state = state
+            self.state = state
+            self.when_changed()

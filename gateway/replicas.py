@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import structlog
 
-from easyspec.errors import UnavailableError
+from easyspec.errors import ConnectionLostError, UnavailableError
 from gateway.peers import Peer, PeerInfo, PeerState
+
+# A round that began before the probe that found its replica silent has waited longer.
+_SILENT_S = 2.0
 
 _log = structlog.get_logger()
 _ClientT = TypeVar("_ClientT")
@@ -28,6 +32,29 @@ class Replica(Generic[_ClientT]):
     peer: Peer
     client: _ClientT
     num_sessions: int = 0
+    _waits: dict[asyncio.Timeout, float] = field(default_factory=dict)
+
+    @contextlib.asynccontextmanager
+    async def waiting(self, bound_s: float | None = None) -> AsyncIterator[None]:
+        """Around an await of this replica's answer; ConnectionLostError if it does not come within `bound_s` seconds,
+        or is not worth waiting for any more."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(bound_s) as wait:
+                self._waits[wait] = loop.time()
+                try:
+                    yield
+                finally:
+                    del self._waits[wait]
+        except TimeoutError:
+            raise ConnectionLostError(f"{self.address} does not answer") from None
+
+    def hurry(self, *, is_pointless: bool) -> None:
+        """End what waits for this replica, but for what has just begun; or, if it is not pointless, let it wait."""
+        now_s = asyncio.get_running_loop().time() if self._waits else 0.0
+        for wait, began_s in self._waits.items():
+            if not wait.expired():
+                wait.reschedule(max(now_s, began_s + _SILENT_S) if is_pointless else None)
 
 
 class ReplicaSet(Generic[_ClientT]):
@@ -40,6 +67,8 @@ class ReplicaSet(Generic[_ClientT]):
     def __init__(self, role: str, replicas: Sequence[Replica[_ClientT]]) -> None:
         self._role = role
         self.replicas = tuple(replicas)
+        for replica in self.replicas:
+            replica.peer.when_changed = self._hurry
         self._turns = itertools.count()
         self._in_force: PeerInfo | None = None
 
@@ -86,6 +115,13 @@ class ReplicaSet(Generic[_ClientT]):
             replica.peer.is_ready and _may_serve(replica.peer, fingerprint) and replica not in avoiding
             for replica in self.replicas
         )
+
+    def _hurry(self) -> None:
+        """A replica that hangs keeps its streams: they go to another one as soon as there is one."""
+        for replica in self.replicas:
+            fingerprint = replica.peer.info.model.fingerprint if replica.peer.info is not None else ""
+            is_lost = replica.peer.state is PeerState.UNREACHABLE
+            replica.hurry(is_pointless=is_lost and self.has_other(fingerprint, {replica}))
 
     async def probe(self) -> None:
         """Ask every replica once."""

@@ -28,6 +28,7 @@ from easyspec.errors import (
 )
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.token_tree import TokenTree
+from easyspec.usual_time import UsualTime
 from gateway.decode_loop import TimedVerdict, VerifierSession
 from gateway.peers import Backoff
 from gateway.replicas import Replica, ReplicaSet
@@ -57,6 +58,7 @@ class VerifierPool:
         self.replicas = replicas
         self._limits = limits
         self._trials = asyncio.Lock()
+        self._round_time = UsualTime()
 
     @contextlib.asynccontextmanager
     async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[ResilientVerifySession]:
@@ -64,7 +66,9 @@ class VerifierPool:
         info = self.replicas.info
         if info is not None:
             opening = replace(opening, model_fingerprint=info.model.fingerprint)
-        session = ResilientVerifySession(self.replicas, self._limits, opening, timeout_s, self._trials)
+        session = ResilientVerifySession(
+            self.replicas, self._limits, opening, timeout_s, self._trials, self._round_time
+        )
         try:
             yield session
         finally:
@@ -89,10 +93,13 @@ class ResilientVerifySession:
         opening: OpenVerification,
         timeout_s: float,
         trials: asyncio.Lock,
+        round_time: UsualTime,
     ) -> None:
         self._replicas = replicas
         self._limits = limits
         self._trials = trials
+        self._round_time = round_time
+        self._has_read = False
         self._is_on_trial = False
         self._num_deaths = 0
         self._opening = opening
@@ -110,7 +117,7 @@ class ResilientVerifySession:
         while True:
             try:
                 stream = self._stream or await self._open(outage)
-                answer = await stream.verify(base_length, tree)
+                answer = await self._ask(stream, base_length, tree)
                 break
             except InvalidRequestError:  # the client's own mistake
                 raise
@@ -123,6 +130,19 @@ class ResilientVerifySession:
         if outage is not None:
             self._report_recovery(outage)
         return replace(answer, elapsed_ns=time.monotonic_ns() - started_ns)
+
+    async def _ask(self, stream: VerifierSession, base_length: int, tree: TokenTree) -> TimedVerdict:
+        """The verdict; ConnectionLostError if the verifier hangs and there is another one."""
+        replica = self._replica
+        assert replica is not None, "a stream is at a replica"
+        # The first round reads the prompt, however long that is.
+        has_other = self._has_read and self._replicas.has_other(self._opening.model_fingerprint, {replica})
+        async with replica.waiting(self._round_time.bound_s if has_other else None):
+            answer = await stream.verify(base_length, tree)
+        if self._has_read:
+            self._round_time.learn(answer.elapsed_ns / 1e9)
+        self._has_read = True
+        return answer
 
     async def close(self) -> None:
         """Free the session at the verifier."""
@@ -154,7 +174,9 @@ class ResilientVerifySession:
             prompt_logprobs=self._opening.prompt_logprobs and not self._has_spoken,
         )
         remaining_s = max(self._deadline_s - time.monotonic(), 0.001)
-        self._stream = await self._connection.enter_async_context(self._replica.client.open(opening, remaining_s))
+        self._has_read = False
+        async with replica.waiting():
+            self._stream = await self._connection.enter_async_context(replica.client.open(opening, remaining_s))
         return self._stream
 
     def _commit(self, answer: TimedVerdict) -> None:

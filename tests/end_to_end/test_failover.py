@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -112,6 +115,26 @@ async def test_another_replica_goes_on_where_one_was_killed(settings: StackSetti
         assert (disturbed.num_failures, whole.num_failures) == (1, 0)
         # The survivor alone is enough.
         assert (await cluster.generate(GREEDY)).said == greedy.said
+
+
+@pytest.mark.slow
+async def test_a_stream_leaves_a_verifier_that_hangs(settings: StackSettings) -> None:
+    """Stopped, not ended: its connections stay, and nothing says that it is gone."""
+    async with running(settings) as cluster:
+        whole = await cluster.generate(GREEDY)
+        token_ids: list[int] = []
+        longest_s, last_s, hung = 0.0, time.monotonic(), None
+        async with aclosing(cluster.client.generate(GREEDY)) as responses:
+            async for response in responses:
+                longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+                token_ids += response.token_ids
+                if len(token_ids) > 10 and hung is None:
+                    hung = await cluster._busy_verifier()
+                    os.kill(hung.pid, signal.SIGSTOP)
+        assert hung is not None
+        os.kill(hung.pid, signal.SIGCONT)
+        assert tuple(token_ids) == whole.token_ids
+        assert 1.0 < longest_s < 15.0
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from easyspec.errors import (
 from easyspec.speculation.messages import ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from easyspec.usual_time import UsualTime
+from gateway import replicas as replicas_module
 from gateway.decode_loop import TimedVerdict
 from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
@@ -223,6 +225,77 @@ async def test_a_full_replica_is_waited_for_as_long_as_it_says() -> None:
         started_s = time.monotonic()
         assert await rounds(session, 2) == [3, 4]
         assert time.monotonic() - started_s > 0.1
+
+
+# --- replicas that hang -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class HangingConnection(FakeConnection):
+    """Answers no round from the moment that it `hangs`; opens no session if it `hangs_open`."""
+
+    hangs: bool = False
+    hangs_open: bool = False
+
+    @asynccontextmanager
+    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[FakeConnection]:
+        if self.hangs_open:
+            await asyncio.Event().wait()
+        async with super().open(opening, timeout_s):
+            yield self
+
+    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return await super().verify(base_length, tree)
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+async def test_a_stream_leaves_a_replica_that_hangs_when_a_probe_knows(
+    num_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "_SILENT_S", 0.05)
+    hanging, other = HangingConnection(hangs_open=num_before == 0), FakeConnection()
+    pool = await pool_of(hanging, other)
+    async with pool.open(OPENING, 10) as session:
+        await rounds(session, num_before)
+        hanging.hangs = True
+        going_on = asyncio.create_task(rounds(session, 2, start=3 + num_before))
+        await asyncio.sleep(0.2)
+        assert not going_on.done()  # a step may take long
+        pool.replicas.replicas[0].peer.report_failure("the probe was not answered")
+        assert await asyncio.wait_for(going_on, 2) == [3 + num_before, 4 + num_before]
+    assert (hanging.num_open, other.num_open) == (0, 0)
+
+
+async def test_without_another_replica_it_waits_and_goes_on_when_there_is_one() -> None:
+    hanging, other = HangingConnection(), FakeConnection()
+    pool = await pool_of(hanging, other)
+    first, second = (replica.peer for replica in pool.replicas.replicas)
+    async with pool.open(OPENING, 10) as session:
+        await rounds(session, 1)
+        second.report_failure("gone")
+        hanging.hangs = True
+        going_on = asyncio.create_task(rounds(session, 1, start=4))
+        await asyncio.sleep(0.01)
+        first.report_failure("the probe was not answered")
+        await asyncio.sleep(0.1)
+        assert not going_on.done()
+        await second.probe()
+        assert await asyncio.wait_for(going_on, 5) == [4]
+
+
+async def test_a_round_that_takes_many_times_the_usual_is_asked_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier answers probes, and its device hangs."""
+    hanging, other = HangingConnection(), FakeConnection()
+    pool = await pool_of(hanging, other)
+    pool._round_time = UsualTime(least_bound_s=0.3)
+    async with pool.open(OPENING, 10) as session:
+        await rounds(session, 2)
+        hanging.hangs = True
+        started_s = time.monotonic()
+        assert await rounds(session, 2, start=5) == [5, 6]
+        assert 0.25 < time.monotonic() - started_s < 2
 
 
 # --- suspects ---------------------------------------------------------------------------------------------------
