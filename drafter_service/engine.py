@@ -20,6 +20,7 @@ from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.graph_warm_up import capture_passes, check_graphs
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.pass_graphs import CaptureRequest
+from easyspec.parallel.launch import group_size
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
@@ -41,7 +42,7 @@ class DrafterEngine:
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         self._settings = settings
         self._on_step = on_step
-        self._thread = DeviceThread("drafter-device")
+        self._thread = DeviceThread("drafter-device", settings.step_timeout_s, is_group=group_size() > 1)
         self._loaded: LoadedModel | None = None
         self._drafter: Drafter | None = None
         self._plan: LayerPlan | None = None

@@ -51,7 +51,7 @@ class TextDrafterEngine:
         self._settings = settings
         self._folder = settings.tokenizer or Path(settings.model)
         self._on_step = on_step
-        self._thread = DeviceThread("drafter-text")
+        self._thread = DeviceThread("drafter-text", settings.step_timeout_s)
         self._drafter: Drafter | None = None
         self._info: ModelInfo | None = None
         self.max_tree_nodes = settings.max_tree_nodes

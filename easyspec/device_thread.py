@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -14,7 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
+from easyspec.device_faults import is_sticky
+from easyspec.device_watchdog import DeviceWatchdog
 from easyspec.errors import EngineLostError, UnavailableError
+from easyspec.usual_time import LEAST_BOUND_S
 
 ResultT = TypeVar("ResultT")
 
@@ -69,15 +73,27 @@ class DeviceThread:
 
     `when_idle` is called about every second in which nothing is asked, `when_stopped` at the end; both on the thread,
     and set before there are tasks. `patience_s` says how many seconds the next step should wait for tasks that are
-    about to come. EngineLostError from a step or from one of these ends the thread, and the engine is lost.
+    about to come. EngineLostError from a step or from one of these ends the thread, and the engine is lost; so do
+    errors after which the device is of no use, and, with `is_group`, any other one: followers wait in mid-pass then.
+    A step that takes longer than `least_step_bound_s` and 20 times the usual ends the process.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        least_step_bound_s: float = LEAST_BOUND_S,
+        is_group: bool = False,
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
         self._inbox: queue.SimpleQueue[Task[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._name = name
         self._is_stopped = False
         self._lost: Future[None] = Future()
+        self._least_step_bound_s = least_step_bound_s
+        self._is_group = is_group
+        self._end_process = end_process
+        self._is_hung = False
         self.patience_s: Callable[[], float] = _no_patience
         self.when_idle: Callable[[], None] = _do_nothing
         self.when_stopped: Callable[[], None] = _do_nothing
@@ -93,7 +109,7 @@ class DeviceThread:
         """End after the step in progress; tasks still waiting fail with UnavailableError. Idempotent."""
         self._is_stopped = True
         self._inbox.put(None)
-        if self._thread is not None:
+        if self._thread is not None and not self._is_hung:
             await asyncio.to_thread(self._thread.join)
 
     async def wait_lost(self) -> None:
@@ -137,19 +153,26 @@ class DeviceThread:
             built.set_exception(error)
             return
         built.set_result(None)
+        watchdog = DeviceWatchdog(self._hang, self._least_step_bound_s, end_process=self._end_process)
         try:
-            self._work(core)
+            self._work(core, watchdog)
             core.abandon(UnavailableError("the engine has stopped"))
             self.when_stopped()
         except EngineLostError as error:
             structlog.get_logger().error("engine_lost", thread=self._name, reason=str(error))
             self._is_stopped = True
-            core.abandon(UnavailableError(str(error)))
+            core.abandon(EngineLostError(str(error)))
             self._lost.set_result(None)
+        finally:
+            watchdog.stop()
         for task in self._take(wait=False):
             task.fail(UnavailableError("the engine has stopped"))
 
-    def _work(self, core: Core) -> None:
+    def _hang(self, reason: str) -> None:
+        self._is_hung = self._is_stopped = True
+        self._lost.set_result(None)
+
+    def _work(self, core: Core, watchdog: DeviceWatchdog) -> None:
         """Step until told to stop; raises EngineLostError."""
         is_busy = False
         while not self._is_stopped:
@@ -158,13 +181,16 @@ class DeviceThread:
                 self._accept(core, task)
             self._linger(core)
             try:
-                if not tasks and not is_busy:
-                    self.when_idle()
-                is_busy = core.step()
+                with watchdog.step():
+                    if not tasks and not is_busy:
+                        self.when_idle()
+                    is_busy = core.step()
             except EngineLostError:
                 raise
             except Exception as error:
                 structlog.get_logger().exception("engine_step_failed", thread=self._name)
+                if self._is_group or is_sticky(error):
+                    raise EngineLostError(f"a step failed beyond repair ({type(error).__name__})") from error
                 core.abandon(error)
                 is_busy = False
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ import pytest
 
 from easyspec.device_thread import DeviceThread, Task
 from easyspec.errors import CapacityError, EngineLostError, UnavailableError
+from easyspec.parallel.launch import EXIT_HUNG
 from tests.fakes.servers import eventually
 
 
@@ -266,3 +268,71 @@ async def test_a_loss_at_the_very_end_is_one(thread: DeviceThread) -> None:
     thread.when_stopped = lose_another_rank
     await thread.stop()
     await asyncio.wait_for(thread.wait_lost(), 10)
+
+
+async def test_a_step_that_hangs_is_lost_and_ends_the_process(core: DoublingCore) -> None:
+    exit_codes: list[int] = []
+    thread = DeviceThread("test-device", least_step_bound_s=1.0, end_process=exit_codes.append)
+    await thread.start(lambda: core)
+    assert await thread.submit(Number(1)) == 2
+    core.gate.clear()
+    hanging = thread.submit(Number(2))
+    await asyncio.wait_for(thread.wait_lost(), 10)
+    await asyncio.wait_for(thread.stop(), 1)  # does not wait for the step
+    with pytest.raises(UnavailableError):
+        await thread.submit(Number(3))
+    await eventually(lambda: exit_codes == [EXIT_HUNG], 10)
+    core.gate.set()
+    with contextlib.suppress(UnavailableError):
+        await hanging
+
+
+async def test_steps_that_are_slow_and_end_are_no_reason(core: DoublingCore) -> None:
+    exit_codes: list[int] = []
+    thread = DeviceThread("test-device", least_step_bound_s=2.0, end_process=exit_codes.append)
+    await thread.start(lambda: core)
+    for _ in range(3):
+        core.gate.clear()
+        slow = thread.submit(Number(2))
+        await asyncio.sleep(1.2)
+        core.gate.set()
+        assert await slow == 4
+    await thread.stop()
+    assert exit_codes == []
+
+
+class StickyError(RuntimeError):
+    """As CUDA's errors come out of torch."""
+
+
+@pytest.mark.parametrize(
+    ("message", "is_group", "is_lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", False, True),
+        ("CUDA error: uncorrectable ECC error encountered", False, True),
+        ("cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED when calling", False, True),
+        ("CUDA error: out of memory", False, False),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False, False),
+        ("index out of range", False, False),
+        ("index out of range", True, True),
+    ],
+)
+async def test_an_error_that_stays_ends_the_engine(
+    core: DoublingCore, monkeypatch: pytest.MonkeyPatch, message: str, is_group: bool, is_lost: bool
+) -> None:
+    def step() -> bool:
+        if core._waiting:
+            raise StickyError(message)
+        return False
+
+    monkeypatch.setattr(core, "step", step)
+    thread = DeviceThread("test-device", is_group=is_group)
+    await thread.start(lambda: core)
+    with pytest.raises(EngineLostError if is_lost else StickyError):
+        await thread.submit(Number(1))
+    if is_lost:
+        await asyncio.wait_for(thread.wait_lost(), 5)
+    else:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(thread.wait_lost(), 0.2)
+    await thread.stop()

@@ -14,6 +14,7 @@ from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.pass_graphs import CaptureRequest
 from easyspec.model.row_layout import MAX_TREE_COLUMNS
 from easyspec.model.row_probe import make_row_invariant, tile_products
+from easyspec.parallel.launch import group_size
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
@@ -32,7 +33,7 @@ class VerifierEngine:
             raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
         self._settings = settings
         self._on_step = on_step
-        self._thread = DeviceThread("verifier-device")
+        self._thread = DeviceThread("verifier-device", settings.step_timeout_s, is_group=group_size() > 1)
         self._loaded: LoadedModel | None = None
         self._verifier: Verifier | None = None
         self._grammars: GrammarCompiler | None = None

@@ -9,6 +9,8 @@ import sys
 
 # How a process ends whose device or group is lost: whoever started it starts it again.
 EXIT_LOST = 3
+# And one whose device does not answer.
+EXIT_HUNG = 4
 _PR_SET_PDEATHSIG = 1
 
 

@@ -86,8 +86,10 @@ def mapping_of(error: BaseException) -> ErrorMapping:
 
 
 def public_message(error: BaseException) -> str:
-    """What a client is told; how a service inside could not be reached names its address, which is not for clients."""
-    return "the connection to a service was lost" if isinstance(error, ConnectionLostError) else str(error)
+    """What a client is told; how a service or a rank inside was lost names addresses, which are not for clients."""
+    if isinstance(error, ConnectionLostError):
+        return "the connection to a service was lost"
+    return "the device of a service was lost" if isinstance(error, EngineLostError) else str(error)
 
 
 def error_to_status(error: BaseException, request_id: str) -> grpc.Status:

@@ -144,6 +144,14 @@ def _last_part_of_model(fields: dict[str, Any]) -> str:
 class EngineSettings(ServerSettings):
     """What every role that owns a model has."""
 
+    step_timeout_s: float = Field(
+        default=30.0,
+        ge=1.0,
+        le=86_400.0,
+        description="Seconds after which a step that also takes 20 times the usual counts as hung, 1 to 86400; the "
+        "process then says NOT_SERVING and ends with exit code 4, to be started again. 30 is beyond any step of a "
+        "device that works; raise it for a debugger.",
+    )
     model: str = Field(
         min_length=1,
         description="Checkpoint: a folder with config.json, safetensors and tokenizer, or a Hugging Face hub id. "
