@@ -90,7 +90,8 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default=1000,
         ge=1,
         le=600_000,
-        description="Milliseconds a round waits for its draft before it goes on without, 1 to 600000. "
+        description="Milliseconds a round waits for its draft before it goes on without, 1 to 600000; up to ten times "
+        "as long where drafts usually take more than a twentieth of that. "
         "1000 suits a CPU, where a draft may share its cores with the verifier; a GPU needs far less.",
     )
     reopen_deadline_s: float = Field(

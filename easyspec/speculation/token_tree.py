@@ -53,6 +53,21 @@ class TokenTree:
             row = self.parent_rows[row - 1]
         return tuple(reversed(path))
 
+    def after(self, token_ids: Sequence[int]) -> TokenTree:
+        """What it guesses after `token_ids`: the part below the node that they lead to; empty if they lead to none."""
+        root: int | None = 0
+        for token_id in token_ids:
+            root = self.children[root].get(token_id) if root is not None else None
+        if root is None:
+            return EMPTY_TREE
+        new_row = {root: 0}
+        for node, parent_row in enumerate(self.parent_rows):
+            if parent_row in new_row:
+                new_row[node + 1] = len(new_row)
+        rows = [row for row in new_row if row != root]
+        parents = tuple(new_row[self.parent_rows[row - 1]] for row in rows)
+        return TokenTree(tuple(self.token_ids[row - 1] for row in rows), parents)
+
     def check(self, vocab_size: int, max_nodes: int) -> None:
         """Raise InvalidTreeError unless this is a tree over the vocabulary with distinct siblings."""
         if len(self.token_ids) != len(self.parent_rows):

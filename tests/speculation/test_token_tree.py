@@ -20,6 +20,19 @@ def test_rows_of_a_tree() -> None:
     assert [BRANCHES.path_rows(row) for row in (0, 3, 5)] == [(), (1, 3), (2, 4, 5)]
 
 
+@given(token_trees(V), st.data())
+@settings(derandomize=True, deadline=None)
+def test_after_some_tokens_the_guesses_below_them_are_left(tree: TokenTree, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, len(tree)))
+    path = [tree.token_ids[above - 1] for above in tree.path_rows(row)]
+    rest = tree.after(path)
+    rest.check(V, len(tree))
+    below = {tree.path_rows(each) for each in range(len(tree) + 1) if row in (0, *tree.path_rows(each)) and each != row}
+    texts = {tuple(tree.token_ids[each - 1] for each in rows[len(path) :]) for rows in below}
+    assert {tuple(rest.token_ids[each - 1] for each in rest.path_rows(r)) for r in range(1, len(rest) + 1)} == texts
+    assert tree.after([*path, V]) == EMPTY_TREE
+
+
 def test_the_empty_tree() -> None:
     EMPTY_TREE.check(V, 0)
     assert (len(EMPTY_TREE), EMPTY_TREE.num_levels, EMPTY_TREE.row_depths) == (0, 0, (0,))
