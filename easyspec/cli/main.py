@@ -305,6 +305,12 @@ def doctor(
     raise typer.Exit(EXIT_FAILURE if has_problem(findings) else 0)
 
 
+@app.command("chaos", context_settings=_BENCH_COMMAND, add_help_option=False)
+def chaos(context: typer.Context) -> None:
+    """Kill, stop and cut off services of a stack under load, and compare every answer; `--help` lists its flags."""
+    raise typer.Exit(_run_bench("bench.chaos.run", context.args))
+
+
 @bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)
 def bench_decode(context: typer.Context) -> None:
     """Measure decoding, plain and drafted; `--help` lists its flags."""

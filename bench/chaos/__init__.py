@@ -1,0 +1,1 @@
+"""Faults in a running stack, and what its clients see of them."""

@@ -1,0 +1,102 @@
+"""The harness that injects faults: what it counts as wrong, what its proxy does, and a short run of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from typing import Any
+
+import pytest
+
+from bench.chaos.answers import Answer, Verdict
+from bench.chaos.clients import kinds
+from bench.chaos.proxy import FaultyProxy
+from bench.chaos.run import MAX_STALL_S, Report, main
+from easyspec.errors import CapacityError, EasyspecError, UnavailableError
+
+WHOLE = {0: [1, 2, 3], 1: [4, 5]}
+ENDS = {0: ("length", "", 3), 1: ("length", "", 2)}
+
+
+def answer(token_ids: dict[int, list[int]], endings: dict[int, tuple[Any, ...]]) -> Answer:
+    made = Answer()
+    made.token_ids.update(token_ids)
+    made.endings.update(endings)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "endings", "expected"),
+    [
+        (WHOLE, ENDS, Verdict.RIGHT),
+        ({0: [1, 2], 1: [4, 5]}, {1: ENDS[1]}, Verdict.CUT),
+        ({}, {}, Verdict.CUT),
+        (WHOLE, {0: ENDS[0]}, Verdict.CUT),
+        ({0: [1, 2], 1: [4, 5]}, {0: ("length", "", 2), 1: ENDS[1]}, Verdict.LOST),
+        ({0: [1, 2, 3, 3], 1: [4, 5]}, ENDS, Verdict.DOUBLED),
+        ({0: [1, 2, 2], 1: [4, 5]}, ENDS, Verdict.WRONG),
+        ({0: [1, 2, 3], 1: [5]}, {}, Verdict.WRONG),
+        (WHOLE, {0: ENDS[0], 1: ("stop", "", 2)}, Verdict.LOST),
+    ],
+)
+def test_answers_are_compared_choice_by_choice(
+    token_ids: dict[int, list[int]], endings: dict[int, tuple[Any, ...]], expected: Verdict
+) -> None:
+    assert answer(token_ids, endings).compared_with(answer(WHOLE, ENDS)) is expected
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict", "num_failures"),
+    [
+        (None, Verdict.RIGHT, 0),
+        (UnavailableError("lost"), Verdict.CUT, 0),
+        (CapacityError("full"), Verdict.CUT, 0),
+        (EasyspecError("a bug"), Verdict.CUT, 1),
+        (None, Verdict.CUT, 1),  # ended without a word
+        (None, Verdict.WRONG, 1),
+    ],
+)
+def test_what_makes_a_run_fail(error: EasyspecError | None, verdict: Verdict, num_failures: int) -> None:
+    report = Report(seed=1)
+    report.add(kinds(8)[0], Answer(error=error, longest_pause_s=1.0), verdict, "r1")
+    assert len(report.failures) == num_failures
+    report.leftovers = {"verifier 0": 0, "verifier 1": 2, "drafter 2": None}
+    report.longest_stall_s = MAX_STALL_S + 1
+    assert len(report.failures) == num_failures + 3
+
+
+async def test_the_proxy_passes_on_stalls_and_cuts() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with server, FaultyProxy(f"{host}:{port}") as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.address.rpartition(":")[2]))
+        writer.write(b"a")
+        assert await reader.read(1) == b"a"
+        started_s = time.monotonic()
+        stalling = asyncio.create_task(proxy.stall(0.3))
+        await asyncio.sleep(0)
+        writer.write(b"b")
+        assert await reader.read(1) == b"b"
+        assert time.monotonic() - started_s > 0.25
+        await stalling
+        proxy.cut()
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(1), 5) == b""
+        assert reader.at_eof() or reader.exception() is not None
+        writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_short_run_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--faults", "20", "--seconds", "120", "--clients", "4", "--tokens", "60", "--seed", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_faults"] > 0
+    assert report["answers"]["right"] > 0
