@@ -79,7 +79,9 @@ class CapacityError(EasyspecError):
 
 
 class UnavailableError(EasyspecError):
-    """The service is loading, draining or lost."""
+    """The service is loading, draining or lost; `retry_after_s` is a hint in seconds, None: coming again is in vain."""
+
+    retry_after_s: float | None = 1.0
 
 
 class WrongModelError(UnavailableError):

@@ -199,7 +199,9 @@ class ResilientVerifySession:
         if self._is_on_trial:
             _log.error("verify_session_condemned", request_id=self._opening.request_id, num_deaths=self._num_deaths)
             message = f"{self._num_deaths} verifiers in a row were lost with this request: it is not tried again"
-            raise UnavailableError(message) from error
+            condemned = UnavailableError(message)
+            condemned.retry_after_s = None
+            raise condemned from error
 
     async def _begin_trial(self, outage: _Outage) -> None:
         """Wait for the turn of this session; raises UnavailableError if it does not come in time."""

@@ -9,7 +9,7 @@
     ├── UnknownModelError    NOT_FOUND            404
     ├── StalePositionError   FAILED_PRECONDITION  409
     ├── CapacityError        RESOURCE_EXHAUSTED   429   RetryInfo
-    ├── UnavailableError     UNAVAILABLE          503
+    ├── UnavailableError     UNAVAILABLE          503   RetryInfo, as have those below
     │   ├── WrongModelError  UNAVAILABLE          503
     │   ├── EngineLostError  UNAVAILABLE          503
     │   └── ConnectionLos... UNAVAILABLE          503
@@ -92,6 +92,11 @@ def public_message(error: BaseException) -> str:
     return "the device of a service was lost" if isinstance(error, EngineLostError) else str(error)
 
 
+def retry_hint_s(error: BaseException) -> float | None:
+    """After how many seconds a client should come again; None where that is in vain."""
+    return error.retry_after_s if isinstance(error, CapacityError | UnavailableError) else None
+
+
 def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
     """The status to end an RPC with, details included. Says nothing about an INTERNAL error but `request_id`."""
     row = mapping_of(error)
@@ -102,9 +107,10 @@ def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, CapacityError):
+    retry_after_s = retry_hint_s(error)
+    if retry_after_s is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        delay.FromNanoseconds(int(retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = [any_pb2.Any() for _ in details]
     for holder, detail in zip(packed, details, strict=True):
@@ -133,12 +139,14 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
     message = error.details() or row.reason
     if issubclass(row.error, InvalidRequestError):
         return _invalid_request(row.error, message, info)
+    delay_s = retry.retry_delay.ToNanoseconds() / 1e9
     if row.error is CapacityError:
-        delay_s = retry.retry_delay.ToNanoseconds() / 1e9
         return CapacityError(message, delay_s) if delay_s > 0 else CapacityError(message)
     # The other classes compose their message from parts we do not have: take it as the peer composed it.
     rebuilt = row.error.__new__(row.error, message)
     assert isinstance(rebuilt, EasyspecError)
+    if isinstance(rebuilt, UnavailableError) and info.domain == ERROR_DOMAIN:
+        rebuilt.retry_after_s = delay_s or None
     return rebuilt
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from fastapi.responses import Response
 
-from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
-from easyspec.rpc.errors import INTERNAL, mapping_of, public_message
+from easyspec.errors import EasyspecError, InvalidRequestError
+from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint_s
 
 # What nobody receives any more, for logs and metrics: nginx's status.
 CLIENT_CLOSED_REQUEST = 499
@@ -125,9 +125,8 @@ def failure_of(error: BaseException, request_id: str) -> Failure:
     if isinstance(error, InvalidRequestError):
         param = param_of(error.field)
         return Failure(row.http_status, f"{param}{str(error).removeprefix(error.field)}", param, code)
-    retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else None
     message, named = public_message(error), "model" if code == "model_not_found" else None
-    return Failure(row.http_status, message, named, code, retry_after_s)
+    return Failure(row.http_status, message, named, code, retry_hint_s(error))
 
 
 def param_of(field: str) -> str:

@@ -72,6 +72,17 @@ def test_refused_values_come_back_whole(error_type: type[InvalidRequestError]) -
     assert str(again) == str(original)
 
 
+def test_a_service_that_is_lost_says_when_to_come_again() -> None:
+    for hint_s in (1.0, 2.5, None):
+        error = errors.UnavailableError("loading")
+        error.retry_after_s = hint_s
+        returned = error_from_rpc(received(error))
+        assert isinstance(returned, errors.UnavailableError)
+        assert returned.retry_after_s == hint_s
+        headers = failure_of(error, "request-1").response.headers
+        assert headers.get("retry-after-ms") == (None if hint_s is None else str(round(hint_s * 1000)))
+
+
 def test_a_lost_connection_does_not_tell_where_to() -> None:
     bare = grpc.aio.AioRpcError(
         grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "connect to 10.0.0.7:50051: refused"
