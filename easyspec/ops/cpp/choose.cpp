@@ -1,0 +1,331 @@
+// The choice rule at one row (easyspec/speculation/sampling.py): bias, penalties, grammar mask, temperature, top-k,
+// top-p, min-p, then the largest of score + noise, or of the logits alone.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "api.h"
+#include "engine.h"
+
+using namespace easyspec;
+
+namespace {
+
+constexpr uint64_t INCREMENT = 0x9E3779B97F4A7C15ull;
+constexpr float MAX_NOISE = 22.873857f;
+constexpr float MIN_TEMPERATURE = 1.17549435e-38f;  // the smallest normal number
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+uint64_t mixed(uint64_t bits) {  // splitmix64's finaliser
+  bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9ull;
+  bits = (bits ^ bits >> 27) * 0x94D049BB133111EBull;
+  return bits ^ bits >> 31;
+}
+
+uint64_t element(uint64_t index, uint64_t state) { return (index + 1) * INCREMENT + state; }
+
+// The noise of all tokens at one position of one request (easyspec/speculation/coupling.py).
+class Noise {
+ public:
+  Noise(uint64_t seed, int64_t position) : stream_(mixed(element(uint64_t(position), mixed(element(seed, 0))))) {}
+
+  uint32_t bits(int64_t token) const { return uint32_t(mixed(element(uint64_t(token), stream_)) >> 32); }
+
+  static float of_bits(uint32_t bits) {
+    const double uniform = (double(bits) + 0.5) * 0x1p-32;
+    return float(-std::log(-std::log(uniform)));
+  }
+
+  // The least bits whose noise may reach `noise`.
+  static uint64_t least_bits(float noise) {
+    const double uniform = std::exp(-std::exp(-(double(noise) - 1e-4)));
+    const double bits = std::floor(uniform * 0x1p32) - 1.0;
+    return bits <= 0.0 ? 0 : uint64_t(bits);
+  }
+
+ private:
+  uint64_t stream_;
+};
+
+// A row's logits as bias and penalties make them, for as long as this lives.
+class Adjusted {
+ public:
+  explicit Adjusted(const EasyspecChoice& c) : logits_(c.logits) {
+    for (int64_t i = 0; i < c.num_biased; i++) set(c.bias_ids[i], logits_[c.bias_ids[i]] + c.bias_values[i]);
+    if (c.repetition == 1.0f && c.presence == 0.0f && c.frequency == 0.0f) return;
+    path_.assign(c.path_ids, c.path_ids + c.num_path);
+    std::sort(path_.begin(), path_.end());
+    for (int64_t i = 0; i < c.num_seen; i++) penalise(c, c.seen_ids[i], c.counts[i] + on_path(c.seen_ids[i]));
+    for (int64_t i = 0; i < c.num_path; i++) {
+      const bool is_first = std::find(c.path_ids, c.path_ids + i, c.path_ids[i]) == c.path_ids + i;
+      if (c.path_slots[i] < 0 && is_first) penalise(c, c.path_ids[i], on_path(c.path_ids[i]));
+    }
+  }
+
+  ~Adjusted() {
+    for (auto it = before_.rbegin(); it != before_.rend(); ++it) logits_[it->first] = it->second;
+  }
+
+ private:
+  float on_path(int64_t token) const {
+    if (path_.empty()) return 0.0f;
+    const auto range = std::equal_range(path_.begin(), path_.end(), token);
+    return float(range.second - range.first);
+  }
+
+  void penalise(const EasyspecChoice& c, int64_t token, float count) {
+    float value = logits_[token];
+    value = value > 0.0f ? value / c.repetition : value * c.repetition;
+    value -= count * c.frequency;
+    value -= (count > 0.0f ? 1.0f : 0.0f) * c.presence;
+    set(token, value);
+  }
+
+  void set(int64_t token, float value) {
+    before_.emplace_back(token, logits_[token]);
+    logits_[token] = value;
+  }
+
+  float* logits_;
+  std::vector<int64_t> path_;
+  std::vector<std::pair<int64_t, float>> before_;
+};
+
+class Chooser {
+ public:
+  Chooser(const Kernels& kernels, const EasyspecChoice& choice, const float* logits, ChoiceScratch& scratch)
+      : k_(kernels),
+        c_(choice),
+        logits_(logits),
+        size_(choice.vocab_size),
+        found_(scratch.found),
+        scores_(scratch.scores),
+        masses_(scratch.masses) {
+    if (int64_t(found_.size()) < size_) found_.resize(size_t(size_));
+    top_ = k_.largest(logits_, size_);
+  }
+
+  int64_t choose() {
+    if (!(top_ > -INFINITE)) return -1;
+    if (c_.temperature == 0.0f) return std::find(logits_, logits_ + size_, top_) - logits_;
+    temperature_ = std::max(c_.temperature, MIN_TEMPERATURE);
+    float least = -INFINITE;
+    if (c_.top_k > 0 && c_.top_k < size_) least = top_k_cutoff();
+    if (c_.top_p < 1.0) least = std::max(least, top_p_cutoff(least));
+    if (c_.min_p > 0.0f) least = std::max(least, std::log(c_.min_p));
+    return noisiest(least);
+  }
+
+ private:
+  float score(int64_t token) const { return (logits_[token] - top_) / temperature_; }
+
+  // The least logit whose score reaches `least`.
+  float bound(float least) const {
+    if (least == -INFINITE) return -std::numeric_limits<float>::max();
+    float at = top_ + least * temperature_;
+    while ((at - top_) / temperature_ >= least && at > -std::numeric_limits<float>::max())
+      at = std::nextafter(at, -INFINITE);
+    while (!((at - top_) / temperature_ >= least)) at = std::nextafter(at, INFINITE);
+    return at;
+  }
+
+  // Scores from `low` on and below `high`, which may be infinite, in `scores_`.
+  void collect_scores(float low, float high) {
+    const float end = high == INFINITE ? INFINITE : bound(high);
+    const int64_t count = k_.collect(logits_, size_, bound(low), end, found_.data());
+    scores_.resize(size_t(count));
+    for (int64_t i = 0; i < count; i++) scores_[size_t(i)] = score(found_[size_t(i)]);
+  }
+
+  static float next_step(float step) { return step < -1e3f ? -INFINITE : step * 2.0f; }
+
+  float top_k_cutoff() {
+    for (float low = -4.0f;; low = next_step(low)) {
+      collect_scores(low, INFINITE);
+      if (int64_t(scores_.size()) < c_.top_k && low > -INFINITE) continue;
+      if (int64_t(scores_.size()) < c_.top_k) return -INFINITE;
+      std::nth_element(scores_.begin(), scores_.begin() + c_.top_k - 1, scores_.end(), std::greater<float>());
+      return scores_[size_t(c_.top_k) - 1];
+    }
+  }
+
+  // Sum of exp over `scores_`, whose terms are left in `masses_`.
+  double mass() {
+    masses_.resize(scores_.size());
+    k_.exponentials(scores_.data(), int64_t(scores_.size()), masses_.data());
+    double total = 0.0;
+    for (float each : masses_) total += double(each);
+    return total;
+  }
+
+  // The last score of the smallest prefix, in falling order, that has the mass top_p of what reaches `kept`.
+  float top_p_cutoff(float kept) {
+    double needed = 0.0;
+    if (kept == -INFINITE) {
+      needed = c_.top_p * k_.sum_exponentials(logits_, size_, top_, 1.0f / temperature_);
+    } else {
+      collect_scores(kept, INFINITE);
+      needed = c_.top_p * mass();
+    }
+    float high = INFINITE;
+    for (float step = -2.0f;; step = next_step(step)) {
+      const float low = std::max(step, kept);
+      collect_scores(low, high);
+      const double here = mass();
+      if (here >= needed) return cutoff_within(low, high == INFINITE ? 0.0f : high, needed);
+      if (low == kept) return kept;  // rounding asks for more than there is
+      needed -= here;
+      high = low;
+    }
+  }
+
+  // `scores_`, all between `low` and `high`, have at least the mass `needed`: where its prefix ends.
+  float cutoff_within(float low, float high, double needed) {
+    while (scores_.size() > 64 && high - low > 1e-5f) {
+      const float middle = 0.5f * (low + high);
+      double above = 0.0;
+      for (size_t i = 0; i < scores_.size(); i++) above += scores_[i] >= middle ? double(masses_[i]) : 0.0;
+      const bool is_above = above >= needed;
+      size_t count = 0;
+      for (size_t i = 0; i < scores_.size(); i++)
+        if ((scores_[i] >= middle) == is_above) {
+          scores_[count] = scores_[i];
+          masses_[count++] = masses_[i];
+        }
+      scores_.resize(count);
+      masses_.resize(count);
+      (is_above ? low : high) = middle;
+      if (!is_above) needed -= above;
+    }
+    std::sort(scores_.begin(), scores_.end(), std::greater<float>());
+    mass();
+    for (size_t i = 0; i < scores_.size(); i++) {
+      needed -= double(masses_[i]);
+      if (needed <= 0.0) return scores_[i];
+    }
+    return low;
+  }
+
+  // Of the tokens that reach `least`, the one with the largest score + noise; of several, the first.
+  int64_t noisiest(float least) {
+    const Noise noise(c_.seed, c_.position);
+    float best = -INFINITE;
+    int64_t chosen = -1;
+    const auto offer = [&](int64_t token, uint32_t bits) {
+      const float value = score(token) + Noise::of_bits(bits);
+      if (value > best || (value == best && token < chosen)) {
+        best = value;
+        chosen = token;
+      }
+    };
+    // Likely tokens first: they rule most of the others out by their noise alone.
+    float high = INFINITE;
+    for (float step = -4.0f;; step = next_step(step)) {
+      const float low = std::max(step, least), end = high == INFINITE ? INFINITE : bound(high);
+      const int64_t count = k_.collect(logits_, size_, bound(low), end, found_.data());
+      const uint64_t least_bits = high == INFINITE ? 0 : Noise::least_bits(best - high);
+      for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = noise.bits(found_[size_t(i)]);
+        if (bits >= least_bits) offer(found_[size_t(i)], bits);
+      }
+      if (low <= least || best - low > MAX_NOISE + 1e-3f) return chosen;
+      high = low;
+    }
+  }
+
+  const Kernels& k_;
+  const EasyspecChoice& c_;
+  const float* logits_;
+  const int64_t size_;
+  float top_, temperature_ = 1.0f;
+  std::vector<int32_t>& found_;
+  std::vector<float>&scores_, &masses_;
+};
+
+const float* allowed_only(const EasyspecChoice& c, std::vector<float>& masked) {
+  masked.assign(size_t(c.vocab_size), -INFINITE);
+  for (int64_t byte = 0; byte * 8 < c.vocab_size; byte++) {
+    if (c.allowed_bits[byte] == 0) continue;
+    for (int64_t token = byte * 8; token < std::min(c.vocab_size, byte * 8 + 8); token++)
+      if (c.allowed_bits[byte] >> (token % 8) & 1) masked[size_t(token)] = c.logits[token];
+  }
+  return masked.data();
+}
+
+}  // namespace
+
+int64_t easyspec_choose(void* engine, const EasyspecChoice* choice) {
+  const Adjusted adjusted(*choice);
+  Engine& e = *(Engine*)engine;
+  const float* logits = choice->allowed_bits ? allowed_only(*choice, e.scratch.masked) : choice->logits;
+  return Chooser(e.kernels, *choice, logits, e.scratch).choose();
+}
+
+double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size) {
+  const Kernels& kernels = ((Engine*)engine)->kernels;
+  const float top = kernels.largest(logits, vocab_size);
+  return double(top) + std::log(kernels.sum_exponentials(logits, vocab_size, top, 1.0f));
+}
+
+namespace {
+
+// The best `count` of a row, best first, in `found`; at least as many if all are to be had.
+void find_best(const Kernels& kernels, const float* scores, int64_t size, int64_t count, std::vector<int32_t>& found) {
+  found.resize(size_t(size));
+  const float top = kernels.largest(scores, size);
+  int64_t num_found = 0;
+  for (float below = 4.0f; num_found < count; below *= 2.0f) {
+    const bool is_last = below > 1e4f || count == size;
+    const float low = is_last ? -std::numeric_limits<float>::max() : top - below;
+    num_found = kernels.collect(scores, size, low, INFINITE, found.data());
+    if (is_last) break;
+  }
+  const auto is_better = [&](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); };
+  count = std::min(count, num_found);
+  std::nth_element(found.begin(), found.begin() + count, found.begin() + num_found, is_better);
+  found.resize(size_t(count));
+  std::sort(found.begin(), found.end(), is_better);
+}
+
+}  // namespace
+
+void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
+                   const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
+                   int64_t count, int32_t* token_ids, float* scores) {
+  const Kernels& kernels = ((Engine*)engine)->kernels;
+  std::vector<int32_t>& found = ((Engine*)engine)->scratch.found;
+  std::vector<float>& noisy = ((Engine*)engine)->scratch.scores;
+  std::vector<int32_t> best;
+  for (int64_t r = 0; r < num_rows; r++) {
+    const float* row = logits + r * stride;
+    const bool is_greedy = temperatures[r] == 0.0f;
+    find_best(kernels, row, vocab_size, is_greedy ? count : std::max(num_noised, count), found);
+    if (!is_greedy) {
+      const Noise noise(seeds[r], positions[r]);
+      const float top = row[found.front()], temperature = std::max(temperatures[r], MIN_TEMPERATURE);
+      noisy.resize(found.size());
+      std::vector<float> leaders;  // the best so far, falling
+      for (size_t begin = 0; begin < found.size(); begin += 32) {
+        // Scores fall: what the first of a block cannot reach, none of them can.
+        const float first = std::max((row[found[begin]] - top) / temperature, -1e30f);
+        const bool is_open = int64_t(leaders.size()) < count;
+        const uint64_t least_bits = is_open ? 0 : Noise::least_bits(leaders[size_t(count) - 1] - first);
+        for (size_t i = begin; i < std::min(begin + 32, found.size()); i++) {
+          const uint32_t bits = noise.bits(found[i]);
+          const float score = std::max((row[found[i]] - top) / temperature, -1e30f);
+          noisy[i] = bits < least_bits ? -INFINITE : score + Noise::of_bits(bits);
+          if (bits >= least_bits) leaders.push_back(noisy[i]);
+        }
+        std::sort(leaders.begin(), leaders.end(), std::greater<float>());
+      }
+      find_best(kernels, noisy.data(), int64_t(noisy.size()), std::min<int64_t>(count, int64_t(noisy.size())), best);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const bool is_there = i < int64_t(is_greedy ? found.size() : best.size());
+      const int32_t token = !is_there ? -1 : is_greedy ? found[size_t(i)] : found[size_t(best[size_t(i)])];
+      token_ids[r * count + i] = token;
+      scores[r * count + i] = !is_there ? -INFINITE : is_greedy ? row[token] : noisy[size_t(best[size_t(i)])];
+    }
+  }
+}

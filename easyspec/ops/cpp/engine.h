@@ -1,0 +1,30 @@
+// A code path and the threads that run it.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace easyspec {
+
+inline const Kernels& kernels_of(Path path) {
+  if (path == Path::AVX512 && avx512_kernels()) return *avx512_kernels();
+  if (path == Path::AVX2 && avx2_kernels()) return *avx2_kernels();
+  return portable_kernels();
+}
+
+// Memory of the choice rule, kept from row to row.
+struct ChoiceScratch {
+  std::vector<int32_t> found;
+  std::vector<float> scores, masses, masked;
+};
+
+struct Engine {
+  ChoiceScratch scratch;
+  const Kernels& kernels;
+  ThreadPool threads;
+  Engine(Path path, int num_threads) : kernels(kernels_of(path)), threads(num_threads) {}
+};
+
+}  // namespace easyspec

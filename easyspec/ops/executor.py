@@ -1,0 +1,89 @@
+"""Who runs programs: the interface of executors, and the choice of one.
+
+Dimensions: `T` rows of the pass, `S` selected rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from easyspec.errors import ConfigurationError
+from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.packed import PackedWeight
+from easyspec.ops.program import Buffer, ProgramWriter
+from easyspec.ops.rows import PassRows
+from easyspec.ops.weights import Weight
+from easyspec.parallel.ranks import SINGLE_RANK, Ranks
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.ranking import RankedTokens
+from easyspec.speculation.sampling import ChoiceRow
+
+EXECUTORS = ("auto", "native", "reference")
+
+
+class Program(Protocol):
+    """A compiled program."""
+
+    def run(
+        self,
+        rows: PassRows,
+        pool: KVPool,
+        inputs: Mapping[Buffer, torch.Tensor] | None = None,
+        outputs: Sequence[Buffer] = (),
+    ) -> list[torch.Tensor]:
+        """Run the pass: `inputs` are copied in first; views of `outputs` come back, float32 [T or S, width].
+
+        A view is overwritten by the next program that runs, of any decoder of the same executor.
+        """
+
+
+class Executor(Protocol):
+    """Packs weights and runs programs. Not thread-safe: the device thread owns it."""
+
+    @property
+    def name(self) -> str:
+        """ "reference", or "native" with its code path: models run by executors of one name give the same bits."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def pack(self, weight: Weight) -> PackedWeight:
+        """The weight in this executor's layout; the caller may forget its own."""
+
+    @property
+    def chooses_lazily(self) -> bool:
+        """Whether choosing at one row at a time, along a walk, costs less than choosing at all rows at once."""
+
+    def choose_tokens(self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
+        """The token chosen at each row of `base_logits` float32 [R, V], of which none is NaN."""
+
+    def rank_tokens(
+        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+    ) -> list[RankedTokens]:
+        """Each row's best next tokens under its noise: see `easyspec.speculation.ranking.rank_tokens`."""
+
+    def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> Program:
+        """A program ready to run."""
+
+
+def choose_executor(name: str, device: torch.device, num_threads: int) -> Executor:
+    """The executor of a setting; raises ConfigurationError where it cannot run.
+
+    `auto` is native on a CPU for which the library was built, else reference.
+    """
+    from easyspec.ops.native import NativeExecutor, library_problem
+    from easyspec.ops.reference import ReferenceExecutor
+
+    if name not in EXECUTORS:
+        raise ConfigurationError(f"executor is {name!r}; allowed: {', '.join(EXECUTORS)}")
+    if name == "reference" or (name == "auto" and (device.type != "cpu" or library_problem() is not None)):
+        return ReferenceExecutor(device)
+    if device.type != "cpu":
+        raise ConfigurationError("executor is 'native', which runs on a CPU; allowed for a GPU: auto, reference")
+    problem = library_problem()
+    if problem is not None:
+        raise ConfigurationError(f"executor is 'native': {problem}")
+    return NativeExecutor(num_threads)

@@ -1,0 +1,44 @@
+"""The memory of keys and values, as executors read it in place.
+
+Dimensions: `L` layers, `H` KV heads, `D` head size filled up to whole 16s, `S` slots.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Never handed out; its keys and values are always finite.
+TRASH_SLOT = 0
+_HEAD_MULTIPLE = 16
+
+
+class KVPool:
+    """Keys and values of every session of the process: two planes [L, H, S + 1, D] of one type.
+
+    A slot is one token's place in all layers and heads. Nothing is copied when a session reads its slots.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_kv_heads, num_slots + 1, padded_head_dim(head_dim))
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_slots = num_slots
+        self.head_dim = head_dim
+
+    @staticmethod
+    def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Memory of one token."""
+        return 2 * num_layers * num_kv_heads * padded_head_dim(head_dim) * dtype.itemsize
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Numbers that a head's key takes."""
+    return -(-head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE

@@ -1,0 +1,302 @@
+"""The native executor: whole passes in C++ on the CPU, one call each, with threads of its own.
+
+Dimensions: `T` rows of the pass, `S` selected rows, `O` outputs and `I` inputs of a weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from easyspec.errors import ConfigurationError
+from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.native_choice import choose, rank
+from easyspec.ops.native_library import CodePath, Op, Packed, Pass, best_path, library_problem, load
+from easyspec.ops.program import (
+    Accumulate,
+    Attend,
+    Buffer,
+    Embed,
+    Gated,
+    Norm,
+    Operation,
+    Product,
+    ProgramWriter,
+    Rotate,
+    Scale,
+    Select,
+    padded_width,
+)
+from easyspec.ops.reference import run_collective
+from easyspec.ops.rows import PassRows
+from easyspec.ops.weights import DenseWeight, QuantisedWeight, Weight
+from easyspec.ops.workspace import Workspace
+from easyspec.parallel.ranks import SINGLE_RANK, Ranks
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.ranking import RankedTokens
+from easyspec.speculation.sampling import ChoiceRow
+
+__all__ = ["NativeExecutor", "NativeWeight", "library_problem"]
+
+_DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_QUANTISED_FORMATS = {8: 3, 4: 4}
+_PANEL = 16
+_ALIGNMENT = 64
+# Of the library (easyspec/ops/cpp/kernels.h), whose buffers for attention are of fixed size.
+_MAX_QUERIES, _MAX_HEAD_DIM = 64, 512
+_KINDS: dict[type, int] = {
+    Embed: 0,
+    Norm: 1,
+    Product: 2,
+    Gated: 3,
+    Rotate: 4,
+    Attend: 5,
+    Accumulate: 6,
+    Select: 7,
+    Scale: 8,
+}
+
+
+class NativeWeight:
+    """A weight in panels of 16 outputs (easyspec/ops/cpp/packed.h)."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.num_outputs, self.num_inputs = weight.shape
+        self.format_name = weight.format_name
+        self.packed = Packed(num_outputs=self.num_outputs, num_inputs=self.num_inputs)
+        if isinstance(weight, DenseWeight):
+            self.packed.format = _DENSE_FORMATS[weight.values.dtype]
+        else:
+            self.packed.format = _QUANTISED_FORMATS[weight.bits]
+            self.packed.has_wide_scales = weight.has_wide_scales
+            self.packed.has_minimum = weight.minima is not None
+            self.packed.has_half_scales = weight.has_half_scales
+        self.num_bytes = load().easyspec_packed_bytes(ctypes.byref(self.packed))
+        self._storage = torch.empty(self.num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        self.packed.data = self._storage.data_ptr() + -self._storage.data_ptr() % _ALIGNMENT
+        if isinstance(weight, DenseWeight):
+            self._pack_dense(weight.values)
+        else:
+            self._pack_codes(weight)
+
+    def _pack_dense(self, values: torch.Tensor) -> None:
+        values = values if values.stride(1) == 1 else values.contiguous()
+        row_bytes = values.stride(0) * values.itemsize
+        load().easyspec_pack_dense(
+            ctypes.byref(self.packed), values.data_ptr(), _DENSE_FORMATS[values.dtype], row_bytes
+        )
+
+    def _pack_codes(self, weight: QuantisedWeight) -> None:
+        codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
+        minima = None if weight.minima is None else weight.minima.float().contiguous()
+        minima_address = None if minima is None else minima.data_ptr()
+        load().easyspec_pack_codes(ctypes.byref(self.packed), codes.data_ptr(), scales.data_ptr(), minima_address)
+
+    def row(self, index: int) -> torch.Tensor:
+        """An output's weights, float32 [I]."""
+        values = torch.empty(self.num_inputs)
+        load().easyspec_unpack_row(ctypes.byref(self.packed), index, values.data_ptr())
+        return values
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.packed)
+
+
+class NativeExecutor:
+    """Runs programs in the C++ library on the code path that suits this processor, or a slower one that is named."""
+
+    def __init__(self, num_threads: int, path: CodePath | None = None) -> None:
+        self.path = best_path() if path is None else path
+        self.device = torch.device("cpu")
+        self.num_threads = num_threads
+        self._workspace = Workspace(self.device)
+        self._engine = load().easyspec_engine_new(int(self.path), num_threads)
+        self._finalizer = weakref.finalize(self, load().easyspec_engine_free, self._engine)
+
+    @property
+    def name(self) -> str:
+        """See Executor."""
+        return f"native-{self.path.name.lower()}"
+
+    def pack(self, weight: Weight) -> NativeWeight:
+        """See Executor."""
+        return NativeWeight(weight)
+
+    @property
+    def chooses_lazily(self) -> bool:
+        """See Executor."""
+        return True
+
+    def choose_tokens(self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
+        """See Executor."""
+        return [choose(self._engine, logits, row) for logits, row in zip(base_logits, rows, strict=True)]
+
+    def rank_tokens(
+        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+    ) -> list[RankedTokens]:
+        """See Executor."""
+        return rank(self._engine, logits, positions, samplings, num_best)
+
+    def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> NativeProgram:
+        """See Executor."""
+        return NativeProgram(self, self._engine, program, ranks, self._workspace)
+
+
+class NativeProgram:
+    """A program that the library has prepared: one call for each stretch between collectives."""
+
+    def __init__(
+        self, executor: NativeExecutor, engine: int, program: ProgramWriter, ranks: Ranks, workspace: Workspace
+    ) -> None:
+        self._executor = executor  # whose threads it runs on: it must not go before
+        self._buffers = program.buffers
+        self._workspace = workspace
+        self._ranks = ranks
+        self._kept: list[Any] = []  # what the library points at
+        self._steps = [
+            self._prepare(engine, stretch) if isinstance(stretch, list) else stretch for stretch in program.stretches()
+        ]
+        self._pointers = (ctypes.c_void_p * max(1, len(program.buffers)))()
+
+    def _prepare(self, engine: int, operations: Sequence[Operation]) -> int:
+        widths = np.asarray([padded_width(buffer.width) for buffer in self._buffers], dtype=np.int64)
+        rows_of_buffer = np.asarray([buffer.is_selected for buffer in self._buffers], dtype=np.int32)
+        ops = (Op * len(operations))(*map(self._translate, operations))
+        handle: int = load().easyspec_program_new(
+            engine, ops, len(operations), widths.ctypes.data, rows_of_buffer.ctypes.data, len(self._buffers)
+        )
+        weakref.finalize(self, load().easyspec_program_free, handle)
+        return handle
+
+    def _translate(self, operation: Operation) -> Op:
+        op = Op(kind=_KINDS[type(operation)], factor=1.0)
+        match operation:
+            case Embed():
+                op.output, op.factor = operation.output.index, operation.factor
+                op.weight = self._weight(operation.table)
+            case Norm():
+                op.input, op.output, op.eps = operation.input.index, operation.output.index, operation.eps
+                op.width, op.norm = operation.input.width, self._vector(operation.weight, 32)
+            case Product():
+                assert operation.column % _PANEL == 0, "panels begin at whole 16s"
+                op.input, op.output, op.adds = operation.input.index, operation.output.index, operation.adds
+                op.column, op.weight = operation.column, self._weight(operation.weight)
+                op.bias = self._vector(operation.bias, _PANEL)
+            case Gated():
+                op.input, op.output, op.activation = operation.input.index, operation.output.index, operation.activation
+                op.weight, op.second = self._weight(operation.gate), self._weight(operation.up)
+                op.bias, op.second_bias = (
+                    self._vector(bias, _PANEL) for bias in (operation.gate_bias, operation.up_bias)
+                )
+            case Rotate():
+                self._translate_rotate(operation, op)
+            case Attend():
+                op.input, op.output, op.layer = operation.qkv.index, operation.output.index, operation.layer
+                op.window, op.soft_cap = operation.window or 0, operation.soft_cap or 0.0
+                op.sinks = self._vector(operation.sinks, 1)
+                self._set_heads(operation, op)
+            case Accumulate():
+                op.input, op.num_parts = operation.start.index, len(operation.parts)
+                op.parts = self._indices([part.index for part in operation.parts])
+                op.outputs = self._indices([-1 if out is None else out.index for out in operation.outputs])
+            case Select():
+                op.input, op.output = operation.input.index, operation.output.index
+            case Scale():
+                op.input, op.factor, op.soft_cap = operation.buffer.index, operation.factor, operation.soft_cap or 0.0
+        return op
+
+    def _translate_rotate(self, operation: Rotate, op: Op) -> None:
+        op.input, op.layer, op.eps, op.factor = (
+            operation.qkv.index,
+            operation.layer,
+            operation.eps,
+            operation.query_scale,
+        )
+        op.norm, op.second_norm = (self._vector(norm, 32) for norm in (operation.query_norm, operation.key_norm))
+        if operation.rotary is not None:
+            op.rotary_dim = operation.rotary.rotary_dim
+            op.cosines = self._kept_address(operation.rotary.cosines)
+            op.sines = self._kept_address(operation.rotary.sines)
+        self._set_heads(operation, op)
+
+    @staticmethod
+    def _set_heads(operation: Rotate | Attend, op: Op) -> None:
+        shape = operation.heads
+        if shape.num_heads > _MAX_QUERIES * shape.num_kv_heads or shape.head_dim > _MAX_HEAD_DIM:
+            raise ConfigurationError(
+                f"executor is native: {shape} has more than {_MAX_QUERIES} query heads a KV head, or heads above "
+                f"{_MAX_HEAD_DIM}; allowed for this model: reference"
+            )
+        op.num_heads, op.num_kv_heads, op.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+
+    def _weight(self, weight: object) -> int:
+        assert isinstance(weight, NativeWeight), "packed by this executor"
+        self._kept.append(weight)
+        return weight.address
+
+    def _vector(self, vector: torch.Tensor | None, multiple: int) -> int | None:
+        """A vector filled up with zeros."""
+        if vector is None:
+            return None
+        padded = torch.nn.functional.pad(vector.float(), (0, -len(vector) % multiple))
+        return self._kept_address(padded)
+
+    def _indices(self, values: Sequence[int]) -> int:
+        return self._kept_address(torch.tensor(values, dtype=torch.int32))
+
+    def _kept_address(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def run(
+        self,
+        rows: PassRows,
+        pool: KVPool,
+        inputs: Mapping[Buffer, torch.Tensor] | None = None,
+        outputs: Sequence[Buffer] = (),
+    ) -> list[torch.Tensor]:
+        """See Program."""
+        num_rows, num_selected = len(rows), len(rows.selected)
+        starts = self._workspace.place(self._buffers, num_rows, num_selected)
+        address = self._workspace.address
+        for index in range(len(self._buffers)):
+            self._pointers[index] = address + 4 * starts[index]
+        for buffer, value in (inputs or {}).items():
+            self._view(buffer, starts, num_rows, num_selected).copy_(value)
+        committed = (ctypes.c_void_p * len(rows.committed))(*(slots.ctypes.data for slots in rows.committed))
+        described = Pass(
+            num_rows=num_rows,
+            num_selected=num_selected,
+            token_ids=rows.token_ids.ctypes.data,
+            positions=rows.positions.ctypes.data,
+            slots=rows.slots.ctypes.data,
+            selected_rows=rows.selected.ctypes.data,
+            segment_of_row=rows.segment_of_row.ctypes.data,
+            committed=ctypes.addressof(committed),
+            num_committed=rows.num_committed.ctypes.data,
+            extra=rows.extra.ctypes.data,
+            first_extra=rows.first_extra.ctypes.data,
+            buffers=ctypes.addressof(self._pointers),
+            keys=pool.keys.data_ptr(),
+            values=pool.values.data_ptr(),
+            num_slots=pool.keys.shape[2],
+            slot_bytes=pool.keys.shape[3] * pool.keys.itemsize,
+            kv_format=_DENSE_FORMATS[pool.keys.dtype],
+        )
+        for step in self._steps:
+            if isinstance(step, int):
+                load().easyspec_program_run(step, ctypes.byref(described))
+                continue
+            views = [self._view(buffer, starts, num_rows, num_selected) for buffer in self._buffers]
+            run_collective(step, views, self._ranks)
+        return [self._view(buffer, starts, num_rows, num_selected) for buffer in outputs]
+
+    def _view(self, buffer: Buffer, starts: Sequence[int], num_rows: int, num_selected: int) -> torch.Tensor:
+        return self._workspace.view(buffer, starts[buffer.index], num_selected if buffer.is_selected else num_rows)

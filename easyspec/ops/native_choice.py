@@ -1,0 +1,94 @@
+"""Choosing and ranking tokens in the C++ library.
+
+Dimensions: `R` rows, `V` vocabulary, `K` tokens ranked per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from easyspec.ops.native_library import Choice, load
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.ranking import NUM_NOISED_TOKENS, RankedTokens
+from easyspec.speculation.sampling import ChoiceRow
+
+
+def choose(engine: int, logits: torch.Tensor, row: ChoiceRow) -> int:
+    """The token chosen at a row with `logits` float32 [V], which are changed during the call and put back."""
+    sampling = row.sampling
+    choice = Choice(
+        logits=logits.data_ptr(),
+        vocab_size=len(logits),
+        seed=sampling.seed,
+        position=row.position,
+        top_p=sampling.top_p,
+        temperature=sampling.temperature,
+        min_p=sampling.min_p,
+        repetition=sampling.repetition_penalty,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
+        top_k=min(sampling.top_k or 0, len(logits)),
+    )
+    kept: list[object] = []
+    if sampling.logit_bias:
+        bias_ids = np.fromiter(sampling.logit_bias.keys(), dtype=np.int64)
+        bias_values = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
+        choice.bias_ids, choice.bias_values = bias_ids.ctypes.data, bias_values.ctypes.data
+        choice.num_biased = len(bias_ids)
+        kept += [bias_ids, bias_values]
+    if sampling.has_penalties:
+        history = row.history
+        path_ids = np.asarray(row.path_token_ids, dtype=np.int64)
+        path_slots = np.asarray([history.slots.get(token_id, -1) for token_id in row.path_token_ids], dtype=np.int64)
+        choice.seen_ids, choice.counts = history.token_ids.data_ptr(), history.output_counts.data_ptr()
+        choice.num_seen, choice.num_path = len(history.token_ids), len(path_ids)
+        choice.path_ids, choice.path_slots = path_ids.ctypes.data, path_slots.ctypes.data
+        kept += [path_ids, path_slots]
+    if row.allowed_bits is not None:
+        allowed_bits = np.ascontiguousarray(row.allowed_bits)
+        choice.allowed_bits = allowed_bits.ctypes.data
+        kept.append(allowed_bits)
+    token_id: int = load().easyspec_choose(engine, ctypes.byref(choice))
+    assert token_id >= 0, "some token is allowed and its logit is a number"
+    return token_id
+
+
+def rank(
+    engine: int,
+    logits: torch.Tensor,
+    positions: Sequence[int],
+    samplings: Sequence[SamplingParameters],
+    num_best: int,
+) -> list[RankedTokens]:
+    """Each row's best tokens under its noise; `logits` float32 [R, V], whose rows may be further apart than V."""
+    num_rows, vocab_size = logits.shape
+    if num_rows == 0:
+        return []
+    num_best = min(num_best, vocab_size)
+    seeds = np.fromiter((sampling.seed for sampling in samplings), dtype=np.uint64, count=num_rows)
+    temperatures = np.fromiter((sampling.temperature for sampling in samplings), dtype=np.float32, count=num_rows)
+    places = np.fromiter(positions, dtype=np.int64, count=num_rows)
+    token_ids = np.empty((num_rows, num_best), dtype=np.int32)
+    scores = np.empty((num_rows, num_best), dtype=np.float32)
+    load().easyspec_rank(
+        engine,
+        logits.data_ptr(),
+        logits.stride(0),
+        num_rows,
+        vocab_size,
+        seeds.ctypes.data,
+        places.ctypes.data,
+        temperatures.ctypes.data,
+        NUM_NOISED_TOKENS,
+        num_best,
+        token_ids.ctypes.data,
+        scores.ctypes.data,
+    )
+    return [
+        (tuple(row_ids), tuple(row_scores))
+        for row_ids, row_scores in zip(token_ids.tolist(), scores.tolist(), strict=True)
+    ]

@@ -1,0 +1,125 @@
+"""Weight matrices as checkpoints have them, before an executor packs them.
+
+Dimensions: `O` outputs, `I` inputs of a product; `C` groups of 32 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+GROUP_SIZE = 32
+DENSE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """`values` [O, I], float32, bfloat16 or float16."""
+
+    values: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.values.shape[0], self.values.shape[1])
+
+    @property
+    def format_name(self) -> str:
+        return str(self.values.dtype).removeprefix("torch.")
+
+    def dense(self) -> torch.Tensor:
+        """float32 [O, I]."""
+        return self.values.float()
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """Integers in groups of 32 inputs with a scale each: value = code * scale + minimum.
+
+    codes: int8 [O, I]; 8 bit: -128 to 127; 4 bit: 0 to 15, where value = (code - 8) * scale if there are no minima.
+    scales: float32 [O, C], or of 8 bit [O, 2 * C], one for every 16 inputs; minima: float32 [O, C]. `has_wide_scales`
+    says that scales or minima are not exact in float16.
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor | None = None
+    has_wide_scales: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def has_half_scales(self) -> bool:
+        """Whether every 16 inputs have a scale."""
+        return self.scales.shape[1] > -(-self.codes.shape[1] // GROUP_SIZE)
+
+    @property
+    def format_name(self) -> str:
+        return f"int{self.bits}"
+
+    def dense(self) -> torch.Tensor:
+        """float32 [O, I]."""
+        num_inputs, scale_size = self.codes.shape[1], GROUP_SIZE // (2 if self.has_half_scales else 1)
+        codes = self.codes.float()
+        if self.bits == 4 and self.minima is None:
+            codes = codes - 8.0
+        values = codes * self.scales.repeat_interleave(scale_size, dim=1)[:, :num_inputs]
+        if self.minima is not None:
+            values = values + self.minima.repeat_interleave(GROUP_SIZE, dim=1)[:, :num_inputs]
+        return values
+
+
+Weight: TypeAlias = DenseWeight | QuantisedWeight
+
+
+def stack_outputs(weights: Sequence[Weight]) -> Weight:
+    """The outputs of all weights, one after the other; their formats must be alike."""
+    if len(weights) == 1:
+        return weights[0]
+    first = weights[0]
+    if isinstance(first, DenseWeight):
+        return DenseWeight(torch.cat([w.values for w in weights if isinstance(w, DenseWeight)]))
+    parts = [w for w in weights if isinstance(w, QuantisedWeight)]
+    minima = [w.minima for w in parts if w.minima is not None]
+    return QuantisedWeight(
+        first.bits,
+        torch.cat([w.codes for w in parts]),
+        torch.cat([w.scales for w in parts]),
+        torch.cat(minima) if minima else None,
+        has_wide_scales=any(w.has_wide_scales for w in parts),
+    )
+
+
+def can_stack(weights: Sequence[Weight]) -> bool:
+    """Whether `stack_outputs` takes them: one type, or one number of bits with or without minima."""
+    kinds = {
+        (type(w), w.values.dtype if isinstance(w, DenseWeight) else (w.bits, w.minima is None, w.has_half_scales))
+        for w in weights
+    }
+    return len(kinds) == 1
+
+
+def quantise(values: torch.Tensor, bits: int) -> QuantisedWeight:
+    """Round a dense matrix [O, I] to 8 or 4 bits in groups of 32 inputs, to nearest.
+
+    8 bit is symmetric; 4 bit has a minimum. Scales and minima are rounded to float16 first, so that codes fit them.
+    """
+    num_outputs, num_inputs = values.shape
+    num_groups = -(-num_inputs // GROUP_SIZE)
+    padded = torch.nn.functional.pad(values.float(), (0, num_groups * GROUP_SIZE - num_inputs))
+    groups = padded.view(num_outputs, num_groups, GROUP_SIZE)
+    if bits == 8:
+        scales = (groups.abs().amax(dim=-1) / 127.0).half().float()
+        codes = (groups / scales.clamp(min=1e-30)[..., None]).round_().clamp_(-127, 127)
+        minima = None
+    else:
+        least, most = groups.amin(dim=-1), groups.amax(dim=-1)
+        scales, minima = ((most - least) / 15.0).half().float(), least.half().float()
+        codes = ((groups - minima[..., None]) / scales.clamp(min=1e-30)[..., None]).round_().clamp_(0, 15)
+    codes = codes.to(torch.int8).view(num_outputs, -1)[:, :num_inputs].contiguous()
+    return QuantisedWeight(bits, codes, scales, minima)

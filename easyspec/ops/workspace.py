@@ -1,0 +1,36 @@
+"""Memory of a program's buffers, kept from pass to pass.
+
+Dimensions: `T` rows of the pass, `S` selected rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from easyspec.ops.program import Buffer, padded_width, sizes
+
+
+class Workspace:
+    """One block of float32 that only grows; programs of an executor share it, as they run one at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._block = torch.zeros(0, device=device)
+
+    def place(self, buffers: Sequence[Buffer], num_rows: int, num_selected: int) -> list[int]:
+        """Where each buffer begins in the block, which is made large enough."""
+        starts = [0, *itertools.accumulate(sizes(buffers, num_rows, num_selected))]
+        if starts[-1] > len(self._block):
+            self._block = torch.zeros(starts[-1] + starts[-1] // 4, device=self._block.device)
+        return starts
+
+    @property
+    def address(self) -> int:
+        return self._block.data_ptr()
+
+    def view(self, buffer: Buffer, start: int, num_rows: int) -> torch.Tensor:
+        """A buffer that begins at `start`: [num_rows, width]; its rows are `padded_width` apart."""
+        width = padded_width(buffer.width)
+        return self._block[start : start + num_rows * width].view(num_rows, width)[:, : buffer.width]
