@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+import structlog
 import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.growth import RankingSettings
+from drafter_service.plan_choice import candidate_plans, fastest_plan, time_plans
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from drafter_service.text_engine import open_text_resources
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
-from easyspec.model.distributed_group import RankPlacement
-from easyspec.model.graph_warm_up import capture_passes, check_graphs
 from easyspec.model.loading import LoadedModel, load_model
-from easyspec.model.pass_graphs import CaptureRequest
 from easyspec.parallel.launch import group_size
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
+from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
@@ -31,9 +31,7 @@ from easyspec.tokenizer_fingerprint import tokens_by_id
 
 # The length that a session comes to when kernels are warmed up.
 _WARM_UP_TOKENS = 3
-# Rows of a session in captured passes: twice the usual width of a tree, and a deep tree that is accepted whole.
-_MOST_LEVEL_ROWS = 8
-_MOST_CALIBRATED_ROWS = 8
+_SIZE_ON_RANKS = 4
 
 
 class DrafterEngine:
@@ -110,11 +108,10 @@ class DrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
-        check_graphs(settings.cuda_graphs)
-        self._loaded = loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
+        self._loaded = loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.dismiss_followers
-        self._plan = _default_plan(settings, loaded.decoder.config.num_layers)
+        self._plan = _default_plan(settings, loaded)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         model_source = LayerParallelSource(
             loaded.decoder,
@@ -143,36 +140,34 @@ class DrafterEngine:
         self._drafter = Drafter(
             loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, self._grammars
         )
-        requests = _captured(self._plan, loaded.decoder.sequential_plan)
-        capture_passes(loaded.decoder, loaded.memory.pool, settings, requests)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 
 
 def follow(settings: DrafterSettings) -> None:
     """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
-    check_graphs(settings.cuda_graphs)
-    loaded = load_model(settings, is_exact=False, placement=RankPlacement(settings.rank_placement))
+    loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
     with torch.inference_mode():
         loaded.follow()
 
 
-def _default_plan(settings: DrafterSettings, num_layers: int) -> LayerPlan:
-    """The plan of the settings; raises ConfigurationError if it does not fit the draft model."""
-    mlp = MlpPlacement(settings.mlp)
+def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:
+    """The plan of the settings, or the fastest; raises ConfigurationError if it does not fit the draft model."""
+    mlp, num_layers = MlpPlacement(settings.mlp), loaded.decoder.config.num_layers
     try:
         if settings.layer_groups is not None:
             return parse_plan(settings.layer_groups, num_layers, mlp)
-        return paper_plan(num_layers, min(settings.layer_parallel_size, num_layers), mlp)
+        if settings.layer_parallel_size is not None or not loaded.decoder.can_slice:
+            size = settings.layer_parallel_size or _SIZE_ON_RANKS
+            return paper_plan(num_layers, min(size, num_layers), mlp)
     except InvalidRequestError as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _captured(plan: LayerPlan, sequential_plan: LayerPlan) -> list[CaptureRequest]:
-    """Fuzzy passes over the rows of a level, and exact ones over what a round accepts; other plans run eagerly."""
-    most_rows = {sequential_plan: _MOST_CALIBRATED_ROWS}
-    most_rows[plan] = max(_MOST_LEVEL_ROWS, most_rows.get(plan, 0))
-    return [CaptureRequest(*each) for each in most_rows.items()]
+    with torch.inference_mode():
+        timed = time_plans(loaded.decoder, loaded.memory, candidate_plans(num_layers, mlp))
+    plan = fastest_plan(timed)
+    step_ms = {str(each.plan): round(each.step_ms, 3) for each in timed}
+    structlog.get_logger().info("layer_plan_chosen", layer_groups=str(plan), step_ms=step_ms)
+    return plan
 
 
 def _why_no_exits(loaded: LoadedModel) -> str:

@@ -18,16 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from easyspec.speculation.coupling import gumbel_noise, signed_seed
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from easyspec.speculation.ranking import TokenRanker
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
-from easyspec.speculation.transfer import to_device
 
-# Only the likeliest tokens of a row get noise: one further down hardly ever wins, and guesses may be wrong.
-NUM_NOISED_TOKENS = 256
-# The smallest normal float32, and a score whose multiples stay finite: division by a tiny temperature overflows.
-_MIN_TEMPERATURE = 2.0**-126
-_MIN_SCORE = -1e30
 _SHARPNESS_RANGE = (0.25, 4.0)
 
 
@@ -80,73 +74,19 @@ class Sharpness:
         self.value = max(low, min(high, self.value + self._learning_rate * gradient))
 
 
-def draw_noise(
-    samplings: Sequence[SamplingParameters],
-    first_positions: Sequence[int],
-    num_levels: Sequence[int],
-    vocab_size: int,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Per request the noise of its next positions for all tokens, [levels, V]: a small vocabulary's is cheap in one
-    call for a whole round."""
-    counts = list(num_levels)
-    seeds = [
-        signed_seed(sampling.seed) for sampling, count in zip(samplings, counts, strict=True) for _ in range(count)
-    ]
-    positions = [first + level for first, count in zip(first_positions, counts, strict=True) for level in range(count)]
-    noise = gumbel_noise(
-        to_device(seeds, torch.int64, device),
-        to_device(positions, torch.int64, device),
-        torch.arange(vocab_size, device=device),
-    )
-    return list(noise.split(counts))
-
-
 def rank_candidates(
+    ranker: TokenRanker,
     draft_logits: torch.Tensor,
     positions: Sequence[int],
     samplings: Sequence[SamplingParameters],
     num_candidates: int,
-    noise: torch.Tensor | None = None,
 ) -> list[Candidates]:
     """The best `num_candidates` next tokens of every row of `draft_logits` [R, V] float32; one host sync.
 
-    `positions` are those of the tokens to be chosen, `samplings` the rows' requests. Without `noise` [R, V] drawn
-    before (that of a greedy row may be any), only each row's likeliest tokens get noise.
+    `positions` are those of the tokens to be chosen, `samplings` the rows' requests.
     """
-    num_tokens = draft_logits.shape[-1]
-    is_any_sampled = not all(sampling.is_greedy for sampling in samplings)
-    if is_any_sampled and noise is not None:
-        ranked = _perturbed(draft_logits, noise, samplings)
-        best = ranked.topk(min(num_candidates, num_tokens), dim=-1)
-        scores, token_ids = best.values, best.indices
-    else:
-        likeliest = draft_logits.topk(min(NUM_NOISED_TOKENS if is_any_sampled else num_candidates, num_tokens), dim=-1)
-        scores, token_ids = likeliest.values, likeliest.indices
-        if is_any_sampled:
-            seeds = to_device([signed_seed(sampling.seed) for sampling in samplings], torch.int64, scores.device)
-            row_noise = gumbel_noise(seeds, to_device(positions, torch.int64, scores.device), token_ids)
-            best = _perturbed(scores, row_noise, samplings).topk(min(num_candidates, num_tokens), dim=-1)
-            scores, token_ids = best.values, token_ids.gather(1, best.indices)
-    packed = torch.stack([scores.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
-    return [
-        Candidates(tuple(int(token_id) for token_id in row_token_ids), tuple(row_scores))
-        for row_scores, row_token_ids in zip(packed[0], packed[1], strict=True)
-    ]
-
-
-def _perturbed(logits: torch.Tensor, noise: torch.Tensor, samplings: Sequence[SamplingParameters]) -> torch.Tensor:
-    """logits / T + noise for sampled rows and logits for greedy ones, all [R, K].
-
-    Each row is relative to its best logit, and finite at whatever temperature.
-    """
-    divisors = [1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
-    temperatures = to_device(divisors, torch.float32, logits.device)[:, None]
-    scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures).clamp_(min=_MIN_SCORE)
-    if any(sampling.is_greedy for sampling in samplings):
-        is_sampled = [not sampling.is_greedy for sampling in samplings]
-        noise = noise * to_device(is_sampled, torch.bool, logits.device)[:, None]
-    return scaled + noise
+    ranked = ranker.rank_tokens(draft_logits, positions, samplings, num_candidates)
+    return [Candidates(token_ids, scores) for token_ids, scores in ranked]
 
 
 class GrowingTree:

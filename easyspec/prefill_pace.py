@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 # Never fewer, or a prompt would hardly advance; and what is tried before anything has been measured.
 MIN_PROMPT_ROWS = 16
 _FIRST_PROMPT_ROWS = 32
@@ -17,11 +15,10 @@ _MOST_STRAY = 3.0
 class PrefillPace:
     """Keeps running estimates of what a step costs without prompts, by rows, and what each prompt row adds."""
 
-    def __init__(self, max_slowdown: float, most_rows: int, row_buckets: Sequence[int]) -> None:
+    def __init__(self, max_slowdown: float, most_rows: int) -> None:
         self._max_slowdown = max_slowdown
         self._most_rows = most_rows
-        self._row_buckets = row_buckets
-        self._step_ns: dict[int, float] = {}  # by bucket of rows
+        self._step_ns: dict[int, float] = {}  # by class of rows
         self._row_ns: float | None = None
         self._layer_row_ns: float | None = None
 
@@ -33,16 +30,12 @@ class PrefillPace:
         if step_ns is None or self._row_ns is None:
             return min(_FIRST_PROMPT_ROWS, self._most_rows)
         num_rows = int((self._max_slowdown - 1.0) * step_ns / self._row_ns)
-        # Rows up to a bucket's border cost nothing, those just beyond it a whole further bucket.
-        borders = [size - num_decode_rows for size in self._row_buckets if size - num_decode_rows <= num_rows]
-        if borders and borders[-1] >= MIN_PROMPT_ROWS:
-            num_rows = borders[-1]
         return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
 
     def observe(self, num_decode_rows: int, num_prompt_rows: int, elapsed_ns: int) -> None:
         """What a step took."""
         if num_prompt_rows == 0:
-            size = self._bucket(num_decode_rows)
+            size = _row_class(num_decode_rows)
             self._step_ns[size] = _followed(self._step_ns.get(size), float(elapsed_ns))
             return
         without_ns = self._expected_step_ns(num_decode_rows)
@@ -66,16 +59,18 @@ class PrefillPace:
         """What a slice of a piece took."""
         self._layer_row_ns = _followed(self._layer_row_ns, elapsed_ns / (num_rows * num_layers))
 
-    def _bucket(self, num_rows: int) -> int:
-        return next((size for size in self._row_buckets if num_rows <= size), self._row_buckets[-1])
-
     def _expected_step_ns(self, num_rows: int) -> float | None:
-        """Of the largest measured bucket up to that of `num_rows`, else of the smallest."""
+        """Of the largest measured class up to that of `num_rows`, else of the smallest."""
         if not self._step_ns:
             return None
-        size = self._bucket(num_rows)
+        size = _row_class(num_rows)
         known = [other for other in self._step_ns if other <= size]
         return self._step_ns[max(known)] if known else self._step_ns[min(self._step_ns)]
+
+
+def _row_class(num_rows: int) -> int:
+    """Steps of similar numbers of rows share an estimate: the next power of two."""
+    return 1 << max(0, num_rows - 1).bit_length()
 
 
 def _followed(estimate: float | None, measured: float) -> float:

@@ -30,7 +30,7 @@ OFF = Arm("off", None)
 def arms_within(budget: TreeBudget) -> tuple[Arm, ...]:
     """Off, then trees of growing size up to `budget`.
 
-    Node counts are one less than a power of two where `budget`'s is: with the root they fill a row bucket.
+    Node counts are one less than a power of two where `budget`'s is: with the root they fill blocks of rows.
     """
     quarter = TreeBudget(
         num_levels=max(1, (budget.num_levels + 1) // 2),

@@ -8,12 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from easyspec.device_thread import DeviceThread
-from easyspec.errors import CapacityError, ConfigurationError
-from easyspec.model.graph_warm_up import capture_passes, check_graphs
+from easyspec.errors import CapacityError
 from easyspec.model.loading import LoadedModel, load_model
-from easyspec.model.pass_graphs import CaptureRequest
-from easyspec.model.row_layout import MAX_TREE_COLUMNS
-from easyspec.model.row_probe import make_row_invariant, tile_products
+from easyspec.model.row_probe import is_row_invariant
 from easyspec.parallel.launch import group_size
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
@@ -29,8 +26,6 @@ class VerifierEngine:
     """Loads the base model on its own thread and hands sessions' tasks to it."""
 
     def __init__(self, settings: VerifierSettings, on_step: StepObserver = ignore_step) -> None:
-        if settings.max_tree_nodes > MAX_TREE_COLUMNS:
-            raise ConfigurationError(f"max_tree_nodes is {settings.max_tree_nodes}; allowed: 1 to {MAX_TREE_COLUMNS}")
         self._settings = settings
         self._on_step = on_step
         self._thread = DeviceThread("verifier-device", settings.step_timeout_s, is_group=group_size() > 1)
@@ -97,12 +92,11 @@ class VerifierEngine:
 
     def _build(self) -> Verifier:
         settings = self._settings
-        check_graphs(settings.cuda_graphs)
-        self._loaded = loaded = load_model(settings, is_exact=True)
+        self._loaded = loaded = load_model(settings)
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.dismiss_followers
         with torch.inference_mode():
-            self.row_invariant = make_row_invariant(loaded.decoder, loaded.memory.pool, self._capture)
+            self.row_invariant = is_row_invariant(loaded.decoder, loaded.memory.pool)
         info = loaded.info
         self._grammars = GrammarCompiler(loaded.folder, info.vocab_size, info.eos_token_ids)
         self._grammars.prepare()
@@ -120,18 +114,9 @@ class VerifierEngine:
         self._thread.patience_s = self._verifier.patience_s
         return self._verifier
 
-    def _capture(self) -> None:
-        """Passes over trees with their roots, alone and in batches."""
-        assert self._loaded is not None, "loaded"
-        decoder = self._loaded.decoder
-        request = CaptureRequest(decoder.sequential_plan, self._settings.max_tree_nodes + 1)
-        capture_passes(decoder, self._loaded.memory.pool, self._settings, [request])
-
 
 def follow(settings: VerifierSettings) -> None:
     """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
-    check_graphs(settings.cuda_graphs)
-    loaded = load_model(settings, is_exact=True)
+    loaded = load_model(settings)
     with torch.inference_mode():
-        tile_products(loaded.decoder)
         loaded.follow()

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from easyspec.model.decoder import Decoder
+from easyspec.model.decoder import Decoder, PassResult
 from easyspec.speculation.logprobs import token_logprobs
 from easyspec.speculation.messages import TokenLogprobs
 
@@ -25,8 +23,8 @@ class PromptLogprobs:
         self._num_top = num_top
         self._entries: list[TokenLogprobs] = []
 
-    def add(self, decoder: Decoder, hidden: Tensor, rows: range, position: int) -> None:
-        """Take `rows` of the last pass's hidden states [T, E], which stand at `position` and on.
+    def add(self, decoder: Decoder, result: PassResult, rows: range, position: int) -> None:
+        """Take `rows` of the last pass, which kept its hidden states and whose rows stand at `position` and on.
 
         Rows that predict no prompt token are left out, and those seen before: a preempted prompt is computed again.
         """
@@ -34,7 +32,7 @@ class PromptLogprobs:
         first = len(self._entries) + 1  # the token that the first row predicts
         rows = rows[: max(0, len(self._token_ids) - first)]
         for start in range(0, len(rows), _NUM_ROWS_AT_ONCE):
-            logits = decoder.logits(hidden, rows[start : start + _NUM_ROWS_AT_ONCE])  # [<= 16, V]
+            logits = decoder.more_logits(result, rows[start : start + _NUM_ROWS_AT_ONCE])  # [<= 16, V]
             next_token_ids = self._token_ids[first + start : first + start + len(logits)]
             self._entries += token_logprobs(logits, next_token_ids, self._num_top)
 

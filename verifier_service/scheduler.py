@@ -19,7 +19,6 @@ from typing import Generic, TypeVar
 from easyspec.device_thread import Task
 from easyspec.errors import CapacityError
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import ROW_BUCKETS
 from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.token_tree import TokenTree
 from verifier_service.patience import Patience
@@ -113,7 +112,7 @@ class Scheduler(Generic[SessionT]):
         self._limits = limits
         self._clock = clock
         self._patience = Patience()
-        self._pace = PrefillPace(limits.max_prefill_slowdown, limits.prefill_chunk, ROW_BUCKETS)
+        self._pace = PrefillPace(limits.max_prefill_slowdown, limits.prefill_chunk)
         self._openings: deque[_Opening[SessionT]] = deque()
         self._sessions: dict[int, SessionT] = {}  # open ones, in the order of their age
         self._waiting: list[SessionT] = []  # for a verdict, least recently served first

@@ -6,10 +6,8 @@ cases that look at more than each row's best token (`easyspec/speculation/split_
 
 from __future__ import annotations
 
-import torch
-
 from easyspec.errors import EasyspecError
-from easyspec.model.decoder import Decoder
+from easyspec.model.decoder import Decoder, PassResult
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.sampling import ChoiceRow
 from easyspec.speculation.split_choice import SplitRows, split_rows
@@ -29,7 +27,7 @@ class TreeBatch:
 
     @property
     def choice_rows(self) -> SplitRows:
-        """What the pass is to announce beside `logit_rows`."""
+        """The rows at which the pass is to choose tokens, beside `logit_rows`."""
         return split_rows(self._apart_rows, self._apart_choices)
 
     def add(self, case: Case, root_row: int) -> None:
@@ -44,13 +42,12 @@ class TreeBatch:
         else:
             self.logit_rows += rows
 
-    def decide(self, hidden: torch.Tensor) -> list[Verdict | EasyspecError]:
-        """The verdict on each case, in order, from the pass's hidden states."""
-        logits = self._decoder.logits(hidden, self.logit_rows) if self.logit_rows else torch.empty(0)
-        tokens: list[int] = self._decoder.choose(hidden, self.choice_rows).tolist() if self._apart_rows else []
+    def decide(self, result: PassResult) -> list[Verdict | EasyspecError]:
+        """The verdict on each case, in order, from the pass that computed the rows."""
+        tokens: list[int] = result.choices.tolist()
         chosen: list[list[int] | None] = []
         for case, is_apart in zip(self._cases, self._is_apart, strict=True):
             num_rows = len(case.choice_rows)
             chosen.append(tokens[:num_rows] if is_apart else None)
             tokens = tokens[num_rows:] if is_apart else tokens
-        return decide(logits, self._cases, chosen)
+        return decide(self._decoder.executor, result.logits, self._cases, chosen)

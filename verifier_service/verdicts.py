@@ -2,9 +2,9 @@
 
 Dimension key: `R` rows of the batch, `V` vocabulary.
 
-Without a grammar every row's choice is made at once, and the walk picks from them. A grammar is followed along the
-walk, one level at a time: a mask costs tens of microseconds on the host, and a row that is not reached needs none.
-So the grammar's state only ever advances by tokens of the output, exactly as in plain decoding.
+Choices are made along the walk, one level at a time: a row that is not reached needs none. Where a device makes the
+host wait for each look, all rows without a grammar are chosen at together, and the walk picks from them. A grammar's
+state only ever advances by tokens of the output, exactly as in plain decoding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from easyspec.speculation.acceptance import StopLimits, Walk
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.logprobs import row_logprobs
 from easyspec.speculation.messages import Verdict
-from easyspec.speculation.sampling import ChoiceRow, choose_tokens
+from easyspec.speculation.sampling import ChoiceRow
 from easyspec.speculation.split_choice import can_split
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.speculation.transfer import to_device
@@ -50,20 +51,33 @@ def can_be_chosen_apart(case: Case, vocab_size: int) -> bool:
     )
 
 
+class TokenChooser(Protocol):
+    """What chooses tokens; an executor."""
+
+    @property
+    def chooses_lazily(self) -> bool: ...
+    def choose_tokens(self, base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]: ...
+
+
 def decide(
-    base_logits: Tensor, cases: Sequence[Case], chosen: Sequence[Sequence[int] | None] = ()
+    chooser: TokenChooser, base_logits: Tensor, cases: Sequence[Case], chosen: Sequence[Sequence[int] | None] = ()
 ) -> list[Verdict | EasyspecError]:
     """The verdict on each tree, from `base_logits` (float32 [R, V]), or the error that ends its session alone.
 
     `chosen` are the tokens at the rows of those cases that `can_be_chosen_apart`, and None for the others.
     """
-    walkers = [_Walker(case) for case in cases]
-    for walker, choices in zip(walkers, chosen, strict=False):
+    known = [*chosen, *[None] * (len(cases) - len(chosen))]
+    walkers = [
+        _Walker(case, is_stepwise=choices is None and (case.grammar is not None or chooser.chooses_lazily))
+        for case, choices in zip(cases, known, strict=True)
+    ]
+    for walker, choices in zip(walkers, known, strict=True):
         if choices is not None:
             walker.take(choices)
     while active := [walker for walker in walkers if walker.rows]:
         rows = [walker.case.first_row + row for walker in active for row in walker.rows]
-        choices = choose_tokens(_selected(base_logits, rows), [row for walker in active for row in walker.choice_rows])
+        wanted = [row for walker in active for row in walker.choice_rows]
+        choices = chooser.choose_tokens(_selected(base_logits, rows), wanted)
         for walker in active:
             num_rows = len(walker.rows)
             walker.take(choices[:num_rows])
@@ -72,10 +86,14 @@ def decide(
 
 
 class _Walker:
-    """One tree on its way to a verdict: `rows` of the tree, described by `choice_rows`, are to be chosen at next."""
+    """One tree on its way to a verdict: `rows` of the tree, described by `choice_rows`, are to be chosen at next.
 
-    def __init__(self, case: Case) -> None:
+    Stepwise, that is the row that the walk has come to, else all rows at once.
+    """
+
+    def __init__(self, case: Case, *, is_stepwise: bool) -> None:
         self.case = case
+        self._is_stepwise = is_stepwise
         self._walk = Walk(case.tree, case.base_length, case.limits)
         self._error: EasyspecError | None = None
         self.rows: list[int] = [*range(len(case.tree) + 1)]
@@ -84,15 +102,14 @@ class _Walker:
 
     def take(self, choices: Sequence[int]) -> None:
         """Go on with the choices made at `rows`."""
-        grammar = self.case.grammar
-        if grammar is None:
+        if not self._is_stepwise:
             while self._walk.row is not None:
                 self._walk.step(choices[self._walk.row])
         else:
             (token_id,) = choices
             self._walk.step(token_id)
-            if self._walk.finish_reason is None:
-                self._follow(grammar, token_id)
+            if self.case.grammar is not None and self._walk.finish_reason is None:
+                self._follow(self.case.grammar, token_id)
         self._await_choice()
 
     def _follow(self, grammar: GrammarState, token_id: int) -> None:
@@ -104,10 +121,12 @@ class _Walker:
             assert is_followed, "the mask allowed it"
 
     def _await_choice(self) -> None:
-        """With a grammar, ask for the row that the walk has come to, under its mask."""
+        """Ask for the row that the walk has come to, with a grammar under its mask."""
         row, grammar = self._walk.row, self.case.grammar
         if row is None or self._error is not None:
             self.rows = []
+        elif self._is_stepwise and grammar is None:
+            self.rows, self.choice_rows = [row], [self.case.choice_rows[row]]
         elif grammar is not None:
             try:
                 allowed_bits = grammar.allowed_bits()

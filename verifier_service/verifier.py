@@ -17,9 +17,9 @@ import torch
 
 from easyspec.device_thread import Task
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
-from easyspec.model.decoder import Decoder, PassLayout
+from easyspec.model.decoder import Decoder, PassResult
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.model.row_layout import RowLayout, Segment, TreeColumns, lay_out
 from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
@@ -231,7 +231,7 @@ class Verifier:
         """One pass over the batch, then a verdict for each session whose tree it holds."""
         started_ns = time.monotonic_ns()
         segments = [work.session.segment(work.slots, work.tree) for work in works]
-        layout = self._decoder.arrange(segments)
+        layout = lay_out(segments)
         judged: list[VerifierSession] = []
         batch = TreeBatch(self._decoder)
         for index, work in enumerate(works):
@@ -239,9 +239,12 @@ class Verifier:
                 judged.append(work.session)
                 root = layout.flat_row(index, len(work.slots) - 1)
                 batch.add(work.session.case(work.tree, first_row=len(batch.logit_rows)), root)
-        hidden = self._decoder.forward(layout, self._memory.pool, None, batch.logit_rows, batch.choice_rows)
-        outcomes = batch.decide(hidden)
-        self._add_prompt_logprobs(works, layout, hidden)
+        needs_prompt = any(work.session.prompt_logprobs is not None for work in works)
+        result = self._decoder.forward(
+            layout, self._memory.pool, None, batch.logit_rows, batch.choice_rows, keeps_hidden=needs_prompt
+        )
+        outcomes = batch.decide(result)
+        self._add_prompt_logprobs(works, layout, result)
         compute_ns = time.monotonic_ns() - started_ns
         num_rows = sum(layout.num_rows)
         self._on_step(StepReport("verify" if judged else "prefill", compute_ns, num_rows, len(works)))
@@ -265,7 +268,7 @@ class Verifier:
             return False
         started_ns = time.monotonic_ns()
         if self._slices is None or self._slices[0] is not piece:
-            layout = self._decoder.lay_out([work.session.segment(work.slots, None) for work in piece])
+            layout = lay_out([work.session.segment(work.slots, None) for work in piece])
             self._slices = (piece, self._decoder.forward_in_slices(layout, self._memory.pool))
         most_ns = self._scheduler.slice_ns()
         num_layers, elapsed_ns, is_computed = 0, 0, False
@@ -281,13 +284,13 @@ class Verifier:
         return True
 
     def _add_prompt_logprobs(
-        self, works: Sequence[Work[VerifierSession]], layout: PassLayout, hidden: torch.Tensor
+        self, works: Sequence[Work[VerifierSession]], layout: RowLayout, result: PassResult
     ) -> None:
         for index, work in enumerate(works):
             entries, num_tokens, first = work.session.prompt_logprobs, len(work.slots), layout.flat_row(index, 0)
             if entries is not None:
                 position = work.session.slots.num_cached - num_tokens
-                entries.add(self._decoder, hidden, range(first, first + num_tokens), position)
+                entries.add(self._decoder, result, range(first, first + num_tokens), position)
 
     def _give_up(self, session: VerifierSession) -> None:
         """Nothing more will come of the session: free the tree, and wait to be closed."""

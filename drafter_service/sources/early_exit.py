@@ -29,9 +29,9 @@ from drafter_service.sources.exit_state import ExitState
 from drafter_service.sources.level_ranking import rank_level
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob
-from easyspec.model.decoder import Decoder, EnteredPass
-from easyspec.model.kv_cache import KVPool
-from easyspec.model.row_layout import Segment
+from easyspec.model.decoder import Decoder
+from easyspec.model.row_layout import RowLayout, Segment, lay_out
+from easyspec.ops.kv_pool import KVPool
 from easyspec.parallel.layer_groups import LayerPlan
 
 _NS = 1e-9
@@ -89,7 +89,7 @@ class EarlyExits:
         self._gate = gate
         self._max_batch_rows = max_batch_rows
         self._clock_ns = clock_ns
-        self._entered: dict[tuple[tuple[int, ...], ...], EnteredPass] = {}
+        self._layouts: dict[tuple[tuple[int, ...], ...], RowLayout] = {}
 
     def begin(self, state: SessionState, job: DraftJob) -> None:
         """Learn from the verdict on the last tree; to be called before the session begins the job."""
@@ -122,7 +122,7 @@ class EarlyExits:
         `plan` is the sequential one, but for sessions that are to do without calibration.
         """
         started_ns = self._clock_ns()
-        self._entered.clear()
+        self._layouts.clear()
         segments = [segment for _, segment in chains]
         hidden = self._run(segments, plan, range(_exits(chains[0][0].state).exits[0]))
         levels = []
@@ -142,7 +142,7 @@ class EarlyExits:
     def grow(self, frontiers: Sequence[tuple[Drafting, Segment]], plan: LayerPlan) -> None:
         """One fuzzy pass over the frontiers, each as deep as its gates say, and the level that it gives."""
         started_ns = self._clock_ns()
-        self._entered.clear()
+        self._layouts.clear()
         segments = [segment for _, segment in frontiers]
         hidden = self._run(segments, plan, range(_exits(frontiers[0][0].state).exits[0]))
         levels = [
@@ -167,8 +167,9 @@ class EarlyExits:
             exit_index += 1
 
     def _look(self, levels: Sequence[_Level]) -> None:
-        logits = self._decoder.exit_logits(torch.cat([level.hidden for level in levels]))
-        for level, candidates in zip(levels, rank_level([level.drafting for level in levels], logits), strict=True):
+        logits = self._decoder.logits(torch.cat([level.hidden for level in levels]))
+        ranked = rank_level(self._decoder.executor, [level.drafting for level in levels], logits)
+        for level, candidates in zip(levels, ranked, strict=True):
             level.look(candidates)
 
     def _who_goes_on(self, levels: Sequence[_Level], exit_index: int) -> list[_Level]:
@@ -228,10 +229,12 @@ class EarlyExits:
             inside, entrance = segments[part.start : part.stop], before[part.start : part.stop]
             # Within a level the same slots are the same rows, which see the same: only the first stage lays them out.
             key = tuple(tuple(segment.slots) for segment in inside)
-            if key not in self._entered:
-                self._entered[key] = self._decoder.enter(self._decoder.lay_out(inside), self._pool)
+            if key not in self._layouts:
+                self._layouts[key] = lay_out(inside)
             known = [each for each in entrance if each is not None]
-            come = self._decoder.forward_between(self._entered[key], plan, layers, torch.cat(known) if known else None)
+            come = self._decoder.forward_between(
+                self._layouts[key], self._pool, plan, layers, torch.cat(known) if known else None
+            )
             arrived += torch.split(come, counts[part.start : part.stop])
         return arrived
 

@@ -20,13 +20,13 @@ from drafter_service.exit_gate import ExitGate, LearnedGate
 from drafter_service.growth import DEFAULT_RANKING, RankingSettings
 from drafter_service.sources.early_exit import EarlyExits
 from drafter_service.sources.exit_state import ExitState
-from drafter_service.sources.level_ranking import draw_round_noise, rank_level
+from drafter_service.sources.level_ranking import rank_level
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
-from easyspec.model.row_layout import ROW_BUCKETS, Segment
+from easyspec.model.row_layout import Segment, lay_out
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.messages import DraftTimings
@@ -80,7 +80,7 @@ class LayerParallelSource:
         self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate(), max_batch_rows)
         self._memory = memory
         self._max_tree_slots = max_tree_slots
-        self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk, ROW_BUCKETS)
+        self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk)
         self._states: dict[int, SessionState] = {}  # in the order of their age
         self._unread: list[SessionState] = []  # prompts to prefill, least recently served first
         self._evicted: list[DraftSession] = []
@@ -238,18 +238,17 @@ class LayerParallelSource:
     def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
         """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
         started_ns = time.monotonic_ns()
-        layout = self._decoder.arrange([chain.segment for chain in chains], plan)
+        layout = lay_out([chain.segment for chain in chains])
         calibrated = [
             (chain.drafting, layout.flat_row(index, len(chain.segment) - 1))
             for index, chain in enumerate(chains)
             if chain.drafting is not None
         ]
         rows = [row for _, row in calibrated]
-        hidden = self._decoder.forward(layout, self._memory.pool, plan, rows)
+        result = self._decoder.forward(layout, self._memory.pool, plan, rows)
         if calibrated:
             draftings = [drafting for drafting, _ in calibrated]
-            self._draw_noise(draftings)
-            self._add_level(draftings, self._decoder.logits(hidden, rows))
+            self._add_level(draftings, result.logits)
         elapsed_ns = time.monotonic_ns() - started_ns
         for chain in chains:
             is_unbroken = chain.state.num_exact + len(chain.segment) == chain.state.slots.num_cached
@@ -263,7 +262,6 @@ class LayerParallelSource:
 
     def _calibrate_early(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
         calibrations = [(chain.drafting, chain.segment) for chain in chains if chain.drafting is not None]
-        self._draw_noise([drafting for drafting, _ in calibrations])
         self._early_exits.calibrate(calibrations, plan)
 
     def _frontier(self, drafting: Drafting) -> _Frontier | None:
@@ -277,21 +275,19 @@ class LayerParallelSource:
         """One fuzzy pass over the frontiers, and the level that its rows give."""
         started_ns = time.monotonic_ns()
         segments = [frontier.segment for frontier in group]
-        layout = self._decoder.arrange(segments, plan)
+        layout = lay_out(segments)
         rows = [layout.flat_row(index, row) for index, segment in enumerate(segments) for row in range(len(segment))]
-        draft_logits = self._decoder.row_logits(layout, rows, self._memory.pool, plan)
+        draft_logits = self._decoder.forward(layout, self._memory.pool, plan, rows).logits
         draftings = [frontier.drafting for frontier in group]
         self._add_level(draftings, draft_logits)
         for drafting in draftings:
             drafting.num_fuzzy_steps += 1
             drafting.fuzzy_ns += time.monotonic_ns() - started_ns
 
-    def _draw_noise(self, draftings: Sequence[Drafting]) -> None:
-        draw_round_noise(draftings, self._decoder.config.vocab_size, self._decoder.device)
-
     def _add_level(self, draftings: Sequence[Drafting], draft_logits: torch.Tensor) -> None:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
-        for drafting, candidates in zip(draftings, rank_level(draftings, draft_logits), strict=True):
+        ranked = rank_level(self._decoder.executor, draftings, draft_logits)
+        for drafting, candidates in zip(draftings, ranked, strict=True):
             drafting.tree.add_level(candidates)
 
     def _finish(self, drafting: Drafting) -> Proposal:

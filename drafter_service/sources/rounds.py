@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from drafter_service.growth import Candidates, GrowingTree, RankingSettings, Sharpness
 from drafter_service.sources.exit_state import ExitState
@@ -114,15 +113,11 @@ class SessionState:
 
 @dataclass
 class Drafting:
-    """A job while it is being worked on; `noise` [levels, V] is that of its positions, None where there is none.
-
-    The times are those of the passes it took part in.
-    """
+    """A job while it is being worked on. The times are those of the passes it took part in."""
 
     job: DraftJob
     state: SessionState
     tree: GrowingTree
-    noise: torch.Tensor | None = None
     is_calibrated: bool = False
     calibrate_ns: int = 0
     fuzzy_ns: int = 0

@@ -49,6 +49,10 @@ class ModelConfig:
     hf_config: Any
     early_exits: tuple[int, ...] = ()
 
+    def window_of_layer(self, layer: int) -> int | None:
+        """How many positions a row sees in a layer, its own included; None: all."""
+        return None
+
     @property
     def num_queries_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads

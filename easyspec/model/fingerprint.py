@@ -16,12 +16,13 @@ _SAMPLE_BYTES = 4096
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 
 
-def model_fingerprint(folder: Path, config: ModelConfig) -> str:
+def model_fingerprint(folder: Path, config: ModelConfig, executor: str = "", weights: str = "auto") -> str:
     """SHA-256 hex digest of what decides the tokens of the checkpoint in `folder`, run as `config` says.
 
-    That is config.json without its notes, the type of the computation, end-of-sequence ids, the context length, and
-    of every weight file its size, its header and 256 evenly spaced samples of 4 KiB. Training changes weights
-    everywhere, so two fine-tunes of a model differ; the whole of a large model would take minutes to read.
+    That is config.json without its notes, the type of the computation, end-of-sequence ids, the context length, the
+    executor with its code path (others give other bits), the format that weights are brought to, and of every weight
+    file its size, its header and 256 evenly spaced samples of 4 KiB. Training changes weights everywhere, so two
+    fine-tunes of a model differ; the whole of a large model would take minutes to read.
     Raises ConfigurationError if a file cannot be read.
     """
     digest = hashlib.sha256()
@@ -29,7 +30,7 @@ def model_fingerprint(folder: Path, config: ModelConfig) -> str:
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for name in _NOT_ARCHITECTURE:
             architecture.pop(name, None)
-        in_force = [str(config.dtype), sorted(config.eos_token_ids), config.max_model_len]
+        in_force = [str(config.dtype), sorted(config.eos_token_ids), config.max_model_len, executor, weights]
         digest.update(json.dumps([architecture, in_force], sort_keys=True).encode())
         for path in checkpoint_files(folder):
             digest.update(_sampled(path))

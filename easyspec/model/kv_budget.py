@@ -9,7 +9,8 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
-from easyspec.model.kv_cache import KVPool
+from easyspec.model.kv_cache import kv_dtype
+from easyspec.ops.kv_pool import KVPool
 
 _CPU_FRACTION = 0.2
 _GPU_FRACTION = 0.85
@@ -24,7 +25,8 @@ def num_pool_slots(config: ModelConfig, device: torch.device, num_slots: int | N
         return num_slots
     is_cpu = device.type == "cpu"
     share = (_CPU_FRACTION if is_cpu else _GPU_FRACTION) if fraction is None else fraction
-    fitting = int(share * free_bytes(device)) // KVPool.slot_bytes(config)
+    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
+    fitting = int(share * free_bytes(device)) // slot_bytes
     return min(fitting, max(_MOST_CPU_SLOTS, _MOST_CPU_CONTEXTS * config.max_model_len)) if is_cpu else fitting
 
 

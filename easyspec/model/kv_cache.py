@@ -1,7 +1,4 @@
-"""KV memory: one pool of token slots per process, who holds them, and who may take them back.
-
-Dimensions: `L` layers, `H` KV heads, `D` head size, `S` slots.
-"""
+"""KV memory: the token slots of a process's pool, who holds them, and who may take them back."""
 
 from __future__ import annotations
 
@@ -13,41 +10,15 @@ import torch
 
 from easyspec.model.config import ModelConfig
 from easyspec.model.prefix_cache import PrefixCache, PrefixNode
+from easyspec.ops.kv_pool import TRASH_SLOT, KVPool
 from easyspec.speculation.messages import KvUsage
 
-# Padding rows write here and padding columns read here; never handed out, always finite.
-TRASH_SLOT = 0
 _FEWEST_POSITIONS = 128
 
 
-class KVPool:
-    """Keys and values of every session of the process: `table` [L * H * S, D + D + 1], a row being key, value, 1.
-
-    One flat table, so that reading any layers, heads and slots is a single gather of rows.
-
-    The last column is constantly 1: weighting it sums the attention weights in exactly the order
-    in which the values are summed, which is what makes the softmax denominator reproducible
-    (attention.py).
-    """
-
-    def __init__(self, config: ModelConfig, num_slots: int, device: torch.device) -> None:
-        self._num_planes = config.num_layers * config.num_kv_heads
-        self._plane_size = num_slots + 1
-        num_entries = self._num_planes * self._plane_size
-        self.table = torch.zeros(num_entries, 2 * config.head_dim + 1, dtype=config.dtype, device=device)
-        self.table[:, -1] = 1.0
-        self.writable = self.table[:, :-1]
-        self.num_slots = num_slots
-
-    @staticmethod
-    def slot_bytes(config: ModelConfig) -> int:
-        """Memory of one token."""
-        return config.num_layers * config.num_kv_heads * (2 * config.head_dim + 1) * config.dtype.itemsize
-
-    def entries(self, slots: torch.Tensor) -> torch.Tensor:
-        """Table rows of `slots` [T] in every layer and head, [L * H, T]; layer l owns rows l * H to (l + 1) * H - 1."""
-        planes = torch.arange(self._num_planes, device=slots.device)[:, None] * self._plane_size
-        return planes + slots
+def kv_dtype(config: ModelConfig) -> torch.dtype:
+    """The type that keys and values are kept in: the computation's own."""
+    return config.dtype
 
 
 class KvMemory:
@@ -111,8 +82,7 @@ class KvMemory:
 class SessionSlots:
     """The slots of one session's cached tokens by position: a prefix that is shared, then its own.
 
-    `by_position` is an int64 array whose unused tail points at the trash slot; its length is a
-    multiple of 128, so that it can be read in whole blocks.
+    `by_position` is an int64 array whose unused tail points at the trash slot.
     """
 
     def __init__(self, memory: KvMemory) -> None:

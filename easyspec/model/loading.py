@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,17 +13,20 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.distributed_group import RankPlacement
 from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
-from easyspec.model.kv_cache import KvMemory, KVPool
+from easyspec.model.kv_cache import KvMemory
+from easyspec.model.weight_reader import WeightFormat
+from easyspec.ops.executor import choose_executor
 from easyspec.parallel.launch import local_rank
 from easyspec.parallel.lifeline import Lifeline, open_lifeline
+from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import Ranks, join_group
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
-_MIN_SHARED_WEIGHTS = 2**20
+# Fewer weights than these are read by one thread before a second one has joined in.
+_MIN_SHARED_WEIGHTS = 2_000_000
 # Hexadecimal digits that fit an int64.
 _COMPARED_DIGITS = 15
 
@@ -38,6 +42,10 @@ class ModelSettings(Protocol):
     def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def executor(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
     @property
     def num_threads(self) -> int | None: ...
     @property
@@ -76,9 +84,7 @@ class LoadedModel:
         self.lifeline.leave()
 
 
-def load_model(
-    settings: ModelSettings, *, is_exact: bool, placement: RankPlacement = RankPlacement.TENSOR
-) -> LoadedModel:
+def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacement.TENSOR) -> LoadedModel:
     """Read checkpoint and tokenizer onto the device; raises ConfigurationError.
 
     Under torchrun it reads this rank's part, and all ranks agree on the size of their pools.
@@ -87,13 +93,14 @@ def load_model(
     folder = checkpoint_folder(settings.model)
     config = load_config(folder, settings.dtype, settings.max_model_len)
     num_threads = settings.num_threads or _num_threads(config)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
+    executor = choose_executor(settings.executor, device, num_threads)
+    weights = WeightFormat(settings.weights)
     ranks = join_group(device)
     lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)
-    decoder = Decoder(folder, config, device, is_exact=is_exact, ranks=ranks, placement=placement)
+    decoder = Decoder(folder, config, executor, ranks=ranks, placement=placement, weights=weights)
     fitting = num_pool_slots(decoder.layer_config, device, settings.num_kv_slots, settings.kv_memory_fraction)
-    fingerprint = model_fingerprint(folder, config)
+    fingerprint = model_fingerprint(folder, config, executor.name, weights.value)
     num_slots = _agreed_slots(ranks, fitting, fingerprint, device)
     context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)
     if context < config.max_model_len:
@@ -108,8 +115,10 @@ def load_model(
         eos_token_ids=config.eos_token_ids,
         num_layers=config.num_layers,
         fingerprint=fingerprint,
+        executor=executor.name,
+        weight_format=decoder.weight_format,
     )
-    memory = KvMemory(KVPool(decoder.layer_config, num_slots, device), shares_prefixes=settings.share_prefixes)
+    memory = KvMemory(decoder.new_pool(num_slots), shares_prefixes=settings.share_prefixes)
     return LoadedModel(decoder, memory, info, folder, lifeline)
 
 
@@ -123,10 +132,12 @@ def _agreed_slots(ranks: Ranks, fitting: int, fingerprint: str, device: torch.de
     return int(all_slots.min())
 
 
-def _num_threads(config: ModelConfig) -> int | None:
-    """1 where the largest matrix of a layer is too small to share; otherwise torch's own choice."""
-    largest = config.hidden_size * max(2 * config.intermediate_size, config.num_heads * config.head_dim)
-    return 1 if largest < _MIN_SHARED_WEIGHTS else None
+def _num_threads(config: ModelConfig) -> int:
+    """1 where there is too little to share; otherwise one a core."""
+    c = config
+    in_layer = c.hidden_size * (3 * c.intermediate_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim)
+    num_weights = c.num_layers * in_layer + c.vocab_size * c.hidden_size
+    return 1 if num_weights < _MIN_SHARED_WEIGHTS else len(os.sched_getaffinity(0))
 
 
 def _device(name: str) -> torch.device:

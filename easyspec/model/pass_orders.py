@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from easyspec.model.row_layout import BLOCK_SIZE, Int64Array, Segment, TreeColumns
+from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.ops.rows import Int64Array
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.split_choice import NO_ROWS, SplitRows
 
@@ -27,12 +28,16 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class PassOrder:
-    """A forward pass, and after it the rows that the head gives logits for, and those that it chooses tokens at."""
+    """A forward pass, the rows that the head gives logits for, and those that it chooses tokens at.
+
+    `keeps_hidden`: more logits of this pass may be asked for by a HeadOrder.
+    """
 
     segments: tuple[Segment, ...]
     plan: LayerPlan
     logit_rows: tuple[int, ...]
     choice_rows: SplitRows = NO_ROWS
+    keeps_hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def encode_order(order: PassOrder | HeadOrder | Order) -> bytes:
 
 
 def decode_order(payload: bytes) -> PassOrder | HeadOrder | Order:
-    """What `encode_order` was given; slots beyond the blocks that a segment reads are cut off."""
+    """What `encode_order` was given; slots that no row sees are cut off."""
     order: PassOrder | HeadOrder | Order = pickle.loads(payload)
     return order
 
@@ -73,8 +78,5 @@ def _narrow(values: Sequence[int]) -> list[int]:
 
 
 def _read_slots(segment: Segment) -> Int64Array:
-    """The slots of whole blocks up to the last position that a row stands at or sees."""
-    positions = [*segment.positions, *(segment.tree.positions if segment.tree is not None else ())]
-    last = max(max(segment.num_visible), max(positions) + 1)
-    num_blocks = -(-last // BLOCK_SIZE)
-    return np.ascontiguousarray(segment.slots_by_position[: num_blocks * BLOCK_SIZE])
+    """The slots of committed positions that some row sees."""
+    return np.ascontiguousarray(segment.slots_by_position[: max(segment.num_visible)])

@@ -1,9 +1,4 @@
-"""Rotary position embedding on interleaved pairs.
-
-Hugging Face checkpoints rotate dimension i against i + D/2. `interleave_heads` reorders the rows of
-the query and key projections once so that the two stand side by side; a rotation is then one
-complex product, and q . k is what it was.
-"""
+"""Rotary position embedding: the tables of cosines and sines, by transformers' own initialisers."""
 
 from __future__ import annotations
 
@@ -12,12 +7,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
+from easyspec.ops.program import Rotary
 
 SUPPORTED_ROPE_TYPES = ("default", "llama3", "linear", "dynamic", "yarn")
 
 
-def rotation_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """cos + i sin for every position, [max_model_len, D / 2] complex64, by transformers' own initialisers.
+def rotary_tables(config: ModelConfig, device: torch.device) -> Rotary:
+    """Cosines and sines of every position, float32 [max_model_len, D / 2] each.
 
     `dynamic` scaling only changes anything beyond the checkpoint's own context, which is where we stop.
     """
@@ -32,16 +28,4 @@ def rotation_table(config: ModelConfig, device: torch.device) -> torch.Tensor:
         inverse_frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config.hf_config, torch.device("cpu"))
     positions = torch.arange(config.max_model_len, dtype=torch.float32)
     angles = positions[:, None] * inverse_frequencies.float()[None, :]
-    return torch.polar(torch.full_like(angles, float(scaling)), angles).to(device)
-
-
-def interleave_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of a projection, bias or norm weight [heads * D, ...] from halves to pairs."""
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate [T, ..., D] float32 by `rotation` [T, 1, ..., D / 2] complex64."""
-    pairs = torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+    return Rotary((angles.cos() * scaling).to(device).contiguous(), (angles.sin() * scaling).to(device).contiguous())

@@ -5,35 +5,26 @@ If it is, speculation cannot change a token: verification of any tree is plain d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
-from easyspec.model.linear import FALLBACK_TILE_ROWS
-from easyspec.model.row_layout import BLOCK_SIZE, ROW_BUCKETS, Segment, TreeColumns
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.ops.kv_pool import KVPool
 
-_CONTEXT = BLOCK_SIZE - 3  # so that the probe crosses the border of a block
+_CONTEXT = 253  # so that the probe crosses the border of a span of attention
 _NUM_ROWS = 6
 
 
-def tile_products(decoder: Decoder) -> None:
-    """Tile the products whose bits depend on the number of rows; on every rank, as each has its own."""
-    for linear in decoder.linears():
-        if not linear.is_row_invariant(ROW_BUCKETS):
-            linear.tile_rows = FALLBACK_TILE_ROWS
+def is_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
+    """Whether every form of pass gave the same bits.
 
-
-def make_row_invariant(decoder: Decoder, pool: KVPool, capture: Callable[[], None] = lambda: None) -> bool:
-    """Tile products where needed, `capture` passes if there is anything to capture, then probe whole passes.
-
-    Nobody may use the pool yet: about 300 of its slots are written to. Returns whether every form of pass, eager or
-    captured, gave the same bits. Of several ranks, rank 0 calls it while the others follow.
+    The pool must be unused yet: about 300 of its slots are written to. Of several ranks, rank 0 calls it while the
+    others follow.
     """
-    tile_products(decoder)
-    capture()
     length = min(_CONTEXT, decoder.config.max_model_len - _NUM_ROWS)
     if pool.num_slots < 3 * (length + _NUM_ROWS) or length < 1:
         return False
@@ -54,7 +45,7 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
 
 def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
     """Logits of `rows` of the first segment."""
-    return decoder.row_logits(decoder.arrange(segments), rows, memory.pool)
+    return decoder.forward(lay_out(segments), memory.pool, logit_rows=rows).logits.clone()
 
 
 def _as_prompt(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:

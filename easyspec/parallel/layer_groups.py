@@ -23,6 +23,13 @@ class LayerPlan:
     groups: tuple[LayerGroup, ...]
     mlp: MlpPlacement = MlpPlacement.SEQUENTIAL
 
+    def __post_init__(self) -> None:
+        # Plans are looked up in every pass, and hashing dozens of ranges takes longer than a small layer.
+        object.__setattr__(self, "_hash", hash((self.groups, self.mlp)))
+
+    def __hash__(self) -> int:
+        return int(self.__dict__["_hash"])
+
     @property
     def num_layers(self) -> int:
         return self.groups[-1].stop

@@ -380,6 +380,8 @@ def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         num_layers=message.num_layers,
         fingerprint=message.fingerprint,
+        executor=message.executor,
+        weight_format=message.weight_format,
     )
 
 
@@ -394,6 +396,8 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
         eos_token_ids=info.eos_token_ids,
         num_layers=info.num_layers,
         fingerprint=info.fingerprint,
+        executor=info.executor,
+        weight_format=info.weight_format,
     )
 
 

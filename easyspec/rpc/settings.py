@@ -171,6 +171,16 @@ class EngineSettings(ServerSettings):
         description="auto, float32, bfloat16 or float16: type of weights and computation. "
         "auto is the checkpoint's own, the one the model was made for.",
     )
+    weights: Literal["auto", "int8", "int4"] = Field(
+        default="auto",
+        description="auto, int8 or int4: format of the weight matrices. auto is the checkpoint's own; int8 and int4 "
+        "round them in groups of 32 when they are read, which makes another, smaller model of it.",
+    )
+    executor: Literal["auto", "native", "reference"] = Field(
+        default="auto",
+        description="auto, native or reference: what computes the model. native is C++ kernels on a CPU, reference is "
+        "plain torch. auto is native on a CPU where it was built, reference elsewhere.",
+    )
     num_threads: int | None = Field(
         default=None,
         ge=1,
@@ -231,21 +241,6 @@ class EngineSettings(ServerSettings):
         le=65_536,
         description="Most prompt tokens (rows) computed in one engine step, 1 to 65536; fewer while others decode, see "
         "--max-prefill-slowdown. 256 fills the machine and does not keep a newcomer waiting long.",
-    )
-
-    cuda_graphs: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="auto, on or off: whether passes of a few rows are captured as CUDA graphs at start-up, which "
-        "saves the launches of their kernels. auto is on for one GPU, and off for a CPU and for several ranks, which "
-        "refuse on. A CPU told on pads passes in the same way but captures nothing: it is slower, and for tests.",
-    )
-    cuda_graph_memory_gib: float = Field(
-        default=4.0,
-        gt=0.0,
-        le=1024.0,
-        description="GiB that captured passes may hold, above 0 up to 1024; never more than half of what is free "
-        "beside weights and KV pool. 4 is meant to be room for every shape of an 8B model, and not yet measured on a "
-        "GPU; shapes that no longer fit run eagerly.",
     )
 
     session_idle_timeout_s: float = Field(

@@ -127,7 +127,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model behind a service. Replicas with equal `fingerprint` (see `easyspec.model.fingerprint`) say the same."""
+    """The model behind a service. Replicas with equal `fingerprint` (see `easyspec.model.fingerprint`) say the same.
+
+    `executor` is what computes it, with its code path; `weight_format` what its matrices are kept in.
+    """
 
     name: str
     vocab_size: int
@@ -138,6 +141,8 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     num_layers: int
     fingerprint: str = ""
+    executor: str = ""
+    weight_format: str = ""
 
 
 @dataclass(frozen=True)

@@ -458,6 +458,8 @@ class ModelInfo(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    EXECUTOR_FIELD_NUMBER: _builtins.int
+    WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     vocab_size: _builtins.int
@@ -474,8 +476,13 @@ class ModelInfo(_message.Message):
     """Decoder layers."""
     fingerprint: _builtins.str
     """Hex digest of what decides the tokens: architecture, weights (samples of every file), type of the computation,
-    end-of-sequence ids and context length. A session can be continued on any replica with the same digest.
+    executor and format of the weights, end-of-sequence ids and context length. A session can be continued on any
+    replica with the same digest.
     """
+    executor: _builtins.str
+    """What computes the model: "reference", or "native-" and the instructions it uses: "avx512", "avx2" or "portable"."""
+    weight_format: _builtins.str
+    """What most of the weight matrices are kept in: "float32", "bfloat16", "float16", "int8" or "int4"."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a text."""
@@ -492,10 +499,12 @@ class ModelInfo(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_layers: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        executor: _builtins.str = ...,
+        weight_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "executor", b"executor", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size", "weight_format", b"weight_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

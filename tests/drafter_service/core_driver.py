@@ -19,6 +19,7 @@ from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
+from tests.model.passes import cached
 
 MAX_TREE_NODES = 64
 GREEDY = SamplingParameters(seed=0, temperature=0.0)
@@ -74,8 +75,7 @@ class CoreDriver:
         """Keys and values of the first `num_tokens` positions, [L * H, num_tokens, D + D]."""
         slots = self.source._states[session_id].slots
         assert slots.num_cached == num_tokens
-        pool = self.memory.pool
-        return pool.table[pool.entries(torch.from_numpy(slots.by_position[:num_tokens]))][..., :-1]
+        return cached(self.memory.pool, slots.by_position[:num_tokens])
 
 
 def build_core(
@@ -90,7 +90,7 @@ def build_core(
     settings = DrafterSettings(
         model=str(folder), num_threads=1, num_kv_slots=num_kv_slots, share_prefixes=share_prefixes
     )
-    loaded = load_model(settings, is_exact=False)
+    loaded = load_model(settings)
     source = LayerParallelSource(
         loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES, gate=gate, max_batch_rows=max_batch_rows
     )

@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from drafter_service.exit_gate import LevelView, Look, Stage
 from drafter_service.sources.early_exit import MAX_WAITING
 from easyspec.errors import InvalidRequestError
-from easyspec.model.decoder import EnteredPass
-from easyspec.model.kv_cache import KVPool
 from easyspec.model.row_layout import RowLayout
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import DraftSources
@@ -32,8 +32,9 @@ from tests.drafter_service.core_driver import (
     deepest_path,
 )
 from tests.fakes.checkpoints import VOCAB_SIZE, change_config
+from tests.model.passes import cached
 
-PROMPT = tuple(random.Random(1).randrange(VOCAB_SIZE) for _ in range(121))  # the rounds cross the block of 128
+PROMPT = tuple(random.Random(1).randrange(VOCAB_SIZE) for _ in range(121))  # the rounds go on from here
 EXITS = (2, 4)
 NUM_LAYERS = 6
 ONE_LEVEL = TreeBudget(1, 1, 1)
@@ -136,7 +137,7 @@ def fresh_kv(core: CoreDriver, tokens: Sequence[int]) -> torch.Tensor:
 
 def layers_of(core: CoreDriver, num_layers: int) -> int:
     """Planes of the first layers."""
-    return num_layers * core.memory.pool.table.shape[0] // (core.memory.num_slots + 1) // NUM_LAYERS
+    return num_layers * core.memory.pool.keys.shape[1]
 
 
 @pytest.mark.parametrize("plan", [SEQUENTIAL, PAPER, STAGED])
@@ -208,8 +209,7 @@ def test_nodes_that_are_caught_up_are_as_if_they_had_never_left(
         index = next((index for index in range(len(EXITS)) if exits.nodes_at(index, [row])), len(EXITS))
         planes = layers_of(exits_core, (*EXITS, NUM_LAYERS)[index])
         text = [*tokens, *tree.path_token_ids(row)]
-        entries = exits_core.memory.pool.entries(torch.tensor([slot]))
-        kv = exits_core.memory.pool.table[entries][:planes, 0, :-1]
+        kv = cached(exits_core.memory.pool, np.array([slot]))[:planes, 0]
         torch.testing.assert_close(kv, fresh_kv(exits_core, text)[:planes, -1], rtol=0.0, atol=TOLERANCE)
         num_deep += index == len(EXITS)
     assert num_deep > 0
@@ -226,9 +226,8 @@ def test_nobody_reads_what_was_never_written(
     outcomes = []
     for junk in (0.0, 77.0):
         generator = torch.Generator().manual_seed(5)
-        exits_core.memory.pool.writable.copy_(
-            junk * torch.randn(exits_core.memory.pool.writable.shape, generator=generator)
-        )
+        for plane in (exits_core.memory.pool.keys, exits_core.memory.pool.values):
+            plane.copy_(junk * torch.randn(plane.shape, generator=generator))
         gate.decide = by_chance(6)
         session_id, _, trees = rounds(exits_core, plan, sources, num_rounds=8)
         state = exits_core.source._states[session_id]
@@ -268,13 +267,13 @@ def test_passes_are_of_bounded_size(
     """What waits in many sessions may be many rows; in pieces it comes to the same."""
     counts: list[int] = []
     early_exits = exits_core.source._early_exits
-    enter = early_exits._decoder.enter
+    forward_between = early_exits._decoder.forward_between
 
-    def counted(layout: RowLayout, pool: KVPool) -> EnteredPass:
+    def counted(layout: RowLayout, *rest: Any) -> torch.Tensor:
         counts.append(sum(layout.num_rows))
-        return enter(layout, pool)
+        return forward_between(layout, *rest)
 
-    monkeypatch.setattr(early_exits._decoder, "enter", counted)
+    monkeypatch.setattr(early_exits._decoder, "forward_between", counted)
     outcomes = []
     for most_rows in (512, 6):
         monkeypatch.setattr(early_exits, "_max_batch_rows", most_rows)

@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_service.growth import NUM_NOISED_TOKENS, Candidates, GrowingTree, Sharpness, rank_candidates
+from drafter_service.growth import Candidates, GrowingTree, Sharpness, rank_candidates
+from easyspec.ops.executor import choose_executor
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from easyspec.speculation.ranking import NUM_NOISED_TOKENS
 from easyspec.speculation.sampling import ChoiceRow, TokenHistory, choose_tokens
 from tests.speculation.reference import reference_noise
 
 GREEDY = SamplingParameters(seed=4, temperature=0.0)
+RANKER = choose_executor("auto", torch.device("cpu"), num_threads=1)
 
 
 def candidates(*scores: float, first_token_id: int = 0) -> Candidates:
@@ -26,7 +29,7 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor
 
 def test_greedy_rows_are_ranked_by_their_logits() -> None:
     logits = random_logits(3, 50)
-    ranked = rank_candidates(logits, [7, 8, 8], [GREEDY] * 3, 4)
+    ranked = rank_candidates(RANKER, logits, [7, 8, 8], [GREEDY] * 3, 4)
     for row, expected in zip(ranked, logits.tolist(), strict=True):
         best = sorted(range(50), key=lambda token_id: -expected[token_id])[:4]
         assert row.token_ids == tuple(best)
@@ -38,7 +41,7 @@ def test_sampled_rows_are_ranked_by_logits_over_temperature_plus_noise() -> None
     samplings = [SamplingParameters(2**64 - 1, 0.7), GREEDY, SamplingParameters(3, 1.5), SamplingParameters(3, 1.5)]
     positions = [9, 9, 2, 2]
     logits = random_logits(4, 40)
-    for row, ranked in enumerate(rank_candidates(logits, positions, samplings, 40)):
+    for row, ranked in enumerate(rank_candidates(RANKER, logits, positions, samplings, 40)):
         sampling = samplings[row]
         expected = [
             logits[row, token_id].item() / (sampling.temperature or 1.0)
@@ -58,28 +61,28 @@ def test_the_first_candidate_is_what_a_verifier_with_these_logits_chooses(
     sampling = SamplingParameters(seed, temperature)
     logits = random_logits(1, NUM_NOISED_TOKENS, seed=position)
     chosen = choose_tokens(logits, [ChoiceRow(sampling, position, (), TokenHistory([1]))])
-    assert [rank_candidates(logits, [position], [sampling], 3)[0].token_ids[0]] == chosen
+    assert [rank_candidates(RANKER, logits, [position], [sampling], 3)[0].token_ids[0]] == chosen
 
 
 def test_a_large_vocabulary_nearly_always_gets_the_same_first_candidate() -> None:
     """Noise for the likeliest tokens only: hardly anything else wins where logits are as peaked as a model's."""
     logits = 2.0 * random_logits(200, 20 * NUM_NOISED_TOKENS)
     sampling = SamplingParameters(12, 0.8)
-    ranked = rank_candidates(logits, range(200), [sampling] * 200, 2)
+    ranked = rank_candidates(RANKER, logits, range(200), [sampling] * 200, 2)
     chosen = choose_tokens(logits, [ChoiceRow(sampling, place, (), TokenHistory([1])) for place in range(200)])
     num_same = sum(row.token_ids[0] == token_id for row, token_id in zip(ranked, chosen, strict=True))
     assert num_same > 195
 
 
 def test_more_candidates_than_tokens_are_all_there_are() -> None:
-    assert len(rank_candidates(random_logits(1, 5), [0], [GREEDY], 8)[0].token_ids) == 5
+    assert len(rank_candidates(RANKER, random_logits(1, 5), [0], [GREEDY], 8)[0].token_ids) == 5
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6, 100.0])
 def test_extreme_temperatures_give_finite_values_and_the_right_first_candidate(temperature: float) -> None:
     sampling = SamplingParameters(1, temperature)
     logits = random_logits(2, 30)
-    ranked = rank_candidates(logits, [3, 3], [sampling] * 2, 8)
+    ranked = rank_candidates(RANKER, logits, [3, 3], [sampling] * 2, 8)
     for row in ranked:
         assert all(math.isfinite(value) for value in row.log_probabilities(4.0))
     if temperature < 1.0:
@@ -178,7 +181,7 @@ def test_whatever_is_kept_is_a_tree_within_the_budget_and_the_best_of_its_size(
     while tree.frontier:
         assert len(tree.frontier) <= width
         logits = random_logits(len(tree.frontier), 12, seed + len(tree.token_ids))
-        tree.add_level(rank_candidates(logits, [0] * len(logits), [GREEDY] * len(logits), 6))
+        tree.add_level(rank_candidates(RANKER, logits, [0] * len(logits), [GREEDY] * len(logits), 6))
     scored = tree.scored()
     kept = scored.pruned(num_nodes)
     kept.check(12, num_nodes)

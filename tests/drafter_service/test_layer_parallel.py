@@ -24,7 +24,7 @@ from tests.drafter_service.core_driver import (
 )
 from tests.fakes.checkpoints import VOCAB_SIZE
 
-PROMPT = tuple(random.Random(1).randrange(VOCAB_SIZE) for _ in range(121))  # the rounds cross the block of 128
+PROMPT = tuple(random.Random(1).randrange(VOCAB_SIZE) for _ in range(121))
 ONE_LEVEL = TreeBudget(1, 1, 1)
 PLANS = {"one": SEQUENTIAL, "paper": PAPER, "staged": STAGED, "all": LayerPlanRequest(6)}
 

@@ -10,10 +10,14 @@ import torch
 
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.distributed_group import RankPlacement
-from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.model.weight_reader import WeightFormat
+from easyspec.ops.executor import Executor, choose_executor
+from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.rows import Int64Array
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.speculation.token_tree import TokenTree
 
@@ -72,15 +76,18 @@ class Passes:
         self,
         folder: Path,
         *,
-        is_exact: bool,
+        executor: str | Executor = "auto",
         dtype: str = "auto",
+        weights: WeightFormat = WeightFormat.AUTO,
         num_slots: int = 2000,
         ranks: Ranks = SINGLE_RANK,
         placement: RankPlacement = RankPlacement.TENSOR,
     ) -> None:
         self.config = load_config(folder, dtype)
-        self.decoder = Decoder(folder, self.config, CPU, is_exact=is_exact, ranks=ranks, placement=placement)
-        self.pool = KVPool(self.decoder.layer_config, num_slots, CPU)
+        if isinstance(executor, str):
+            executor = choose_executor(executor, CPU, num_threads=1)
+        self.decoder = Decoder(folder, self.config, executor, ranks=ranks, placement=placement, weights=weights)
+        self.pool = self.decoder.new_pool(num_slots)
         self.memory = KvMemory(self.pool, shares_prefixes=False)
 
     def open(self) -> Session:
@@ -89,10 +96,10 @@ class Passes:
     @torch.inference_mode()
     def run(self, *segments: Segment, plan: LayerPlan | None = None) -> list[torch.Tensor]:
         """One pass; the logits of every segment's rows."""
-        layout = self.decoder.arrange(segments, plan)
+        layout = lay_out(segments)
         counts = [len(segment) for segment in segments]
         rows = [layout.flat_row(index, row) for index, count in enumerate(counts) for row in range(count)]
-        return list(self.decoder.row_logits(layout, rows, self.pool, plan).split(counts))
+        return list(self.decoder.forward(layout, self.pool, plan, rows).logits.clone().split(counts))
 
     def prefill(self, token_ids: Sequence[int], plan: LayerPlan | None = None) -> torch.Tensor:
         """Logits of a whole text in one pass; leaves no slot behind."""
@@ -100,6 +107,12 @@ class Passes:
         (logits,) = self.run(session.chain(token_ids), plan=plan)
         session.close()
         return logits
+
+
+def cached(pool: KVPool, slots: Int64Array) -> torch.Tensor:
+    """Keys and values in some slots, [L * H, slots, D + D]."""
+    index = torch.from_numpy(slots)
+    return torch.cat([plane[:, :, index, : pool.head_dim].flatten(0, 1) for plane in (pool.keys, pool.values)], dim=-1)
 
 
 def random_token_ids(count: int, vocab_size: int, seed: int = 0) -> list[int]:

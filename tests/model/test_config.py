@@ -9,7 +9,7 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import checkpoint_folder, load_config
-from easyspec.model.rope import rotation_table
+from easyspec.model.rope import rotary_tables
 from tests.fakes.checkpoints import change_config, write_checkpoint
 
 _CONFIG: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
     for length in (1, 100, 512):
         config = load_config(tmp_path, max_model_len=length)
         assert config.max_model_len == length
-        assert rotation_table(config, torch.device("cpu")).shape == (length, 8)
+        assert rotary_tables(config, torch.device("cpu")).cosines.shape == (length, 8)
     with pytest.raises(ConfigurationError, match=r"max_model_len is 513; allowed: up to 512, the checkpoint's"):
         load_config(tmp_path, max_model_len=513)
 
@@ -220,7 +220,7 @@ def test_a_corrupt_generation_config(tmp_path: Path, content: str) -> None:
 def test_an_unsupported_rope_type(tmp_path: Path, scaling: dict[str, Any]) -> None:
     config = load_config(write_config(tmp_path, rope_scaling=scaling))
     with pytest.raises(ConfigurationError, match="supported: default, llama3, linear, dynamic, yarn") as caught:
-        rotation_table(config, torch.device("cpu"))
+        rotary_tables(config, torch.device("cpu"))
     assert f"rope_type is {scaling['rope_type']!r}" in str(caught.value)
 
 

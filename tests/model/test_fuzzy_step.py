@@ -6,8 +6,6 @@ reach 5 to 15; six layers of float32 sums in another order differ by about 2e-5.
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from easyspec.model.decoder import MAX_PLANS
-from easyspec.model.layers import LayerGroup
-from easyspec.model.row_layout import BLOCK_SIZE
+from easyspec.model.decoder import _MAX_PROGRAMS
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan, sequential_plan
 from easyspec.speculation.parameters import MlpPlacement
 from easyspec.speculation.token_tree import TokenTree
 from tests.fakes.checkpoints import VOCAB_SIZE, reference_model, write_checkpoint
-from tests.model.passes import Passes, random_token_ids
+from tests.model.passes import Passes, cached, random_token_ids
 
 TOLERANCE = 2e-4
 NUM_LAYERS = 9
@@ -40,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1},
 }
-CONTEXT = random_token_ids(BLOCK_SIZE - 2, VOCAB_SIZE)  # the second guess begins the next block
+CONTEXT = random_token_ids(126, VOCAB_SIZE)
 GUESSES = random_token_ids(4, VOCAB_SIZE, seed=1)
 
 
@@ -61,9 +57,8 @@ def exact_steps(reference: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def both_forms(folder: Path) -> tuple[Passes, Passes]:
-    """A decoder with either form of attention."""
-    return Passes(folder, is_exact=True), Passes(folder, is_exact=False)
+def both_executors(folder: Path) -> tuple[Passes, Passes]:
+    return Passes(folder, executor="native"), Passes(folder, executor="reference")
 
 
 class LiteralSteps:
@@ -135,13 +130,13 @@ def fuzzy_path(passes: Passes, plan: LayerPlan, token_ids: Sequence[int] = GUESS
 @pytest.mark.parametrize("plan_name", PLANS)
 @pytest.mark.parametrize("mlp", MlpPlacement)
 def test_fuzzy_steps_are_the_literal_algorithm(
-    both_forms: tuple[Passes, Passes], reference: Any, exact_steps: torch.Tensor, plan_name: str, mlp: MlpPlacement
+    both_executors: tuple[Passes, Passes], reference: Any, exact_steps: torch.Tensor, plan_name: str, mlp: MlpPlacement
 ) -> None:
     plan = PLANS[plan_name](mlp)
     expected = literal_path(reference, plan)
     assert expected.abs().max() > 2.0
     assert (expected - exact_steps).abs().max() > 100 * TOLERANCE  # a fuzzy step is really another function
-    for passes in both_forms:
+    for passes in both_executors:
         assert_close(fuzzy_path(passes, plan), expected)
 
 
@@ -153,14 +148,14 @@ def test_the_transcription_of_single_layers_is_the_model(reference: Any, exact_s
 
 @pytest.mark.parametrize("mlp", MlpPlacement)
 def test_a_fuzzy_level_of_a_tree_is_every_path_alone(
-    both_forms: tuple[Passes, Passes], reference: Any, mlp: MlpPlacement
+    both_executors: tuple[Passes, Passes], reference: Any, mlp: MlpPlacement
 ) -> None:
     """The drafter's shape: a level at a time, whose rows see their fuzzy ancestors; here all levels in one pass."""
     plan = paper_plan(NUM_LAYERS, 4, mlp)
     tree = TokenTree((5, 6, 7, 8, 9, 10), (0, 0, 1, 2, 1, 3))
     paths = [(0, *tree.path_rows(leaf)) for leaf in (4, 5, 6)]
     expected = [literal_path(reference, plan, [(4, *tree.token_ids)[row] for row in rows]) for rows in paths]
-    for passes in both_forms:
+    for passes in both_executors:
         session = passes.open()
         passes.run(session.chain(CONTEXT))
         (logits,) = passes.run(session.tree(4, tree), plan=plan)
@@ -170,18 +165,18 @@ def test_a_fuzzy_level_of_a_tree_is_every_path_alone(
 
 
 @pytest.mark.parametrize("mlp", MlpPlacement)
-def test_groups_of_one_are_sequential_bit_for_bit(both_forms: tuple[Passes, Passes], mlp: MlpPlacement) -> None:
+def test_groups_of_one_are_sequential_bit_for_bit(both_executors: tuple[Passes, Passes], mlp: MlpPlacement) -> None:
     explicit = parse_plan(" | ".join(str(layer) for layer in range(NUM_LAYERS)), NUM_LAYERS, mlp)
-    for passes in both_forms:
+    for passes in both_executors:
         sequential = fuzzy_path(passes, sequential_plan(NUM_LAYERS))
         for plan in (paper_plan(NUM_LAYERS, 1, mlp), explicit):
             assert torch.equal(fuzzy_path(passes, plan), sequential)
 
 
-def test_exact_rows_replace_fuzzy_ones(both_forms: tuple[Passes, Passes]) -> None:
+def test_exact_rows_replace_fuzzy_ones(both_executors: tuple[Passes, Passes]) -> None:
     """Calibration: after fuzzy rows are dropped and run again layer by layer, nothing of them is left."""
     plan = paper_plan(NUM_LAYERS, 4, MlpPlacement.STAGED)
-    for passes in both_forms:
+    for passes in both_executors:
         results = []
         for guesses_before in (True, False):
             session = passes.open()
@@ -190,8 +185,7 @@ def test_exact_rows_replace_fuzzy_ones(both_forms: tuple[Passes, Passes]) -> Non
                 passes.run(session.chain(GUESSES), plan=plan)
                 session.slots.truncate(len(CONTEXT))
             (logits,) = passes.run(session.chain(GUESSES))
-            slots = torch.from_numpy(session.slots.by_position[: session.slots.num_cached])
-            results.append((logits, passes.pool.table[passes.pool.entries(slots)]))
+            results.append((logits, cached(passes.pool, session.slots.by_position[: session.slots.num_cached])))
             session.close()
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
@@ -203,21 +197,26 @@ def test_half_types_stay_near_float32(tmp_path: Path, mlp: MlpPlacement) -> None
     write_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, num_hidden_layers=4, std=0.1)
     plan = parse_plan("0 | 1-2 | 3", 4, mlp)
     expected = literal_path(reference_model(tmp_path, attn_implementation="eager"), plan)
-    error = (fuzzy_path(Passes(tmp_path, is_exact=False), plan) - expected).abs()
+    error = (fuzzy_path(Passes(tmp_path), plan) - expected).abs()
     assert expected.abs().max() > 2.0
     assert 1e-4 < error.mean() < 0.05
 
 
-def test_any_number_of_plans_keeps_few_copies_of_the_weights(both_forms: tuple[Passes, Passes]) -> None:
-    """Clients choose plans; each wide group is a copy of its layers' weights."""
-    decoder = both_forms[1].decoder
-    num_layers = decoder.config.num_layers
-    plans = [paper_plan(num_layers, size, mlp) for size in range(1, num_layers + 1) for mlp in MlpPlacement]
-    groups = weakref.WeakSet[LayerGroup]()
+def test_any_number_of_plans_keeps_few_programs(both_executors: tuple[Passes, Passes]) -> None:
+    """Clients choose plans, each of which is a program with buffers of its own."""
+    passes = both_executors[1]
+    plans = [parse_plan(plan, NUM_LAYERS, mlp) for plan in explicit_plans() for mlp in MlpPlacement]
+    assert len(set(plans)) > _MAX_PROGRAMS
     for plan in plans:
-        groups.update(group for group in decoder._plan_groups(plan))
-    gc.collect()
-    wide = [group for group in groups if not hasattr(group, "_output")]
-    assert len(set(plans)) > MAX_PLANS
-    assert len(wide) <= sum(len(group) > 1 for plan in plans[-MAX_PLANS:] for group in plan.groups)
-    assert decoder._plan_groups(plans[-1]) is decoder._plan_groups(plans[-1])
+        passes.prefill([1], plan)
+        assert len(passes.decoder._passes) <= _MAX_PROGRAMS
+    assert plans[-1] in {plan for plan, *_ in passes.decoder._passes}
+
+
+def explicit_plans() -> list[str]:
+    """Every place that one group of two or more layers can have."""
+    return [
+        " | ".join([*map(str, range(start)), f"{start}-{stop - 1}", *map(str, range(stop, NUM_LAYERS))])
+        for start in range(NUM_LAYERS)
+        for stop in range(start + 2, NUM_LAYERS + 1)
+    ]

@@ -8,11 +8,28 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model import kv_budget
+from easyspec.model.config import ModelConfig
 from easyspec.model.kv_budget import context_within, free_bytes, num_pool_slots
-from easyspec.model.kv_cache import KVPool
-from tests.model.test_kv_cache import CONFIG
+from easyspec.ops.kv_pool import KVPool
 
 CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    vocab_size=10,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=8,
+    rms_norm_eps=1e-6,
+    max_model_len=64,
+    tie_word_embeddings=False,
+    has_qk_norm=False,
+    eos_token_ids=(),
+    dtype=torch.float32,
+    hf_config=None,
+)
+
 LARGE = replace(CONFIG, num_layers=80, num_kv_heads=8, head_dim=128, max_model_len=4096)
 
 
@@ -22,7 +39,7 @@ def test_a_pool_is_as_large_as_the_setting_says() -> None:
 
 def test_without_a_setting_a_large_models_pool_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_budget, "free_bytes", lambda device: 10 * 2**30)
-    slot_bytes = KVPool.slot_bytes(LARGE)
+    slot_bytes = KVPool.slot_bytes(80, 8, 128, LARGE.dtype)
     assert num_pool_slots(LARGE, CPU, None, None) == 2 * 2**30 // slot_bytes
     assert num_pool_slots(LARGE, CPU, None, 0.5) == 5 * 2**30 // slot_bytes
 

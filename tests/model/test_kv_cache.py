@@ -1,42 +1,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from easyspec.model.config import ModelConfig, load_config
-from easyspec.model.kv_cache import TRASH_SLOT, KvMemory, KVPool, SessionSlots
-from tests.fakes.checkpoints import write_checkpoint
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.ops.kv_pool import TRASH_SLOT, KVPool
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 40
-# The pool asks for no more of a configuration than its sizes.
-CONFIG = ModelConfig(
-    vocab_size=10,
-    hidden_size=8,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
-    intermediate_size=8,
-    rms_norm_eps=1e-6,
-    max_model_len=64,
-    tie_word_embeddings=False,
-    has_qk_norm=False,
-    eos_token_ids=(),
-    dtype=torch.float32,
-    hf_config=None,
-)
 
 
 def memory(num_slots: int = NUM_SLOTS, *, shares_prefixes: bool = True) -> KvMemory:
-    return KvMemory(KVPool(CONFIG, num_slots, CPU), shares_prefixes=shares_prefixes)
+    return KvMemory(KVPool(1, 1, 4, num_slots, torch.float32, CPU), shares_prefixes=shares_prefixes)
 
 
 @dataclass(eq=False)
@@ -261,17 +241,3 @@ def test_what_is_noted_of_prefixes_does_not_grow_with_their_use() -> None:
         session.take_prefix([1, 2, 3])
         session.release()
     assert len(shared.prefixes._leaves) < 200
-
-
-def test_entries_are_rows_of_layer_head_and_slot(tmp_path: Path) -> None:
-    """Every layer, head and slot, the trash slot included, has a row of its own, and no other."""
-    config = load_config(write_checkpoint(tmp_path, "qwen3", head_dim=32))
-    pool = KVPool(config, 11, CPU)
-    entries = pool.entries(torch.arange(12))
-    num_planes = config.num_layers * config.num_kv_heads
-    assert entries.shape == (num_planes, 12)
-    assert np.array_equal(np.sort(entries.numpy(), axis=None), np.arange(num_planes * 12))
-    assert pool.table.shape == (num_planes * 12, 2 * 32 + 1)
-    assert pool.table.numel() * pool.table.itemsize == 12 * KVPool.slot_bytes(config)
-    assert torch.equal(pool.table[:, -1], torch.ones(num_planes * 12))
-    assert torch.equal(pool.entries(torch.tensor([7, 0, 7])), entries[:, [7, 0, 7]])

@@ -18,6 +18,8 @@ class Settings:
     served_model_name: str = "tiny"
     device: str = "cpu"
     dtype: str = "auto"
+    executor: str = "auto"
+    weights: str = "auto"
     num_threads: int | None = None
     num_kv_slots: int | None = 64
     kv_memory_fraction: float | None = None
@@ -28,21 +30,21 @@ class Settings:
 
 def test_a_checkpoint_introduces_itself(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen2", has_tokenizer=True, eos_token_id=[3, 4], dtype=torch.bfloat16)
-    loaded = load_model(Settings(str(tmp_path), max_model_len=48), is_exact=True)
+    loaded = load_model(Settings(str(tmp_path), max_model_len=48))
     info = loaded.info
     assert (info.name, info.vocab_size, info.max_model_len, info.num_layers) == ("tiny", VOCAB_SIZE, 48, 3)
     assert (info.dtype, tuple(info.eos_token_ids)) == ("bfloat16", (3, 4))
     assert info.num_parameters == loaded.decoder.num_parameters
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path)
     assert (loaded.memory.num_slots, loaded.memory.num_used_slots) == (64, 0)
-    assert loaded.memory.pool.table.dtype == torch.bfloat16
+    assert loaded.memory.pool.keys.dtype == torch.bfloat16
 
 
 def test_num_threads_is_set(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, has_tokenizer=True)
     num_threads = torch.get_num_threads()
     try:
-        load_model(Settings(str(tmp_path), num_threads=2), is_exact=False)
+        load_model(Settings(str(tmp_path), num_threads=2))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(num_threads)
@@ -51,10 +53,10 @@ def test_num_threads_is_set(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     with pytest.raises(ConfigurationError, match=r"tokenizer\.json cannot be read"):
-        load_model(Settings(str(tmp_path)), is_exact=True)
+        load_model(Settings(str(tmp_path)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="device is 'cuda'; allowed here: cpu"):
-        load_model(Settings(str(write_checkpoint(tmp_path, has_tokenizer=True)), device="cuda"), is_exact=True)
+        load_model(Settings(str(write_checkpoint(tmp_path, has_tokenizer=True)), device="cuda"))

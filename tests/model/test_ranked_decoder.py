@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.distributed_group import RankPlacement
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
+from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, Ranks, SingleRank, join_group
 from easyspec.speculation.parameters import MlpPlacement
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
 }
 NUM_LAYERS = 6
+EXECUTORS = ("native", "reference")
 TOKEN_IDS = random_token_ids(150, VOCAB_SIZE)
 TREE, _ = random_tree(11, VOCAB_SIZE, seed=5)
 
@@ -41,9 +42,9 @@ class Computed:
     collectives: list[Counter[str]]
 
 
-def compute(folder: Path, ranks: Ranks, placement: RankPlacement, plan: LayerPlan | None, is_exact: bool) -> Computed:
+def compute(folder: Path, ranks: Ranks, placement: RankPlacement, plan: LayerPlan | None, executor: str) -> Computed:
     """A prompt, a tree of guesses beside another prompt, and single tokens; followers compute their part."""
-    passes = Passes(folder, is_exact=is_exact, ranks=ranks, placement=placement)
+    passes = Passes(folder, executor=executor, ranks=ranks, placement=placement)
     if ranks.rank > 0:
         with torch.inference_mode():
             passes.decoder.follow(passes.pool)
@@ -67,9 +68,9 @@ def compute(folder: Path, ranks: Ranks, placement: RankPlacement, plan: LayerPla
     return Computed(logits, collectives)
 
 
-def compute_all(cases: list[tuple[Path, RankPlacement, LayerPlan | None, bool]]) -> list[Computed]:
+def compute_all(cases: list[tuple[Path, RankPlacement, LayerPlan | None, str]]) -> list[Computed]:
     ranks = join_group(CPU, timeout_s=60)
-    return [compute(folder, ranks, placement, plan, is_exact) for folder, placement, plan, is_exact in cases]
+    return [compute(folder, ranks, placement, plan, executor) for folder, placement, plan, executor in cases]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,9 @@ def assert_same(computed: Computed, expected: Computed) -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_tensor_parallel_ranks_compute_what_one_does(folders: dict[str, Path], num_ranks: int) -> None:
-    cases: Any = [(folder, RankPlacement.TENSOR, None, True) for folder in folders.values()]
+    cases: Any = [
+        (folder, RankPlacement.TENSOR, None, executor) for folder in folders.values() for executor in EXECUTORS
+    ]
     led, *followers = run_ranks(num_ranks, compute_all, cases)
     assert all(computed.logits == [] for follower in followers for computed in follower)
     for computed, (folder, *case) in zip(led, cases, strict=True):
@@ -97,10 +100,10 @@ def test_tensor_parallel_ranks_compute_what_one_does(folders: dict[str, Path], n
         assert computed.collectives == [{"share": 1, "sum": 2 * NUM_LAYERS, "gather": 1}] * 3
 
 
-def layer_cases(folder: Path) -> list[tuple[Path, RankPlacement, LayerPlan, bool]]:
+def layer_cases(folder: Path) -> list[tuple[Path, RankPlacement, LayerPlan, str]]:
     return [
-        (folder, placement, paper_plan(NUM_LAYERS, size, mlp), False)
-        for size in (3, 4)
+        (folder, placement, paper_plan(NUM_LAYERS, size, mlp), executor)
+        for size, executor in zip((3, 4), EXECUTORS, strict=True)
         for placement, mlp in (
             (RankPlacement.LAYERS, MlpPlacement.SEQUENTIAL),
             (RankPlacement.LAYERS_SHARDED_MLP, MlpPlacement.SEQUENTIAL),
@@ -135,10 +138,10 @@ def test_layer_parallel_ranks_compute_what_one_does(folders: dict[str, Path], nu
         for case in layer_cases(folders[name])
         if num_ranks == 2 or case[1] is RankPlacement.LAYERS
     ]
-    exact = (folders["qwen3"], RankPlacement.LAYERS, sequential_plan(NUM_LAYERS), False)
+    exact = (folders["qwen3"], RankPlacement.LAYERS, sequential_plan(NUM_LAYERS), "native")
     led, *_ = run_ranks(num_ranks, compute_all, [*cases, exact])
-    for computed, (folder, placement, plan, is_exact) in zip(led, [*cases, exact], strict=True):
-        assert_same(computed, compute(folder, SINGLE_RANK, placement, plan, is_exact))
+    for computed, (folder, placement, plan, executor) in zip(led, [*cases, exact], strict=True):
+        assert_same(computed, compute(folder, SINGLE_RANK, placement, plan, executor))
         assert computed.collectives == [planned_collectives(placement, plan)] * 3
     assert led[-1].collectives[0] == {"share": 1}, "the exact pass needs no collective of its own"
 
@@ -154,6 +157,5 @@ def test_a_split_that_is_not_even_is_refused_with_those_that_are(
     folders: dict[str, Path], num_ranks: int, placement: RankPlacement, message: str
 ) -> None:
     folder = folders["llama"]
-    for is_exact in (True, False):  # as the verifier and the drafter load it
-        with pytest.raises(ConfigurationError, match=message):
-            Passes(folder, is_exact=is_exact, ranks=SingleRank(0, num_ranks), placement=placement)
+    with pytest.raises(ConfigurationError, match=message):
+        Passes(folder, ranks=SingleRank(0, num_ranks), placement=placement)

@@ -12,7 +12,7 @@ import torch
 from bench.rank_memory import measure, replicated_bytes, write_random_llama
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
-from easyspec.model.loading import load_model
+from easyspec.model.loading import LoadedModel, load_model
 from tests.fakes.checkpoints import write_checkpoint
 from tests.model.test_loading import Settings
 from tests.parallel.rank_runner import run_ranks
@@ -24,7 +24,7 @@ def load_and_leave(folders: list[Path], num_kv_slots: list[int]) -> Any:
     """This rank's slots, and how many weights its layers have."""
     rank = int(os.environ["RANK"])
     try:
-        loaded = load_model(Settings(str(folders[rank]), num_kv_slots=num_kv_slots[rank]), is_exact=True)
+        loaded = load_model(Settings(str(folders[rank]), num_kv_slots=num_kv_slots[rank]))
     except ConfigurationError as error:
         return str(error)
     if rank == 0:
@@ -32,15 +32,18 @@ def load_and_leave(folders: list[Path], num_kv_slots: list[int]) -> Any:
     else:
         with torch.inference_mode():
             loaded.follow()
-    weights = [value for layer in loaded.decoder._layers for value in vars(layer).values()]
-    return loaded.memory.num_slots, sum(value.numel() for value in weights if value is not None)
+    return loaded.memory.num_slots, num_weights(loaded)
+
+
+def num_weights(loaded: LoadedModel) -> int:
+    """Weights of this rank's layers."""
+    return sum(weight.num_outputs * weight.num_inputs for layer in loaded.decoder._layers for weight in layer.weights)
 
 
 def test_ranks_hold_their_share_and_as_many_slots_as_fit_everywhere(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, has_tokenizer=True)
-    whole = load_model(Settings(str(folder)), is_exact=True).decoder._layers
-    num_weights = sum(value.numel() for layer in whole for value in vars(layer).values() if value is not None)
-    assert run_ranks(2, load_and_leave, [folder, folder], [96, 80]) == [(80, num_weights // 2)] * 2
+    num_whole = num_weights(load_model(Settings(str(folder))))
+    assert run_ranks(2, load_and_leave, [folder, folder], [96, 80]) == [(80, num_whole // 2)] * 2
 
 
 def test_another_checkpoint_on_another_machine_is_refused(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.weights import Checkpoint
+from easyspec.ops.reference import ReferenceExecutor
 from tests.fakes.checkpoints import change_config, change_tensor, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
 
 def load(folder: Path) -> Decoder:
-    return Decoder(folder, load_config(folder), torch.device("cpu"), is_exact=True)
+    return Decoder(folder, load_config(folder), ReferenceExecutor(torch.device("cpu")))
 
 
 def refused(folder: Path) -> str:

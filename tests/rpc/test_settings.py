@@ -19,7 +19,7 @@ def test_defaults() -> None:
     assert (verifier.address, drafter.address) == ("127.0.0.1:50053", "127.0.0.1:50052")
     assert (verifier.served_model_name, drafter.served_model_name) == ("base", "draft-model")
     assert (verifier.num_kv_slots, verifier.max_tree_nodes, verifier.prefill_chunk) == (None, 64, 256)
-    assert (drafter.layer_parallel_size, drafter.layer_groups, drafter.mlp) == (4, None, "staged")
+    assert (drafter.layer_parallel_size, drafter.layer_groups, drafter.mlp) == (None, None, "staged")
 
 
 def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

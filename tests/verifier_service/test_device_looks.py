@@ -37,7 +37,7 @@ EVERYTHING = SamplingParameters(
 def verifier(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Verifier:
     pretend_remote(monkeypatch)
     settings = VerifierSettings(model=str(base_folder), num_threads=1, num_kv_slots=1024)
-    loaded = load_model(settings, is_exact=True)
+    loaded = load_model(settings)
     limits = VerifierLimits(settings.served_model_name, loaded.info.max_model_len, 64)
     return Verifier(loaded.decoder, loaded.memory, limits, SchedulerLimits(512, 256, 64, 8, 1.0, 1.7))
 

@@ -13,7 +13,8 @@ import torch
 
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KvMemory, KVPool
+from easyspec.model.kv_cache import KvMemory
+from easyspec.ops.executor import choose_executor
 from easyspec.parallel.ranks import GroupRanks, join_group
 from easyspec.speculation.messages import OpenVerification, Verdict
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
@@ -54,8 +55,8 @@ class Judged:
 def judge(folder: Path, batch: list[tuple[SamplingParameters, int | None]], gathers_all: bool) -> Judged | None:
     ranks = join_group(CPU, timeout_s=60)
     assert isinstance(ranks, GroupRanks)
-    decoder = Decoder(folder, load_config(folder), CPU, is_exact=True, ranks=ranks)
-    pool = KVPool(decoder.layer_config, 1024, CPU)
+    decoder = Decoder(folder, load_config(folder), choose_executor("auto", CPU, 1), ranks=ranks)
+    pool = decoder.new_pool(1024)
     if ranks.rank > 0:
         with torch.inference_mode():
             decoder.follow(pool)

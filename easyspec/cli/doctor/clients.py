@@ -155,7 +155,8 @@ async def _about(
 ) -> list[Finding]:
     round_trip_ms = await _round_trip_ms(channel, role)
     tokenizer = f"tokenizer {model.tokenizer_fingerprint[:12]}, " if model.tokenizer_fingerprint else ""
-    message = f"{address}: {model.name}, {model.dtype}, {tokenizer}round trip {round_trip_ms:.2f} ms"
+    executor = f"{model.weight_format} by {model.executor}, " if model.executor else ""
+    message = f"{address}: {model.name}, {model.dtype}, {executor}{tokenizer}round trip {round_trip_ms:.2f} ms"
     if round_trip_ms > SLOW_ROUND_TRIP_MS:
         advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
         findings = [warning(role, message, advice)]

@@ -1,0 +1,86 @@
+"""The default layer plan of a draft model: the fastest of a few, timed when the drafter starts.
+
+Layer groups save what an engine spends between layers. How much that is depends on the draft model, the executor and
+the number of threads, and a fuzzy step costs acceptance: a plan with groups must be clearly faster than the exact step.
+step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, lay_out
+from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
+from easyspec.speculation.parameters import MlpPlacement
+
+# A level of a tree of the usual width, behind a short text.
+_NUM_ROWS = 4
+_CONTEXT_TOKENS = 64
+_NUM_TIMES = 15
+_GROUP_SIZES = (2, 3, 4, 6)
+# Groups of four layers lost up to 2 % of the hits of a level and 3 to 9 % of the agreement with the exact model in the
+# prototype behind docs/decisions/0004; over a tree of five levels that is about what a step 1.15 times as fast wins.
+MIN_SPEED_UP = 1.15
+
+
+@dataclass(frozen=True)
+class TimedPlan:
+    """A plan, and the median time of a step by it."""
+
+    plan: LayerPlan
+    step_ms: float
+
+
+def candidate_plans(num_layers: int, mlp: MlpPlacement) -> list[LayerPlan]:
+    """The sequential plan, then the paper's groups of several sizes that differ."""
+    plans = [sequential_plan(num_layers)]
+    for size in _GROUP_SIZES:
+        if size <= num_layers and (plan := paper_plan(num_layers, size, mlp)) not in plans and not plan.is_sequential:
+            plans.append(plan)
+    return plans
+
+
+def time_plans(
+    decoder: Decoder, memory: KvMemory, plans: Sequence[LayerPlan], clock: Callable[[], float] = time.perf_counter
+) -> list[TimedPlan]:
+    """Time a draft step by every plan, the plans in turns; the memory is unused before and after."""
+    num_rows = max(1, min(_NUM_ROWS, memory.num_available - _CONTEXT_TOKENS))
+    num_context = min(_CONTEXT_TOKENS, decoder.config.max_model_len - 1, memory.num_available - num_rows)
+    slots = SessionSlots(memory)
+    text = _chain(slots, num_context)
+    decoder.forward(lay_out([text]), memory.pool)
+    level_slots = memory.allocate(num_rows)
+    level = Segment([0] * num_rows, [num_context] * num_rows, level_slots, [num_context] * num_rows, slots.by_position)
+    layout = lay_out([level])
+    times: list[list[float]] = [[] for _ in plans]
+    for _ in range(_NUM_TIMES):
+        for plan, taken in zip(plans, times, strict=True):
+            started = clock()
+            decoder.forward(layout, memory.pool, plan, range(num_rows))
+            if decoder.device.type == "cuda":
+                torch.cuda.synchronize(decoder.device)
+            taken.append(clock() - started)
+    memory.free(level_slots)
+    slots.release()
+    # The first time compiles the plan's program.
+    return [TimedPlan(plan, 1e3 * statistics.median(taken[1:])) for plan, taken in zip(plans, times, strict=True)]
+
+
+def fastest_plan(timed: Sequence[TimedPlan]) -> LayerPlan:
+    """The fastest of `timed`, whose first is the sequential plan; that one unless another is clearly faster."""
+    exact, *others = timed
+    best = min(others, key=lambda each: each.step_ms, default=exact)
+    return best.plan if best.step_ms * MIN_SPEED_UP <= exact.step_ms else exact.plan
+
+
+def _chain(slots: SessionSlots, num_tokens: int) -> Segment:
+    rows = slots.extend(num_tokens)
+    visible = range(1, num_tokens + 1)
+    return Segment([0] * num_tokens, range(num_tokens), rows, visible, slots.by_position)
