@@ -14,16 +14,19 @@ from pathlib import Path
 
 import torch
 
-from bench.gloo_models import NUM_SLOTS, TINY, decoder_pass, typical
+from bench.gloo_models import NUM_SLOTS, TINY, chain, decoder_pass, typical
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool
-from easyspec.model.linear import Linear
+from easyspec.model.row_layout import lay_out
+from easyspec.ops.executor import choose_executor
+from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.program import Product, ProgramWriter
+from easyspec.ops.weights import DenseWeight
 from easyspec.parallel.ranks import Ranks
-from easyspec.planner.hardware import stack_named
 
 CPU = torch.device("cpu")
-KERNELS = stack_named("graphs")  # of a layer; tests/planner counts them
+# Of a layer: norm, product, rotation, attention, product; norm, gated products, product.
+ATTENTION_OPERATIONS, MLP_OPERATIONS = 5, 3
 PART_BYTES = (64, 1024, 8192, 65_536, 524_288)
 _SMALL_PART_BYTES = 8192
 _WEIGHT = (1024, 2816)
@@ -49,7 +52,7 @@ class Constants:
 def measure_constants(ranks: Ranks, models: Path) -> Constants:
     """Called by every rank at the same time, the same result on each; `models` has a folder `tiny`."""
     weight_bytes = 4 * _WEIGHT[0] * _WEIGHT[1]
-    products = [Linear(torch.randn(*_WEIGHT)) for _ in range(_ROTATED_BYTES // weight_bytes)]
+    products = _products(_ROTATED_BYTES // weight_bytes)
     few_rows_s = _together(ranks, lambda: _run_all(products, _FEW_ROWS)) / len(products)
     many_rows_s = _together(ranks, lambda: _run_all(products, _MANY_ROWS)) / len(products)
     gather_us, order_us = {}, 0.0
@@ -63,7 +66,7 @@ def measure_constants(ranks: Ranks, models: Path) -> Constants:
         num_ranks=ranks.size,
         memory_bytes_per_s=weight_bytes / few_rows_s,
         flops_per_s=2 * _MANY_ROWS * _WEIGHT[0] * _WEIGHT[1] / many_rows_s,
-        op_us=1e6 * _together(ranks, _tiny_pass(models)) / (TINY.num_layers * _kernels_of_a_layer()),
+        op_us=1e6 * _together(ranks, _tiny_pass(models)) / (TINY.num_layers * (ATTENTION_OPERATIONS + MLP_OPERATIONS)),
         collective_us=latency_us,
         link_bytes_per_s=link,
         order_us=order_us,
@@ -71,34 +74,47 @@ def measure_constants(ranks: Ranks, models: Path) -> Constants:
     )
 
 
-def _kernels_of_a_layer() -> int:
-    return KERNELS.attention_kernels + KERNELS.mlp_kernels
+Run = Callable[[int], object]  # of so many rows
+
+
+def _products(count: int) -> list[Run]:
+    """Products, each by weights of its own and a program of its own."""
+    executor, pool = choose_executor("auto", CPU, num_threads=1), KVPool(1, 1, 16, 0, torch.float32, CPU)
+    rows = {num_rows: lay_out([chain(num_rows, 0)]).rows for num_rows in (_FEW_ROWS, _MANY_ROWS)}
+
+    def prepared() -> Run:
+        program = ProgramWriter()
+        source, target = program.buffer(_WEIGHT[1]), program.buffer(_WEIGHT[0])
+        program.add(Product(source, target, executor.pack(DenseWeight(torch.randn(*_WEIGHT)))))
+        compiled = executor.compile(program)
+        return lambda num_rows: compiled.run(rows[num_rows], pool)
+
+    return [prepared() for _ in range(count)]
 
 
 def _tiny_pass(models: Path) -> Callable[[], object]:
     """A whole pass of a decoder whose arithmetic takes no time: what remains is the cost of its operations."""
     folder = models / TINY.name
-    decoder = Decoder(folder, load_config(folder), CPU, is_exact=False)
-    pool = KVPool(decoder.layer_config, NUM_SLOTS, CPU)
+    decoder = Decoder(folder, load_config(folder), choose_executor("auto", CPU, num_threads=1))
+    pool = decoder.new_pool(NUM_SLOTS)
     return lambda: decoder_pass(decoder, pool, num_rows=4, context_tokens=64)
 
 
-def _run_all(products: list[Linear], num_rows: int) -> None:
-    rows = torch.ones(num_rows, _WEIGHT[1])
+def _run_all(products: list[Run], num_rows: int) -> None:
     for product in products:
-        product(rows)
+        product(num_rows)
 
 
-def _each_us(ranks: Ranks, products: list[Linear], collective: Callable[[], object]) -> float:
+def _each_us(ranks: Ranks, products: list[Run], collective: Callable[[], object]) -> float:
     """Microseconds that a collective adds to a product before it, as in a pass: ranks come late and have to wake up."""
-    some, rows = products[:_COLLECTIVES], torch.ones(_FEW_ROWS, _WEIGHT[1])
+    some = products[:_COLLECTIVES]
 
     def with_collectives() -> None:
         for product in some:
-            product(rows)
+            product(_FEW_ROWS)
             collective()
 
-    alone_s = _together(ranks, lambda: [product(rows) for product in some])
+    alone_s = _together(ranks, lambda: _run_all(some, _FEW_ROWS))
     return 1e6 * (_together(ranks, with_collectives) - alone_s) / len(some)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.gloo_constants import KERNELS, Constants
+from bench.gloo_constants import ATTENTION_OPERATIONS, MLP_OPERATIONS, Constants
 from bench.gloo_models import BASE, DRAFT
 from bench.gloo_passes import (
     BY_OWNER,
@@ -39,7 +39,7 @@ class Row:
 
 
 def cost_model(constants: Constants) -> CostModel:
-    """The planner's cost model with every constant measured, but for the kernels of a layer, which are counted."""
+    """The planner's cost model with every constant measured, but for the operations of a layer, which are counted."""
     device = Device(
         name=f"one of {constants.num_ranks} ranks on this CPU",
         memory_bytes=0.0,
@@ -52,8 +52,8 @@ def cost_model(constants: Constants) -> CostModel:
         name="gloo",
         launch_us=0.0,
         kernel_floor_us=constants.op_us,
-        attention_kernels=KERNELS.attention_kernels,
-        mlp_kernels=KERNELS.mlp_kernels,
+        attention_kernels=ATTENTION_OPERATIONS,
+        mlp_kernels=MLP_OPERATIONS,
         collective_us=constants.collective_us,
         order_us=constants.order_us,
         memory_efficiency=1.0,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KVPool
-from easyspec.model.row_layout import Segment
+from easyspec.model.row_layout import Segment, lay_out
+from easyspec.ops.kv_pool import KVPool
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.planner.shape import ModelShape
 
@@ -59,5 +59,5 @@ def decoder_pass(
     decoder: Decoder, pool: KVPool, num_rows: int, context_tokens: int, plan: LayerPlan | None = None
 ) -> torch.Tensor:
     """Logits of all rows of a chain, laying out and head included."""
-    layout = decoder.lay_out([chain(num_rows, context_tokens)])
-    return decoder.row_logits(layout, range(num_rows), pool, plan)
+    layout = lay_out([chain(num_rows, context_tokens)])
+    return decoder.forward(layout, pool, plan, range(num_rows)).logits

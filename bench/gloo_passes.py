@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,17 @@ from pathlib import Path
 import torch
 
 from bench.gloo_models import NUM_SLOTS, chain, decoder_pass, typical
-from easyspec.model.attention import flat_attention
-from easyspec.model.config import ModelConfig, load_config
+from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.distributed_group import DistributedLayerGroup, RankPlacement, sharded_mlp
-from easyspec.model.kv_cache import KVPool
-from easyspec.model.layers import LayerGroup, LayerWeights, PassState, unit_rms
-from easyspec.model.row_probe import tile_products
+from easyspec.model.layers import GroupWriter
+from easyspec.model.row_layout import lay_out
+from easyspec.ops.executor import Program, choose_executor
+from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.program import Accumulate, Buffer, Embed, GatherFromRanks, ProgramWriter, Select
+from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import Ranks
 from easyspec.planner.planner import Workload
 from easyspec.planner.scheme import DraftScheme
-from easyspec.speculation.parameters import MlpPlacement
 
 CPU = torch.device("cpu")
 CALIBRATED_ROWS = 5
@@ -59,12 +58,11 @@ class Model:
     pool: KVPool
 
 
-def load(folder: Path, ranks: Ranks, *, is_exact: bool, placement: RankPlacement = RankPlacement.TENSOR) -> Model:
+def load(folder: Path, ranks: Ranks, placement: RankPlacement = RankPlacement.TENSOR) -> Model:
     """This rank's part, as `placement` says."""
-    decoder = Decoder(folder, load_config(folder), CPU, is_exact=is_exact, ranks=ranks, placement=placement)
-    if is_exact:
-        tile_products(decoder)
-    return Model(decoder, KVPool(decoder.layer_config, NUM_SLOTS, CPU))
+    executor = choose_executor("auto", CPU, num_threads=1)
+    decoder = Decoder(folder, load_config(folder), executor, ranks=ranks, placement=placement)
+    return Model(decoder, decoder.new_pool(NUM_SLOTS))
 
 
 def measure_rounds(base: Model, draft: Model, scheme: DraftScheme, ranks: Ranks, num_rounds: int) -> RoundTimes | None:
@@ -98,53 +96,39 @@ def measure_rounds(base: Model, draft: Model, scheme: DraftScheme, ranks: Ranks,
 def measure_calibrations(draft: Model, ranks: Ranks, num_passes: int) -> dict[str, float]:
     """Milliseconds of ways to compute the exact pass over layer-parallel ranks, without orders; every rank calls it.
 
-    `draft` is placed by LAYERS. In the owner's way an all-gather stands for the broadcast, with the same latency and R
-    times its bytes, and rank 0 for every owner.
+    `draft` is placed by LAYERS_SHARDED_MLP. In the owner's way an all-gather stands for the broadcast, with the same
+    latency and R times its bytes, and rank 0 for every owner.
     """
-    decoder, config, layers = draft.decoder, draft.decoder.config, range(draft.decoder.config.num_layers)
-    weights = decoder._layers
-    whole = [_single_layer(config, layer, weights[layer]) for layer in layers]
-    shards = [sharded_mlp(config, weights[layer], ranks) for layer in layers]
-    owned = [
-        DistributedLayerGroup(
-            config,
-            range(layer, layer + 1),
-            [weights[layer]],
-            MlpPlacement.SEQUENTIAL,
-            flat_attention,
-            ranks,
-            [partial(whole[layer].mlp_output, 0)],
-        )
-        for layer in layers
-    ]
-
-    def with_sharded_mlp(layer: int, hidden: torch.Tensor, state: PassState) -> torch.Tensor:
-        hidden = hidden + whole[layer].attention_outputs(hidden, state)[0]
-        return hidden + shards[layer](hidden)
-
-    ways: dict[str, _Layer] = {
-        REPLICATED: lambda layer, hidden, state: whole[layer](hidden, state),
-        BY_OWNER: lambda layer, hidden, state: owned[layer](hidden, state),
-        SHARDED_MLPS: with_sharded_mlp,
-    }
-    return {name: _median_ms(draft, way, num_passes) for name, way in ways.items()}
+    return {way: _typical_ms(draft, way, ranks, num_passes) for way in (REPLICATED, BY_OWNER, SHARDED_MLPS)}
 
 
-_Layer = Callable[[int, torch.Tensor, PassState], torch.Tensor]
+def _exact_pass(decoder: Decoder, way: str, ranks: Ranks) -> tuple[Program, Buffer]:
+    """A pass by some way, and its logits."""
+    program = ProgramWriter()
+    hidden, output = (program.buffer(decoder.config.hidden_size) for _ in range(2))
+    selected = program.buffer(decoder.config.hidden_size, is_selected=True)
+    program.add(Embed(decoder._embeddings, hidden))
+    group = GroupWriter(program, decoder.config, decoder._rotary, hidden)
+    for layer in decoder._layers:
+        if way == BY_OWNER:
+            if ranks.rank == 0:
+                group._attend(layer, 0, into=output, adds=False)
+            program.add(GatherFromRanks((output if ranks.rank == 0 else None,), (output,)))
+            program.add(Accumulate(hidden, (output,), (hidden,)))
+        else:
+            group._attend(layer, 0, into=hidden, adds=True)
+        group._add_mlp(layer, layer.mlp_shard if way == SHARDED_MLPS else None)
+    program.add(Select(hidden, selected))
+    logits = decoder._write_head(program, selected)
+    return decoder.executor.compile(program, ranks), logits
 
 
-def _single_layer(config: ModelConfig, layer: int, weights: LayerWeights) -> LayerGroup:
-    return LayerGroup(config, range(layer, layer + 1), [weights], MlpPlacement.SEQUENTIAL, flat_attention)
-
-
-def _median_ms(draft: Model, layer_pass: _Layer, num_passes: int) -> float:
-    decoder, times = draft.decoder, []
+def _typical_ms(draft: Model, way: str, ranks: Ranks, num_passes: int) -> float:
+    program, logits = _exact_pass(draft.decoder, way, ranks)
+    times = []
     for _ in range(num_passes + _WARM_UPS):
         started = time.perf_counter()
-        layout = decoder.lay_out([chain(CALIBRATED_ROWS, WORKLOAD.context_tokens)])
-        hidden, state = decoder._begin(layout, draft.pool)
-        for layer in range(decoder.config.num_layers):
-            hidden = layer_pass(layer, hidden, state)
-        decoder.logits(unit_rms(hidden, decoder.config.rms_norm_eps), range(CALIBRATED_ROWS))
+        layout = lay_out([chain(CALIBRATED_ROWS, WORKLOAD.context_tokens)])
+        program.run(layout.select(range(CALIBRATED_ROWS)), draft.pool, outputs=[logits])
         times.append(1e3 * (time.perf_counter() - started))
     return typical(times[_WARM_UPS:])

@@ -114,7 +114,7 @@ def _work(folder: Path, num_rounds: int) -> None:
     from bench.gloo_estimates import calibration_rows
     from bench.gloo_heads import measure_heads
     from bench.gloo_passes import TENSOR_PARALLEL, load, measure_calibrations
-    from easyspec.model.distributed_group import RankPlacement
+    from easyspec.parallel.rank_placement import RankPlacement
     from easyspec.parallel.ranks import GroupRanks, join_group, leave_group
 
     torch.set_num_threads(1)
@@ -126,7 +126,7 @@ def _work(folder: Path, num_rounds: int) -> None:
         heads: list[Any] = []
         if isinstance(ranks, GroupRanks):
             heads = measure_heads(ranks)
-            draft = load(folder / "draft", ranks, is_exact=False, placement=RankPlacement.LAYERS)
+            draft = load(folder / "draft", ranks, RankPlacement.LAYERS_SHARDED_MLP)
             measured = measure_calibrations(draft, ranks, num_rounds)
             if ranks.rank == 0:
                 tensor = next(row for row in rows if row.scheme.startswith("TP") and row.figure == "calibrate")
@@ -146,7 +146,7 @@ def _rounds(folder: Path, ranks: Any, constants: Any, num_rounds: int) -> Iterat
     from bench.gloo_estimates import round_rows
     from bench.gloo_models import DRAFT
     from bench.gloo_passes import load, measure_rounds
-    from easyspec.model.distributed_group import RankPlacement
+    from easyspec.parallel.rank_placement import RankPlacement
     from easyspec.planner.scheme import draft_schemes
 
     sizes = (1, _LAYER_PARALLEL_SIZE)
@@ -155,12 +155,12 @@ def _rounds(folder: Path, ranks: Any, constants: Any, num_rounds: int) -> Iterat
         for scheme in draft_schemes(DRAFT, ranks.size)
         if scheme.num_ranks == ranks.size and scheme.layer_parallel_size in sizes
     ]
-    base = load(folder / "base", ranks, is_exact=True)
+    base = load(folder / "base", ranks)
     for placement in RankPlacement:
         placed = [scheme for scheme in schemes if scheme.placement == placement.value]
         if not placed:
             continue
-        draft = load(folder / "draft", ranks, is_exact=False, placement=placement)
+        draft = load(folder / "draft", ranks, placement)
         for scheme in placed:
             measured = measure_rounds(base, draft, scheme, ranks, num_rounds)
             if measured is not None:

@@ -1,9 +1,9 @@
 """`python -m bench.gpu --json FILE`: passes of an 8B base and a 1B draft of random weights on one GPU.
 
-Every pass is timed as a round pays for it: from segments on the host to logits that the host could read. It is compared
-with the byte floor: the time in which the bytes that the pass must read (weights and KV) go through the memory at the
-measured speed of a copy. `--tiny` runs small shapes, on a CPU too, where graphs are their twin: its figures mean
-nothing.
+Passes run on the reference executor. Every pass is timed as a round pays for it: from segments on the host to logits
+that the host could read. It is compared with the byte floor: the time in which the bytes that the pass must read
+(weights and KV) go through the memory at the measured speed of a copy. `--tiny` runs small shapes, on a CPU too: its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,12 @@ import torch
 from bench.decode import write_report
 from bench.machine import current_commit, describe_machine
 from bench.random_weights import RandomWeights, write_config
-from easyspec.model.captures import recorder_for
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.kv_cache import KvMemory, KVPool, SessionSlots
-from easyspec.model.pass_graphs import CapturedLayout, CaptureLimits, CaptureReport, CaptureRequest
-from easyspec.model.pass_shapes import ShapeLimits
-from easyspec.model.row_layout import Segment
-from easyspec.model.row_probe import make_row_invariant
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, lay_out
+from easyspec.model.row_probe import is_row_invariant
+from easyspec.ops.reference import ReferenceExecutor
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
 from easyspec.planner.shape import KNOWN_SHAPES, ModelShape
 from easyspec.speculation.parameters import MlpPlacement
@@ -76,35 +73,30 @@ TINY = GpuBenchSettings(
     base=ModelShape("tiny-base", 3, 64, 4, 2, 16, 96, 340),
     draft=ModelShape("tiny-draft", 6, 64, 4, 2, 16, 96, 340),
     dtype="float32",
-    max_model_len=256,
-    context=150,
-    base_rows=(1, 4, 16),
+    max_model_len=64,
+    context=20,
+    base_rows=(1, 4),
     num_sessions=(1, 2),
     draft_width=4,
     layer_parallel_size=2,
     num_kv_slots=1024,
     num_copied_bytes=2**20,
-    num_repeats=3,
+    num_repeats=2,
 )
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """One kind of pass: `num_sessions` times `num_rows` rows. `floor_ms` is what its bytes take at the copy's speed.
-
-    `differing_share` is the share of logits in which replay and eager pass differ; None of eager passes.
-    """
+    """One kind of pass: `num_sessions` times `num_rows` rows. `floor_ms` is what its bytes take at the copy's speed."""
 
     model: str
     plan: str
-    mode: str
     num_sessions: int
     num_rows: int
     median_ms: float
     best_ms: float
     floor_ms: float
     times_floor: float
-    differing_share: float | None
 
 
 class Device:
@@ -151,72 +143,47 @@ class Device:
 class Bench:
     """A model of random weights, sessions with a context in its KV pool, and its passes."""
 
-    def __init__(
-        self, shape: ModelShape, settings: GpuBenchSettings, device: Device, folder: Path, *, is_exact: bool
-    ) -> None:
+    def __init__(self, shape: ModelShape, settings: GpuBenchSettings, device: Device, folder: Path) -> None:
         self._shape, self._settings, self._device = shape, settings, device
         config = load_config(write_config(folder, shape, settings.dtype, settings.max_model_len))
-        self.decoder = Decoder(
-            folder,
-            config,
-            device.device,
-            is_exact=is_exact,
-            open_tensors=lambda _: RandomWeights(device.device),
-        )
-        self._pool = KVPool(config, settings.num_kv_slots, device.device)
+        executor = ReferenceExecutor(device.device)
+        self.decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(device.device))
+        self._pool = self.decoder.new_pool(settings.num_kv_slots)
         self._memory = KvMemory(self._pool, shares_prefixes=False)
         self._sessions: list[SessionSlots] = []
 
-    def prepare(self, requests: Sequence[CaptureRequest], max_rows: int) -> tuple[CaptureReport, bool]:
-        """Capture; whether all forms of pass, eager and captured, have the same bits; then fill contexts."""
-        reports: list[CaptureReport] = []
-
-        def capture() -> None:
-            limits = CaptureLimits(ShapeLimits(max_rows=max_rows))
-            reports.append(self.decoder.capture(self._pool, requests, recorder_for(self._device.device), limits))
-
-        is_invariant = make_row_invariant(self.decoder, self._pool, capture)
+    def prepare(self) -> bool:
+        """Fill contexts; returns whether all forms of pass have the same bits."""
+        is_invariant = is_row_invariant(self.decoder, self._pool)
         self._sessions = [SessionSlots(self._memory) for _ in range(max(self._settings.num_sessions))]
         for slots in self._sessions:
             segment = self._segment(slots, self._settings.context)
-            self.decoder.forward(self.decoder.lay_out([segment]), self._pool)
-        return reports[0], is_invariant
+            self.decoder.forward(lay_out([segment]), self._pool)
+        return is_invariant
 
-    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> list[PassResult]:
-        """Eager and captured passes of `num_rows` more rows for each of so many sessions."""
+    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> PassResult:
+        """Passes of `num_rows` more rows for each of so many sessions."""
         slots = self._sessions[:num_sessions]
         segments = [self._segment(each, num_rows) for each in slots]
-        is_captured = isinstance(self.decoder.arrange(segments, plan), CapturedLayout)
 
-        def run(mode: str) -> torch.Tensor:
-            layout = self.decoder.arrange(segments, plan) if mode == "graph" else self.decoder.lay_out(segments)
-            rows = [layout.flat_row(index, row) for index in range(num_sessions) for row in range(num_rows)]
-            return self.decoder.row_logits(layout, rows, self._pool, plan)
+        def run() -> torch.Tensor:
+            layout = lay_out(segments)
+            return self.decoder.forward(layout, self._pool, plan, range(len(layout.rows))).logits
 
-        modes = ["eager", "graph"] if is_captured else ["eager"]
-        differing = float((run("graph") != run("eager")).float().mean()) if is_captured else None
-        times: dict[str, list[float]] = {mode: [] for mode in modes}
-        for _ in range(3):  # in turn, so that whatever slows the machine down slows both
-            for mode in modes:
-                times[mode] += self._device.times_s(partial(run, mode), self._settings.num_repeats)
+        times = self._device.times_s(run, self._settings.num_repeats)
         for each in slots:
             each.truncate(self._settings.context)
         floor_ms = 1e3 * self._read_bytes(num_sessions, num_rows) / speed
-        return [
-            PassResult(
-                model=self._shape.name,
-                plan=name,
-                mode=mode,
-                num_sessions=num_sessions,
-                num_rows=num_rows,
-                median_ms=round(1e3 * statistics.median(times[mode]), 4),
-                best_ms=round(1e3 * min(times[mode]), 4),
-                floor_ms=round(floor_ms, 4),
-                times_floor=round(1e3 * statistics.median(times[mode]) / floor_ms, 2),
-                differing_share=differing if mode == "graph" else None,
-            )
-            for mode in modes
-        ]
+        return PassResult(
+            model=self._shape.name,
+            plan=name,
+            num_sessions=num_sessions,
+            num_rows=num_rows,
+            median_ms=round(1e3 * statistics.median(times), 4),
+            best_ms=round(1e3 * min(times), 4),
+            floor_ms=round(floor_ms, 4),
+            times_floor=round(1e3 * statistics.median(times) / floor_ms, 2),
+        )
 
     def _segment(self, slots: SessionSlots, num_rows: int) -> Segment:
         start = slots.num_cached
@@ -236,37 +203,30 @@ class Bench:
 
 def base_results(
     settings: GpuBenchSettings, device: Device, folder: Path, speed: float
-) -> tuple[list[PassResult], dict[str, Any]]:
-    """Verifier passes by rows of one session, and by sessions of a plain row each."""
-    bench = Bench(settings.base, settings, device, folder, is_exact=True)
+) -> tuple[list[PassResult], bool]:
+    """Verifier passes by rows of one session, and by sessions of a plain row each; whether their bits are the same."""
+    bench = Bench(settings.base, settings, device, folder)
+    is_invariant = bench.prepare()
     plan = sequential_plan(settings.base.num_layers)
-    report, is_invariant = bench.prepare([CaptureRequest(plan, max(settings.base_rows))], max(settings.base_rows))
     kinds = [(1, rows) for rows in settings.base_rows] + [(count, 1) for count in settings.num_sessions if count > 1]
-    results = [result for kind in kinds for result in bench.measure(plan, "sequential", *kind, speed)]
-    return results, {**dataclasses.asdict(report), "row_invariant": is_invariant}
+    return [bench.measure(plan, "sequential", *kind, speed) for kind in kinds], is_invariant
 
 
-def draft_results(
-    settings: GpuBenchSettings, device: Device, folder: Path, speed: float
-) -> tuple[list[PassResult], dict[str, Any]]:
+def draft_results(settings: GpuBenchSettings, device: Device, folder: Path, speed: float) -> list[PassResult]:
     """Steps of a level's width: sequential, and the fuzzy plans of the same model."""
-    bench = Bench(settings.draft, settings, device, folder, is_exact=False)
+    bench = Bench(settings.draft, settings, device, folder)
+    bench.prepare()
     num_layers, size = settings.draft.num_layers, settings.layer_parallel_size
     plans = {
         "sequential": sequential_plan(num_layers),
         f"n{size}-sequential": paper_plan(num_layers, size, MlpPlacement.SEQUENTIAL),
         f"n{size}-staged": paper_plan(num_layers, size, MlpPlacement.STAGED),
     }
-    requests = [CaptureRequest(plan, settings.draft_width) for plan in plans.values()]
-    most_rows = settings.draft_width * max(settings.num_sessions)
-    report, _ = bench.prepare(requests, most_rows)
-    results = [
-        result
+    return [
+        bench.measure(plan, name, count, settings.draft_width, speed)
         for count in settings.num_sessions
         for name, plan in plans.items()
-        for result in bench.measure(plan, name, count, settings.draft_width, speed)
     ]
-    return results, dataclasses.asdict(report)
 
 
 @torch.inference_mode()
@@ -274,21 +234,19 @@ def measure(settings: GpuBenchSettings, device: Device) -> dict[str, Any]:
     """Everything, as plain JSON values."""
     speed = device.copy_bytes_per_s(settings.num_copied_bytes, settings.num_repeats)
     with tempfile.TemporaryDirectory() as folder:
-        base, base_captures = base_results(settings, device, Path(folder) / "base", speed)
-        draft, draft_captures = draft_results(settings, device, Path(folder) / "draft", speed)
+        base, is_invariant = base_results(settings, device, Path(folder) / "base", speed)
+        draft = draft_results(settings, device, Path(folder) / "draft", speed)
     return {
         "device": device.describe(),
         "copy_gb_per_s": round(speed / 1e9, 1),
-        "captures": {"base": base_captures, "draft": draft_captures},
+        "row_invariant": is_invariant,
         "results": [dataclasses.asdict(result) for result in (*base, *draft)],
     }
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print a table, write FILE; 2 where there is no GPU for the full shapes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description="passes on one GPU, with and without graphs"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="passes on one GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever there is: tests that it runs")
     arguments = parser.parse_args(argv)
@@ -312,15 +270,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _print(measured: dict[str, Any]) -> None:
     print(f"{measured['device']['name']}, a copy moves {measured['copy_gb_per_s']} GB/s")
-    for role, captures in measured["captures"].items():
-        print(f"{role}: {captures}")
-    print(f"{'model':14} {'plan':14} {'mode':6} sessions  rows  median ms   best ms  floor ms  x floor  differing")
+    print(f"every form of the base model's passes has the same bits: {measured['row_invariant']}")
+    print(f"{'model':14} {'plan':14} sessions  rows  median ms   best ms  floor ms  x floor")
     for each in measured["results"]:
-        differing = "" if each["differing_share"] is None else f"{each['differing_share']:9.2%}"
         print(
-            f"{each['model']:14} {each['plan']:14} {each['mode']:6} {each['num_sessions']:8} {each['num_rows']:5}"
+            f"{each['model']:14} {each['plan']:14} {each['num_sessions']:8} {each['num_rows']:5}"
             f" {each['median_ms']:10.3f} {each['best_ms']:9.3f} {each['floor_ms']:9.3f} {each['times_floor']:8.2f}"
-            f" {differing}"
         )
 
 

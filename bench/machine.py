@@ -9,18 +9,23 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
+from easyspec.ops.executor import choose_executor
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader needs to compare two measurements."""
+    """What a reader needs to compare two measurements; `executor` is the fastest that runs here."""
 
     cpu: str
     cores: int
     memory_gib: int
     torch: str
     python: str
+    executor: str
 
 
 def describe_machine() -> Machine:
@@ -31,6 +36,7 @@ def describe_machine() -> Machine:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         torch=metadata.version("torch"),
         python=platform.python_version(),
+        executor=choose_executor("auto", torch.device("cpu"), num_threads=1).name,
     )
 
 

@@ -48,7 +48,7 @@ def provenance_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"* command: `{report['command']}`",
         f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"torch {machine['torch']}, Python {machine['python']}",
+        f"torch {machine['torch']}, Python {machine['python']}" + _executor(machine),
         f"* commit {report['commit']}, {report['date']}",
     ]
     if weights:
@@ -56,6 +56,11 @@ def provenance_lines(report: Mapping[str, Any]) -> list[str]:
     if any(weights_digest(folder) != weights.get(_name(folder), weights_digest(folder)) for folder in BUNDLED):
         lines.append("* **the bundled models have been trained further since**; these figures are of the earlier ones")
     return lines
+
+
+def _executor(machine: Mapping[str, Any]) -> str:
+    """Reports from before there were executors do not name one."""
+    return f", {machine['executor']}" if "executor" in machine else ""
 
 
 def _name(folder: Path) -> str:

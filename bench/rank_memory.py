@@ -2,7 +2,7 @@
 
 Writes a random checkpoint of about half a gigabyte into a temporary folder (or takes `--model`), loads it on 1, 2 and 4
 ranks of this machine, and prints what each rank's resident memory rose by, above the process with its libraries and its
-group: at most while it loaded, and when all products are ready to run. Pages of the checkpoint that are mapped count.
+group: at most while it loaded, and when it was ready to run. Pages of the checkpoint that are mapped count.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from bench.machine import describe_machine
 from easyspec.model.config import ModelConfig, load_config
 from easyspec.model.decoder import Decoder
+from easyspec.ops.executor import choose_executor
 from easyspec.parallel.launch import torchrun_arguments
 from easyspec.parallel.ranks import join_group, leave_group
 
@@ -110,13 +111,13 @@ def _measure_own(folder: Path) -> RankMemory:
     config = load_config(folder)
     ranks = join_group(_CPU)
     ranks.sum(torch.ones(1))
-    torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
+    executor = choose_executor("auto", _CPU, num_threads=1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_bytes("VmRSS")
-    decoder = Decoder(folder, config, _CPU, is_exact=True, ranks=ranks)
+    decoder = Decoder(folder, config, executor, ranks=ranks)
     peak = _status_bytes("VmHWM")
-    decoder.linears()
     ready = _status_bytes("VmRSS")
+    assert decoder.num_weight_bytes <= ready, "weights are in memory"
     leave_group()
     return RankMemory(ranks.rank, peak - before, ready - before)
 

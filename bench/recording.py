@@ -114,7 +114,7 @@ async def _record_outputs(recorded: Sequence[Recorded], max_tokens: int) -> None
 
 def _record_model_trees(recorded: Sequence[Recorded]) -> None:
     settings = DrafterSettings(model=str(DEFAULT_DRAFT))
-    loaded = load_model(settings, is_exact=False)
+    loaded = load_model(settings)
     source = LayerParallelSource(loaded.decoder, loaded.memory, settings.prefill_chunk, MAX_NODES)
     plan = paper_plan(loaded.decoder.config.num_layers, _LAYER_PARALLEL_SIZE, MlpPlacement.STAGED)
     budget = TreeBudget(NUM_LEVELS, WIDTH, MAX_NODES)

@@ -10,6 +10,9 @@ import torch
 
 from bench import gpu
 from bench.random_weights import RandomWeights
+from tests.model.conftest import one_thread
+
+__all__ = ["one_thread"]
 
 
 def test_small_shapes_run_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,25 +23,22 @@ def test_small_shapes_run_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["commit"]
     assert report["machine"]["torch"]
     assert report["copy_gb_per_s"] > 0
-    assert report["captures"]["base"]["row_invariant"] is True
+    assert report["row_invariant"] is True
     results = report["results"]
-    assert {(each["plan"], each["mode"]) for each in results} == {
-        (plan, mode) for plan in ("sequential", "n2-sequential", "n2-staged") for mode in ("eager", "graph")
-    }
+    assert {each["plan"] for each in results} == {"sequential", "n2-sequential", "n2-staged"}
     for each in results:
         assert each["median_ms"] >= each["best_ms"] > 0
         assert each["times_floor"] == pytest.approx(each["median_ms"] / each["floor_ms"], rel=0.15), "rounded"
-        if each["model"] == "tiny-base" and each["mode"] == "graph":
-            assert each["differing_share"] == 0.0, "the base model's passes have the same bits"
     assert "x floor" in capsys.readouterr().out
 
 
 def test_the_floor_counts_what_must_be_read(tmp_path: Path) -> None:
     settings = gpu.TINY
-    bench = gpu.Bench(settings.base, settings, gpu.Device(torch.device("cpu")), tmp_path, is_exact=True)
-    linears = sum(linear.in_features * linear.out_features for linear in bench.decoder.linears())
-    # 3 layers, key and value of 2 heads of 16, in sessions of 150 tokens and 4 more.
-    assert bench._read_bytes(2, 4) == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 154)
+    bench = gpu.Bench(settings.base, settings, gpu.Device(torch.device("cpu")), tmp_path)
+    embeddings = settings.base.vocab_size * settings.base.hidden_size
+    linears = bench.decoder.num_parameters - embeddings
+    # 3 layers, key and value of 2 heads of 16, in sessions of 20 tokens and 4 more.
+    assert bench._read_bytes(2, 4) == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 24)
 
 
 def test_full_shapes_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

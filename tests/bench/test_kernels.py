@@ -1,24 +1,38 @@
-"""The probes behind decision 0003 must be able to say no."""
+"""The bench of kernels runs with a tiny shape; its figures are looked at where nothing else runs."""
 
 from __future__ import annotations
 
-import torch
+import json
+from pathlib import Path
 
-from bench.kernels import differing_share, ignores_zeros, products
+import pytest
 
+from bench import kernels
+from tests.ops.small_model import PATHS
 
-def test_a_product_that_depends_on_the_number_of_rows_is_seen() -> None:
-    rows = torch.randn(512, 8)
-    shares = differing_share(lambda x: x + (0.0 if len(x) > 4 else 1.0), rows)
-    assert {count for count, share in shares.items() if share == 1.0} == {1, 2, 3, 4}
-    assert all(share == 0.0 for count, share in shares.items() if count > 4)
-
-
-def test_every_kernel_multiplies() -> None:
-    weight, rows = torch.randn(24, 16), torch.randn(8, 16)
-    for product in products(weight).values():
-        torch.testing.assert_close(product(rows), rows @ weight.T, rtol=1e-4, atol=1e-4)
+TINY = ["--shape", "tiny", "--rows", "1", "3", "--contexts", "5", "300", "--threads", "1", "--repeats", "2"]
 
 
-def test_a_narrow_sum_ignores_zeros_between_its_terms() -> None:
-    assert ignores_zeros(64)
+@pytest.mark.skipif(not PATHS, reason="the library was not built")
+def test_every_table_has_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kernels.json"
+    formats = ["float32", "int4"]
+    assert kernels.main([*TINY, "--code-path", "portable", "--formats", *formats, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert (report["executor"], report["num_threads"]) == ("native-portable", 1)
+    assert report["commit"]
+    cells = [(each["what"], each["format"], each["context"], each["num_rows"]) for each in report["results"]]
+    assert len(set(cells)) == len(cells)
+    assert set(cells) == {
+        *(("products", name, 0, rows) for name in formats for rows in (1, 3)),
+        *(("attention", "bfloat16", context, rows) for context in (5, 300) for rows in (1, 3)),
+        *(("pass", name, context, rows) for name in formats for context in (5, 300) for rows in (1, 3)),
+    }
+    assert all(each["median_ms"] > 0 and each["gb_per_s"] > 0 for each in report["results"])
+    assert f"native-portable, 1 threads, tiny\n{'what':10} format" in capsys.readouterr().out
+
+
+def test_without_a_library_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernels, "library_problem", lambda: "its library was not built")
+    assert kernels.main(TINY) == 2
+    assert "not built" in capsys.readouterr().err

@@ -36,3 +36,4 @@ def test_the_machine_names_its_cpu_and_versions() -> None:
     assert found.cores >= 1
     assert found.memory_gib >= 1
     assert found.torch.startswith("2.")
+    assert found.executor.startswith(("native-", "reference"))
