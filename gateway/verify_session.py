@@ -33,6 +33,10 @@ from gateway.decode_loop import TimedVerdict, VerifierSession
 from gateway.peers import Backoff
 from gateway.replicas import Replica, ReplicaSet
 
+# A suspected stream ends after so long without a replica to try it at: a healthy one is there, and would be thought to
+# serve it.
+_SUSPECT_PATIENCE_S = 25.0
+
 _log = structlog.get_logger()
 
 
@@ -123,7 +127,7 @@ class ResilientVerifySession:
                 raise
             except EasyspecError as error:
                 outage = outage or self._begin_outage()
-                self._blame(error)
+                self._blame(outage, error)
                 await self._lose(outage, error)
                 await self._wait_for_next_try(outage, error)
         self._commit(answer)
@@ -191,7 +195,7 @@ class ResilientVerifySession:
         in a row: most begin again elsewhere at the same time, and the others did nothing."""
         return self._num_deaths > int(self._has_spoken)
 
-    def _blame(self, error: EasyspecError) -> None:
+    def _blame(self, outage: _Outage, error: EasyspecError) -> None:
         """Note a verifier's death; raises UnavailableError if this session, tried alone, has ended one again."""
         if self._stream is None or not isinstance(error, ConnectionLostError | EngineLostError):
             return
@@ -202,6 +206,8 @@ class ResilientVerifySession:
             condemned = UnavailableError(message)
             condemned.retry_after_s = None
             raise condemned from error
+        if self._is_suspected:
+            outage.give_up_s = min(outage.give_up_s, time.monotonic() + _SUSPECT_PATIENCE_S)
 
     async def _begin_trial(self, outage: _Outage) -> None:
         """Wait for the turn of this session; raises UnavailableError if it does not come in time."""

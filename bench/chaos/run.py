@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -39,18 +40,20 @@ class Report:
     improper_errors: list[str] = field(default_factory=list)
     bad_answers: list[str] = field(default_factory=list)
     longest_stall_s: float = 0.0
+    longest_stall_of: str = ""
     leftovers: dict[str, int | None] = field(default_factory=dict)
     gateway_mib: tuple[float, float] = (0.0, 0.0)
 
     def add(self, kind: Kind, answer: Answer, verdict: Verdict, request_id: str) -> None:
         self.answers[verdict.value] += 1
-        self.longest_stall_s = max(self.longest_stall_s, answer.longest_pause_s)
+        if answer.longest_pause_s > self.longest_stall_s:
+            self.longest_stall_s, self.longest_stall_of = answer.longest_pause_s, f"{request_id} ({kind.name})"
         if verdict not in (Verdict.RIGHT, Verdict.CUT):
             self.bad_answers.append(f"{request_id} ({kind.name}): {verdict.value}")
         if verdict is Verdict.CUT and answer.error is None and kind.gives_up_after is None:
             self.bad_answers.append(f"{request_id} ({kind.name}): ended without a word")
         if answer.error is not None:
-            self.errors[type(answer.error).__name__] += 1
+            self.errors[f"{type(answer.error).__name__}: {answer.error}"] += 1
             if not answer.is_refused_properly:
                 self.improper_errors.append(f"{request_id} ({kind.name}): {answer.error}")
 
@@ -88,7 +91,19 @@ async def run_chaos(arguments: argparse.Namespace, seed: int) -> Report:
     """Start the stack, learn the answers, inject faults under load until they are all done or the time is up."""
     report = Report(seed)
     wanted = kinds(arguments.tokens)
-    stack = ChaosStack(arguments.base, arguments.draft, ("--num-threads", "1"))
+    with contextlib.ExitStack() as files:
+        log = files.enter_context(arguments.log.open("w")) if arguments.log is not None else None
+
+        def on_log(role: str, line: str) -> None:
+            if log is not None:
+                print(role, line, file=log, flush=True)
+
+        stack = ChaosStack(arguments.base, arguments.draft, ("--num-threads", "1"), on_log)
+        return await _run_on(stack, arguments, report, wanted)
+
+
+async def _run_on(stack: ChaosStack, arguments: argparse.Namespace, report: Report, wanted: list[Kind]) -> Report:
+    seed = report.seed
     async with stack, gateway_at(stack.address) as stub:
         whole = await undisturbed(stub, wanted)
         before_mib, started_s = _resident_mib(stack), time.monotonic()
@@ -159,5 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pause-s", type=float, default=1.0, help="mean pause between two faults (default 1)")
     parser.add_argument("--clients", type=int, default=6, help="requests at the same time (default 6)")
     parser.add_argument("--tokens", type=int, default=120, help="longest answers (default 120 tokens)")
+    parser.add_argument("--log", type=Path, default=None, help="file for what the services log")
     parser.add_argument("--seed", type=int, default=None, help="of faults and load; drawn and printed if not given")
     return parser

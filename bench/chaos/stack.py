@@ -14,7 +14,7 @@ from bench.chaos.clients import num_sessions
 from bench.chaos.proxy import FaultyProxy
 from easyspec.cli.clients import is_serving
 from easyspec.cli.free_ports import free_port
-from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceProcess
+from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, LogSink, ServiceProcess
 
 _RESTART_PAUSE_S = 0.5
 _READY_TIMEOUT_S = 180.0
@@ -46,7 +46,8 @@ class Replica:
 class ChaosStack:
     """Started by `async with`, which returns when all serve; whatever was started is stopped again."""
 
-    def __init__(self, base: Path, draft: Path, engine_flags: tuple[str, ...]) -> None:
+    def __init__(self, base: Path, draft: Path, engine_flags: tuple[str, ...], on_log: LogSink) -> None:
+        self._on_log = on_log
         self._models = {VERIFIER: base, DRAFTER: draft}
         self._tokenizer = base
         self._engine_flags = engine_flags
@@ -70,7 +71,7 @@ class ChaosStack:
             }
             wiring = ["--verifier-address", addresses[VERIFIER], "--drafter-address", addresses[DRAFTER]]
             wiring += ["--tokenizer", str(self._tokenizer), "--http-address", "off"]
-            self.gateway = _process(GATEWAY, "gateway", wiring)
+            self.gateway = self._process(GATEWAY, "gateway", wiring)
             await self._run(self.gateway)
             for process in (*(each.process for each in self.replicas), self.gateway):
                 await process.wait_serving(_READY_TIMEOUT_S)
@@ -90,19 +91,18 @@ class ChaosStack:
         return replica.num_faults == 0 and replica.process.is_running and await is_serving(replica.process.address)
 
     async def _start_replica(self, role: str, model: Path) -> None:
-        process = _process(role, f"{role}_service", ["--model", str(model), *self._engine_flags])
+        process = self._process(role, f"{role}_service", ["--model", str(model), *self._engine_flags])
         proxy = await self._cleanup.enter_async_context(FaultyProxy(process.address))
         await self._run(process)
         self.replicas.append(Replica(process, proxy))
 
+    def _process(self, role: str, module: str, arguments: list[str]) -> ServiceProcess:
+        address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        return ServiceProcess(role, ["-m", module, "--address", address, *arguments], address, self._on_log)
+
     async def _run(self, process: ServiceProcess) -> None:
         await process.start()
         self._cleanup.push_async_callback(_stopped, process)
-
-
-def _process(role: str, module: str, arguments: list[str]) -> ServiceProcess:
-    address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    return ServiceProcess(role, ["-m", module, "--address", address, *arguments], address, lambda role, line: None)
 
 
 async def _keep(process: ServiceProcess) -> None:

@@ -27,6 +27,7 @@ from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.usual_time import UsualTime
 from gateway import replicas as replicas_module
+from gateway import verify_session as verify_session_module
 from gateway.decode_loop import TimedVerdict
 from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
 from gateway.replicas import Replica, ReplicaSet
@@ -342,6 +343,26 @@ async def test_streams_that_have_begun_go_on_at_the_last_replica_all_at_once() -
         dying.lasting = DEATH
         assert await asyncio.gather(*(rounds(session, 1, start=4) for session in sessions)) == [[4]] * 6
         assert last.num_open == 6
+
+
+async def test_a_suspected_stream_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_session_module, "_SUSPECT_PATIENCE_S", 0.2)
+    first, last = FakeConnection(), FakeConnection()
+    pool = await pool_of(first, last, reopen_timeout_s=60)
+    gone, alive = pool.replicas.replicas
+    async with pool.open(OPENING, 100) as other, pool.open(OPENING, 100) as session:
+        await rounds(other, 1)
+        await rounds(session, 1)
+        assert (first.num_open, last.num_open) == (1, 1)
+        gone.peer.report_failure("gone")
+        last.faults = [DEATH, DEATH]
+        there = other if other._replica is alive else session
+        alive.num_sessions += 1
+        started_s = time.monotonic()
+        with pytest.raises(UnavailableError, match="the only one left serves others"):
+            await rounds(there, 1, start=4)
+        assert 0.1 < time.monotonic() - started_s < 5
+        alive.num_sessions -= 1
 
 
 POISON_SEED = 666
