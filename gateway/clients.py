@@ -58,7 +58,8 @@ class VerifierClient:
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
-        return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
+        model, kv = model_info_from_pb(response.model), kv_usage_from_pb(response.kv)
+        return PeerInfo(model, response.max_tree_nodes, kv, response.instance_id)
 
     async def vocabulary(self) -> dict[int, str]:
         """Its tokenizer's entries, token id -> token; EasyspecError if it does not tell."""

@@ -28,11 +28,13 @@ class PeerState(enum.Enum):
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """The model behind a service, the most nodes it takes in a tree, and its KV memory when it was asked."""
+    """The model behind a service, the most nodes it takes in a tree, its KV memory when it was asked, and what tells
+    its process from those before and after it ("": nothing does)."""
 
     model: ModelInfo
     max_tree_nodes: int
     kv: KvUsage | None = None
+    instance_id: str = ""
 
 
 class Backoff(Protocol):

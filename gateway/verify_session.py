@@ -106,6 +106,7 @@ class ResilientVerifySession:
         self._has_read = False
         self._is_on_trial = False
         self._num_deaths = 0
+        self._instance_id = ""
         self._opening = opening
         self._deadline_s = time.monotonic() + timeout_s
         self._output = list(opening.output_token_ids)
@@ -127,7 +128,7 @@ class ResilientVerifySession:
                 raise
             except EasyspecError as error:
                 outage = outage or self._begin_outage()
-                self._blame(outage, error)
+                await self._blame(outage, error)
                 await self._lose(outage, error)
                 await self._wait_for_next_try(outage, error)
         self._commit(answer)
@@ -171,6 +172,7 @@ class ResilientVerifySession:
                 raise UnavailableError("a verifier was lost with this request, and the only one left serves others")
         self._replica = replica
         self._replica.num_sessions += 1
+        self._instance_id = replica.peer.info.instance_id if replica.peer.info is not None else ""
         opening = replace(
             self._opening,
             output_token_ids=tuple(self._output),
@@ -195,9 +197,12 @@ class ResilientVerifySession:
         in a row: most begin again elsewhere at the same time, and the others did nothing."""
         return self._num_deaths > int(self._has_spoken)
 
-    def _blame(self, outage: _Outage, error: EasyspecError) -> None:
+    async def _blame(self, outage: _Outage, error: EasyspecError) -> None:
         """Note a verifier's death; raises UnavailableError if this session, tried alone, has ended one again."""
         if self._stream is None or not isinstance(error, ConnectionLostError | EngineLostError):
+            return
+        would_suspect = self._num_deaths >= int(self._has_spoken)
+        if would_suspect and isinstance(error, ConnectionLostError) and await self._lives_on():
             return
         self._num_deaths += 1
         if self._is_on_trial:
@@ -208,6 +213,14 @@ class ResilientVerifySession:
             raise condemned from error
         if self._is_suspected:
             outage.give_up_s = min(outage.give_up_s, time.monotonic() + _SUSPECT_PATIENCE_S)
+
+    async def _lives_on(self) -> bool:
+        """Whether the verifier that was lost is the same process still: then the network was it."""
+        assert self._replica is not None, "a stream is at a replica"
+        peer = self._replica.peer
+        await peer.probe()
+        known = peer.info.instance_id if peer.is_ready and peer.info is not None else ""
+        return bool(known) and known == self._instance_id
 
     async def _begin_trial(self, outage: _Outage) -> None:
         """Wait for the turn of this session; raises UnavailableError if it does not come in time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
@@ -74,6 +75,7 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
         self._engine = engine
         self._session_idle_timeout_s = session_idle_timeout_s
         self._is_started = False
+        self._instance_id = uuid.uuid4().hex
         self.rpc_tracing = tracing
         self.metrics = metrics or EngineMetrics("verifier")
         self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
@@ -123,6 +125,7 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
             max_tree_nodes=self._engine.max_tree_nodes,
             row_invariant=self._engine.row_invariant,
             version=__version__,
+            instance_id=self._instance_id,
         )
 
 

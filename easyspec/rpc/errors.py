@@ -145,7 +145,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
     # The other classes compose their message from parts we do not have: take it as the peer composed it.
     rebuilt = row.error.__new__(row.error, message)
     assert isinstance(rebuilt, EasyspecError)
-    if isinstance(rebuilt, UnavailableError) and info.domain == ERROR_DOMAIN:
+    if isinstance(rebuilt, UnavailableError) and info.domain == ERROR_DOMAIN and rebuilt.retry_after_s != delay_s:
         rebuilt.retry_after_s = delay_s or None
     return rebuilt
 

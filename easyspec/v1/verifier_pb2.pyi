@@ -340,6 +340,7 @@ class GetVerifierInfoResponse(_message.Message):
     MAX_TREE_NODES_FIELD_NUMBER: _builtins.int
     ROW_INVARIANT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
     max_tree_nodes: _builtins.int
     """Most nodes a tree may have."""
     row_invariant: _builtins.bool
@@ -348,6 +349,10 @@ class GetVerifierInfoResponse(_message.Message):
     """
     version: _builtins.str
     """Package version."""
+    instance_id: _builtins.str
+    """Drawn anew by each process: the same as before means that this one has not ended meanwhile, whatever became of its
+    connections. Empty: it does not tell.
+    """
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo:
         """The base model."""
@@ -364,10 +369,11 @@ class GetVerifierInfoResponse(_message.Message):
         max_tree_nodes: _builtins.int = ...,
         row_invariant: _builtins.bool = ...,
         version: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "row_invariant", b"row_invariant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "kv", b"kv", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "row_invariant", b"row_invariant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -345,6 +345,16 @@ async def test_streams_that_have_begun_go_on_at_the_last_replica_all_at_once() -
         assert last.num_open == 6
 
 
+async def test_a_connection_that_was_cut_is_no_death() -> None:
+    """The same processes are there still."""
+    infos = tuple(replace(info_of(), instance_id=instance_id) for instance_id in ("first", "second"))
+    connections = FakeConnection([DEATH]), FakeConnection([DEATH])
+    pool = await pool_of(*connections, infos=infos)
+    async with pool.open(OPENING, 10) as session:
+        assert await rounds(session, 1) == [3]
+        assert session._num_deaths == 0
+
+
 async def test_a_suspected_stream_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_session_module, "_SUSPECT_PATIENCE_S", 0.2)
     first, last = FakeConnection(), FakeConnection()
