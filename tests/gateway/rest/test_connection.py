@@ -14,7 +14,7 @@ from gateway.rest import connection, listener
 from tests.fakes.services import FakePair
 from tests.gateway.rest.conftest import Rest, completion_body, serving_rest
 
-GET = b"GET /version HTTP/1.1\r\nhost: a\r\n"
+GET = b"GET /version HTTP/1.1\r\nhost: localhost\r\n"
 
 
 @asynccontextmanager
