@@ -13,17 +13,24 @@ PROTO_FILES = protos/easyspec/v1/*.proto
 stubs_into = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTO_FILES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve up image compose-up compose-down test test-slow check check-protos format protos bench bench-pair train-models
+.PHONY: help install wheel run serve up image compose-up compose-down test test-slow check check-protos format protos bench bench-pair train-models
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make .venv with the pinned dependencies (only when they changed)
+install: $(STAMP) ## make .venv with the pinned dependencies and the built library (only when one changed)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard easyspec/ops/cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'from easyspec.ops.native_library import library_problem as p; \
+	  p() and print("easyspec: models will run on the slower reference executor:", p())'
 	@touch $@
+
+wheel: install ## make dist/easyspec-*.whl with the built library: where it is installed, no compiler is needed
+	rm -rf build dist/easyspec-*.whl
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/easyspec-*linux*.whl || { echo "the wheel has no library: run 'pip wheel -v .' to see why"; exit 1; }
 
 run: install ## stream one completion from the bundled models through all three services
 	$(BIN)/easyspec generate "$(PROMPT)" --show-speculation --max-tokens 96 --temperature 0.6 --seed 3

@@ -1,4 +1,7 @@
-"""Checks of the machine: Python, packages, processor, memory, GPU, containers. Imports no package it checks."""
+"""Checks of the machine: Python, packages, processor, executor, memory, GPU, containers.
+
+Imports no package it checks.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
+from easyspec.ops.native_library import best_path, library_problem
 
 _INSTALL = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -81,6 +85,18 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo"), cpu_max: Path = Path("/sys/
     if platform.machine() == "x86_64" and has and "avx2" not in has:
         return warning("cpu", message, "models will be slow without AVX2: use another machine, or a GPU")
     return ok("cpu", message)
+
+
+def check_executor() -> Finding:
+    """Whether models can be computed by the native library, and by which instructions."""
+    reason = library_problem()
+    if reason is not None:
+        advice = "install a C++20 compiler (g++ 11, clang 14 or newer) and easyspec again, or a wheel made elsewhere"
+        return warning("executor", f"reference, several times slower than native: {reason}", advice)
+    try:
+        return ok("executor", f"native, by {best_path().name.lower()} instructions")
+    except ValueError as error:
+        return problem("executor", str(error), "unset the variable, or name a code path of this processor")
 
 
 def check_memory(
@@ -150,6 +166,7 @@ def machine_findings(num_weight_bytes: int) -> Iterator[Finding]:
     yield check_python()
     yield from check_packages()
     yield check_cpu()
+    yield check_executor()
     yield check_memory(num_weight_bytes)
     yield check_gpu()
     yield check_containers()

@@ -9,12 +9,14 @@ from easyspec.cli.doctor import machine
 from easyspec.cli.doctor.machine import (
     check_containers,
     check_cpu,
+    check_executor,
     check_gpu,
     check_memory,
     check_packages,
     check_python,
 )
-from easyspec.cli.doctor.report import State
+from easyspec.cli.doctor.report import State, ok
+from easyspec.ops import native_library
 
 
 def test_this_python_fits_and_an_old_one_does_not() -> None:
@@ -53,6 +55,23 @@ def test_a_cpu_with_its_features_and_a_quota(tmp_path: Path) -> None:
     finding = check_cpu(cpuinfo, quota)
     assert finding.state is State.WARNING
     assert "--num-threads" in finding.advice
+
+
+def test_the_executor_is_native_where_the_library_was_built_and_else_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASYSPEC_CODE_PATH", "portable")
+    if native_library.library_problem() is None:
+        assert check_executor() == ok("executor", "native, by portable instructions")
+        monkeypatch.setenv("EASYSPEC_CODE_PATH", "mmx")
+        assert check_executor().state is State.PROBLEM
+    monkeypatch.setattr(native_library, "LIBRARY", tmp_path / "libeasyspec.so")
+    native_library.load.cache_clear()
+    finding = check_executor()
+    native_library.load.cache_clear()
+    assert finding.state is State.WARNING
+    assert "C++ compiler" in finding.message
+    assert "C++20 compiler" in finding.advice
 
 
 def test_a_cpu_without_vector_instructions_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
