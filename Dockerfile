@@ -4,6 +4,14 @@
 #   docker build -t easyspec:cuda --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .   # NVIDIA
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 
+FROM ${PYTHON_IMAGE} AS library
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+ && python -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir "setuptools>=77"
+WORKDIR /src
+COPY pyproject.toml setup.py ./
+COPY easyspec/ops/cpp easyspec/ops/cpp
+RUN /opt/venv/bin/python setup.py build_ext --inplace && test -f easyspec/ops/libeasyspec.so
+
 FROM ${PYTHON_IMAGE} AS build
 # Where torch comes from: its CPU wheels are a tenth of the CUDA ones. Empty: wherever pip finds it.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -21,6 +29,7 @@ RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb
  && find /opt/venv -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + \
  && /opt/venv/bin/pip uninstall --quiet --yes pip
 COPY easyspec easyspec
+COPY --from=library /src/easyspec/ops/libeasyspec.so easyspec/ops/
 COPY drafter_service drafter_service
 COPY verifier_service verifier_service
 COPY gateway gateway
@@ -28,7 +37,7 @@ COPY models/base models/base
 COPY models/base-small models/base-small
 COPY models/draft models/draft
 # The root file system is read-only when it runs: what Python would compile then is compiled now.
-RUN python -m compileall -q /src \
+RUN rm -r easyspec/ops/cpp && python -m compileall -q /src \
  && printf '%s\n' '#!/opt/venv/bin/python' 'from easyspec.cli.main import main' 'main()' > /opt/venv/bin/easyspec \
  && chmod +x /opt/venv/bin/easyspec
 

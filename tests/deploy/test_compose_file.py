@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from easyspec.ops.native_library import LIBRARY
 from easyspec.rpc.settings import EngineSettings
 from gateway.config import GatewaySettings
 from tests.deploy.environment import AFTER_DRAIN_S, SERVICE_NAMES, SETTINGS, settings_of
@@ -146,10 +147,23 @@ def test_a_second_model_has_its_own_verifier_and_shares_the_drafter(services: di
 def test_the_image_copies_what_the_builder_may_see() -> None:
     """A file that .dockerignore hides fails the build; one that nothing copies does not belong there."""
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (CHECKOUT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    sources = {source for line in copied for source in line.split()}
-    shown = set(re.findall(r"^!(.+)$", (CHECKOUT / ".dockerignore").read_text(), flags=re.MULTILINE))
-    assert sources == shown
+    sources = {Path(source) for line in copied for source in line.split()}
+    ignored = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    shown = {Path(line.removeprefix("!")) for line in ignored if line.startswith("!")}
+    assert shown <= sources
+    assert all({source, *source.parents} & shown for source in sources)
     assert all((CHECKOUT / source).exists() for source in sources)
+    # A library built here may need another glibc than the image has.
+    assert "**/*.so" in ignored
+
+
+def test_the_image_takes_the_library_from_the_stage_that_has_a_compiler() -> None:
+    stages = (CHECKOUT / "Dockerfile").read_text().split("\nFROM ")
+    (compiling,) = (stage for stage in stages if "g++" in stage)
+    assert stages.index(compiling) < len(stages) - 1
+    assert "AS library" in compiling
+    assert LIBRARY.relative_to(CHECKOUT).as_posix() in compiling
+    assert f"COPY --from=library /src/{LIBRARY.relative_to(CHECKOUT).as_posix()} " in stages[-2]
 
 
 def test_what_is_mounted_from_the_checkout_is_there(services: dict[str, Any]) -> None:
