@@ -431,7 +431,7 @@ class Program final : public Work {
       extra[r] = p.extra + p.first_extra[block.first + r];
       num_extra[r] = p.first_extra[block.first + r + 1] - p.first_extra[block.first + r];
     }
-    if (head == 0)
+    if (head == 0 && span <= 0)
       for (int64_t r = 0; r < block.count; r++) {
         float* out = row(s.output, block.first + r);
         std::fill(out + s.num_heads * s.head_dim, out + widths_[s.output], 0.0f);
