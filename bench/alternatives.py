@@ -1,8 +1,8 @@
-"""`easyspec bench alternatives`: the same prompts by easyspec and by transformers' own generation, in turns.
+"""`easyspec bench alternatives`: the same prompts by easyspec and by what one would otherwise pick, in turns.
 
-What somebody with a checkpoint and these cores would otherwise pick: transformers' plain decoding, its assisted
-generation with the same draft model, and its prompt lookup. It runs inside this process, without a wire; easyspec runs
-as it is delivered: three services behind gRPC.
+transformers' plain decoding, its assisted generation with the same draft model, and its prompt lookup run inside this
+process, without a wire. Servers named by --server run beside it: llama.cpp's, vLLM's or any other with OpenAI's
+completions. easyspec runs as it is delivered: three services behind gRPC.
 """
 
 from __future__ import annotations
@@ -13,38 +13,42 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
+from transformers import AutoTokenizer
 
-from bench.alternatives_report import AlternativeResult, print_alternatives, summarize_alternatives
+from bench.alternatives_report import OURS, AlternativeResult, print_alternatives, summarize_alternatives
 from bench.decode import write_report
 from bench.pairs import PAIRS, ModelPair, start_services
 from bench.provenance import provenance
+from bench.server_generation import ServerGeneration
 from bench.serving.clients import LoadClient
 from bench.serving.streams import Outcome, Stream
 from bench.serving.workload import Speculation, Task
 from bench.source_tasks import TASK_NAMES, source_tasks
-from bench.timed_completion import Maker, TimedCompletion
+from bench.timed_completion import Answer, DecodePhase, Maker, TimedCompletion
 from bench.transformers_generation import TransformersGeneration
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError, UnavailableError
 
-PROGRAM = "easyspec"
 _WARM_UP_TOKENS = 16
 _TIMEOUT_S = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class AlternativesSettings:
-    """One run; prompts and seeds follow from `seed`."""
+    """One run; prompts and seeds follow from `seed`. `servers` are NAME=URL."""
 
     temperatures: tuple[float, ...]
     num_prompts: int
     max_tokens: int
     seed: int
+    servers: tuple[str, ...] = ()
+    has_transformers: bool = True
 
 
 class Alternative(Protocol):
@@ -52,7 +56,7 @@ class Alternative(Protocol):
 
     maker: Maker
 
-    async def complete(self, task: Task) -> tuple[int, ...]:
+    async def complete(self, task: Task) -> Answer:
         """Return exactly `task.max_tokens` new tokens; raises EasyspecError."""
         ...
 
@@ -65,12 +69,13 @@ class EasyspecServices:
         self._client = client
         self._speculation = speculation
 
-    async def complete(self, task: Task) -> tuple[int, ...]:
+    async def complete(self, task: Task) -> Answer:
         stream = Stream(dataclasses.replace(task, speculation=self._speculation), 0)
         await self._client.run(stream)
         if stream.outcome is not Outcome.COMPLETE:
             raise UnavailableError(f"the gateway did not complete a request: {stream.error}")
-        return tuple(stream.token_ids)
+        arrivals = [(chunk.at_s, chunk.num_tokens) for chunk in stream.chunks if chunk.num_tokens]
+        return Answer(tuple(stream.token_ids), len(stream.token_ids), DecodePhase.of_arrivals(arrivals))
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +99,9 @@ def main(argv: list[str]) -> int:
         command = shlex.join(["easyspec", "bench", "alternatives", *argv])
         write_report(arguments.json, _report(command, pair, settings, results))
         console.print(f"written to {arguments.json}")
-    num_differing = sum(result.num_completions - result.num_as_plain for result in results if result.program == PROGRAM)
+    num_differing = sum(
+        result.num_completions - (result.num_as_plain or 0) for result in results if result.program == OURS
+    )
     console.print(f"{num_differing} completions of easyspec differ from its plain decoding (expected 0)")
     return 1 if num_differing else 0
 
@@ -131,23 +138,27 @@ async def measure(
     for maker, kind, index, task in planned:
         progress.update(bar, description=f"{kind}, T = {task.temperature:g}, {maker}")
         started_s = time.perf_counter()
-        token_ids = await by_maker[maker].complete(task)
+        answer = await by_maker[maker].complete(task)
         elapsed_s = time.perf_counter() - started_s
-        completions.append(TimedCompletion(maker, kind, task.temperature, index, token_ids, elapsed_s))
+        completions.append(TimedCompletion(maker, kind, task.temperature, index, answer, elapsed_s))
         progress.advance(bar)
     return completions
 
 
 async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Console) -> list[TimedCompletion]:
     pair.check()
-    transformers = await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
+    others: list[Alternative] = []
+    if settings.has_transformers:
+        others += await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
+    encode = partial(AutoTokenizer.from_pretrained(pair.base).encode, add_special_tokens=False)
+    others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
     async with start_services(pair) as address, LoadClient(address, _TIMEOUT_S) as client:
         easyspec = [
-            EasyspecServices(Maker(PROGRAM, "speculating"), client, Speculation.AUTO),
-            EasyspecServices(Maker(PROGRAM), client, Speculation.OFF),
+            EasyspecServices(Maker(OURS, "speculating"), client, Speculation.AUTO),
+            EasyspecServices(Maker(OURS), client, Speculation.OFF),
         ]
         with Progress(console=console) as progress:
-            return await measure([*transformers, *easyspec], settings, progress)
+            return await measure([*others, *easyspec], settings, progress)
 
 
 def _report(
@@ -158,7 +169,8 @@ def _report(
     return {
         "command": command,
         **provenance([pair.base, pair.draft]),
-        "transformers": transformers.__version__,
+        "transformers": transformers.__version__ if settings.has_transformers else None,
+        "servers": [server.partition("=")[0] for server in settings.servers],
         "pair": pair.name,
         "settings": dataclasses.asdict(settings),
         "results": [dataclasses.asdict(result) for result in results],
@@ -171,6 +183,8 @@ def _settings(arguments: argparse.Namespace) -> AlternativesSettings:
         num_prompts=arguments.num_prompts or (2 if arguments.quick else 8),
         max_tokens=arguments.max_tokens or (48 if arguments.quick else 128),
         seed=arguments.seed,
+        servers=tuple(arguments.server),
+        has_transformers=not arguments.no_transformers,
     )
 
 
@@ -179,6 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write results to FILE")
     add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure (bench: see make bench-pair)")
+    add(
+        "--server",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="a running server of the same weights, its prompt cache off; may be repeated. NAME may be PROGRAM/WAY; "
+        "a URL that ends in /completion is llama.cpp's, any other is the base URL of an OpenAI API",
+    )
+    add("--no-transformers", action="store_true", help="leave transformers' own generation out")
     add("--quick", action="store_true", help="few prompts and tokens: does it run, roughly how fast")
     add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")
     add("--num-prompts", type=int, metavar="N", help="prompts of each kind (default: 8, quick 2)")

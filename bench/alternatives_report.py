@@ -13,23 +13,37 @@ from bench.provenance import provenance_lines
 from bench.tables import Row, markdown_table, print_table
 from bench.timed_completion import Maker, TimedCompletion
 
-_REFERENCE = Maker("transformers")
+OURS = "easyspec"
+_TRANSFORMERS = Maker("transformers")
+
+
+def _of(number: int | None, total: int) -> str:
+    return "-" if number is None else f"{number} of {total}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("by", lambda row: f"{row['program']}, {row['way']}"),
     ("task", lambda row: row["task"]),
     ("T", lambda row: f"{row['temperature']:g}"),
     ("tokens/s", lambda row: f"{row['tokens_per_s']:.1f}"),
-    ("x transformers", lambda row: f"{row['vs_transformers']:.2f}"),
-    ("as its own plain", lambda row: f"{row['num_as_plain']} of {row['num_completions']}"),
+    ("decoding", lambda row: _number(row.get("decode_tokens_per_s"), 1)),
+    ("x transformers", lambda row: _number(row["vs_transformers"], 2)),
+    ("x best other", lambda row: _number(row.get("vs_best_other"), 2)),
+    ("as its own plain", lambda row: _of(row["num_as_plain"], row["num_completions"])),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class AlternativeResult:
-    """One row. Speeds are medians over prompts, `vs_transformers` of per-prompt ratios to its plain decoding.
+    """One row. Speeds are medians over prompts, of whole completions and from the first token to the last.
 
-    `num_as_plain` counts completions with the tokens that the same program says without speculation.
+    `vs_transformers` and `vs_best_other` are medians of per-prompt ratios of whole completions: to transformers' plain
+    decoding, and to the fastest way of any program but easyspec. `num_as_plain` counts completions with the tokens that
+    the same program says without speculation. None is what was not measured.
     """
 
     program: str
@@ -37,41 +51,65 @@ class AlternativeResult:
     task: str
     temperature: float
     tokens_per_s: float
-    vs_transformers: float
-    num_as_plain: int
+    decode_tokens_per_s: float | None
+    vs_transformers: float | None
+    vs_best_other: float | None
+    num_as_plain: int | None
     num_completions: int
 
 
 def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[AlternativeResult]:
     """One row per kind of task, temperature and maker, who must all have completed the same prompts."""
-    by_key = {(one.maker, one.task_name, one.temperature, one.prompt_index): one for one in completions}
-    groups: dict[tuple[str, float, Maker], list[TimedCompletion]] = {}
+    groups: dict[tuple[str, float], dict[Maker, dict[int, TimedCompletion]]] = {}
     for one in completions:
-        groups.setdefault((one.task_name, one.temperature, one.maker), []).append(one)
-
-    def same_by(maker: Maker, one: TimedCompletion) -> TimedCompletion:
-        return by_key[maker, one.task_name, one.temperature, one.prompt_index]
-
+        makers = groups.setdefault((one.task_name, one.temperature), {})
+        makers.setdefault(one.maker, {})[one.prompt_index] = one
     return [
-        AlternativeResult(
-            program=maker.program,
-            way=maker.way,
-            task=task_name,
-            temperature=temperature,
-            tokens_per_s=statistics.median(one.tokens_per_s for one in group),
-            vs_transformers=statistics.median(
-                one.tokens_per_s / same_by(_REFERENCE, one).tokens_per_s for one in group
-            ),
-            num_as_plain=sum(one.token_ids == same_by(maker.plain, one).token_ids for one in group),
-            num_completions=len(group),
-        )
-        for (task_name, temperature, maker), group in groups.items()
+        _summary(task_name, temperature, maker, makers)
+        for (task_name, temperature), makers in groups.items()
+        for maker in makers
     ]
+
+
+def _summary(
+    task_name: str, temperature: float, maker: Maker, makers: Mapping[Maker, Mapping[int, TimedCompletion]]
+) -> AlternativeResult:
+    own = makers[maker]
+    decode_speeds = [one.decode_tokens_per_s for one in own.values()]
+    others = [other for other in makers if other.program != OURS]
+    best_other = max(others, key=lambda other: _median_speed(makers[other]), default=None)
+
+    def ratio_to(other: Maker | None) -> float | None:
+        if other is None or other not in makers:
+            return None
+        return statistics.median(one.tokens_per_s / makers[other][index].tokens_per_s for index, one in own.items())
+
+    plain = makers.get(maker.plain)
+    return AlternativeResult(
+        program=maker.program,
+        way=maker.way,
+        task=task_name,
+        temperature=temperature,
+        tokens_per_s=_median_speed(own),
+        decode_tokens_per_s=None if None in decode_speeds else statistics.median(filter(None, decode_speeds)),
+        vs_transformers=ratio_to(_TRANSFORMERS),
+        vs_best_other=ratio_to(best_other),
+        num_as_plain=None if plain is None else _num_equal(own, plain),
+        num_completions=len(own),
+    )
+
+
+def _num_equal(own: Mapping[int, TimedCompletion], plain: Mapping[int, TimedCompletion]) -> int:
+    return sum(one.answer.content == plain[index].answer.content for index, one in own.items())
+
+
+def _median_speed(completions: Mapping[int, TimedCompletion]) -> float:
+    return statistics.median(one.tokens_per_s for one in completions.values())
 
 
 def print_alternatives(results: Sequence[AlternativeResult], console: Console) -> None:
     """Every result as one row."""
-    title = "whole completions, reading the prompt included; medians over prompts"
+    title = "tokens/s of whole completions, reading the prompt included, and of decoding alone; medians over prompts"
     print_table(COLUMNS, [dataclasses.asdict(result) for result in results], title, console)
 
 
@@ -81,20 +119,23 @@ def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"## What users would otherwise pick, the {report['pair']} pair ({name})\n",
-            f"The same checkpoints and prompts by transformers {report['transformers']} inside the measuring process, "
-            "and by easyspec's",
-            "three services over gRPC, one request at a time, in rotating order. *tokens/s* is of whole completions, "
-            "reading the",
-            "prompt included. *x transformers* is the median of per-prompt ratios to transformers' plain decoding. "
-            "*as its own plain*",
-            "counts completions with the very tokens that the same program says without speculation, from the same "
-            "seed.",
-            "easyspec keeps prompts it has read: of the turns of a prompt it reads only the first in full, so the "
-            "second temperature",
-            "and whichever of its two ways comes second flatter it.\n",
+            "The same checkpoints and prompts by easyspec's three services over gRPC and by other programs, one",
+            f"request at a time, in rotating order: {_others_of(report)}.",
+            "*tokens/s* is of whole completions, reading the prompt included; *decoding* is from the first token to",
+            "the last, where they are streamed. *x transformers* is the median of per-prompt ratios of whole",
+            "completions to transformers' plain decoding, *x best other* to the fastest way that is not easyspec's.",
+            "*as its own plain* counts completions with the very tokens that the same program says without",
+            "speculation, from the same seed. easyspec keeps prompts it has read: of the turns of a prompt it reads",
+            "only the first in full, so the second temperature and whichever of its two ways comes second flatter it;",
+            "*decoding* is free of that.\n",
             *provenance_lines(report),
             f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
             f"seed {settings['seed']}\n",
             markdown_table(COLUMNS, report["results"]) + "\n",
         ]
     )
+
+
+def _others_of(report: Mapping[str, Any]) -> str:
+    names = [f"transformers {report['transformers']} inside the measuring process"] if report["transformers"] else []
+    return ", ".join([*names, *(f"the server {name}" for name in report.get("servers", []))])

@@ -44,6 +44,30 @@ step / streams, *rows* rows per step, *KV use* the share of the verifier's pool.
 """
 
 
+_SERVERS_HEAD = """## Beside other servers: the commands
+
+`easyspec bench alternatives --server NAME=URL` puts servers that run already beside easyspec: llama.cpp's by its
+`/completion`, any other by the base URL of its OpenAI API. They get the same token ids and make exactly as many tokens.
+llama.cpp's prompt cache is switched off by the request; switch off that of another server when it starts (vLLM:
+`--no-enable-prefix-caching`; SGLang: `--disable-radix-cache`), and give all of them as many threads.
+
+llama.cpp's three ways on the bundled pair; its converter must be told to take the bundled tokenizer for GPT-2's, which
+changes nothing here, as prompts are token ids. For the bench pair: `make bench-pair`, `.bench/base` in place of
+`models/base`, `--pair bench`. For bfloat16: `python -m models.recipe widen --dtype bfloat16` and `--outtype bf16`.
+
+```sh
+python convert_hf_to_gguf.py models/base --outtype f32 --outfile base.gguf
+python convert_hf_to_gguf.py models/draft --outtype f32 --outfile draft.gguf
+llama-server -m base.gguf -t 2 -np 1 -c 4096 -cram 0 --port 8081 &
+llama-server -m base.gguf -t 2 -np 1 -c 4096 -cram 0 --port 8082 -md draft.gguf --spec-type draft-simple &
+llama-server -m base.gguf -t 2 -np 1 -c 4096 -cram 0 --port 8083 --spec-type ngram-simple &
+easyspec bench alternatives --no-transformers --json docs/benchmarks/alternatives-llama-bundled.json \\
+  --server llama.cpp=http://127.0.0.1:8081/completion --server llama.cpp/draft=http://127.0.0.1:8082/completion \\
+  --server llama.cpp/ngram=http://127.0.0.1:8083/completion
+```
+"""
+
+
 def render(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole document; `reports` by file name, in the order they are to appear."""
     sections = [_section(name, report) for name, report in reports.items() if not _is_serving(report)]
@@ -65,6 +89,7 @@ def main() -> int:
         content += "\n" + targets_section(path.name, json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(RESULTS.glob("alternatives-*.json")):
         content += "\n" + alternatives_section(path.name, json.loads(path.read_text(encoding="utf-8")))
+    content += "\n" + _SERVERS_HEAD
     TARGET.write_text(content, "utf-8")
     if GLOO_ROUNDS.is_file():
         report = json.loads(GLOO_ROUNDS.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bench.serving.workload import Task
-from bench.timed_completion import Maker
+from bench.timed_completion import Answer, Maker
 
 PROGRAM = "transformers"
 # The number of its documentation's example; every other setting is transformers' default.
@@ -38,9 +38,10 @@ class TransformersGeneration:
             cls(Maker(PROGRAM, "prompt lookup"), model, tokenizer, prompt_lookup_num_tokens=_PROMPT_LOOKUP_TOKENS),
         ]
 
-    async def complete(self, task: Task) -> tuple[int, ...]:
+    async def complete(self, task: Task) -> Answer:
         """Return exactly `task.max_tokens` new tokens, whatever the model would have stopped at."""
-        return await asyncio.to_thread(self._complete, task)
+        token_ids = await asyncio.to_thread(self._complete, task)
+        return Answer(token_ids, len(token_ids))
 
     def _complete(self, task: Task) -> tuple[int, ...]:
         torch.manual_seed(task.seed)

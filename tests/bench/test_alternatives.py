@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,7 +13,7 @@ from bench.alternatives_report import alternatives_section, print_alternatives, 
 from bench.serving.clients import LoadClient
 from bench.serving.workload import Speculation, Task
 from bench.source_tasks import TASK_NAMES
-from bench.timed_completion import Maker, TimedCompletion
+from bench.timed_completion import Answer, DecodePhase, Maker, TimedCompletion
 from bench.transformers_generation import TransformersGeneration
 from easyspec.errors import ConfigurationError, UnavailableError
 from tests.fakes.checkpoints import write_checkpoint
@@ -36,7 +35,7 @@ async def test_every_way_of_transformers_says_the_same_greedily(ways: list[Trans
     task = Task("def fib(n):\n    return n\ndef fib(", 24, 0.0, 3, Speculation.OFF)
     plain, *others = [await way.complete(task) for way in ways]
     assert [way.maker for way in ways] == [THEIRS, ASSISTED, LOOKUP]
-    assert len(plain) == 24
+    assert plain.num_tokens == len(plain.content) == 24
     assert others == [plain, plain]
 
 
@@ -48,7 +47,7 @@ async def test_sampling_is_from_the_seed(ways: list[TransformersGeneration]) -> 
 
 async def test_sampling_is_over_the_whole_vocabulary(ways: list[TransformersGeneration]) -> None:
     almost_uniform = Task("x = ", 1, 1e6, 0, Speculation.OFF)
-    tokens = {await ways[0].complete(dataclasses.replace(almost_uniform, seed=seed)) for seed in range(100)}
+    tokens = {(await ways[0].complete(dataclasses.replace(almost_uniform, seed=seed))).content for seed in range(100)}
     assert len(tokens) > 60  # transformers' default keeps the 50 likeliest
 
 
@@ -59,9 +58,9 @@ class Canned:
         self.maker, self.number = maker, number
         self.tasks: list[Task] = []
 
-    async def complete(self, task: Task) -> tuple[int, ...]:
+    async def complete(self, task: Task) -> Answer:
         self.tasks.append(task)
-        return (self.number,) * task.max_tokens
+        return Answer((self.number,) * task.max_tokens, task.max_tokens)
 
 
 async def test_everybody_gets_every_prompt_before_the_next_and_the_first_rotates() -> None:
@@ -85,8 +84,8 @@ async def test_what_is_measured_is_asked_in_full_and_after_a_warm_up() -> None:
     with Progress(disable=True) as progress:
         completions = await measure(canned, SETTINGS, progress)
     assert len(completions) == 2 * 2 * len(TASK_NAMES) * 2
-    assert all(one.elapsed_s > 0 and len(one.token_ids) == 12 for one in completions)
-    assert {one.maker: one.token_ids[0] for one in completions} == {THEIRS: 1, OURS: 2}
+    assert all(one.elapsed_s > 0 and one.answer.num_tokens == 12 for one in completions)
+    assert {one.maker: one.answer.content[0] for one in completions} == {THEIRS: 1, OURS: 2}
     for each in canned:
         assert len(each.tasks) == 2 + len(TASK_NAMES) * 2 * 2
         assert {task.seed for task in each.tasks} == {7, 8}
@@ -99,7 +98,8 @@ async def test_a_gateway_that_fails_is_no_completion() -> None:
 
 
 def completion(maker: Maker, index: int, elapsed_s: float, token: int = 5) -> TimedCompletion:
-    return TimedCompletion(maker, "code", 0.0, index, (token,) * 10, elapsed_s)
+    decode = None if maker.program == "transformers" else DecodePhase(8, elapsed_s / 2)
+    return TimedCompletion(maker, "code", 0.0, index, Answer((token,) * 10, 10, decode), elapsed_s)
 
 
 def test_speeds_are_compared_prompt_by_prompt_and_tokens_with_the_same_programs_plain(
@@ -120,11 +120,28 @@ def test_speeds_are_compared_prompt_by_prompt_and_tokens_with_the_same_programs_
         ("easyspec", "plain"): (10.0, 2.0, 3),
         ("easyspec", "speculating"): (20.0, 4.0, 3),
     }
+    assert [one.decode_tokens_per_s for one in results] == [None, None, 16.0, 32.0]
     print_alternatives(results, Console(width=120))
     assert "4.00" in capsys.readouterr().out
 
 
-def test_the_section_names_versions_and_every_row(tmp_path: Path) -> None:
+def test_the_best_other_is_the_fastest_way_of_any_other_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without transformers, and with a server whose plain decoding nobody measured."""
+    slow, fast = Maker("llama.cpp"), Maker("other", "draft")
+    results = summarize_alternatives(
+        [
+            *(completion(slow, index, 2.0) for index in range(3)),
+            *(completion(fast, index, elapsed) for index, elapsed in enumerate((1.0, 1.0, 4.0))),
+            *(completion(OURS, index, 0.5) for index in range(3)),
+        ]
+    )
+    figures = {one.program: (one.vs_transformers, one.vs_best_other, one.num_as_plain) for one in results}
+    assert figures == {"llama.cpp": (None, 0.5, 3), "other": (None, 1.0, None), "easyspec": (None, 2.0, None)}
+    print_alternatives(results, Console(width=120))
+    assert "-" in capsys.readouterr().out
+
+
+def test_the_section_names_versions_and_every_row() -> None:
     results = summarize_alternatives([completion(THEIRS, 0, 1.0), completion(OURS_PLAIN, 0, 0.5)])
     section = alternatives_section(
         "alternatives-x.json",
@@ -136,9 +153,11 @@ def test_the_section_names_versions_and_every_row(tmp_path: Path) -> None:
             "date": "2026-11-28",
             "weights": {},
             "transformers": "5.23.0",
+            "servers": ["llama.cpp/draft"],
             "settings": {"num_prompts": 1, "max_tokens": 10, "seed": 7},
             "results": [dataclasses.asdict(one) for one in results],
         },
     )
     assert "transformers 5.23.0" in section
-    assert "| easyspec, plain | code | 0 | 20.0 | 2.00 | 1 of 1 |" in section
+    assert "the server llama.cpp/draft" in section
+    assert "| easyspec, plain | code | 0 | 20.0 | 32.0 | 2.00 | 2.00 | 1 of 1 |" in section
