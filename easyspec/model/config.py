@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import structlog
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
+from easyspec.checkpoint.generation import end_token_ids
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 
@@ -23,6 +28,31 @@ _COUNTS = (
     "intermediate_size",
     "max_position_embeddings",
 )
+# Settings of other models that change what is computed, with the values that change nothing.
+_FOREIGN_SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "dual_chunk_attention_config": (),
+        "attention_chunk_size": (),
+        "attn_logit_softcapping": (),
+        "final_logit_softcapping": (),
+        "query_pre_attn_scalar": (),
+        "no_rope_layers": ([],),
+        "no_rope_layer_interval": (0,),
+        "alibi": (False,),
+        "embedding_multiplier": (1,),
+        "residual_multiplier": (1,),
+        "attention_multiplier": (),
+        "logits_scaling": (1,),
+        "logit_scale": (1,),
+        "partial_rotary_factor": (1,),
+        "num_experts": (0, 1),
+        "num_local_experts": (0, 1),
+    }
+)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Rotary types whose angles at a position do not depend on how long the text is: they go on beyond the context.
+_ENDLESS_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class ModelConfig:
 
     `early_exits`: numbers of layers, rising, all below `num_layers`, after which the final norm and the head may be
     applied because the checkpoint was trained that way (S2D, arXiv 2407.01955). Empty for ordinary checkpoints.
+    `layer_windows`: for each layer the tokens that a row attends to, itself included, or None for all before it.
     """
 
     vocab_size: int
@@ -48,6 +79,7 @@ class ModelConfig:
     dtype: torch.dtype
     hf_config: Any
     early_exits: tuple[int, ...] = ()
+    layer_windows: tuple[int | None, ...] = ()
 
     def window_of_layer(self, layer: int) -> int | None:
         """How many positions a row sees in a layer, its own included; None: all."""
@@ -71,26 +103,14 @@ class ModelConfig:
         return self.hf_config.model_type == "llama" and bool(self.hf_config.mlp_bias)
 
 
-def checkpoint_folder(model: str) -> Path:
-    """Folder of a checkpoint: the path itself, or a hub id already in or fetched into the local cache."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise ConfigurationError(f"model is {model!r}: neither a folder nor a hub id that can be fetched") from error
-
-
 def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = None) -> ModelConfig:
-    """Read `config.json`; raises ConfigurationError for what is missing, corrupt or unsupported."""
+    """Read `config.json`; raises ConfigurationError for what is missing, corrupt or unsupported.
+
+    `max_model_len` None is what the checkpoint was made for.
+    """
     hf = _read_hf_config(folder)
     _check_supported(folder, hf)
-    context = _context_length(hf)
-    if max_model_len is not None and max_model_len > context:
-        raise ConfigurationError(f"max_model_len is {max_model_len}; allowed: up to {context}, the checkpoint's")
+    windows = _layer_windows(folder, hf)
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -100,13 +120,14 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         intermediate_size=hf.intermediate_size,
         rms_norm_eps=hf.rms_norm_eps,
-        max_model_len=max_model_len or context,
+        max_model_len=_context(folder, hf, windows, max_model_len),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         has_qk_norm=hf.model_type == "qwen3",
         eos_token_ids=_eos_token_ids(folder, hf),
         dtype=_dtype(dtype, hf),
         hf_config=hf,
         early_exits=_early_exits(folder, hf),
+        layer_windows=windows,
     )
 
 
@@ -133,6 +154,13 @@ def _check_supported(folder: Path, hf: Any) -> None:
             raise ConfigurationError(f"{field} is {getattr(hf, field)} in {folder}; allowed: at least 1")
     if hf.hidden_act not in SUPPORTED_ACTIVATIONS:
         raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
+    for name, neutral in _FOREIGN_SETTINGS.items():
+        value = getattr(hf, name, hf.rope_parameters.get(name))
+        if value is not None and value not in neutral:
+            raise ConfigurationError(
+                f"{name} is {value!r} in {folder}; supported for model_type {hf.model_type!r}: "
+                f"{', '.join(map(repr, neutral)) or 'unset'}, as what it asks for is not computed here"
+            )
     if getattr(hf, "quantization_config", None) is not None:
         raise ConfigurationError(f"quantization_config is set in {folder}; supported: unquantized checkpoints")
     num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
@@ -143,24 +171,63 @@ def _check_supported(folder: Path, hf: Any) -> None:
         )
 
 
-def _context_length(hf: Any) -> int:
-    """Positions the checkpoint allows; a sliding window ends the context, as we attend to all of it."""
+def _layer_windows(folder: Path, hf: Any) -> tuple[int | None, ...]:
+    """The window of each layer: `sliding_window` where `layer_types` has one, and everywhere if it names no layers."""
     window = getattr(hf, "sliding_window", None)
-    uses_window = window is not None and getattr(hf, "use_sliding_window", True)
-    return min(hf.max_position_embeddings, window) if uses_window else int(hf.max_position_embeddings)
+    types = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    if unknown := sorted(set(types) - set(_LAYER_TYPES)):
+        raise ConfigurationError(f"layer_types has {unknown} in {folder}; supported: {', '.join(_LAYER_TYPES)}")
+    if len(types) != hf.num_hidden_layers:
+        raise ConfigurationError(
+            f"layer_types names {len(types)} layers in {folder}; allowed: num_hidden_layers, {hf.num_hidden_layers}"
+        )
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
+
+
+def _context(folder: Path, hf: Any, windows: tuple[int | None, ...], asked: int | None) -> int:
+    """Positions that are served: what was asked for, or what the checkpoint was made for.
+
+    Every layer attends to all positions, so that a window ends the context. ConfigurationError for more than can be
+    computed; more than the checkpoint was made for is warned of.
+    """
+    shortest_window = min((window for window in windows if window is not None), default=_LONGEST)
+    made_for = min(_made_for(hf), shortest_window)
+    if asked is None or asked <= made_for:
+        return asked or made_for
+    rope_type = hf.rope_parameters.get("rope_type", "default")
+    if asked > shortest_window or rope_type not in _ENDLESS_ROPE_TYPES:
+        why = f"its sliding_window is {shortest_window}" if asked > shortest_window else f"its rope_type is {rope_type}"
+        raise ConfigurationError(f"max_model_len is {asked}; allowed: up to {made_for}, the checkpoint's, as {why}")
+    structlog.get_logger().warning(
+        "context_beyond_checkpoint", folder=str(folder), max_model_len=asked, made_for=made_for, rope_type=rope_type
+    )
+    return asked
+
+
+def _made_for(hf: Any) -> int:
+    """Positions by the model card: YaRN and linear scaling multiply what the model was first trained for.
+
+    `max_position_embeddings` is the length before scaling in some checkpoints and after it in others: the longer of
+    the two readings counts. Llama 3's type states the length after scaling, `dynamic` changes its angles beyond it.
+    """
+    parameters, positions = hf.rope_parameters, int(hf.max_position_embeddings)
+    if parameters.get("rope_type") not in ("yarn", "linear"):
+        return positions
+    original = parameters.get("original_max_position_embeddings") or positions
+    factor = parameters.get("factor") or 1.0
+    return max(positions, math.floor(original * factor))
 
 
 def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
-    eos = hf.eos_token_id
-    if (folder / "generation_config.json").exists():
-        try:
-            generation_eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigurationError(f"no usable generation_config.json in {folder}: {error}") from error
-        eos = eos if generation_eos is None else generation_eos
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    found = end_token_ids(folder, hf.eos_token_id)
+    if not found:
+        structlog.get_logger().warning(
+            "no_end_token",
+            folder=str(folder),
+            advice="answers end at their length limit alone, and grammars are refused: set eos_token_id in "
+            "generation_config.json",
+        )
+    return found
 
 
 def _early_exits(folder: Path, hf: Any) -> tuple[int, ...]:

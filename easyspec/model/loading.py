@@ -10,8 +10,9 @@ from typing import Protocol
 import structlog
 import torch
 
+from easyspec.checkpoint.location import model_path
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import ModelConfig, checkpoint_folder, load_config
+from easyspec.model.config import ModelConfig, load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
@@ -90,7 +91,7 @@ def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacem
     Under torchrun it reads this rank's part, and all ranks agree on the size of their pools.
     """
     device = _device(settings.device)
-    folder = checkpoint_folder(settings.model)
+    folder = model_path(settings.model)
     config = load_config(folder, settings.dtype, settings.max_model_len)
     num_threads = settings.num_threads or _num_threads(config)
     torch.set_num_threads(num_threads)

@@ -84,9 +84,10 @@ def find_shape(model: str) -> ModelShape:
     if model.lower() in KNOWN_SHAPES:
         return KNOWN_SHAPES[model.lower()]
     # Imported here: it brings torch along, and known shapes need none of it.
-    from easyspec.model.config import checkpoint_folder, load_config
+    from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
+    from easyspec.model.config import load_config
 
-    config = load_config(checkpoint_folder(model))
+    config = load_config(model_path(model, TOKENIZER_PATTERNS))
     return ModelShape(
         name=Path(model).name,
         num_layers=config.num_layers,

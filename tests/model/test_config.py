@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import checkpoint_folder, load_config
+from easyspec.model.config import load_config
 from easyspec.model.rope import rotary_tables
 from tests.fakes.checkpoints import change_config, write_checkpoint
 
@@ -71,10 +72,10 @@ def test_what_a_family_adds(
         (None, None, ()),
         (7, None, (7,)),
         ([7, 8], None, (7, 8)),
-        (7, {"eos_token_id": [1, 2]}, (1, 2)),
-        (7, {"eos_token_id": 3}, (3,)),
+        (7, {"eos_token_id": [1, 2]}, (1, 2, 7)),
+        (7, {"eos_token_id": 3}, (3, 7)),
         (7, {"temperature": 0.5}, (7,)),
-        (7, {"eos_token_id": 0}, (0,)),
+        (7, {"eos_token_id": [0, 7]}, (0, 7)),
     ],
 )
 def test_end_tokens(tmp_path: Path, in_config: Any, in_generation_config: Any, expected: tuple[int, ...]) -> None:
@@ -84,18 +85,86 @@ def test_end_tokens(tmp_path: Path, in_config: Any, in_generation_config: Any, e
     assert load_config(tmp_path).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("as_written", ["ab", {"content": "ab", "special": True}])
+def test_the_tokenizers_own_end_ends_a_text_too(tmp_path: Path, as_written: Any) -> None:
+    write_config(tmp_path, eos_token_id=0)
+    tokenizer = {"model": {"vocab": {"<|endoftext|>": 0, "a": 1}}, "added_tokens": [{"id": 2, "content": "ab"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": as_written}))
+    assert load_config(tmp_path).eos_token_ids == (0, 2)
+
+
+@pytest.mark.parametrize(("eos_token_id", "is_warned"), [(None, True), (0, False)])
+def test_a_model_without_an_end_is_warned_of(tmp_path: Path, eos_token_id: int | None, is_warned: bool) -> None:
+    with structlog.testing.capture_logs() as logs:
+        load_config(write_config(tmp_path, eos_token_id=eos_token_id))
+    assert ["no_end_token" in entry["event"] for entry in logs] == [True] * is_warned
+
+
 @pytest.mark.parametrize(
-    ("fields", "expected"),
+    ("fields", "windows", "context"),
     [
-        ({"model_type": "mistral", "sliding_window": 100}, 100),
-        ({"model_type": "mistral", "sliding_window": 4096}, 512),
-        ({"model_type": "mistral", "sliding_window": None}, 512),
-        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}, 100),
-        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}, 512),
+        ({"model_type": "mistral", "sliding_window": 100}, (100,) * 3, 100),
+        ({"model_type": "mistral", "sliding_window": 4096}, (4096,) * 3, 512),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 3, 512),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, (None,) * 3, 512),
+        (
+            {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3},
+            (None,) * 3,
+            512,
+        ),
+        (
+            {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+            (None, 64, 64),
+            64,
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            (None, 64, None),
+            64,
+        ),
     ],
 )
-def test_a_sliding_window_ends_the_context(tmp_path: Path, fields: dict[str, Any], expected: int) -> None:
-    assert load_config(write_config(tmp_path, **fields)).max_model_len == expected
+def test_windows_are_those_of_the_layers_and_end_the_context(
+    tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...], context: int
+) -> None:
+    config = load_config(write_config(tmp_path, **fields))
+    assert (config.layer_windows, config.max_model_len) == (windows, context)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "context"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 256, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 320, 1024),
+        ({"rope_type": "yarn", "factor": 2.5}, 256, 640),
+        ({"rope_type": "linear", "factor": 4.0}, 256, 1024),
+        ({"rope_type": "dynamic", "factor": 4.0}, 256, 256),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+            1024,
+            1024,
+        ),
+    ],
+)
+def test_a_scaled_context_is_as_long_as_the_model_card_says(
+    tmp_path: Path, rope: dict[str, Any], positions: int, context: int
+) -> None:
+    config = load_config(write_config(tmp_path, rope_scaling=rope, max_position_embeddings=positions))
+    assert config.max_model_len == context
+    assert rotary_tables(config, torch.device("cpu")).cosines.shape == (context, 8)
 
 
 def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
@@ -104,8 +173,48 @@ def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
         config = load_config(tmp_path, max_model_len=length)
         assert config.max_model_len == length
         assert rotary_tables(config, torch.device("cpu")).cosines.shape == (length, 8)
-    with pytest.raises(ConfigurationError, match=r"max_model_len is 513; allowed: up to 512, the checkpoint's"):
-        load_config(tmp_path, max_model_len=513)
+
+
+def test_max_model_len_may_go_beyond_the_checkpoint_with_a_warning(tmp_path: Path) -> None:
+    write_config(tmp_path, eos_token_id=0)
+    with structlog.testing.capture_logs() as logs:
+        assert load_config(tmp_path, max_model_len=513).max_model_len == 513
+    assert [(entry["event"], entry["made_for"]) for entry in logs] == [("context_beyond_checkpoint", 512)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "up to 512, .* rope_type is dynamic"),
+        ({"model_type": "mistral", "sliding_window": 64}, "up to 64, .* sliding_window is 64"),
+    ],
+)
+def test_max_model_len_stays_within_what_can_be_computed(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"max_model_len is 513; allowed: {why}"):
+        load_config(write_config(tmp_path, **fields), max_model_len=513)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config is .*; supported .* unset"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 .*; supported for model_type 'llama': 1"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "full_attention", "linear_attention"]},
+            "layer_types has .*linear_attention.*; supported: full_attention, sliding_attention",
+        ),
+    ],
+)
+def test_attention_that_is_not_understood_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_config(write_config(tmp_path, **fields))
+
+
+def test_neutral_settings_of_other_models_are_let_through(tmp_path: Path) -> None:
+    load_config(write_config(tmp_path, partial_rotary_factor=1.0, attn_logit_softcapping=None, embedding_multiplier=1))
 
 
 @pytest.mark.parametrize(
@@ -222,15 +331,6 @@ def test_an_unsupported_rope_type(tmp_path: Path, scaling: dict[str, Any]) -> No
     with pytest.raises(ConfigurationError, match="supported: default, llama3, linear, dynamic, yarn") as caught:
         rotary_tables(config, torch.device("cpu"))
     assert f"rope_type is {scaling['rope_type']!r}" in str(caught.value)
-
-
-def test_a_model_is_a_folder_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoint_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ConfigurationError, match="neither a folder nor a hub id") as caught:
-        checkpoint_folder(f"{tmp_path}/no/such/folder")
-    assert f"{tmp_path}/no/such/folder" in str(caught.value)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, allow_patterns: f"{tmp_path}/{model}")
-    assert checkpoint_folder("owner/name") == tmp_path / "owner/name"
 
 
 def test_a_saved_checkpoint_is_read_as_written(tmp_path: Path) -> None:

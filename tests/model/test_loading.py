@@ -33,7 +33,7 @@ def test_a_checkpoint_introduces_itself(tmp_path: Path) -> None:
     loaded = load_model(Settings(str(tmp_path), max_model_len=48))
     info = loaded.info
     assert (info.name, info.vocab_size, info.max_model_len, info.num_layers) == ("tiny", VOCAB_SIZE, 48, 3)
-    assert (info.dtype, tuple(info.eos_token_ids)) == ("bfloat16", (3, 4))
+    assert (info.dtype, tuple(info.eos_token_ids)) == ("bfloat16", (3, 4, 0))
     assert info.num_parameters == loaded.decoder.num_parameters
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path)
     assert (loaded.memory.num_slots, loaded.memory.num_used_slots) == (64, 0)
