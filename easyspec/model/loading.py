@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.weight_reader import WeightFormat
+from easyspec.model.weights import Checkpoint
 from easyspec.ops.executor import choose_executor
 from easyspec.parallel.launch import local_rank
 from easyspec.parallel.lifeline import Lifeline, open_lifeline
@@ -99,7 +101,11 @@ def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacem
     weights = WeightFormat(settings.weights)
     ranks = join_group(device)
     lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)
-    decoder = Decoder(folder, config, executor, ranks=ranks, placement=placement, weights=weights)
+    # Other ranks leave out what rank 0 adds once, so that only it asks for all tensors.
+    open_tensors = partial(Checkpoint, is_whole=ranks.rank == 0)
+    decoder = Decoder(
+        folder, config, executor, ranks=ranks, placement=placement, weights=weights, open_tensors=open_tensors
+    )
     fitting = num_pool_slots(decoder.layer_config, device, settings.num_kv_slots, settings.kv_memory_fraction)
     fingerprint = model_fingerprint(folder, config, executor.name, weights.value)
     num_slots = _agreed_slots(ranks, fitting, fingerprint, device)

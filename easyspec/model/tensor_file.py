@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from easyspec.errors import ConfigurationError
 
 _LENGTH_BYTES = 8
+_LFS_MARK = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,7 +49,8 @@ class TensorFile:
     """An open file. Raises ConfigurationError where it is no safetensors file, or cannot be read to the end."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        _check_is_fetched(path)
         try:
             with safe_open(path, framework="pt"):  # checks the header, and that all tensors are there
                 pass
@@ -66,12 +68,16 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> str:
+        """As the format names it: BF16, F32 and so on."""
+        return self._tensors[name].dtype
+
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
         """The tensor, or some of its rows (first dimension) or columns (second); no other bytes are read."""
         stored = self._tensors[name]
         if stored.dtype not in _DTYPES:
             allowed = ", ".join(_DTYPES)
-            raise ConfigurationError(f"{name!r} in {self._path} has type {stored.dtype}; allowed: {allowed}")
+            raise ConfigurationError(f"{name!r} in {self.path} has type {stored.dtype}; allowed: {allowed}")
         dtype = _DTYPES[stored.dtype]
         num_rows, *row_shape = stored.shape or (1,)
         row_bytes = math.prod(row_shape) * dtype.itemsize
@@ -93,9 +99,9 @@ class TensorFile:
             try:
                 num_bytes = os.preadv(self._file.fileno(), [memory], offset)
             except OSError as error:
-                raise ConfigurationError(f"cannot read {self._path}: {error}") from error
+                raise ConfigurationError(f"cannot read {self.path}: {error}") from error
             if num_bytes == 0:
-                raise ConfigurationError(f"cannot read {self._path}: it ends at byte {offset}")
+                raise ConfigurationError(f"cannot read {self.path}: it ends at byte {offset}")
             memory, offset = memory[num_bytes:], offset + num_bytes
 
     def _header(self) -> dict[str, StoredTensor]:
@@ -107,6 +113,17 @@ class TensorFile:
             for name, entry in entries.items()
             if name != "__metadata__"
         }
+
+
+def _check_is_fetched(path: Path) -> None:
+    """Raise ConfigurationError for what Git leaves in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    if is_pointer:
+        raise ConfigurationError(f"cannot read {path}: it is a Git LFS pointer; run `git lfs pull` in its folder")
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

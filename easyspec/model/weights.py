@@ -1,9 +1,10 @@
-"""Tensors of a checkpoint folder, one safetensors file or many."""
+"""Tensors of a checkpoint folder, one safetensors file or many; what would make a model speak nonsense is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,13 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.tensor_file import TensorFile
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+# Tables that the config gives as well, and a head that the config says is the embeddings'.
+_NEEDLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight")
+_QUANTIZED = re.compile(r".*(scale|scale_inv|zeros|zero_point|qweight|g_idx|_packed|absmax|quant_map|SCB)$")
 
 
 class TensorSource(Protocol):
@@ -31,15 +39,20 @@ class TensorSource(Protocol):
 class Checkpoint:
     """Opens the safetensors files of a folder and hands out tensors by name, lazily.
 
-    Raises ConfigurationError for a missing or corrupt file, a missing tensor or an unexpected shape.
+    Raises ConfigurationError for a missing or corrupt file, a missing tensor or an unexpected shape, for weights of
+    a type that stands for something else, and for NaN and infinity. With `is_whole` also, at the end, for a tensor
+    that was never asked for: it belongs to another model than config.json describes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_whole: bool = False) -> None:
         self._folder = folder
+        self._is_whole = is_whole
+        self._asked: set[str] = set()
         self._file_of_tensor: dict[str, TensorFile] = {}
         with ExitStack() as stack:
-            for path in checkpoint_files(folder):
+            for path, listed in _files(folder).items():
                 file = stack.enter_context(closing(TensorFile(path)))
+                _check_listed(path, listed, file)
                 self._file_of_tensor.update(dict.fromkeys(file, file))
             self._stack = stack.pop_all()
 
@@ -48,6 +61,8 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+        if self._is_whole and error is None:
+            self._check_all_asked()
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of_tensor
@@ -61,24 +76,88 @@ class Checkpoint:
         """The tensor `name`, which must have `shape`, or some of its rows or columns; no more than those is read."""
         if name not in self._file_of_tensor:
             raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
+        self._asked.add(name)
         file = self._file_of_tensor[name]
+        if file.dtype(name) not in _WEIGHT_TYPES:
+            raise ConfigurationError(
+                f"{name!r} in {file.path} is stored as {file.dtype(name)}, and config.json does not say what that "
+                f"stands for; allowed: {', '.join(_WEIGHT_TYPES)}, or a quantization_config that the writer of the "
+                "weights left out: get the checkpoint again, with its config.json"
+            )
         if file.shape(name) != shape:
             raise ConfigurationError(f"{name!r} in {self._folder} has shape {file.shape(name)}; expected {shape}")
-        return file.read(name, rows, columns)
+        tensor = file.read(name, rows, columns)
+        check_finite(tensor, name, file.path)
+        return tensor
+
+    def _check_all_asked(self) -> None:
+        left = sorted(name for name in self._file_of_tensor.keys() - self._asked if not _NEEDLESS.fullmatch(name))
+        if not left:
+            return
+        more = f" and {len(left) - 1} more are" if len(left) > 1 else " is"
+        if any(_QUANTIZED.fullmatch(name) for name in left):
+            advice = "the weights are quantized in a way that config.json does not announce"
+        else:
+            advice = "it describes another model: get the config.json that came with the weights"
+        path = self._file_of_tensor[left[0]].path
+        raise ConfigurationError(f"{left[0]!r} in {path}{more} not used by the model of config.json; {advice}")
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raise ConfigurationError for NaN or infinity in a tensor read from `path`."""
+    if tensor.numel() == 0:
+        return
+    low, high = torch.aminmax(tensor)  # both are NaN if one value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ConfigurationError(
+            f"{name!r} in {path} has values that are no numbers (NaN or infinity), as an overflow in float16 leaves; "
+            "every answer would be empty: get the weights again, or in bfloat16"
+        )
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; raises ConfigurationError for a missing one."""
-    index = folder / "model.safetensors.index.json"
+    return [*_files(folder)]
+
+
+def _files(folder: Path) -> Mapping[Path, frozenset[str]]:
+    """The files of a checkpoint, each with the tensors that the index says it holds, none where there is no index."""
+    index = folder / _INDEX
     if index.exists():
+        files: dict[Path, set[str]] = {}
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            for tensor, name in json.loads(index.read_text())["weight_map"].items():
+                files.setdefault(folder / name, set()).add(tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"corrupt {index}: {error}") from error
-        files = [folder / name for name in names]
+        found = {path: frozenset(files[path]) for path in sorted(files)}
     else:
-        files = [folder / "model.safetensors"]
-    for path in files:
+        found = {folder / _SINGLE: frozenset()}
+    for path in found:
         if not path.is_file():
-            raise ConfigurationError(f"missing checkpoint file {path}")
-    return files
+            raise ConfigurationError(f"missing checkpoint file {path}{_way_out(folder)}")
+    return found
+
+
+def _way_out(folder: Path) -> str:
+    """What helps where weights are missing, as far as the other files tell."""
+    if pickled := sorted(folder.glob("*.bin")):
+        return (
+            f"; {pickled[0].name} holds pickled weights, which may run any program and are not read: convert them "
+            "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    if (folder / _INDEX).exists() and (folder / _SINGLE).is_file():
+        return f"; {_INDEX} is left from other weights than {_SINGLE}: remove it"
+    return ""
+
+
+def _check_listed(path: Path, listed: frozenset[str], file: TensorFile) -> None:
+    """Raise ConfigurationError unless the file holds what the index says, and nothing else."""
+    held = frozenset(file)
+    if not listed or held == listed:
+        return
+    name = min(held ^ listed)
+    why = f"lacks {name!r}, which it should hold" if name in listed else f"holds {name!r}, which it does not list"
+    raise ConfigurationError(
+        f"{path} {why} by {_INDEX}: the index is of other files; get both again, or remove an index of a single file"
+    )

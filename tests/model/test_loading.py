@@ -9,7 +9,7 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.loading import load_model
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
-from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.fakes.checkpoints import VOCAB_SIZE, change_config, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,10 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="device is 'cuda'; allowed here: cpu"):
         load_model(Settings(str(write_checkpoint(tmp_path, has_tokenizer=True)), device="cuda"))
+
+
+def test_weights_of_more_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, has_tokenizer=True)
+    change_config(tmp_path, num_hidden_layers=2)
+    with pytest.raises(ConfigurationError, match=r"'model\.layers\.2\..* not used by the model of config\.json"):
+        load_model(Settings(str(tmp_path)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
@@ -125,3 +125,80 @@ def test_a_config_of_another_shape(tmp_path: Path) -> None:
     assert refused(tmp_path) == f"'model.embed_tokens.weight' in {tmp_path} has shape (340, 64); expected (341, 64)"
     change_config(tmp_path, vocab_size=340, num_hidden_layers=4)
     assert "no tensor 'model.layers.3." in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_of_a_type_that_stands_for_something_else(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_checkpoint(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    change_tensor(tmp_path, name, load_file(tmp_path / "model.safetensors")[name].to(dtype))
+    message = refused(tmp_path)
+    stored = {"float8_e4m3fn": "F8_E4M3", "int8": "I8", "uint8": "U8"}[str(dtype).removeprefix("torch.")]
+    assert f"{name!r} in {tmp_path / 'model.safetensors'} is stored as {stored}" in message
+    assert "quantization_config" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_no_number(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    write_checkpoint(tmp_path, dtype=dtype)
+    name = "model.layers.2.mlp.down_proj.weight"
+    weight = load_file(tmp_path / "model.safetensors")[name]
+    weight[3, 5] = value
+    change_tensor(tmp_path, name, weight)
+    assert f"{name!r} in {tmp_path / 'model.safetensors'} has values that are no numbers" in refused(tmp_path)
+
+
+def test_pickled_weights_alone_name_the_way_out(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    message = refused(tmp_path)
+    assert message.startswith(f"missing checkpoint file {tmp_path / 'model.safetensors'}; pytorch_model.bin holds")
+    assert "save_pretrained" in message
+
+
+def test_an_index_left_from_other_weights(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    assert "is left from other weights than model.safetensors: remove it" in refused(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.gone.weight": "model.safetensors"}}))
+    assert f"holds 'lm_head.weight', which it does not list by {INDEX}" in refused(tmp_path)
+
+
+def test_an_index_that_promises_a_tensor_elsewhere(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    name = "model.embed_tokens.weight"
+    index["weight_map"][name] = next(file for file in index["weight_map"].values() if file != index["weight_map"][name])
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert f"lacks {name!r}" in refused(sharded) or f"holds {name!r}" in refused(sharded)
+
+
+def read_all(folder: Path, left_out: str = "") -> None:
+    with Checkpoint(folder, is_whole=True) as checkpoint:
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if name != left_out:
+                checkpoint.tensor(name, tuple(tensor.shape))
+
+
+def test_a_tensor_that_nothing_uses_is_another_models(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    read_all(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(ConfigurationError, match=f"{name}' in .* is not used by the model .* another model"):
+        read_all(tmp_path, left_out=name)
+
+
+def test_scales_without_a_config_say_that_the_weights_are_quantized(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    scale = "model.layers.0.self_attn.q_proj.weight_scale"
+    save_file({**load_file(path), scale: torch.ones(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=f"{scale}' in .* quantized in a way that config.json does not"):
+        read_all(tmp_path, left_out=scale)
+
+
+def test_needless_tables_and_a_tied_head_may_lie_there(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(path), table: torch.ones(4)}, path, metadata={"format": "pt"})
+    read_all(tmp_path, left_out=table)
+    read_all(tmp_path, left_out="lm_head.weight")
