@@ -14,6 +14,7 @@ EasyspecError
 │   ├── EngineLostError      the device or another rank is gone for good
 │   └── ConnectionLostError  the service did not say why: its process or the network is gone
 ├── DeadlineError            not done in time
+├── BrokenModelError         the base model computes values that are no numbers
 └── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
 """
 
@@ -101,6 +102,10 @@ class ConnectionLostError(UnavailableError):
 
 class DeadlineError(EasyspecError):
     """The caller's time ran out."""
+
+
+class BrokenModelError(EasyspecError):
+    """The base model computes NaN or infinity: its weights are damaged, or overflow in the type it is computed in."""
 
 
 class ConfigurationError(EasyspecError):

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from easyspec.errors import EasyspecError
+from easyspec.errors import BrokenModelError, EasyspecError
 from easyspec.speculation.acceptance import StopLimits, Walk
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.logprobs import row_logprobs
@@ -25,7 +26,7 @@ from easyspec.speculation.messages import Verdict
 from easyspec.speculation.sampling import ChoiceRow
 from easyspec.speculation.split_choice import can_split
 from easyspec.speculation.token_tree import TokenTree
-from easyspec.speculation.transfer import to_device
+from easyspec.speculation.transfer import is_remote, to_device
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def decide(
 ) -> list[Verdict | EasyspecError]:
     """The verdict on each tree, from `base_logits` (float32 [R, V]), or the error that ends its session alone.
 
+    A session whose walk comes to a row with NaN or infinity ends with BrokenModelError; on an accelerator these are
+    not looked for, which would take another look at the device.
+
     `chosen` are the tokens at the rows of those cases that `can_be_chosen_apart`, and None for the others.
     """
     known = [*chosen, *[None] * (len(cases) - len(chosen))]
@@ -76,12 +80,16 @@ def decide(
             walker.take(choices)
     while active := [walker for walker in walkers if walker.rows]:
         rows = [walker.case.first_row + row for walker in active for row in walker.rows]
-        wanted = [row for walker in active for row in walker.choice_rows]
-        choices = chooser.choose_tokens(_selected(base_logits, rows), wanted)
+        logits = _selected(base_logits, rows)
+        is_broken = [False] * len(rows) if is_remote(logits) else [*~np.isfinite(logits.sum(dim=-1).numpy())]
+        if any(is_broken):  # executors choose among numbers only; what they choose there is not used
+            logits = logits.clone()
+            logits[[index for index, is_one in enumerate(is_broken) if is_one]] = 0.0
+        choices = chooser.choose_tokens(logits, [row for walker in active for row in walker.choice_rows])
         for walker in active:
             num_rows = len(walker.rows)
-            walker.take(choices[:num_rows])
-            choices = choices[num_rows:]
+            walker.take(choices[:num_rows], is_broken[:num_rows])
+            choices, is_broken = choices[num_rows:], is_broken[num_rows:]
     return _with_logprobs(base_logits, walkers, [walker.outcome() for walker in walkers])
 
 
@@ -100,11 +108,16 @@ class _Walker:
         self.choice_rows = case.choice_rows
         self._await_choice()
 
-    def take(self, choices: Sequence[int]) -> None:
-        """Go on with the choices made at `rows`."""
+    def take(self, choices: Sequence[int], is_broken: Sequence[bool] = ()) -> None:
+        """Go on with the choices made at `rows`, some of which may have logits that are no numbers."""
         if not self._is_stepwise:
-            while self._walk.row is not None:
-                self._walk.step(choices[self._walk.row])
+            while self._walk.row is not None and self._error is None:
+                if is_broken and is_broken[self._walk.row]:
+                    self._error = _broken()
+                else:
+                    self._walk.step(choices[self._walk.row])
+        elif any(is_broken):
+            self._error = _broken()
         else:
             (token_id,) = choices
             self._walk.step(token_id)
@@ -143,6 +156,13 @@ class _Walker:
     def visited_rows(self) -> list[int]:
         """Rows of the batch at which the verdict's tokens were chosen."""
         return [self.case.first_row + row for row in self._walk.visited_rows]
+
+
+def _broken() -> EasyspecError:
+    return BrokenModelError(
+        "the base model computes values that are no numbers (NaN or infinity): its weights are damaged, or overflow "
+        "in the type it is computed in (--dtype)"
+    )
 
 
 def _with_logprobs(

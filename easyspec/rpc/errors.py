@@ -13,7 +13,8 @@
     │   ├── WrongModelError  UNAVAILABLE          503
     │   ├── EngineLostError  UNAVAILABLE          503
     │   └── ConnectionLos... UNAVAILABLE          503
-    └── DeadlineError        DEADLINE_EXCEEDED    504
+    ├── DeadlineError        DEADLINE_EXCEEDED    504
+    └── BrokenModelError     DATA_LOSS            500
 
 Every status carries an ErrorInfo with the reason below. Anything else, ConfigurationError included, is a bug of
 ours: INTERNAL, logged with its traceback here, and the client learns nothing but the request id.
@@ -31,6 +32,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from easyspec.errors import (
+    BrokenModelError,
     CapacityError,
     ConnectionLostError,
     DeadlineError,
@@ -76,6 +78,7 @@ ERROR_TABLE = (
     ErrorMapping(EngineLostError, grpc.StatusCode.UNAVAILABLE, 503, "ENGINE_LOST"),
     ErrorMapping(ConnectionLostError, grpc.StatusCode.UNAVAILABLE, 503, "CONNECTION_LOST"),
     ErrorMapping(DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
+    ErrorMapping(BrokenModelError, grpc.StatusCode.DATA_LOSS, 500, "BROKEN_MODEL"),
 )
 INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")
 

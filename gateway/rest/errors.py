@@ -28,6 +28,7 @@ _CODES: Mapping[str, str] = MappingProxyType(
         "CAPACITY": "rate_limit_exceeded",
         "UNAVAILABLE": "service_unavailable",
         "DEADLINE": "timeout",
+        "BROKEN_MODEL": "broken_model",
         "INTERNAL": "internal_error",
     }
 )

@@ -31,7 +31,12 @@ _OPERATIONS = {
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # On a CPU these read memory without an operation.
 _METHODS = {"tolist", "numpy", "cpu"}
-_MODULES = ("sampling", "filters", "logprobs")
+_MODULES = (
+    "easyspec.speculation.sampling",
+    "easyspec.speculation.filters",
+    "easyspec.speculation.logprobs",
+    "verifier_service.verdicts",
+)
 
 
 def is_look(func: Any, args: Any) -> bool:
@@ -78,4 +83,4 @@ def counted_looks() -> Iterator[Counter[str]]:
 def pretend_remote(patch: pytest.MonkeyPatch) -> None:
     """Take the branches that are for tensors on a GPU."""
     for module in _MODULES:
-        patch.setattr(f"easyspec.speculation.{module}.is_remote", lambda tensor: True)
+        patch.setattr(f"{module}.is_remote", lambda tensor: True)

@@ -55,6 +55,7 @@ def test_codes_for_both_wires() -> None:
         "EngineLostError": ("UNAVAILABLE", 503),
         "ConnectionLostError": ("UNAVAILABLE", 503),
         "DeadlineError": ("DEADLINE_EXCEEDED", 504),
+        "BrokenModelError": ("DATA_LOSS", 500),
     }
     assert (INTERNAL.code.name, INTERNAL.http_status) == ("INTERNAL", 500)
 
