@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from easyspec.checkpoint.generation import NO_DEFAULTS, sampling_defaults
+from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.errors import UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.tokenizer_fingerprint import tokens_by_id
@@ -34,8 +36,14 @@ _TOLERATED_MISFITS_OF_A_NAME = 3
 
 
 def load_tokenizers(settings: GatewaySettings) -> dict[Path, Tokenizer]:
-    """The tokenizers of all models, each folder read once; takes seconds. Raises ConfigurationError."""
-    return {folder: Tokenizer.load(folder) for folder in dict.fromkeys(route.tokenizer for route in settings.routes)}
+    """The tokenizers of all models as the settings name them, each read once; takes seconds.
+
+    Those of hub ids are fetched. Raises ConfigurationError.
+    """
+    return {
+        name: Tokenizer.load(model_path(str(name), TOKENIZER_PATTERNS))
+        for name in dict.fromkeys(route.tokenizer for route in settings.routes)
+    }
 
 
 class Assembly:
@@ -51,7 +59,7 @@ class Assembly:
         self._pools: dict[tuple[tuple[str, ...], str], DrafterPool] = {}
 
     def build(self, tokenizers: Mapping[Path, Tokenizer]) -> ServedModels:
-        """All models of the settings; nobody has been asked anything yet."""
+        """All models of the settings; nobody has been asked anything yet. Raises ConfigurationError."""
         return ServedModels([self._generator(route, tokenizers[route.tokenizer]) for route in self._settings.routes])
 
     async def close(self) -> None:
@@ -66,8 +74,8 @@ class Assembly:
         )
         return Generator(
             tokenizer,
-            VerifierPool(self._verifiers(route, tokenizer.fingerprint()), failover),
-            self._drafter_pool(route, tokenizer.fingerprint()),
+            VerifierPool(self._verifiers(route, tokenizer), failover),
+            self._drafter_pool(route, tokenizer),
             Admission(settings.max_concurrent_requests, settings.max_waiting_requests, settings.admission_timeout_s),
             settings.default_budget,
             settings.stalled_client_timeout_s,
@@ -76,40 +84,41 @@ class Assembly:
             observe=self._observe,
             tool_dialect=_tool_dialect(settings, tokenizer),
             served_name=route.name,
+            sampling_defaults=NO_DEFAULTS
+            if settings.generation_config == "none"
+            else sampling_defaults(tokenizer.path),
         )
 
-    def _drafter_pool(self, route: ModelRoute, fingerprint: str) -> DrafterPool | None:
+    def _drafter_pool(self, route: ModelRoute, tokenizer: Tokenizer) -> DrafterPool | None:
         if not route.drafter_addresses:
             return None
-        key = route.drafter_addresses, fingerprint
+        key = route.drafter_addresses, tokenizer.fingerprint()
         if key not in self._pools:
             deadlines = self._settings.draft_deadline_ms / 1000, self._settings.reopen_deadline_s
-            self._pools[key] = DrafterPool(self._drafters(route, fingerprint), DraftLimits(*deadlines, self._backoff))
+            self._pools[key] = DrafterPool(self._drafters(route, tokenizer), DraftLimits(*deadlines, self._backoff))
         return self._pools[key]
 
-    def _verifiers(self, route: ModelRoute, fingerprint: str) -> ReplicaSet[VerifyConnection]:
+    def _verifiers(self, route: ModelRoute, tokenizer: Tokenizer) -> ReplicaSet[VerifyConnection]:
         replicas: list[Replica[VerifyConnection]] = []
         for address in route.verifier_addresses:
             client = VerifierClient(self._channel(address, VerifierClient.service_name), _INFO_TIMEOUT_S)
-            replicas.append(Replica(address, self._peer("verifier", address, client, route, fingerprint), client))
+            replicas.append(Replica(address, self._peer("verifier", address, client, tokenizer), client))
         return ReplicaSet("verifier", replicas)
 
-    def _drafters(self, route: ModelRoute, fingerprint: str) -> ReplicaSet[DraftConnection]:
+    def _drafters(self, route: ModelRoute, tokenizer: Tokenizer) -> ReplicaSet[DraftConnection]:
         replicas: list[Replica[DraftConnection]] = []
         for address in route.drafter_addresses:
             channel = self._channel(address, DrafterClient.service_name)
             client = DrafterClient(channel, _INFO_TIMEOUT_S, self._settings.request_timeout_s)
-            replicas.append(Replica(address, self._peer("drafter", address, client, route, fingerprint), client))
+            replicas.append(Replica(address, self._peer("drafter", address, client, tokenizer), client))
         return ReplicaSet("drafter", replicas)
 
-    def _peer(
-        self, role: str, address: str, client: VerifierClient | DrafterClient, route: ModelRoute, fingerprint: str
-    ) -> Peer:
+    def _peer(self, role: str, address: str, client: VerifierClient | DrafterClient, tokenizer: Tokenizer) -> Peer:
         is_name_of_many = "://" in address or address.startswith(("dns:", "ipv4:", "ipv6:"))
         misfits = _TOLERATED_MISFITS_OF_A_NAME if is_name_of_many else 0
         policy = PeerPolicy(self._settings.probe_interval_s, self._backoff, misfits)
-        explain = partial(_difference, role, client, route.tokenizer)
-        return Peer(f"{role} {address}", client.info, fingerprint, policy, explain)
+        explain = partial(_difference, role, client, tokenizer.path)
+        return Peer(f"{role} {address}", client.info, tokenizer.fingerprint(), policy, explain)
 
     def _channel(self, address: str, service_name: str) -> Any:
         channel = open_channel(address, service_name, tls=self._settings.peer_tls)
@@ -117,14 +126,14 @@ class Assembly:
         return channel
 
 
-async def _difference(role: str, client: VerifierClient | DrafterClient, folder: Path) -> str:
-    """Where the vocabulary of a service differs from that of the tokenizer in `folder`; raises EasyspecError."""
+async def _difference(role: str, client: VerifierClient | DrafterClient, path: Path) -> str:
+    """Where the vocabulary of a service differs from that of the tokenizer in `path`; raises EasyspecError."""
     theirs = await client.vocabulary()
     if not theirs:
         raise UnavailableError(f"the {role} does not tell its vocabulary")
-    ours = await asyncio.to_thread(tokens_by_id, folder)
+    ours = await asyncio.to_thread(tokens_by_id, path)
     difference = vocabulary_difference(ours, theirs) or "all tokens are shared, and merges differ"
-    return f"in {folder} and at the {role} {difference}"
+    return f"in {path} and at the {role} {difference}"
 
 
 def _tool_dialect(settings: GatewaySettings, tokenizer: Tokenizer) -> ToolDialect:

@@ -41,7 +41,7 @@ class GatewaySettings(ServerSettings, RequestLimits):
         "does, where clients shall not see how busy the service is.",
     )
     tokenizer: Path = Field(
-        description="Folder with the base model's tokenizer.json, usually its checkpoint. "
+        description="Where the base model's tokenizer is, usually its checkpoint: a folder or a Hugging Face hub id. "
         "No default: it must fit the verifier's model.",
     )
     verifier_address: str = Field(
@@ -85,6 +85,11 @@ class GatewaySettings(ServerSettings, RequestLimits):
         default="auto",
         description="auto, hermes, llama3_json, mistral or none: how the model writes tool calls. auto looks at its "
         "chat template, which is what the model was trained with.",
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto or none: whether temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint's "
+        "generation_config.json stand in where a request leaves them unset. auto: the model was tuned for them.",
     )
     draft_deadline_ms: int = Field(
         default=1000,

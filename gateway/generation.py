@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from easyspec.checkpoint.generation import NO_DEFAULTS, SamplingDefaults
 from easyspec.errors import InvalidRequestError, PromptTooLongError, UnavailableError, UnknownModelError
 from easyspec.speculation.checks import check_logprobs
 from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification, TokenLogprobs
@@ -134,7 +135,7 @@ class Generator:
     """Turns requests to one base model into completions, many at a time.
 
     `drafters`, which other models may share, is None when no drafter is configured. `served_name` is what requests call
-    the model; empty: what its verifiers call it.
+    the model; empty: what its verifiers call it. `sampling_defaults` are for whoever reads a request.
     """
 
     def __init__(
@@ -150,7 +151,9 @@ class Generator:
         observe: GenerationObserver,
         tool_dialect: ToolDialect = ToolDialect.NONE,
         served_name: str = "",
+        sampling_defaults: SamplingDefaults = NO_DEFAULTS,
     ) -> None:
+        self.sampling_defaults = sampling_defaults
         self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
@@ -228,7 +231,7 @@ class Generator:
     ) -> AsyncGenerator[GenerationChunk, None]:
         arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
-        request = self._with_forced_calls(request)
+        request = self._with_forced_calls(_ended_with_the_turn(request, self._tokenizer))
         async with contextlib.AsyncExitStack() as places:
             places.enter_context(self._clients.place(request.client, request.num_choices))
             if isinstance(request.prompt, TokenIds):  # what can be told at once is, also while others wait
@@ -439,6 +442,14 @@ class _Output:
             statistics=self._recorder.finish(num_failures, self._verifier.num_failures),
             seed=self._request.sampling.seed,
         )
+
+
+def _ended_with_the_turn(request: GenerationRequest, tokenizer: Tokenizer) -> GenerationRequest:
+    """An answer in a conversation ends with its turn, whatever else the checkpoint calls its end."""
+    if not isinstance(request.prompt, Conversation) or request.stop.ignore_eos:
+        return request
+    stop_token_ids = request.stop.stop_token_ids | tokenizer.end_of_turn_ids
+    return replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
 
 
 def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:

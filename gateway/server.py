@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from easyspec import __version__
+from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.tls import ServerCertificates
@@ -194,7 +195,8 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
         timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
         self._settings.check_message_bytes(request.ByteSize())
         generator = self.models.of(request.model)
-        async with aclosing(generator.generate(_request_from_pb(request, _caller()), timeout_s)) as chunks:
+        asked = _request_from_pb(request, generator.sampling_defaults, _caller())
+        async with aclosing(generator.generate(asked, timeout_s)) as chunks:
             async for chunk in chunks:
                 yield _chunk_to_pb(chunk)
 
@@ -281,10 +283,12 @@ def _caller() -> _Caller:
     return _Caller(str(bound.get("request_id", "")), str(bound.get("client", "")))
 
 
-def _request_from_pb(message: generation_pb2.GenerateRequest, caller: _Caller) -> GenerationRequest:
+def _request_from_pb(
+    message: generation_pb2.GenerateRequest, defaults: SamplingDefaults, caller: _Caller
+) -> GenerationRequest:
     return GenerationRequest(
         prompt=_prompt_from_pb(message),
-        sampling=convert.sampling_from_pb(message.sampling, default_seed=secrets.randbits(64)),
+        sampling=convert.sampling_from_pb(message.sampling, default_seed=secrets.randbits(64), defaults=defaults.given),
         stop=convert.stop_from_pb(message.stop),
         stop_strings=tuple(message.stop_strings),
         speculation=_speculation_from_pb(message.speculation),

@@ -10,7 +10,7 @@ from typing import Any
 
 from easyspec.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
-from gateway.conversation import Conversation
+from gateway.conversation import ChatTurn, Conversation
 
 # What the library takes for itself beside what it hands to a template.
 _RENDER_ARGUMENTS = frozenset(
@@ -23,13 +23,15 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _LIKELY_CHARS_PER_TOKEN = 8
 _COUNTED_CHARS = 65_536
 _MOST_CUT_TOKENS = 64
+_MARK = "(answer)"
 _METASPACE = "\u2581"
 
 
 class Tokenizer:
     """A Hugging Face tokenizer, reduced to what the gateway needs. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: Any, fingerprint: str) -> None:
+    def __init__(self, tokenizer: Any, fingerprint: str, path: Path) -> None:
+        self.path = path
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._fingerprint = fingerprint
@@ -41,6 +43,7 @@ class Tokenizer:
         }
         decoder = json.loads(self._backend.to_str())["decoder"] or {}
         self._byte_of_char = _byte_of_char() if "ByteLevel" in json.dumps(decoder) else None
+        self.end_of_turn_ids = self._end_of_turn_ids()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -55,7 +58,7 @@ class Tokenizer:
             raise ConfigurationError(f"tokenizer in {folder} cannot be loaded: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigurationError(f"tokenizer in {folder} is {type(tokenizer).__name__}; a fast one is needed")
-        return cls(tokenizer, fingerprint)
+        return cls(tokenizer, fingerprint, folder)
 
     def fingerprint(self) -> str:
         """See `tokenizer_fingerprint`."""
@@ -96,6 +99,15 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             return ""
         return str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None))
+
+    def _end_of_turn_ids(self) -> frozenset[int]:
+        """The special token that the chat template puts behind what an assistant has said; empty if it puts none."""
+        try:
+            said = self._render(Conversation((ChatTurn("user", "?"), ChatTurn("assistant", _MARK)), opens_answer=False))
+        except InvalidRequestError:  # no template, or one that wants more
+            return frozenset()
+        token_ids = self._tokenizer(said.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        return self.special_token_ids.intersection(token_ids[:1])
 
     def _render(self, conversation: Conversation) -> str:
         tools = conversation.template_tools()

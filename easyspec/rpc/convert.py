@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.messages import (
@@ -69,8 +70,12 @@ _SOURCE_FROM_PB = MappingProxyType({value: key for key, value in _SOURCE_TO_PB.i
 # --- parameters -------------------------------------------------------------------------------------------------
 
 
-def sampling_from_pb(message: types_pb2.SamplingParameters, default_seed: int | None = None) -> SamplingParameters:
-    """Unset fields take the defaults documented in `types.proto`.
+def sampling_from_pb(
+    message: types_pb2.SamplingParameters,
+    default_seed: int | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> SamplingParameters:
+    """Unset fields take `defaults`, else those documented in `types.proto`.
 
     `default_seed` stands in for an unset seed; without one (at the services behind the gateway) an unset seed is an
     InvalidRequestError.
@@ -82,7 +87,7 @@ def sampling_from_pb(message: types_pb2.SamplingParameters, default_seed: int | 
     present = {field.name: value for field, value in message.ListFields() if field.name not in others}
     grammar = grammar_from_pb(message.grammar) if message.HasField("grammar") else None
     return SamplingParameters(
-        seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), grammar=grammar, **present
+        seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), grammar=grammar, **{**defaults, **present}
     )
 
 

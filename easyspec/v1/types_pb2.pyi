@@ -90,7 +90,8 @@ Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
 @_typing.final
 class SamplingParameters(_message.Message):
     """How the next token is chosen from the base model's logits. Every knob is optional: unset means
-    "the default named at the field", which is not always proto3's zero.
+    "the default named at the field", which is not always proto3's zero. In a request to the gateway it
+    means what the base model's checkpoint asks for (its generation_config.json), where that says something.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

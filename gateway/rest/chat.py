@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from easyspec.speculation.parameters import SamplingParameters
 from gateway.generation import GenerationChunk, GenerationRequest
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
@@ -30,7 +31,7 @@ async def create_chat_completion(body: ChatRequest, caller: InCaller, request: R
     caller = caller.for_model(body.model)
     generation = _request(body, caller)
     chunks = caller.generator.generate(generation, caller.timeout_s)
-    answer = _Answer(body, caller, generation.sampling.seed)
+    answer = _Answer(body, caller, generation.sampling)
     if body.stream:
         return EventStream(answer.events(chunks))
     return Response(
@@ -41,7 +42,7 @@ async def create_chat_completion(body: ChatRequest, caller: InCaller, request: R
 def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
     return GenerationRequest(
         prompt=body.prompt(),
-        sampling=body.sampling(),
+        sampling=body.sampling(caller.generator.sampling_defaults),
         stop=body.stop_conditions(body.most_tokens),
         stop_strings=body.stop_strings,
         speculation=body.speculation_wish(caller.generator.default_budget),
@@ -56,7 +57,7 @@ def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
 class _Answer:
     """The answer to one request, as a stream or as a whole."""
 
-    def __init__(self, body: ChatRequest, caller: Caller, seed: int) -> None:
+    def __init__(self, body: ChatRequest, caller: Caller, sampling: SamplingParameters) -> None:
         self._body = body
         self._model = caller.model.name
         self._format = LogprobFormat(caller.generator.tokenizer)
@@ -65,7 +66,7 @@ class _Answer:
             if body.logprobs
             else []
         )
-        self._tally = Tally(seed)
+        self._tally = Tally(sampling)
 
     async def events(self, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
         """SSE events, those of a round in one piece."""

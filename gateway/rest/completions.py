@@ -103,8 +103,8 @@ class _Answer:
         has_logprobs = body.logprobs is not None
         self._tracks = [LogprobTrack(tokenizer, has_stops) for _ in range(self._num_choices)] if has_logprobs else []
         self._awaits_prompt = [bool(body.echo)] * self._num_choices
-        self._sampling = body.sampling()
-        self._tally = Tally(self._sampling.seed)
+        self._sampling = body.sampling(caller.generator.sampling_defaults)
+        self._tally = Tally(self._sampling)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """SSE events, one a round and choice."""

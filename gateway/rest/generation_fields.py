@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
 from gateway.generation import SpeculationWish
@@ -46,15 +47,22 @@ class GenerationFields(StructuredFields):
     )
     stop: Text | ListOf[Text] | None = Field(None, description="At most 16 texts that end the output.")
     seed: Integer | None = Field(None, description="Same seed, same text. Unset: drawn, and reported in `metrics`.")
-    temperature: Number | None = Field(None, description="0 is greedy; up to 100. Unset: 1.")
-    top_p: Number | None = Field(None, description="Keep this much probability, above 0 up to 1. Unset: 1.")
-    top_k: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] | None = Field(
-        None, description="Keep the k likeliest tokens; 0, -1 and unset keep all."
+    temperature: Number | None = Field(
+        None,
+        description="0 is greedy; up to 100. Unset: the model's own (see `/v1/models`), else 1.",
     )
-    min_p: Number | None = Field(None, description="Drop tokens below this share of the likeliest, 0 to 1. Unset: 0.")
+    top_p: Number | None = Field(
+        None, description="Keep this much probability, above 0 up to 1. Unset: the model's own, else 1."
+    )
+    top_k: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] | None = Field(
+        None, description="Keep the k likeliest tokens; 0 and -1 keep all. Unset: the model's own, else all."
+    )
+    min_p: Number | None = Field(
+        None, description="Drop tokens below this share of the likeliest, 0 to 1. Unset: the model's own, else 0."
+    )
     presence_penalty: Number | None = Field(None, description="-2 to 2. Unset: 0.")
     frequency_penalty: Number | None = Field(None, description="-2 to 2. Unset: 0.")
-    repetition_penalty: Number | None = Field(None, description="Above 0, up to 100. Unset: 1.")
+    repetition_penalty: Number | None = Field(None, description="Above 0, up to 100. Unset: the model's own, else 1.")
     logit_bias: SmallDict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Number] | None = Field(
         None, max_length=1024, description="Added to logits, by token id, -100 to 100 each."
     )
@@ -97,16 +105,17 @@ class GenerationFields(StructuredFields):
     def stop_conditions(self, max_tokens: int | None) -> StopConditions:
         return StopConditions(max_tokens, frozenset(self.stop_token_ids or ()), bool(self.ignore_eos))
 
-    def sampling(self) -> SamplingParameters:
-        """Unset fields take our defaults; ranges are checked where the model is known."""
+    def sampling(self, defaults: SamplingDefaults) -> SamplingParameters:
+        """Unset fields take the model's defaults, else ours; ranges are checked where the model is known."""
         names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k is not None:
+            given["top_k"] = self.top_k if self.top_k > 0 else None
         return SamplingParameters(
             seed=secrets.randbits(_SEED_BITS) if self.seed is None else self.seed,
-            top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
             grammar=self.grammar(),
             logit_bias={int(token_id): bias for token_id, bias in sorted((self.logit_bias or {}).items())},
-            **given,
+            **(defaults.given | given),
         )
 
     def speculation_wish(self, default_budget: TreeBudget) -> SpeculationWish:

@@ -7,24 +7,32 @@ from typing import Any
 from fastapi import APIRouter
 
 from easyspec.speculation.messages import ModelInfo
-from gateway.rest.backend import InCaller
+from gateway.generation import Generator
+from gateway.rest.backend import Caller, InCaller
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(caller: InCaller) -> dict[str, Any]:
-    """The base models, each with the most tokens of prompt and output together."""
-    return {"object": "list", "data": [_card(model, caller.started_s) for model in caller.models.infos]}
+    """The base models, each with the most tokens of prompt and output together, and its own sampling parameters."""
+    cards = [_card(generator, model, caller.started_s) for generator, model in _answered(caller)]
+    return {"object": "list", "data": cards}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, caller: InCaller) -> dict[str, Any]:
     """One model; 404 model_not_found if it is not served here."""
-    return _card(caller.for_model(model).model, caller.started_s)
+    caller = caller.for_model(model)
+    return _card(caller.generator, caller.model, caller.started_s)
 
 
-def _card(model: ModelInfo, started_s: int) -> dict[str, Any]:
+def _answered(caller: Caller) -> list[tuple[Generator, ModelInfo]]:
+    """The models whose verifiers have answered."""
+    return [(each, each.model_info) for each in caller.models if each.model_info is not None]
+
+
+def _card(generator: Generator, model: ModelInfo, started_s: int) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
@@ -33,4 +41,5 @@ def _card(model: ModelInfo, started_s: int) -> dict[str, Any]:
         "root": model.name,
         "parent": None,
         "max_model_len": model.max_model_len,
+        "default_sampling": generator.sampling_defaults.given,
     }

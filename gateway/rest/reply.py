@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyspec import __version__
+from easyspec.speculation.parameters import SamplingParameters
 from gateway.generation import Completion
 from gateway.rest.errors import json_bytes
 
+_SHOWN_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SYSTEM_FINGERPRINT = f"easyspec-{__version__}"
 
 
@@ -53,11 +55,11 @@ class EventWriter:
 class Tally:
     """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
 
-    `seed` is the first choice's.
+    The seed of `sampling` is the first choice's.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, sampling: SamplingParameters) -> None:
+        self._sampling = sampling
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_dropped_tokens = 0
@@ -82,9 +84,10 @@ class Tally:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """An extension: the seed, and vLLM's shape of what speculation did for all choices."""
+        """An extension: how tokens were chosen, and vLLM's shape of what speculation did for all choices."""
         return {
-            "seed": self._seed,
+            "seed": self._sampling.seed,
+            "sampling": {name: getattr(self._sampling, name) for name in _SHOWN_PARAMETERS},
             "speculative_decoding": _speculative_decoding(self._completions),
         }
 

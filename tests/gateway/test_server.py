@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,3 +187,20 @@ async def test_a_drafter_replaced_by_one_with_another_tokenizer_is_refused(clien
     opened = client.pair.drafter.num_opened
     assert tokens(await client.generate()) == expected(client)
     assert client.pair.drafter.num_opened == opened
+
+
+async def test_a_chat_ends_with_its_turn(
+    pair: FakePair, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model calls its end: here it names none."""
+    folder = tmp_path / "turns"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    stops: list[frozenset[int]] = []
+    opened = pair.verifier._open
+    monkeypatch.setattr(pair.verifier, "_open", lambda o: (stops.append(o.stop.stop_token_ids), opened(o))[1])
+    chat = generation_pb2.ChatPrompt(messages=[generation_pb2.ChatMessage(role="user", content="hello")])
+    async with gateway(pair, folder) as client:
+        await client.generate(chat=chat, max_tokens=2)
+        await client.generate(max_tokens=2)
+    assert stops == [frozenset({0}), frozenset()]

@@ -88,3 +88,18 @@ def test_a_folder_without_tokenizer_fails_at_start_up(tmp_path: Path, content: s
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_turn_ends_with_the_special_token_behind_an_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert tokenizer.end_of_turn_ids == frozenset()  # a line ends the turn there
+    folder = write_tokenizer(tmp_path)
+    template = "{% for message in messages %}{{ message.content }} <|endoftext|>\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert Tokenizer.load(folder).end_of_turn_ids == {tokenizer.encode("<|endoftext|>")[0]}
+
+
+def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must take turns') }}")
+    with pytest.raises(InvalidRequestError, match="roles must take turns"):
+        Tokenizer.load(folder).encode_chat(Conversation((ChatTurn("user", "hi"),)))
