@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from easyspec.model.packed_weight import PackedWeight
 from easyspec.planner.shape import ModelShape
 
 # Small enough that activations stay finite through any number of layers.
@@ -36,6 +37,10 @@ class RandomWeights:
         whole = whole + 1.0 if len(shape) == 1 else whole
         cut = whole if rows is None else whole[rows.start : rows.stop]
         return cut if columns is None else cut[:, columns.start : columns.stop]
+
+    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+        """Nothing is quantized."""
+        return None
 
 
 def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int) -> Path:

@@ -25,7 +25,7 @@ class DrafterSettings(EngineSettings):
     address: str = address_field("127.0.0.1:50052")
     model: str = Field(
         default="",
-        description="Draft model: a folder with config.json, safetensors and tokenizer, or a Hugging Face hub id. "
+        description="Draft model: a folder with config.json, safetensors and tokenizer, a GGUF file, or a hub id. "
         "Unset only where --sources names neither model nor early_exit: such a drafter guesses from text alone, "
         "needs --tokenizer, and loads neither weights nor torch.",
     )
@@ -48,7 +48,7 @@ class DrafterSettings(EngineSettings):
     )
     tokenizer: Path | None = Field(
         default=None,
-        description="Checkpoint folder whose tokenizer.json gives token ids their meaning, for a drafter without "
+        description="Checkpoint folder, GGUF file or hub id whose tokenizer gives token ids their meaning, without "
         "--model; with one, the model's own is used.",
     )
     index: Path | None = Field(

@@ -12,6 +12,7 @@ from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask
 from drafter_service.fused_drafting import FusedDrafting
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.text import TextResources
+from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.device_thread import DeviceThread
@@ -49,7 +50,7 @@ class TextDrafterEngine:
 
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         self._settings = settings
-        self._folder = settings.tokenizer or Path(settings.model)
+        self._folder = settings.tokenizer or Path(settings.model)  # resolved when the engine is built
         self._on_step = on_step
         self._thread = DeviceThread("drafter-text", settings.step_timeout_s)
         self._drafter: Drafter | None = None
@@ -112,7 +113,7 @@ class TextDrafterEngine:
 
     def _build(self) -> Drafter:
         settings = self._settings
-        folder = self._folder
+        self._folder = folder = model_path(str(self._folder), TOKENIZER_PATTERNS)
         fingerprint = tokenizer_fingerprint(folder)
         max_len = settings.max_model_len or _DEFAULT_MAX_LEN
         self._info = ModelInfo(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -16,7 +18,7 @@ _ResultT = TypeVar("_ResultT")
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256 hex digest of what gives token ids their meaning in `folder`'s tokenizer.json.
+    """SHA-256 hex digest of what gives token ids their meaning in `folder`'s tokenizer.json, or a GGUF file.
 
     That is every (id, token) pair, added tokens included, and the merges in order. Chat templates, truncation,
     padding of the embedding table and the like do not count: equal digests mean interchangeable token ids.
@@ -31,6 +33,10 @@ def tokens_by_id(folder: Path) -> dict[int, str]:
 
 
 def _read(folder: Path, reading: Callable[[Mapping[str, Any], list[Mapping[str, Any]]], _ResultT]) -> _ResultT:
+    if is_gguf(folder):
+        header = read_header(folder)
+        vocabulary = {token: token_id for token_id, token in header.vocabulary.items()}
+        return reading({"vocab": vocabulary, "merges": header.merges}, [])
     path = folder / TOKENIZER_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

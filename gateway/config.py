@@ -41,7 +41,7 @@ class GatewaySettings(ServerSettings, RequestLimits):
         "does, where clients shall not see how busy the service is.",
     )
     tokenizer: Path = Field(
-        description="Where the base model's tokenizer is, usually its checkpoint: a folder or a Hugging Face hub id. "
+        description="Where the base model's tokenizer is, usually its checkpoint: a folder, GGUF file or hub id. "
         "No default: it must fit the verifier's model.",
     )
     verifier_address: str = Field(

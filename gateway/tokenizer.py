@@ -1,4 +1,4 @@
-"""Text <-> token ids, by the tokenizer of a checkpoint folder."""
+"""Text <-> token ids, by the tokenizer of a checkpoint folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from easyspec.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
+from easyspec.checkpoint.tokenizer_files import load_tokenizer
+from easyspec.errors import InvalidRequestError, PromptTooLongError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.conversation import ChatTurn, Conversation
 
@@ -46,19 +47,10 @@ class Tokenizer:
         self.end_of_turn_ids = self._end_of_turn_ids()
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder; ConfigurationError if there is none that fits."""
-        fingerprint = tokenizer_fingerprint(folder)
-        # Imported here: it takes seconds, as it brings torch along, and the port should be open meanwhile.
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the library raises a dozen types here
-            raise ConfigurationError(f"tokenizer in {folder} cannot be loaded: {error}") from error
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigurationError(f"tokenizer in {folder} is {type(tokenizer).__name__}; a fast one is needed")
-        return cls(tokenizer, fingerprint, folder)
+    def load(cls, path: Path) -> Tokenizer:
+        """Read the tokenizer of a checkpoint folder or a GGUF file; ConfigurationError if there is none that fits."""
+        fingerprint = tokenizer_fingerprint(path)
+        return cls(load_tokenizer(path), fingerprint, path)
 
     def fingerprint(self) -> str:
         """See `tokenizer_fingerprint`."""

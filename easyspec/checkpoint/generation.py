@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.speculation.parameters import SamplingParameters
@@ -15,6 +17,15 @@ from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokens_by_id
 
 _GENERATION_FILE = "generation_config.json"
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_GGUF_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "temperature": "general.sampling.temp",
+        "top_k": "general.sampling.top_k",
+        "top_p": "general.sampling.top_p",
+        "min_p": "general.sampling.min_p",
+        "repetition_penalty": "general.sampling.penalty_repeat",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,12 @@ NO_DEFAULTS = SamplingDefaults()
 
 
 def sampling_defaults(path: Path) -> SamplingDefaults:
-    """What generation_config.json asks for; raises ConfigurationError for values that no request may have.
+    """What generation_config.json, or a GGUF file, asks for.
 
-    `top_k` 0 keeps all tokens there, as unset does here.
+    Raises ConfigurationError for values that no request may have. `top_k` 0 keeps all tokens there, as unset does here.
     """
     content = generation_config(path)
+    source = path if is_gguf(path) else path / _GENERATION_FILE
     given = {name: content[name] for name in _SAMPLING_FIELDS if content.get(name) is not None}
     if given.get("top_k") == 0:
         del given["top_k"]
@@ -51,8 +63,7 @@ def sampling_defaults(path: Path) -> SamplingDefaults:
         SamplingParameters(seed=0, **given).check(1)
     except InvalidRequestError as error:
         raise ConfigurationError(
-            f"{path / _GENERATION_FILE} asks for sampling that is not allowed: {error} (--generation-config none "
-            "leaves it unread)"
+            f"{source} asks for sampling that is not allowed: {error} (--generation-config none leaves it unread)"
         ) from error
     return SamplingDefaults(**given)
 
@@ -75,7 +86,10 @@ def end_token_ids(path: Path, of_config: Any) -> tuple[int, ...]:
 
 def generation_config(path: Path) -> Mapping[str, Any]:
     """The content of generation_config.json, empty where there is none; raises ConfigurationError."""
-    return {} if is_gguf(path) else _read_object(path / _GENERATION_FILE)
+    if not is_gguf(path):
+        return _read_object(path / _GENERATION_FILE)
+    metadata = read_header(path).metadata
+    return {name: metadata[key] for name, key in _GGUF_KEYS.items() if key in metadata}
 
 
 def _tokenizer_eos(folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Shape of a decoder of the Llama family, read from a Hugging Face checkpoint folder."""
+"""Shape of a decoder of the Llama family, read from a Hugging Face checkpoint folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ import torch
 from transformers import AutoConfig
 
 from easyspec.checkpoint.generation import end_token_ids
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
+from easyspec.model.gguf_config import config_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,8 +107,9 @@ class ModelConfig:
 
 
 def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = None) -> ModelConfig:
-    """Read `config.json`; raises ConfigurationError for what is missing, corrupt or unsupported.
+    """Read `config.json`, or a GGUF file's metadata.
 
+    Raises ConfigurationError for what is missing, corrupt or unsupported.
     `max_model_len` None is what the checkpoint was made for.
     """
     hf = _read_hf_config(folder)
@@ -132,6 +136,8 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
 
 
 def _read_hf_config(folder: Path) -> Any:
+    if is_gguf(folder):
+        return config_of(read_header(folder))
     path = folder / "config.json"
     try:
         model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]

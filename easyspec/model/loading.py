@@ -19,7 +19,7 @@ from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.kv_budget import context_within, num_pool_slots
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.weight_reader import WeightFormat
-from easyspec.model.weights import Checkpoint
+from easyspec.model.weight_source import open_weights
 from easyspec.ops.executor import choose_executor
 from easyspec.parallel.launch import local_rank
 from easyspec.parallel.lifeline import Lifeline, open_lifeline
@@ -102,7 +102,7 @@ def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacem
     ranks = join_group(device)
     lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)
     # Other ranks leave out what rank 0 adds once, so that only it asks for all tensors.
-    open_tensors = partial(Checkpoint, is_whole=ranks.rank == 0)
+    open_tensors = partial(open_weights, is_whole=ranks.rank == 0)
     decoder = Decoder(
         folder, config, executor, ranks=ranks, placement=placement, weights=weights, open_tensors=open_tensors
     )

@@ -15,7 +15,8 @@ SUPPORTED_ROPE_TYPES = ("default", "llama3", "linear", "dynamic", "yarn")
 def rotary_tables(config: ModelConfig, device: torch.device) -> Rotary:
     """Cosines and sines of every position, float32 [max_model_len, D / 2] each.
 
-    `dynamic` scaling only changes anything beyond the checkpoint's own context, which is where we stop.
+    `frequency_factors` of a GGUF file, one for each frequency, divide them. `dynamic` scaling only changes anything
+    beyond the checkpoint's own context, which is where we stop.
     """
     parameters = config.hf_config.rope_parameters
     rope_type = parameters.get("rope_type", "default")
@@ -26,6 +27,8 @@ def rotary_tables(config: ModelConfig, device: torch.device) -> Rotary:
         inverse_frequencies, scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
     else:
         inverse_frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config.hf_config, torch.device("cpu"))
+    if (factors := parameters.get("frequency_factors")) is not None:
+        inverse_frequencies = inverse_frequencies / torch.tensor(factors)
     positions = torch.arange(config.max_model_len, dtype=torch.float32)
     angles = positions[:, None] * inverse_frequencies.float()[None, :]
     return Rotary((angles.cos() * scaling).to(device).contiguous(), (angles.sin() * scaling).to(device).contiguous())

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from easyspec.errors import ConfigurationError
+from easyspec.model.packed_weight import PackedWeight
 from easyspec.model.tensor_file import TensorFile
 
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +34,10 @@ class TensorSource(Protocol):
     def tensor(
         self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
-        """The tensor `name`, which has `shape`, or some of its rows or columns."""
+        """The tensor `name`, which has `shape`, or some of its rows or columns, as numbers of a floating-point type."""
+
+    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+        """The same as it is stored, where it is quantized; None where it is not."""
 
 
 class Checkpoint:
@@ -89,6 +93,10 @@ class Checkpoint:
         tensor = file.read(name, rows, columns)
         check_finite(tensor, name, file.path)
         return tensor
+
+    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+        """Nothing is quantized here."""
+        return None
 
     def _check_all_asked(self) -> None:
         left = sorted(name for name in self._file_of_tensor.keys() - self._asked if not _NEEDLESS.fullmatch(name))

@@ -154,7 +154,8 @@ class EngineSettings(ServerSettings):
     )
     model: str = Field(
         min_length=1,
-        description="Checkpoint: a folder with config.json, safetensors and tokenizer, or a Hugging Face hub id. "
+        description="Checkpoint: a folder with config.json, safetensors and tokenizer, a GGUF file, or a Hugging Face "
+        "hub id (OWNER/NAME, or OWNER/NAME/FILE.gguf). "
         "No default: there is no model that fits everyone.",
     )
     served_model_name: str = Field(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import llguidance
 
+from easyspec.checkpoint.tokenizer_files import load_backend
+from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState, grammar_error
 from easyspec.speculation.parameters import Grammar, GrammarKind
-from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
 
 # The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
 COMPILER_STACK_BYTES = 256 * 1024 * 1024
@@ -43,12 +44,9 @@ class GrammarVocabulary:
 
 def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> llguidance.LLTokenizer:
     """What the library needs of the tokenizer, a second's work with a large one; raises InvalidRequestError."""
-    # Imported here: most processes never see a grammar.
-    from tokenizers import Tokenizer
-
     try:
-        backend = Tokenizer.from_file(str(vocabulary.folder / TOKENIZER_FILE))
-    except Exception as error:  # the library raises plain Exceptions
+        backend = load_backend(vocabulary.folder)
+    except ConfigurationError as error:
         raise grammar_error(grammar, f"the model has no tokenizer here ({error})") from error
     backend.no_padding()
     backend.no_truncation()

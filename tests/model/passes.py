@@ -13,6 +13,7 @@ from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, TreeColumns, lay_out
 from easyspec.model.weight_reader import WeightFormat
+from easyspec.model.weight_source import open_weights
 from easyspec.ops.executor import Executor, choose_executor
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.rows import Int64Array
@@ -86,7 +87,15 @@ class Passes:
         self.config = load_config(folder, dtype)
         if isinstance(executor, str):
             executor = choose_executor(executor, CPU, num_threads=1)
-        self.decoder = Decoder(folder, self.config, executor, ranks=ranks, placement=placement, weights=weights)
+        self.decoder = Decoder(
+            folder,
+            self.config,
+            executor,
+            ranks=ranks,
+            placement=placement,
+            weights=weights,
+            open_tensors=open_weights,
+        )
         self.pool = self.decoder.new_pool(num_slots)
         self.memory = KvMemory(self.pool, shares_prefixes=False)
 

@@ -1,0 +1,14 @@
+"""Which reader a model's weights need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from easyspec.checkpoint.location import is_gguf
+from easyspec.model.gguf_file import GgufCheckpoint
+from easyspec.model.weights import Checkpoint, TensorSource
+
+
+def open_weights(path: Path, *, is_whole: bool = False) -> TensorSource:
+    """The tensors of a folder or a GGUF file; with `is_whole` all must be asked for. Raises ConfigurationError."""
+    return GgufCheckpoint(path, is_whole=is_whole) if is_gguf(path) else Checkpoint(path, is_whole=is_whole)

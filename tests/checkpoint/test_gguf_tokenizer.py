@@ -1,0 +1,90 @@
+"""A GGUF file's tokenizer is that of the folder it was made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import structlog
+
+from easyspec.checkpoint.generation import end_token_ids, sampling_defaults
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.checkpoint.tokenizer_files import load_backend, load_tokenizer
+from easyspec.errors import ConfigurationError
+from easyspec.speculation.grammar_compiler import GrammarCompiler
+from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
+from gateway.conversation import ChatTurn, Conversation
+from gateway.tokenizer import Tokenizer
+from tests.fakes.checkpoints import write_checkpoint
+from tests.fakes.gguf_files import write_gguf
+from tests.fakes.tiny_tokenizer import END_OF_TEXT, TEXTS, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 344 rows, whose tokenizer has 340 entries."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1, vocab_size=344)
+    return write_tokenizer(folder, 340)
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    return write_gguf(folder, folder / "tiny.gguf")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "  12 34567\n\n\tx", f"a{END_OF_TEXT}b", "", "日本"])
+def test_texts_get_the_same_tokens(folder: Path, file: Path, text: str) -> None:
+    ours, theirs = Tokenizer.load(file), Tokenizer.load(folder)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+    assert load_backend(file).encode(text).ids == load_backend(folder).encode(text).ids
+
+
+def test_the_vocabulary_is_the_same_without_what_fills_it_up(folder: Path, file: Path) -> None:
+    assert len(read_header(file).tokens) == 344
+    assert tokens_by_id(file) == tokens_by_id(folder)
+    assert tokenizer_fingerprint(file) == tokenizer_fingerprint(folder)
+    assert Tokenizer.load(file).special_token_ids == Tokenizer.load(folder).special_token_ids
+
+
+def test_conversations_and_ends_are_the_files(folder: Path, file: Path) -> None:
+    conversation = Conversation((ChatTurn("user", "hi"),))
+    ours = Tokenizer.load(file)
+    assert ours.encode_chat(conversation) == Tokenizer.load(folder).encode_chat(conversation)
+    assert read_header(file).end_token_ids == (0,)
+    assert end_token_ids(file, [0]) == (0,)
+
+
+async def test_grammars_are_compiled_for_it(file: Path) -> None:
+    compiled = await GrammarCompiler(file, 344, (0,)).compile(Grammar(GrammarKind.REGEX, "[a-z]+"))
+    assert compiled.vocab_size == 344
+
+
+def test_single_digits_are_cut_where_the_file_says_so(folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(folder, tmp_path / "digits.gguf", metadata={"tokenizer.ggml.pre": "smollm"})
+    words = load_backend(file).pre_tokenizer.pre_tokenize_str("ab  12")
+    assert [word for word, _ in words] == ["ab", "ĠĠ", "1", "2"]
+    plain = write_gguf(folder, tmp_path / "plain.gguf")
+    words = load_backend(plain).pre_tokenizer.pre_tokenize_str("ab  12")
+    assert [word for word, _ in words] == ["ab", "Ġ", "Ġ12"]
+
+
+def test_an_unknown_rule_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(folder, tmp_path / "odd.gguf", metadata={"tokenizer.ggml.pre": "never-heard-of"})
+    with structlog.testing.capture_logs() as logs:
+        load_tokenizer(file)
+    assert [entry["rule"] for entry in logs if entry["event"] == "unknown_tokenizer_rule"] == ["never-heard-of"]
+
+
+def test_a_file_may_ask_for_its_sampling(folder: Path, tmp_path: Path) -> None:
+    asked = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20, "general.sampling.top_p": 0.75}
+    file = write_gguf(folder, tmp_path / "asking.gguf", metadata=asked)
+    assert sampling_defaults(file).given == {"temperature": 0.5, "top_k": 20, "top_p": 0.75}
+
+
+def test_a_file_without_tokenizer(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, num_hidden_layers=1)
+    file = write_gguf(tmp_path, tmp_path / "bare.gguf")
+    with pytest.raises(ConfigurationError, match=r"the file has no tokenizer\.ggml\.tokens"):
+        Tokenizer.load(file)
