@@ -380,7 +380,8 @@ def main() -> None:
     except EasyspecError as error:
         _end(error, EXIT_FAILURE)
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(EXIT_FAILURE)
 
 

@@ -20,6 +20,7 @@ from easyspec.cli.clients import are_peers_ready, is_serving
 from easyspec.cli.free_ports import free_port
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
+from easyspec.rpc.readiness import ReadinessSocket
 from easyspec.vocabulary import check_vocabularies, padding_note
 
 FREE_PORT = "127.0.0.1:0"
@@ -97,6 +98,7 @@ class ServiceProcess:
         self._on_log = on_log
         self._process: asyncio.subprocess.Process | None = None
         self._pump: asyncio.Task[None] | None = None
+        self._readiness: ReadinessSocket | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=_NUM_KEPT_LINES)
 
     @property
@@ -110,23 +112,32 @@ class ServiceProcess:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
+        self._close_readiness()
+        self._readiness = readiness = ReadinessSocket()
         python_path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-m",
+            "easyspec.cli.child",
+            str(os.getpid()),
             *self._arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **readiness.environment},
             limit=_MAX_LINE_BYTES,
             process_group=0,  # Ctrl-C in the terminal reaches us alone; we drain the children in order
         )
         self._pump = asyncio.create_task(self._pump_log(self._process))
 
     async def wait_serving(self, timeout_s: float) -> None:
-        """Return when healthy; ServiceFailedError if the process ends first or `timeout_s` seconds pass."""
+        """Return when healthy; ServiceFailedError if the process ends first or `timeout_s` seconds pass.
+
+        The process itself must say so: at the address, a service of another program may answer.
+        """
+        assert self._readiness is not None, "start comes first"
         deadline = time.monotonic() + timeout_s
-        while not await is_serving(self.address):
+        while not (self._readiness.is_ready and await is_serving(self.address)):
             if not self.is_running:
                 raise await self.failure("before it was ready")
             if time.monotonic() > deadline:
@@ -170,6 +181,12 @@ class ServiceProcess:
             await self._process.wait()
         if self._pump is not None:
             await self._pump
+        self._close_readiness()
+
+    def _close_readiness(self) -> None:
+        if self._readiness is not None:
+            self._readiness.close()
+            self._readiness = None
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:

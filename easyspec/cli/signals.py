@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as cancellation, so that `finally` cleans up."""
+"""Ctrl-C, SIGTERM and a closed terminal as cancellation, so that `finally` cleans up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> int:
-    """Run to the end, or until SIGINT or SIGTERM cancels it; returns 0, or 128 + the signal's number.
+    """Run to the end, or until SIGINT, SIGTERM or SIGHUP cancels it; returns 0, or 128 + the signal's number.
 
-    Further signals are ignored: stopping is under way and bounded.
+    SIGHUP stays ignored where it is (nohup). Further signals are ignored: stopping is under way and bounded.
     """
     received: list[signal.Signals] = []
 
@@ -24,7 +24,8 @@ def run_until_signal(work: Coroutine[Any, Any, None]) -> int:
                 received.append(number)
                 task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (signal.SIGHUP,))):
             loop.add_signal_handler(number, stop, number)
         try:
             await task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,15 +15,31 @@ from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack, Sta
 _ROLE_STYLES: Mapping[str, str] = MappingProxyType({VERIFIER: "cyan", DRAFTER: "magenta", GATEWAY: "green"})
 
 
+class _FailingConsole(Console):
+    """rich's own leaves the program on the spot where its output is gone, and the services behind."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class RoleLog:
-    """Writes the services' log lines to stderr, each behind its role in the role's colour."""
+    """Writes the services' log lines to stderr, each behind its role in the role's colour.
+
+    Where stderr is gone (its reader has ended, the terminal is closed) this process is told to end, once.
+    """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console: Console | None = _FailingConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def __call__(self, role: str, line: str) -> None:
+        if self._console is None:
+            return
         prefix = Text(f"{role:<8} | ", style=_ROLE_STYLES.get(role.partition(" ")[0], "white"))
-        self._console.print(prefix + Text.from_ansi(line))
+        try:
+            self._console.print(prefix + Text.from_ansi(line))
+        except OSError:
+            self._console = None
+            signal.raise_signal(signal.SIGTERM)
 
 
 async def serve_until_cancelled(settings: StackSettings) -> None:

@@ -20,6 +20,7 @@ from easyspec.errors import ConfigurationError, EngineLostError
 from easyspec.parallel.launch import EXIT_LOST, die_with_launcher, is_follower
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
+from easyspec.rpc.readiness import tell_ready
 from easyspec.rpc.settings import ServerSettings, load_settings
 from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
@@ -245,6 +246,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
         if starting.done():
             starting.result()
             _log.info("serving", address=f"{host}:{port}", port=port)
+            tell_ready()
             await asyncio.wait((stop_waiter, lost_waiter), return_when=asyncio.FIRST_COMPLETED)
         if lost_waiter.done():
             lost_waiter.result()

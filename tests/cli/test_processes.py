@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, is_serving
+from easyspec.cli.free_ports import free_port
 from easyspec.cli.processes import ServiceFailedError, ServiceProcess, ServiceStack, StackSettings
+from easyspec.cli.up import RoleLog
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import StopConditions
 from tests.cli.conftest import CHECKOUT
@@ -150,8 +154,9 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         StackSettings(base=tmp_path, draft=tmp_path / "x").check()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-async def test_a_signal_drains_and_stops_all(checkpoint: Path, number: signal.Signals) -> None:
+@asynccontextmanager
+async def up(checkpoint: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
+    """`easyspec up` in a process of its own, and the addresses it serves."""
     script = textwrap.dedent(f"""
         import sys
         from pathlib import Path
@@ -171,10 +176,83 @@ async def test_a_signal_drains_and_stops_all(checkpoint: Path, number: signal.Si
         seen.append(line)
     addresses = [word.strip(",") for word in line.split() if ":" in word.strip(":")]
     assert [await is_serving(address) for address in addresses] == [True, True, True]
-    process.send_signal(number)
-    rest = (await process.stderr.read()).decode()
-    assert await process.wait() == 128 + number
-    assert [await is_serving(address) for address in addresses] == [False, False, False]
+    try:
+        yield process, addresses
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def none_serves(addresses: list[str]) -> None:
+    async with asyncio.timeout(15):
+        while any([await is_serving(address) for address in addresses]):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),  # the terminal was closed
+    ],
+)
+async def test_a_signal_drains_and_stops_all(checkpoint: Path, number: signal.Signals) -> None:
+    async with up(checkpoint) as (process, addresses):
+        assert process.stderr is not None
+        process.send_signal(number)
+        rest = (await process.stderr.read()).decode()
+        assert await process.wait() == 128 + number
+        assert [await is_serving(address) for address in addresses] == [False, False, False]
     for role in ("verifier", "drafter", "gateway"):
         assert any(text.startswith(role) and "stopped" in text for text in rest.splitlines())
     assert "Traceback" not in rest
+
+
+async def test_services_end_with_a_starter_that_was_killed(checkpoint: Path) -> None:
+    async with up(checkpoint) as (process, addresses):
+        process.kill()
+        await process.wait()
+        await none_serves(addresses)
+
+
+@pytest.mark.slow
+async def test_services_end_where_the_reader_of_the_log_has_ended(checkpoint: Path) -> None:
+    """As with `easyspec up 2>&1 | tee log` and Ctrl-C, which ends tee at once."""
+    async with up(checkpoint) as (process, addresses):
+        transport = process._transport.get_pipe_transport(2)  # type: ignore[attr-defined]
+        transport.close()
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 30) == 128 + signal.SIGINT
+        await none_serves(addresses)
+
+
+def test_a_log_that_cannot_be_written_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    monkeypatch.setattr("signal.raise_signal", raised.append)
+    reader, writer = os.pipe()
+    os.close(reader)
+    broken = open(writer, "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr("sys.stderr", broken)
+    log = RoleLog()
+    log("verifier", "hello")
+    log("verifier", "nobody reads this either")
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+        broken.close()
+    assert raised == [signal.SIGTERM]
+
+
+async def test_a_service_of_another_program_at_the_address_is_no_success(settings: StackSettings) -> None:
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    arguments = (*FAKES["verifier"], "--model", str(settings.base), "--address", address)
+    other = ServiceProcess("verifier", arguments, address, lambda role, line: None)
+    await other.start()
+    try:
+        await other.wait_serving(30)
+        stack = ServiceStack(replace(settings, draft=None, verifier_address=other.address), lambda role, line: None)
+        with pytest.raises(ServiceFailedError, match=r"verifier ended with exit code 2 .* cannot listen there"):
+            await stack.__aenter__()
+    finally:
+        await other.stop(5)
