@@ -35,6 +35,12 @@ class GatewaySettings(ServerSettings, RequestLimits):
         "no API key, beside localhost and its addresses, separated by commas; * for any. A page in a browser here can "
         "have its own name led to this machine; a proxy in front may pass its name on.",
     )
+    cors_origins: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Web pages that may call the REST API from a browser: their origins (https://host:port), separated "
+        "by commas, or * for all. Unset: only this server's own playground.",
+    )
     http_metrics: bool = Field(
         default=True,
         description="Whether that port serves /metrics too, which asks for no API key. Off: --metrics-address alone "

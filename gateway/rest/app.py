@@ -13,6 +13,7 @@ import structlog
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -48,7 +49,11 @@ def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
         open_routers.append(metrics_router(trust.render_metrics))
     routes = create_routes(backend, open_routers)
     routes.state.observer = trust.observer
-    return RestBoundary(routes, gate, Door(trust.authenticate, open_routers, trust.hosts), trust)
+    app = RestBoundary(routes, gate, Door(trust.authenticate, open_routers, trust.hosts), trust)
+    if not trust.cors_origins:
+        return app
+    # Outermost: a browser asks first, without a key.
+    return CORSMiddleware(app, trust.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
 
 
 def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROUTERS) -> FastAPI:

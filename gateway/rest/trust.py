@@ -35,6 +35,7 @@ class RestTrust:
     `authenticate` turns an Authorization header into a client's name, None where anyone may call, or raises
     UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port. `hosts` are the names by
     which this machine may be called, None: any.
+    `cors_origins` are the web pages of others that may call.
     """
 
     authenticate: Authenticate
@@ -42,6 +43,7 @@ class RestTrust:
     observer: HttpObserver
     render_metrics: Callable[[], bytes] | None
     hosts: frozenset[str] | None = None
+    cors_origins: tuple[str, ...] = ()
 
 
 class Door:

@@ -208,3 +208,18 @@ def test_rest_in_plaintext_beyond_this_machine_does_not_start() -> None:
     with pytest.raises(ConfigurationError, match=r"http_address.*tls_certificate"):
         load_settings(GatewaySettings, ["--tokenizer", "t", "--http-address", "0.0.0.0:8000"])
     load_settings(GatewaySettings, ["--tokenizer", "t", "--http-address", "off"])
+
+
+async def test_web_pages_of_others_may_call_where_they_are_named(pair: FakePair, tokenizer_folder: Path) -> None:
+    page = {"origin": "https://page.example"}
+    asking = page | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    async with serving_rest(pair, tokenizer_folder) as rest:
+        assert "access-control-allow-origin" not in (await rest.http.get("/v1/models", headers=page)).headers
+    async with serving_rest(pair, tokenizer_folder, cors_origins=page["origin"], api_keys=KEYS) as rest:
+        allowed = await rest.http.options("/v1/chat/completions", headers=asking)  # browsers ask without a key
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, page["origin"])
+        assert (await rest.http.get("/v1/models", headers=page)).status_code == 401
+        answer = await rest.http.get("/v1/models", headers=page | bearer(KEY))
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page["origin"])
+        other = await rest.http.options("/v1/models", headers=asking | {"origin": "https://other.example"})
+        assert other.status_code == 400
