@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +15,7 @@ from easyspec.speculation.sources import MODEL_SOURCES, DraftSources, parse_sour
 
 
 def _last_part(fields: dict[str, Any]) -> str:
-    return Path(fields["model"]).resolve().name if fields.get("model") else "text"
+    return Path(os.path.abspath(fields["model"])).name.removesuffix(".gguf") if fields.get("model") else "text"
 
 
 class DrafterSettings(EngineSettings):

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
 _NUM_SHOWN = 3
+_WAY_OUT = "; name a draft model of the base's own family, or none: then guesses come from the text itself"
 
 
 def check_vocabularies(base: Path, draft: Path) -> None:
@@ -21,8 +24,8 @@ def check_vocabularies(base: Path, draft: Path) -> None:
         return
     difference = vocabulary_difference(tokens_by_id(base), tokens_by_id(draft))
     if difference is None:
-        raise ConfigurationError(f"base {base} and draft {draft} share all tokens and differ in their merges")
-    raise ConfigurationError(f"base {base} and draft {draft} have different vocabularies: {difference}")
+        raise ConfigurationError(f"base {base} and draft {draft} share all tokens and differ in their merges{_WAY_OUT}")
+    raise ConfigurationError(f"base {base} and draft {draft} have different vocabularies: {difference}{_WAY_OUT}")
 
 
 def vocabulary_difference(first: Mapping[int, str], second: Mapping[int, str]) -> str | None:
@@ -40,10 +43,15 @@ def vocabulary_difference(first: Mapping[int, str], second: Mapping[int, str]) -
 
 def padding_note(base: Path, draft: Path) -> str | None:
     """A sentence if embedding tables of a pair with one tokenizer are padded differently, which is harmless."""
-    base_rows, draft_rows = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size") for folder in (base, draft)
-    )
-    return rows_note(base_rows, draft_rows)
+    return rows_note(_embedding_rows(base), _embedding_rows(draft))
+
+
+def _embedding_rows(path: Path) -> int | None:
+    if is_gguf(path):
+        embeddings = read_header(path).tensors.get("token_embd.weight")
+        return None if embeddings is None else embeddings.shape[0]
+    rows: int | None = json.loads((path / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    return rows
 
 
 def rows_note(base_rows: int | None, draft_rows: int | None) -> str | None:

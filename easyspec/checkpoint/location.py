@@ -19,6 +19,12 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == GGUF_SUFFIX
 
 
+def weight_bytes(path: Path) -> int:
+    """Size of a model's weight files; 0 if there are none."""
+    files = [path] if is_gguf(path) else list(path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def model_path(model: str, patterns: Sequence[str] = _ALL_PATTERNS) -> Path:
     """The folder or GGUF file of a model.
 

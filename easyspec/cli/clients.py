@@ -16,7 +16,7 @@ from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import LayerPlanRequest, StopConditions, TreeBudget
 from easyspec.speculation.sources import DraftSources
-from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2, verifier_pb2, verifier_pb2_grpc
 
 GenerateResponse = generation_pb2.GenerateResponse
 Completion = generation_pb2.Completion
@@ -163,6 +163,16 @@ def finish_reason_name(completion: Completion) -> str:
     if completion.HasField("stop_string"):
         return f"stop string {completion.stop_string!r}"
     return f"stop token {completion.token_id}"
+
+
+async def verifier_info(address: str) -> verifier_pb2.GetVerifierInfoResponse:
+    """What a verifier of this machine says of itself; raises EasyspecError."""
+    async with open_channel(address) as channel:
+        stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        try:
+            return await stub.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
 
 
 async def is_serving(address: str) -> bool:

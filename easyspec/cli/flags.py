@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from easyspec.cli.clients import GenerateFlags
+from easyspec.cli.processes import DRAFTER, VERIFIER
 from easyspec.errors import InvalidRequestError
 from easyspec.planner.placement import Wishes
+from easyspec.rpc.tls import is_loopback
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 
 # Nothing of a model is known before its services run; they check again, by their own limits.
@@ -25,6 +27,15 @@ class Mlp(enum.Enum):
     staged = "staged"
 
 
+class DtypeName(enum.Enum):
+    """Types that models compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Placement(enum.Enum):
     """What the drafter's ranks share."""
 
@@ -33,8 +44,21 @@ class Placement(enum.Enum):
     tensor = "tensor"
 
 
-Base = Annotated[Path, typer.Option("--base", help="Checkpoint folder of the base model.", show_default="bundled")]
-Draft = Annotated[Path, typer.Option("--draft", help="Checkpoint folder of the draft model.", show_default="bundled")]
+_A_MODEL = "folder, GGUF file, hub id, or a name that `easyspec models` lists"
+BaseModel = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help=f"The base model: {_A_MODEL}. [default: bundled]", show_default=False),
+]
+Base = Annotated[str | None, typer.Option("--base", help="The same as MODEL.", show_default=False)]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="The draft model, named likewise. [default: the bundled one where it has the base's tokenizer, else "
+        "guesses from the text itself]",
+        show_default=False,
+    ),
+]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no drafter is started.")]
 Gateway = Annotated[
     str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
@@ -91,6 +115,94 @@ LayerParallelSize = Annotated[
 ]
 MlpFlag = Annotated[Mlp | None, typer.Option("--mlp", help="Where the MLPs of a layer group run.")]
 
+Dtype = Annotated[
+    DtypeName | None, typer.Option("--dtype", help="Type that both models compute in. [default: the checkpoint's own]")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads of each model. [default: one a core]")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=2, help="Most tokens of prompt and output. [default: the model's own limit]")
+]
+KvMemory = Annotated[
+    float | None,
+    typer.Option("--kv-memory", min=0.001, help="GiB of the base model's KV memory. [default: a share of the free]"),
+]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]", show_default=False)
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the API keys of clients, one a line, as name:key. [default: none is asked]"),
+]
+DraftSourcesFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--sources", help="Who guesses where a request does not say: some of model,retrieval,ngram,early_exit."
+    ),
+]
+AllowPlaintext = Annotated[
+    bool, typer.Option("--allow-plaintext", help="Serve beyond this machine without TLS, on a network that encrypts.")
+]
+TlsCertificate = Annotated[
+    Path | None, typer.Option(help="PEM file with the gateway's certificate chain; turns TLS on.", show_default=False)
+]
+TlsKey = Annotated[Path | None, typer.Option(help="PEM file with its private key.", show_default=False)]
+CorsOrigins = Annotated[
+    str | None,
+    typer.Option(help="Web pages that may call the REST API: origins separated by commas, or *. [default: its own]"),
+]
+
+
+def service_flags(
+    dtype: DtypeName | None = None,
+    threads: int | None = None,
+    max_model_len: int | None = None,
+    kv_memory: float | None = None,
+    sources: str | None = None,
+) -> dict[str, list[str]]:
+    """What these flags are called at verifier and drafter."""
+    both = _given(("--dtype", None if dtype is None else dtype.value), ("--num-threads", threads))
+    verifier = _given(
+        ("--max-model-len", max_model_len),
+        ("--kv-memory-gib", kv_memory),
+    )
+    return {VERIFIER: [*both, *verifier], DRAFTER: [*both, *_given(("--sources", sources))]}
+
+
+def gateway_flags(
+    api_key_file: Path | None,
+    is_plaintext_allowed: bool,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    cors_origins: str | None,
+) -> list[str]:
+    """The same at the gateway."""
+    return [
+        *_given(
+            ("--api-keys-file", api_key_file),
+            ("--tls-certificate", tls_certificate),
+            ("--tls-key", tls_key),
+            ("--cors-origins", cors_origins),
+        ),
+        *(["--allow-plaintext", "true"] if is_plaintext_allowed else []),
+    ]
+
+
+def check_reach(flag: str, address: str, *, is_safe: bool) -> None:
+    """Raise InvalidRequestError for an address beyond this machine unless something makes it safe to serve there."""
+    if not is_safe and not is_loopback(address):
+        raise InvalidRequestError(
+            flag,
+            address,
+            "127.0.0.1, [::1] or localhost; beyond this machine with --tls-certificate and --tls-key, or with "
+            "--allow-plaintext where the network encrypts (and --api-key-file to ask for keys)",
+        )
+
+
+def _given(*pairs: tuple[str, object]) -> list[str]:
+    return [part for flag, value in pairs if value is not None for part in (flag, str(value))]
+
 
 def wishes_of(
     tensor_parallel_size: int | None = None,
@@ -131,6 +243,13 @@ def named_folders(flag: str, values: list[str] | None) -> dict[str, Path]:
             raise InvalidRequestError(flag, value, "NAME=FOLDER, each name once")
         folders[name] = Path(folder)
     return folders
+
+
+def model_and_prompt(words: list[str]) -> tuple[str | None, str]:
+    """What `[MODEL] PROMPT` stands for; InvalidRequestError for more words."""
+    if len(words) > 2:
+        raise InvalidRequestError("PROMPT", " ".join(words), "one argument, in quotes if it has blanks")
+    return (None if len(words) == 1 else words[0]), words[-1]
 
 
 def _or_one(value: int | None) -> int:

@@ -16,14 +16,24 @@ from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
-from easyspec.cli.flags import check_flags, checked_address, named_folders, wishes_of
+from easyspec.cli.flags import (
+    check_flags,
+    check_reach,
+    checked_address,
+    gateway_flags,
+    model_and_prompt,
+    named_folders,
+    service_flags,
+    wishes_of,
+)
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.index import index
+from easyspec.cli.models import MODELS_VARIABLE, choose_models, named_models
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, HTTP_OFF, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
-from easyspec.cli.up import RoleLog, serve_until_cancelled
+from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
 from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE
 from easyspec.planner.costs import CostModel
@@ -67,9 +77,21 @@ def easyspec(
 
 @app.command()
 def up(
-    base: flags.Base = DEFAULT_BASE,
-    draft: flags.Draft = DEFAULT_DRAFT,
+    model: flags.BaseModel = None,
+    base: flags.Base = None,
+    draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
+    dtype: flags.Dtype = None,
+    threads: flags.Threads = None,
+    max_model_len: flags.MaxModelLen = None,
+    kv_memory: flags.KvMemory = None,
+    served_model_name: flags.ServedModelName = None,
+    sources: flags.DraftSourcesFlag = None,
+    api_key_file: flags.ApiKeyFile = None,
+    allow_plaintext: flags.AllowPlaintext = False,
+    tls_certificate: flags.TlsCertificate = None,
+    tls_key: flags.TlsKey = None,
+    cors_origins: flags.CorsOrigins = None,
     gateway_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50051",
     drafter_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50052",
     verifier_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50053",
@@ -87,30 +109,44 @@ def up(
     rank_placement: flags.RankPlacementFlag = None,
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
-    log_flags = ("--log-format", "console" if sys.stderr.isatty() else "json")
+    is_safe = allow_plaintext or tls_certificate is not None
+    for flag, address in (("--gateway-address", gateway_address), ("--http-address", http_address)):
+        if address != HTTP_OFF:
+            check_reach(flag, checked_address(flag, address), is_safe=is_safe)
+    choice = choose_models(model, base, draft, no_draft=no_draft)
+    log_flags = ["--log-format", "console" if sys.stderr.isatty() else "json"]
+    of_roles = service_flags(dtype, threads, max_model_len, kv_memory, sources)
+    of_gateway = gateway_flags(api_key_file, allow_plaintext, tls_certificate, tls_key, cors_origins)
     settings = StackSettings(
-        base=base,
-        draft=None if no_draft else draft,
-        gateway_address=checked_address("--gateway-address", gateway_address),
+        base=choice.base,
+        draft=choice.draft,
+        drafts_from_text=choice.drafts_from_text,
+        gateway_address=gateway_address,
         verifier_address=checked_address("--verifier-address", verifier_address),
         drafter_address=checked_address("--drafter-address", drafter_address),
-        http_address=http_address if http_address == HTTP_OFF else checked_address("--http-address", http_address),
+        http_address=http_address,
         num_verifiers=verifiers,
         also=named_folders("--also", also),
-        flags=dict.fromkeys(("verifier", "drafter", "gateway"), log_flags),
+        flags={role: [*log_flags, *rest] for role, rest in (of_roles | {GATEWAY: of_gateway}).items()},
+        served_model_name=served_model_name or choice.base_name,
     )
     wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp, rank_placement)
     settings, placement = planned(settings, wishes)
-    print(f"plan: {placement}", file=sys.stderr, flush=True)
+    say(f"plan: {placement}")
+    if choice.note is not None:
+        say(choice.note)
     raise typer.Exit(run_until_signal(serve_until_cancelled(settings)))
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] PROMPT", help="What to continue; before it, the base model, as for `up`."),
+    ],
     gateway: flags.Gateway = None,
-    base: flags.Base = DEFAULT_BASE,
-    draft: flags.Draft = DEFAULT_DRAFT,
+    base: flags.Base = None,
+    draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
     model: flags.Model = "",
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, not a text to continue.")] = False,
@@ -142,6 +178,7 @@ def generate(
     verbose: flags.Verbose = False,
 ) -> None:
     """Stream a completion to stdout, and statistics to stderr."""
+    named, prompt = model_and_prompt(words)
     request = GenerateFlags(
         prompt=prompt,
         model=model,
@@ -168,7 +205,7 @@ def generate(
         access = access_from_environment(is_own_gateway=False)
         work = stream_completion(checked_address("--gateway", gateway), request, show_speculation, access)
     else:
-        settings = StackSettings(base=base, draft=None if no_draft else draft)
+        settings = _own_stack(named, base, draft, no_draft)
         wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp)
         settings = _planned_for_gpus(settings, wishes)
         work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
@@ -177,9 +214,10 @@ def generate(
 
 @app.command()
 def chat(
+    named: flags.BaseModel = None,
     gateway: flags.Gateway = None,
-    base: flags.Base = DEFAULT_BASE,
-    draft: flags.Draft = DEFAULT_DRAFT,
+    base: flags.Base = None,
+    draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
     model: flags.Model = "",
     system: Annotated[str | None, typer.Option(help="System prompt: what the model is told first.")] = None,
@@ -227,8 +265,9 @@ def chat(
     has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     terminal = ChatTerminal(sys.stdin.isatty(), has_colours if show_speculation is None else show_speculation)
     address = None if gateway is None else checked_address("--gateway", gateway)
-    settings = StackSettings(base=base, draft=None if no_draft else draft)
+    settings = StackSettings()
     if address is None:
+        settings = _own_stack(named, base, draft, no_draft)
         settings = _planned_for_gpus(settings, wishes_of(layer_parallel_size=layer_parallel_size, mlp=mlp))
     try:
         access = access_from_environment(is_own_gateway=address is None)
@@ -282,8 +321,9 @@ _BENCH_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @app.command()
 def doctor(
-    base: flags.Base = DEFAULT_BASE,
-    draft: flags.Draft = DEFAULT_DRAFT,
+    model: flags.BaseModel = None,
+    base: flags.Base = None,
+    draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
     gateway: Annotated[str | None, typer.Option(help="host:port of a running gateway to look at.")] = None,
     drafter: Annotated[str | None, typer.Option(help="host:port of a running drafter to look at.")] = None,
@@ -297,7 +337,8 @@ def doctor(
 
     addresses = {"gateway": gateway, "drafter": drafter, "verifier": verifier}
     peers = {role: checked_address(f"--{role}", value) for role, value in addresses.items() if value is not None}
-    findings = asyncio.run(examine(Patient(base, None if no_draft else draft, peers)))
+    choice = choose_models(model, base, draft, no_draft=no_draft)
+    findings = asyncio.run(examine(Patient(choice.base, choice.draft, peers)))
     if is_json:
         print(report_as_json(findings))
     else:
@@ -309,6 +350,17 @@ def doctor(
 def chaos(context: typer.Context) -> None:
     """Kill, stop and cut off services of a stack under load, and compare every answer; `--help` lists its flags."""
     raise typer.Exit(_run_bench("bench.chaos.run", context.args))
+
+
+@app.command()
+def models() -> None:
+    """List the models that this machine has, by the names that MODEL and --draft take."""
+    found = named_models()
+    for each in found.values():
+        size = "" if each.num_bytes is None else f"{each.num_bytes / 2**20:,.0f} MiB"
+        print(f"{each.name:<40} {size:>12}  {each.place}")
+    if not found:
+        say(f"none: name a folder, a GGUF file or a hub id, or set {MODELS_VARIABLE} to a folder of them")
 
 
 @bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)
@@ -351,18 +403,31 @@ def _run_bench(name: str, arguments: list[str]) -> int:
     return int(module.main(arguments))
 
 
+def _own_stack(named: str | None, base: str | None, draft: str | None, no_draft: bool) -> StackSettings:
+    """The services that a command starts for itself."""
+    choice = choose_models(named, base, draft, no_draft=no_draft)
+    if choice.note is not None:
+        say(choice.note)
+    return StackSettings(
+        base=choice.base,
+        draft=choice.draft,
+        drafts_from_text=choice.drafts_from_text,
+        served_model_name=choice.base_name,
+    )
+
+
 def _planned_for_gpus(settings: StackSettings, wishes: Wishes) -> StackSettings:
     """As planned; on machines with GPUs, where there is something to choose, the plan is shown."""
     settings, placement = planned(settings, wishes)
     if placement.is_for_gpus:
-        print(f"plan: {placement}", file=sys.stderr, flush=True)
+        say(f"plan: {placement}")
     return settings
 
 
 async def _generate_with_own_services(
     settings: StackSettings, request: GenerateFlags, is_coloured: bool, on_log: LogSink
 ) -> None:
-    async with ServiceStack(settings, on_log) as stack:
+    async with ServiceStack(settings, on_log, say) as stack:
         access = access_from_environment(is_own_gateway=True)
         await stream_completion(stack.gateway_address, request, is_coloured, access)
 

@@ -51,7 +51,7 @@ def _placement(settings: StackSettings, wishes: Wishes, environment: Mapping[str
     else:
         draft = None if settings.draft is None else find_shape(str(settings.draft))
         return place(find_shape(str(settings.base)), draft, found, wishes)
-    return replace(placement, has_drafter=settings.draft is not None)
+    return replace(placement, has_drafter=settings.draft is not None or settings.drafts_from_text)
 
 
 def _with_environment(wishes: Wishes, environment: Mapping[str, str]) -> Wishes:

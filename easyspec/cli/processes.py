@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Self
 
 import easyspec
-from easyspec.cli.clients import are_peers_ready, is_serving
+from easyspec.checkpoint.location import is_gguf, weight_bytes
+from easyspec.cli.clients import are_peers_ready
 from easyspec.cli.free_ports import free_port
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
@@ -25,6 +26,7 @@ from easyspec.vocabulary import check_vocabularies, padding_note
 
 FREE_PORT = "127.0.0.1:0"
 HTTP_OFF = "off"
+TEXT_SOURCES = "retrieval,ngram"
 VERIFIER, DRAFTER, GATEWAY = "verifier", "drafter", "gateway"
 
 _CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
@@ -52,7 +54,9 @@ class ServiceFailedError(EasyspecError):
 class StackSettings:
     """Which services to start, and how.
 
-    `base` and `draft` are checkpoint folders; without `draft` there is no drafter. A port 0 takes a free one. Of
+    `base` and `draft` are checkpoint folders or GGUF files; without `draft` there is no drafter, unless it
+    `drafts_from_text` alone. `served_model_name` is what requests call the base, by default the last part of its path.
+    A port 0 takes a free one. Of
     `num_verifiers` the first listens on `verifier_address`, the others on free ports. `also` are further base models by
     the names that requests use, each with a verifier on a free port; the drafter serves them too. Without an
     `http_address` there is no REST.
@@ -63,6 +67,8 @@ class StackSettings:
 
     base: Path = DEFAULT_BASE
     draft: Path | None = DEFAULT_DRAFT
+    drafts_from_text: bool = False
+    served_model_name: str | None = None
     gateway_address: str = FREE_PORT
     verifier_address: str = FREE_PORT
     drafter_address: str = FREE_PORT
@@ -75,11 +81,24 @@ class StackSettings:
     ready_timeout_s: float = 300.0
     stop_grace_s: float = 10.0
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights that are loaded."""
+        paths = [self.base, *self.also.values(), *([self.draft] if self.draft is not None else [])]
+        return sum(weight_bytes(path) for path in paths)
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the gateway is told to serve TLS."""
+        return "--tls-certificate" in self.flags.get(GATEWAY, ())
+
     def check(self) -> None:
         """Raise ConfigurationError for a folder that is no checkpoint, and for a pair of different vocabularies."""
         for name, folder in (("base", self.base), ("draft", self.draft), *self.also.items()):
-            if folder is not None and not (folder / "config.json").is_file():
-                raise ConfigurationError(f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json")
+            if folder is not None and not (is_gguf(folder) or (folder / "config.json").is_file()):
+                raise ConfigurationError(
+                    f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json, or a GGUF file"
+                )
         if self.draft is not None:
             for base in (self.base, *self.also.values()):
                 check_vocabularies(base, self.draft)
@@ -137,7 +156,7 @@ class ServiceProcess:
         """
         assert self._readiness is not None, "start comes first"
         deadline = time.monotonic() + timeout_s
-        while not (self._readiness.is_ready and await is_serving(self.address)):
+        while not self._readiness.is_ready:
             if not self.is_running:
                 raise await self.failure("before it was ready")
             if time.monotonic() > deadline:
@@ -215,13 +234,18 @@ class ServiceStack:
     up; whatever was started is stopped again.
     """
 
-    def __init__(self, settings: StackSettings, on_log: LogSink) -> None:
+    def __init__(
+        self, settings: StackSettings, on_log: LogSink, say: Callable[[str], None] = lambda _text: None
+    ) -> None:
+        """`say` is told what is being loaded, and when each service is ready."""
         settings.check()
         self._settings = settings
+        self._say = say
         addresses = [settings.verifier_address, *[FREE_PORT] * (settings.num_verifiers - 1)]
-        self.verifiers = tuple(
-            self._process(VERIFIER, address, ["--model", str(settings.base)], on_log) for address in addresses
-        )
+        model = ["--model", str(settings.base)]
+        if settings.served_model_name is not None:
+            model += ["--served-model-name", settings.served_model_name]
+        self.verifiers = tuple(self._process(VERIFIER, address, model, on_log) for address in addresses)
         verifier_addresses = ",".join(verifier.address for verifier in self.verifiers)
         wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
@@ -231,6 +255,12 @@ class ServiceStack:
                 if note is not None:
                     on_log(DRAFTER, note)
             self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
+        elif settings.drafts_from_text:
+            arguments = ["--tokenizer", str(settings.base)]
+            if "--sources" not in settings.flags.get(DRAFTER, ()):
+                arguments += ["--sources", TEXT_SOURCES]
+            self.drafter = self._process(DRAFTER, settings.drafter_address, arguments, on_log)
+        if self.drafter is not None:
             wiring += ["--drafter-address", self.drafter.address]
         self.also = {
             name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], on_log, name)
@@ -273,15 +303,22 @@ class ServiceStack:
 
     async def __aenter__(self) -> Self:
         try:
+            roles = ", ".join(process.role for process in self.processes)
+            self._say(f"loading {self._settings.base.name} ({self._settings.num_bytes / 2**20:,.0f} MiB): {roles}")
             for process in self.processes:
                 await process.start()
-            await _all(process.wait_serving(self._settings.ready_timeout_s) for process in self.processes)
-            if self.drafter is not None or self.also:
+            await _all(self._wait_ready(process) for process in self.processes)
+            if (self.drafter is not None or self.also) and not self._settings.has_tls:
                 await self._wait_all_seen()
         except BaseException:
             await self.stop()
             raise
         return self
+
+    async def _wait_ready(self, process: ServiceProcess) -> None:
+        started_s = time.monotonic()
+        await process.wait_serving(self._settings.ready_timeout_s)
+        self._say(f"{process.role} ready after {time.monotonic() - started_s:.1f} s")
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()

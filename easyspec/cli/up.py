@@ -10,6 +10,7 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.text import Text
 
+from easyspec.cli.clients import verifier_info
 from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
 
 _ROLE_STYLES: Mapping[str, str] = MappingProxyType({VERIFIER: "cyan", DRAFTER: "magenta", GATEWAY: "green"})
@@ -42,17 +43,37 @@ class RoleLog:
             signal.raise_signal(signal.SIGTERM)
 
 
+def say(text: str) -> None:
+    """A line of our own on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 async def serve_until_cancelled(settings: StackSettings) -> None:
-    """Start the services, say where the gateway is, restart a lost verifier or drafter; raises ServiceFailedError."""
-    async with ServiceStack(settings, RoleLog()) as stack:
+    """Start the services, say what is served where, restart a lost verifier or drafter; raises ServiceFailedError."""
+    async with ServiceStack(settings, RoleLog(), say) as stack:
         drafting = f"drafter {stack.drafter.address}" if stack.drafter is not None else "no drafter"
         rest = f", REST http://{stack.http_address}" if stack.http_address is not None else ""
         addresses = " ".join(verifier.address for verifier in stack.verifiers)
         verifying = f"verifier{'s' if len(stack.verifiers) > 1 else ''} {addresses}"
         further = "".join(f", {name} {process.address}" for name, process in stack.also.items())
-        print(
-            f"ready: gateway {stack.gateway_address}, {verifying}{further}, {drafting}{rest}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"ready: gateway {stack.gateway_address}, {verifying}{further}, {drafting}{rest}")
+        say(await _banner(settings, stack))
         await stack.watch()
+
+
+async def _banner(settings: StackSettings, stack: ServiceStack) -> str:
+    """What is served, by whom, and where to ask."""
+    info = await verifier_info(stack.verifier.address)
+    if settings.draft is not None:
+        guesses = f"by {settings.draft.name}, and from the text itself"
+    else:
+        guesses = "from the text itself" if settings.drafts_from_text else "none: plain decoding"
+    lines = [
+        f"model      {info.model.name}, {info.model.dtype}, {info.model.max_model_len} tokens of context, "
+        f"{info.kv.num_slots} tokens of KV memory",
+        f"guesses    {guesses}",
+    ]
+    if stack.http_address is not None:
+        scheme = "https" if settings.has_tls else "http"
+        lines += [f"base URL   {scheme}://{stack.http_address}/v1", f"playground {scheme}://{stack.http_address}/"]
+    return "\n".join(f"  {line}" for line in lines)

@@ -19,13 +19,17 @@ _MOST_CPU_CONTEXTS = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def num_pool_slots(config: ModelConfig, device: torch.device, num_slots: int | None, fraction: float | None) -> int:
-    """`num_slots` if set, else what `fraction` of the device's free memory holds."""
+def num_pool_slots(
+    config: ModelConfig, device: torch.device, num_slots: int | None, fraction: float | None, gib: float | None = None
+) -> int:
+    """`num_slots` if set, else what `gib` hold, else what `fraction` of the device's free memory does."""
     if num_slots is not None:
         return num_slots
+    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
+    if gib is not None:
+        return int(gib * 2**30) // slot_bytes
     is_cpu = device.type == "cpu"
     share = (_CPU_FRACTION if is_cpu else _GPU_FRACTION) if fraction is None else fraction
-    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
     fitting = int(share * free_bytes(device)) // slot_bytes
     return min(fitting, max(_MOST_CPU_SLOTS, _MOST_CPU_CONTEXTS * config.max_model_len)) if is_cpu else fitting
 

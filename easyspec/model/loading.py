@@ -56,6 +56,8 @@ class ModelSettings(Protocol):
     @property
     def kv_memory_fraction(self) -> float | None: ...
     @property
+    def kv_memory_gib(self) -> float | None: ...
+    @property
     def share_prefixes(self) -> bool: ...
     @property
     def max_model_len(self) -> int | None: ...
@@ -106,7 +108,8 @@ def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacem
     decoder = Decoder(
         folder, config, executor, ranks=ranks, placement=placement, weights=weights, open_tensors=open_tensors
     )
-    fitting = num_pool_slots(decoder.layer_config, device, settings.num_kv_slots, settings.kv_memory_fraction)
+    memory_wishes = settings.num_kv_slots, settings.kv_memory_fraction, settings.kv_memory_gib
+    fitting = num_pool_slots(decoder.layer_config, device, *memory_wishes)
     fingerprint = model_fingerprint(folder, config, executor.name, weights.value)
     num_slots = _agreed_slots(ranks, fitting, fingerprint, device)
     context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)

@@ -5,6 +5,7 @@ Every description states unit, range and why the default is what it is; `--help`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -138,7 +139,8 @@ class ServerSettings(BaseSettings):
 
 
 def _last_part_of_model(fields: dict[str, Any]) -> str:
-    return Path(fields["model"]).resolve().name
+    # The name as it is written: the hub's cache has links with hashes behind them.
+    return Path(os.path.abspath(fields["model"])).name.removesuffix(".gguf")
 
 
 class EngineSettings(ServerSettings):
@@ -203,6 +205,13 @@ class EngineSettings(ServerSettings):
         description="Share of the memory that is free once the weights are loaded that the KV pool takes where "
         "--num-kv-slots is unset, above 0 up to 0.95. Unset is 0.2 on a CPU, whose memory others use too, with at most "
         "32768 tokens or four contexts, which a CPU hardly serves at once; and 0.85 on a GPU.",
+    )
+    kv_memory_gib: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=65_536.0,
+        description="GiB of the KV pool where --num-kv-slots is unset, above 0 up to 65536. Unset: made from "
+        "--kv-memory-fraction.",
     )
     share_prefixes: bool = Field(
         default=True,

@@ -78,7 +78,7 @@ def test_the_command_starts_without_torch_and_transformers() -> None:
         (["--layer-parallel-size", "0"], ["layer_parallel_size", "0"]),
         (["--seed", "-1"], ["sampling.seed", "-1"]),
         (["--gateway", "nowhere"], ["--gateway", "nowhere", "host:port"]),
-        (["--base", "/no/such/folder"], ["base", "/no/such/folder", "config.json"]),
+        (["--base", "/no/such/folder"], ["model", "/no/such/folder", "neither a folder"]),
     ],
 )
 async def test_bad_input_is_one_line_and_exit_code_2(

@@ -133,6 +133,17 @@ def test_no_drafter_process_without_a_draft_model(settings: StackSettings) -> No
     assert [process.role for process in stack.processes] == ["verifier", "gateway"]
 
 
+async def test_without_a_draft_model_guesses_may_come_from_the_text(settings: StackSettings) -> None:
+    said: list[str] = []
+    from_text = replace(settings, draft=None, drafts_from_text=True, commands={"verifier": FAKES["verifier"]})
+    async with ServiceStack(from_text, lambda role, line: None, said.append) as stack:
+        text, num_draft_rounds = await generate(stack.gateway_address)
+    assert text
+    assert num_draft_rounds > 0
+    assert said[0] == f"loading {settings.base.name} (0 MiB): verifier, drafter, gateway"
+    assert sorted(line.partition(" ready after ")[0] for line in said[1:]) == ["drafter", "gateway", "verifier"]
+
+
 async def test_a_service_that_ends_at_start_up_stops_the_others(settings: StackSettings) -> None:
     broken = replace(settings, commands=FAKES | {"drafter": ("-m", "tests.fakes.services", "crash")})
     stack = ServiceStack(broken, lambda role, line: None)
@@ -170,11 +181,14 @@ async def up(checkpoint: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process
         sys.executable, "-c", script, cwd=CHECKOUT, stderr=asyncio.subprocess.PIPE
     )
     assert process.stderr is not None
-    seen = []
+    seen: list[str] = []
     while not (line := (await process.stderr.readline()).decode()).startswith("ready: "):
         assert line, seen
         seen.append(line)
     addresses = [word.strip(",") for word in line.split() if ":" in word.strip(":")]
+    banner = (await process.stderr.readline()).decode() + (await process.stderr.readline()).decode()
+    for word in ("model      ", "tokens of context", "tokens of KV memory", "guesses    by "):
+        assert word in banner
     assert [await is_serving(address) for address in addresses] == [True, True, True]
     try:
         yield process, addresses

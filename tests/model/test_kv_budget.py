@@ -35,6 +35,8 @@ LARGE = replace(CONFIG, num_layers=80, num_kv_heads=8, head_dim=128, max_model_l
 
 def test_a_pool_is_as_large_as_the_setting_says() -> None:
     assert num_pool_slots(CONFIG, CPU, 77, 0.5) == 77
+    assert num_pool_slots(CONFIG, CPU, 77, None, 3.0) == 77
+    assert num_pool_slots(LARGE, CPU, None, 0.5, 3.0) == 3 * 2**30 // KVPool.slot_bytes(80, 8, 128, torch.float32)
 
 
 def test_without_a_setting_a_large_models_pool_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

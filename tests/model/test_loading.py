@@ -23,6 +23,7 @@ class Settings:
     num_threads: int | None = None
     num_kv_slots: int | None = 64
     kv_memory_fraction: float | None = None
+    kv_memory_gib: float | None = None
     share_prefixes: bool = True
     max_model_len: int | None = None
     max_tree_nodes: int = 16
