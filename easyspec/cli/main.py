@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,10 +29,10 @@ from easyspec.cli.flags import (
 )
 from easyspec.cli.generate import stream_completion
 from easyspec.cli.index import index
-from easyspec.cli.models import MODELS_VARIABLE, choose_models, named_models
+from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
@@ -337,8 +338,12 @@ def doctor(
 
     addresses = {"gateway": gateway, "drafter": drafter, "verifier": verifier}
     peers = {role: checked_address(f"--{role}", value) for role, value in addresses.items() if value is not None}
-    choice = choose_models(model, base, draft, no_draft=no_draft)
-    findings = asyncio.run(examine(Patient(choice.base, choice.draft, peers)))
+    try:
+        choice = choose_models(model, base, draft, no_draft=no_draft)
+    except ConfigurationError:  # the examination says what is wrong
+        choice = ModelChoice(Path(model or base or DEFAULT_BASE), "", Path(draft) if draft is not None else None)
+    access = access_from_environment(is_own_gateway=False)
+    findings = asyncio.run(examine(Patient(choice.base, choice.draft, peers, access)))
     if is_json:
         print(report_as_json(findings))
     else:

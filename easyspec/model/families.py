@@ -3,4 +3,6 @@
 from __future__ import annotations
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# By llama.cpp's names of architectures, whose `llama` holds Mistral's models too.
+GGUF_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 SUPPORTED_ACTIVATIONS = ("silu", "swish")

@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from easyspec.checkpoint.gguf_header import GgufHeader
 from easyspec.errors import ConfigurationError
+from easyspec.model.families import GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name
 
-MODEL_TYPES: Mapping[str, str] = MappingProxyType({"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _HANDED_ON: Mapping[str, str] = MappingProxyType(
     {
@@ -36,9 +36,9 @@ _HANDED_ON: Mapping[str, str] = MappingProxyType(
 def config_of(header: GgufHeader) -> Any:
     """The configuration of the model in the file; raises ConfigurationError for what is missing or unsupported."""
     architecture = header.architecture
-    if architecture not in MODEL_TYPES:
+    if architecture not in GGUF_MODEL_TYPES:
         raise ConfigurationError(
-            f"general.architecture is {architecture!r} in {header.path}; supported: {', '.join(MODEL_TYPES)}"
+            f"general.architecture is {architecture!r} in {header.path}; supported: {', '.join(GGUF_MODEL_TYPES)}"
         )
     num_heads, hidden_size = _count(header, "attention.head_count"), _count(header, "embedding_length")
     if _EMBEDDINGS not in header.tensors:
@@ -65,7 +65,9 @@ def config_of(header: GgufHeader) -> Any:
         **_handed_on(header, head_dim),
     }
     try:
-        config = AutoConfig.for_model(MODEL_TYPES[architecture], rope_parameters=_rope_parameters(header), **fields)
+        config = AutoConfig.for_model(
+            GGUF_MODEL_TYPES[architecture], rope_parameters=_rope_parameters(header), **fields
+        )
     except Exception as error:  # a wrong value raises whatever transformers first trips over
         raise ConfigurationError(f"no usable metadata in {header.path}: {error}") from error
     if _FREQUENCIES in header.tensors:

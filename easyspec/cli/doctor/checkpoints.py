@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.checkpoint.location import is_gguf, weight_bytes
+from easyspec.cli.doctor.gguf import check_gguf, check_gguf_template, gguf_config
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
-from easyspec.cli.doctor.weights import check_weights, num_weight_bytes
+from easyspec.cli.doctor.weights import check_weights
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
@@ -39,22 +42,40 @@ def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
     for name, folder in (("base", base), ("draft", draft)):
         if folder is None:
             continue
+        if is_gguf(folder) and folder.is_file():
+            config, gguf_findings = _check_gguf(name, folder)
+            findings += gguf_findings
+            checkpoints.append(Checkpoint(name, folder, config))
+            continue
         config, finding = _check_config(name, folder)
         findings.append(finding)
         checkpoints.append(Checkpoint(name, folder, config))
         if folder.is_dir():
             findings.append(check_weights(name, folder, config))
             findings.append(_check_tokenizer(name, folder))
-    if len(checkpoints) == 2 and all(checkpoint.folder.is_dir() for checkpoint in checkpoints):
+    if len(checkpoints) == 2 and all(checkpoint.folder.exists() for checkpoint in checkpoints):
         findings += check_pair(*checkpoints)
     return findings
+
+
+def _check_gguf(name: str, file: Path) -> tuple[Mapping[str, Any], list[Finding]]:
+    try:
+        header = read_header(file)
+    except ConfigurationError as error:
+        return {}, [problem(f"{name} config", str(error), "download it again, or name another file")]
+    findings = check_gguf(name, header)
+    try:
+        findings.append(check_gguf_template(name, header, tokenizer_fingerprint(file)))
+    except ConfigurationError as error:
+        findings.append(problem(f"{name} tokenizer", str(error), "get a file with a tokenizer in it"))
+    return gguf_config(header), findings
 
 
 def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
     check = f"{name} config"
     if not folder.is_dir():
-        advice = "name a checkpoint folder; a hub id becomes one with `hf download ID --local-dir FOLDER`"
-        return {}, problem(check, f"{folder} is no folder", advice)
+        advice = "name a checkpoint folder, a .gguf file, or a hub id that can be fetched"
+        return {}, problem(check, f"{folder} is no folder, no .gguf file and no hub id", advice)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
@@ -104,7 +125,7 @@ def _has_chat_template(folder: Path) -> bool:
 def check_pair(base: Checkpoint, draft: Checkpoint) -> list[Finding]:
     """Whether the draft can guess for the base, and whether that can pay."""
     findings = [_check_vocabularies(base, draft)]
-    base_bytes, draft_bytes = num_weight_bytes(base.folder), num_weight_bytes(draft.folder)
+    base_bytes, draft_bytes = weight_bytes(base.folder), weight_bytes(draft.folder)
     if base_bytes and draft_bytes >= base_bytes:
         message = f"the draft's weights are {draft_bytes / base_bytes:.1f} times the base's"
         findings.append(warning("pair size", message, "a draft pays only if it is much smaller; swap the two?"))
@@ -163,6 +184,9 @@ def _shown(tokens: Mapping[int, str], token_id: int) -> str:
 
 def _vocabulary(folder: Path) -> tuple[dict[int, str], list[list[str]]]:
     """Tokens by id, added ones included, and merges."""
+    if is_gguf(folder):
+        header = read_header(folder)
+        return header.vocabulary, [merge.split(" ") for merge in header.merges]
     content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, Mapping):

@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from easyspec import __version__
+from easyspec.cli.access import ANONYMOUS, GatewayAccess
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import (
@@ -59,9 +60,14 @@ async def role_at(address: str) -> str | None:
     return None
 
 
-async def check_peer(role: str, address: str) -> PeerReport:
-    """Health, model, version and round trip of the service that should be at `address`."""
-    async with open_channel(address) as channel:
+async def check_peer(role: str, address: str, access: GatewayAccess = ANONYMOUS) -> PeerReport:
+    """Health, model, version and round trip of the service that should be at `address`.
+
+    `access` is the gateway's: the key it asks for, and its TLS.
+    """
+    if role != "gateway":
+        access = ANONYMOUS
+    async with open_channel(address, tls=access.tls) as channel:
         try:
             is_serving = await _health(channel, role)
         except grpc.aio.AioRpcError as error:
@@ -70,9 +76,11 @@ async def check_peer(role: str, address: str) -> PeerReport:
             advice = "wait until it has loaded; its log says what it is doing"
             return PeerReport([warning(role, f"{address} answers: not serving yet, or draining", advice)])
         try:
-            return await _ASK[role](channel, address)
+            return await _ASK[role](channel, address, access)
         except grpc.aio.AioRpcError as error:
             advice = f"see the log of the {role}"
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                advice = "set EASYSPEC_API_KEY to a key that it knows"
             return PeerReport([problem(role, f"{address}: {error.code().name}: {error.details()}", advice)])
 
 
@@ -92,7 +100,7 @@ async def _health(channel: grpc.aio.Channel, role: str) -> bool:
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def _ask_verifier(channel: grpc.aio.Channel, address: str) -> PeerReport:
+async def _ask_verifier(channel: grpc.aio.Channel, address: str, _access: GatewayAccess) -> PeerReport:
     stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
     info = await stub.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_TIMEOUT_S)
     findings = await _about("verifier", address, channel, info.model, info.version)
@@ -102,15 +110,16 @@ async def _ask_verifier(channel: grpc.aio.Channel, address: str) -> PeerReport:
     return PeerReport(findings, info.model)
 
 
-async def _ask_drafter(channel: grpc.aio.Channel, address: str) -> PeerReport:
+async def _ask_drafter(channel: grpc.aio.Channel, address: str, _access: GatewayAccess) -> PeerReport:
     stub: drafter_pb2_grpc.DrafterServiceAsyncStub = drafter_pb2_grpc.DrafterServiceStub(channel)
     info = await stub.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=_TIMEOUT_S)
     return PeerReport(await _about("drafter", address, channel, info.model, info.version), info.model)
 
 
-async def _ask_gateway(channel: grpc.aio.Channel, address: str) -> PeerReport:
+async def _ask_gateway(channel: grpc.aio.Channel, address: str, access: GatewayAccess) -> PeerReport:
     stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
-    info = await stub.GetServerInfo(generation_pb2.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+    request = generation_pb2.GetServerInfoRequest()
+    info = await stub.GetServerInfo(request, timeout=_TIMEOUT_S, metadata=access.metadata)
     model = info.models[0] if info.models else None
     served = info.served_models
     findings = await _about("gateway", address, channel, model or types_pb2.ModelInfo(name="no model"), info.version)
@@ -128,7 +137,7 @@ def _only_model(info: generation_pb2.GetServerInfoResponse) -> generation_pb2.Se
     return generation_pb2.ServedModel(verifier_state=info.verifier_state, drafter_state=info.drafter_state)
 
 
-_ASK: dict[str, Callable[[grpc.aio.Channel, str], Awaitable[PeerReport]]] = {
+_ASK: dict[str, Callable[[grpc.aio.Channel, str, GatewayAccess], Awaitable[PeerReport]]] = {
     "gateway": _ask_gateway,
     "drafter": _ask_drafter,
     "verifier": _ask_verifier,

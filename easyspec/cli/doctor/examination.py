@@ -6,33 +6,35 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from easyspec.checkpoint.location import weight_bytes
+from easyspec.cli.access import ANONYMOUS, GatewayAccess
 from easyspec.cli.doctor.checkpoints import checkpoint_findings
 from easyspec.cli.doctor.clients import PeerReport, check_peer
 from easyspec.cli.doctor.machine import machine_findings
 from easyspec.cli.doctor.ports import port_findings
 from easyspec.cli.doctor.report import Finding, ok, problem
-from easyspec.cli.doctor.weights import num_weight_bytes
 from easyspec.errors import ConfigurationError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What to look at: checkpoint folders, and addresses of running services by role."""
+    """What to look at: checkpoints, and addresses of running services by role; `access` is for the gateway."""
 
     base: Path
     draft: Path | None
     peers: dict[str, str] = field(default_factory=dict)
+    access: GatewayAccess = ANONYMOUS
 
 
 async def examine(patient: Patient) -> list[Finding]:
     """The whole report. Ports are looked at only where no running services are named."""
-    num_bytes = num_weight_bytes(patient.base) + (num_weight_bytes(patient.draft) if patient.draft is not None else 0)
+    num_bytes = sum(weight_bytes(path) for path in (patient.base, patient.draft) if path is not None)
     findings = list(machine_findings(num_bytes))
     findings += checkpoint_findings(patient.base, patient.draft)
     if not patient.peers:
         return findings + await port_findings()
-    reports = {role: await check_peer(role, address) for role, address in patient.peers.items()}
+    reports = {role: await check_peer(role, address, patient.access) for role, address in patient.peers.items()}
     for report in reports.values():
         findings += report.findings
     return findings + _compare(reports, patient.base)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyspec.checkpoint.location import weight_bytes
 from easyspec.cli.doctor.report import Finding, ok, problem
 
 _INDEX = "model.safetensors.index.json"
@@ -36,11 +37,6 @@ class _BrokenFileError(Exception):
     advice: str
 
 
-def num_weight_bytes(folder: Path) -> int:
-    """Size of the checkpoint's weight files; 0 if there are none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
 def check_weights(name: str, folder: Path, config: Mapping[str, Any]) -> Finding:
     """Every file is there and as long as its header says, and holds every tensor that the configuration calls for."""
     check = f"{name} weights"
@@ -56,7 +52,7 @@ def check_weights(name: str, folder: Path, config: Mapping[str, Any]) -> Finding
         return problem(check, error.message, error.advice)
     if missing := sorted(_wanted(config) - tensors):
         return problem(check, f"no tensor {_some(missing)}", "get a checkpoint of the whole model, not of an adapter")
-    size = num_weight_bytes(folder) / 2**20
+    size = weight_bytes(folder) / 2**20
     return ok(check, f"{len(tensors)} tensors in {len(expected_files)} file(s), {size:,.0f} MiB, all whole")
 
 

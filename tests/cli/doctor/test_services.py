@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from easyspec.cli.access import GatewayAccess
 from easyspec.cli.doctor.clients import check_peer, role_at
 from easyspec.cli.doctor.examination import Patient, examine
 from easyspec.cli.doctor.ports import port_findings
@@ -20,6 +21,8 @@ from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
 from tests.cli.conftest import CHECKOUT, Command
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
+
+KEY = "sk-doctor-0123456789"
 
 
 @asynccontextmanager
@@ -147,7 +150,7 @@ async def test_a_problem_is_exit_code_1_and_one_line(easyspec_command: Command, 
     ended = await easyspec_command("doctor", "--base", str(tmp_path / "none"), "--no-draft")
     assert ended.code == 1
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("problem  base config")]
-    assert "is no folder →" in line
+    assert "is no folder, no .gguf file and no hub id →" in line
     refused = await easyspec_command("doctor", "--gateway", "nowhere")
     assert (refused.code, refused.stdout) == (2, "")
 
@@ -169,3 +172,13 @@ def test_only_problems_make_a_report_one_of_problems() -> None:
     warned = Finding("x", State.WARNING, "", "")
     assert not has_problem([warned, Finding("y", State.OK, "")])
     assert has_problem([warned, Finding("y", State.PROBLEM, "")])
+
+
+async def test_a_gateway_that_asks_for_a_key_is_shown_the_one_of_the_environment(checkpoint: Path) -> None:
+    async with all_services(checkpoint, api_keys=f"doctor:{KEY}") as (gateway, _, _pair):
+        (finding,) = (await check_peer("gateway", gateway)).findings
+        assert finding.state is State.PROBLEM
+        assert finding.advice == "set EASYSPEC_API_KEY to a key that it knows"
+        findings = await examine(Patient(checkpoint, None, {"gateway": gateway}, GatewayAccess(KEY)))
+        (finding,) = of("gateway", findings)
+        assert finding.state in (State.OK, State.WARNING)  # the latter only for a slow round trip
