@@ -1,15 +1,24 @@
-"""`python -m drafter_service`: wiring only."""
+"""`python -m drafter_service`: wiring, and whether there is a model that fits."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+import structlog
 
 from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterEngine, DrafterServer
+from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
+from easyspec.errors import ConfigurationError
+from easyspec.parallel.launch import group_size
 from easyspec.rpc.lifecycle import run_role
 from easyspec.speculation.sources import MODEL_SOURCES
 from easyspec.telemetry.metrics import EngineMetrics, StepObserver
 from easyspec.telemetry.tracing import open_tracing
+from easyspec.vocabulary import check_vocabularies
+
+_TEXT_SOURCES = "retrieval,ngram"
 
 
 def build(settings: DrafterSettings) -> DrafterServer:
@@ -23,6 +32,8 @@ def build(settings: DrafterSettings) -> DrafterServer:
 
 
 def _engine(settings: DrafterSettings, on_step: StepObserver) -> DrafterEngine:
+    if settings.draft_sources & MODEL_SOURCES and settings.tokenizer is not None:
+        settings = fitting(settings, settings.tokenizer)
     if not settings.draft_sources & MODEL_SOURCES:
         from drafter_service.text_engine import TextDrafterEngine
 
@@ -31,6 +42,20 @@ def _engine(settings: DrafterSettings, on_step: StepObserver) -> DrafterEngine:
     from drafter_service.engine import DrafterEngine as ModelDrafterEngine
 
     return ModelDrafterEngine(settings, on_step)
+
+
+def fitting(settings: DrafterSettings, tokenizer: Path) -> DrafterSettings:
+    """The settings, without the model where its vocabulary is another than that of `tokenizer`: such guesses would be
+    refused, those from text are not. Raises ConfigurationError on several ranks."""
+    paths = [model_path(name, TOKENIZER_PATTERNS) for name in (str(tokenizer), settings.model)]
+    try:
+        check_vocabularies(*paths)
+    except ConfigurationError as error:
+        if group_size() > 1:
+            raise
+        structlog.get_logger().warning("draft_model_does_not_fit", reason=str(error), sources=_TEXT_SOURCES)
+        return settings.model_copy(update={"sources": _TEXT_SOURCES})
+    return settings
 
 
 def follow(settings: DrafterSettings) -> None:

@@ -49,8 +49,9 @@ class DrafterSettings(EngineSettings):
     )
     tokenizer: Path | None = Field(
         default=None,
-        description="Checkpoint folder, GGUF file or hub id whose tokenizer gives token ids their meaning, without "
-        "--model; with one, the model's own is used.",
+        description="Checkpoint folder, GGUF file or hub id whose tokenizer gives token ids their meaning: the base "
+        "model's. Where --model has another vocabulary that shares most entries, only those are drafted; where it "
+        "really differs, guesses come from text alone. Unset: the model's own.",
     )
     index: Path | None = Field(
         default=None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import structlog
 import torch
@@ -16,6 +18,8 @@ from drafter_service.plan_choice import candidate_plans, fastest_plan, time_plan
 from drafter_service.sources.fusing import FusingSource
 from drafter_service.sources.layer_parallel import LayerParallelSource
 from drafter_service.text_engine import open_text_resources
+from drafter_service.vocabulary_bridge import VocabularyBridge
+from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.model.loading import LoadedModel, load_model
@@ -27,7 +31,7 @@ from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import StepObserver, ignore_step
-from easyspec.tokenizer_fingerprint import tokens_by_id
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
 # The length that a session comes to when kernels are warmed up.
 _WARM_UP_TOKENS = 3
@@ -42,6 +46,8 @@ class DrafterEngine:
         self._on_step = on_step
         self._thread = DeviceThread("drafter-device", settings.step_timeout_s, is_group=group_size() > 1)
         self._loaded: LoadedModel | None = None
+        self._info: ModelInfo | None = None
+        self._tokenizer: Path | None = None
         self._drafter: Drafter | None = None
         self._plan: LayerPlan | None = None
         self._grammars: GrammarCompiler | None = None
@@ -63,9 +69,9 @@ class DrafterEngine:
 
     @property
     def model_info(self) -> ModelInfo:
-        """The draft model; valid after `start`."""
-        assert self._loaded is not None, "started"
-        return self._loaded.info
+        """The draft model, with the tokenizer of the base it guesses for; valid after `start`."""
+        assert self._info is not None, "started"
+        return self._info
 
     @property
     def sources(self) -> DraftSources:
@@ -90,9 +96,9 @@ class DrafterEngine:
         return self._drafter.usage()
 
     async def vocabulary(self) -> Mapping[int, str]:
-        """The tokenizer's entries, read from the checkpoint: seldom asked for."""
-        assert self._loaded is not None, "started"
-        return await asyncio.to_thread(tokens_by_id, self._loaded.folder)
+        """That tokenizer's entries, read from its file: seldom asked for."""
+        assert self._tokenizer is not None, "started"
+        return await asyncio.to_thread(tokens_by_id, self._tokenizer)
 
     async def open(self, request: OpenSpeculation) -> int:
         """Open a session and return its id; raises the EasyspecError that the request deserves."""
@@ -109,6 +115,9 @@ class DrafterEngine:
     def _build(self) -> Drafter:
         settings = self._settings
         self._loaded = loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
+        self._tokenizer, bridge = _tokenizer_and_bridge(settings, loaded)
+        fingerprint = tokenizer_fingerprint(self._tokenizer)
+        self._info = replace(loaded.info, tokenizer_fingerprint=fingerprint)
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.dismiss_followers
         self._plan = _default_plan(settings, loaded)
@@ -121,8 +130,9 @@ class DrafterEngine:
             ranking,
             settings.max_prefill_slowdown,
             max_batch_rows=settings.max_batch_rows,
+            bridge=bridge,
         )
-        fused = FusedDrafting(open_text_resources(settings, loaded.info.tokenizer_fingerprint))
+        fused = FusedDrafting(open_text_resources(settings, fingerprint))
         source = FusingSource(model_source, fused, is_everybody_asked=settings.ask == "always")
         no_exits_because = _why_no_exits(loaded)
         if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:
@@ -135,11 +145,11 @@ class DrafterEngine:
             () if no_exits_because else loaded.decoder.config.early_exits,
             no_exits_because,
         )
-        self._grammars = GrammarCompiler(loaded.folder, loaded.info.vocab_size, loaded.info.eos_token_ids)
+        self._grammars = GrammarCompiler(self._tokenizer, loaded.info.vocab_size, loaded.info.eos_token_ids)
         self._grammars.prepare()
-        self._drafter = Drafter(
-            loaded.decoder.config, loaded.memory, source, self._plan, limits, self._on_step, self._grammars
-        )
+        config = loaded.decoder.config
+        shape = config if bridge is None else replace(config, vocab_size=bridge.num_ids)
+        self._drafter = Drafter(shape, loaded.memory, source, self._plan, limits, self._on_step, self._grammars)
         _warm_up(self._drafter, settings.max_tree_nodes)
         return self._drafter
 
@@ -149,6 +159,17 @@ def follow(settings: DrafterSettings) -> None:
     loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
     with torch.inference_mode():
         loaded.follow()
+
+
+def _tokenizer_and_bridge(settings: DrafterSettings, loaded: LoadedModel) -> tuple[Path, VocabularyBridge | None]:
+    """Whose tokenizer gives token ids their meaning, and what lies between it and the draft model's own."""
+    if settings.tokenizer is None:
+        return loaded.folder, None
+    tokenizer = model_path(str(settings.tokenizer), TOKENIZER_PATTERNS)
+    if tokenizer_fingerprint(tokenizer) == loaded.info.tokenizer_fingerprint:
+        return tokenizer, None
+    num_rows = loaded.decoder.config.vocab_size
+    return tokenizer, VocabularyBridge(tokens_by_id(tokenizer), tokens_by_id(loaded.folder), num_rows)
 
 
 def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:

@@ -33,12 +33,25 @@ def test_padding_is_said_and_goes_on(tmp_path: Path) -> None:
 def test_differing_entries_are_named(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", ["a", "b", "c", "d", "e", "f"])
     draft = checkpoint(tmp_path / "draft", ["a", "x", "c", "y", "e", "z", "extra"])
-    problem = "of 4 differing entries the first are: 1 is 'b' and 'x'; 3 is 'd' and 'y'; 5 is 'f' and 'z'$"
+    problem = "of 4 differing entries the first are: 1 is 'b' and 'x'; 3 is 'd' and 'y'; 5 is 'f' and 'z'"
     with pytest.raises(ConfigurationError, match=problem):
         check_vocabularies(base, draft)
 
 
-def test_differing_merges_are_seen(tmp_path: Path) -> None:
+def test_differing_merges_change_no_id_and_are_said(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", ["a", "b", "ab"], merges=("a b",))
-    with pytest.raises(ConfigurationError, match="merges"):
-        check_vocabularies(base, checkpoint(tmp_path / "draft", ["a", "b", "ab"]))
+    note = check_vocabularies(base, checkpoint(tmp_path / "draft", ["a", "b", "ab"]))
+    assert note is not None
+    assert "merges differ" in note
+
+
+def test_vocabularies_that_share_most_entries_go_together(tmp_path: Path) -> None:
+    tokens = [f"t{index}" for index in range(30)]
+    base = checkpoint(tmp_path / "base", [*tokens, "<tool>", "<think>"])
+    draft = checkpoint(tmp_path / "draft", [*tokens[:-1], "<other>"])
+    note = check_vocabularies(base, draft)
+    assert note is not None
+    assert "only shared tokens are drafted: of 3 differing entries the first are: 29 is 't29' and '<other>'" in note
+    less = checkpoint(tmp_path / "less", [*tokens[:26], *"abcd"])
+    with pytest.raises(ConfigurationError, match=r"different vocabularies: .* guesses come from the text itself"):
+        check_vocabularies(base, less)

@@ -23,6 +23,7 @@ from drafter_service.sources.exit_state import ExitState
 from drafter_service.sources.level_ranking import rank_level
 from drafter_service.sources.rounds import Drafting, SessionState
 from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
+from drafter_service.vocabulary_bridge import VocabularyBridge
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
@@ -73,8 +74,10 @@ class LayerParallelSource:
         max_prefill_slowdown: float = 1.7,
         gate: ExitGate | None = None,
         max_batch_rows: int = 512,
+        bridge: VocabularyBridge | None = None,
     ) -> None:
         self._ranking = ranking
+        self._bridge = bridge
         self._max_batch_rows = max_batch_rows
         self._decoder = decoder
         self._early_exits = EarlyExits(decoder, memory.pool, gate or LearnedGate(), max_batch_rows)
@@ -88,7 +91,7 @@ class LayerParallelSource:
 
     def open(self, session: DraftSession) -> None:
         """Let the session in if there is room for its prompt and a tree; raises CapacityError."""
-        state = SessionState(session, self._memory, self._ranking, self._exit_state(session))
+        state = SessionState(session, self._memory, self._ranking, self._exit_state(session), self._bridge)
         num_hit = state.slots.take_prefix(session.token_ids[:-1])
         state.num_exact = state.slots.num_cached
         wanted = state.num_uncached + self._max_tree_slots

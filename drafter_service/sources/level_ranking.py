@@ -30,6 +30,8 @@ def rank_level(
         positions += [drafting.base_length + drafting.level] * num_rows
         samplings += [drafting.job.session.sampling] * num_rows
     mask = level_mask([(d.job.session.preference, d.job.session.token_ids, d.tree) for d in draftings])
+    if draftings and (bridge := draftings[0].state.bridge) is not None:
+        draft_logits = bridge.masked(draft_logits)
     draft_logits = mask.applied(draft_logits)
     candidates = mask.kept(rank_candidates(ranker, draft_logits, positions, samplings, _NUM_CANDIDATES))
     ranked = []

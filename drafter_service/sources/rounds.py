@@ -11,6 +11,7 @@ import numpy as np
 from drafter_service.growth import Candidates, GrowingTree, RankingSettings, Sharpness
 from drafter_service.sources.exit_state import ExitState
 from drafter_service.sources.source import DraftJob, DraftSession
+from drafter_service.vocabulary_bridge import VocabularyBridge
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, TreeColumns
 
@@ -19,13 +20,19 @@ class SessionState:
     """Slots of committed tokens, and of the last tree's expanded nodes (row -> slot).
 
     The first `num_exact` cached tokens have exact K and V in all layers, which others may share. `exits` is there
-    where levels may leave the model early.
+    where levels may leave the model early, `bridge` where the draft model's vocabulary is not the base's.
     """
 
     def __init__(
-        self, session: DraftSession, memory: KvMemory, ranking: RankingSettings, exits: ExitState | None = None
+        self,
+        session: DraftSession,
+        memory: KvMemory,
+        ranking: RankingSettings,
+        exits: ExitState | None = None,
+        bridge: VocabularyBridge | None = None,
     ) -> None:
         self.session = session
+        self.bridge = bridge
         self.exits = exits
         self.slots = SessionSlots(memory)
         self.num_prompt_tokens = len(session.token_ids)
@@ -82,9 +89,13 @@ class SessionState:
     def committed_segment(self, positions: range) -> Segment:
         """Rows for cached tokens."""
         visible = [position + 1 for position in positions]
-        token_ids = self.session.token_ids[positions.start : positions.stop]
+        token_ids = self.read_token_ids(self.session.token_ids[positions.start : positions.stop])
         slots = self.slots.by_position[positions.start : positions.stop].tolist()
         return Segment(token_ids, positions, slots, visible, self.slots.by_position)
+
+    def read_token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """What the draft model reads for these tokens."""
+        return token_ids if self.bridge is None else self.bridge.to_draft(token_ids)
 
     def _learn(self, new_tokens: Sequence[int]) -> list[int]:
         """Walk the last tree along the chosen tokens: fit the sharpness, return the expanded rows passed."""
@@ -150,7 +161,7 @@ class Drafting:
                 ancestor = tree.parent_rows[ancestor - 1]
         root_position = self.base_length - 1
         return Segment(
-            token_ids=[tree.token_ids[row - 1] for row in rows],
+            token_ids=state.read_token_ids([tree.token_ids[row - 1] for row in rows]),
             positions=[root_position + tree.depths[row] for row in rows],
             slots=[state.tree_slots[row] for row in rows],
             num_visible=[self.base_length] * len(rows),

@@ -251,10 +251,11 @@ class ServiceStack:
         self.drafter: ServiceProcess | None = None
         if settings.draft is not None:
             for base in (settings.base, *settings.also.values()):
-                note = padding_note(base, settings.draft)
-                if note is not None:
-                    on_log(DRAFTER, note)
-            self.drafter = self._process(DRAFTER, settings.drafter_address, ["--model", str(settings.draft)], on_log)
+                for note in (check_vocabularies(base, settings.draft), padding_note(base, settings.draft)):
+                    if note is not None:
+                        on_log(DRAFTER, note)
+            arguments = ["--model", str(settings.draft), "--tokenizer", str(settings.base)]
+            self.drafter = self._process(DRAFTER, settings.drafter_address, arguments, on_log)
         elif settings.drafts_from_text:
             arguments = ["--tokenizer", str(settings.base)]
             if "--sources" not in settings.flags.get(DRAFTER, ()):
