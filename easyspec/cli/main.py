@@ -32,7 +32,7 @@ from easyspec.cli.index import index
 from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import CHECKOUT, DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
@@ -399,6 +399,8 @@ def bench_alternatives(context: typer.Context) -> None:
 
 
 def _run_bench(name: str, arguments: list[str]) -> int:
+    if str(CHECKOUT) not in sys.path:
+        sys.path.append(str(CHECKOUT))
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

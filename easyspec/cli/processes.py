@@ -29,9 +29,10 @@ HTTP_OFF = "off"
 TEXT_SOURCES = "retrieval,ngram"
 VERIFIER, DRAFTER, GATEWAY = "verifier", "drafter", "gateway"
 
-_CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
-DEFAULT_BASE = _CHECKOUT / "models" / "base"
-DEFAULT_DRAFT = _CHECKOUT / "models" / "draft"
+# The parent of the packages, where a checkout has its models and benchmarks too.
+CHECKOUT = Path(easyspec.__file__).resolve().parents[1]
+DEFAULT_BASE = CHECKOUT / "models" / "base"
+DEFAULT_DRAFT = CHECKOUT / "models" / "draft"
 
 # torchrun says twenty lines about a rank that ended.
 _NUM_KEPT_LINES = 100
@@ -133,7 +134,7 @@ class ServiceProcess:
     async def start(self) -> None:
         self._close_readiness()
         self._readiness = readiness = ReadinessSocket()
-        python_path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        python_path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
