@@ -20,6 +20,7 @@ from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 from easyspec.model.gguf_config import config_of
+from easyspec.model.quantization.announced import announced_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -167,8 +168,8 @@ def _check_supported(folder: Path, hf: Any) -> None:
                 f"{name} is {value!r} in {folder}; supported for model_type {hf.model_type!r}: "
                 f"{', '.join(map(repr, neutral)) or 'unset'}, as what it asks for is not computed here"
             )
-    if getattr(hf, "quantization_config", None) is not None:
-        raise ConfigurationError(f"quantization_config is set in {folder}; supported: unquantized checkpoints")
+    if (announced := getattr(hf, "quantization_config", None)) is not None:
+        announced_quantization(announced, folder)
     num_kv_heads = hf.num_key_value_heads or hf.num_attention_heads
     if hf.num_attention_heads % num_kv_heads != 0:
         raise ConfigurationError(

@@ -5,4 +5,6 @@ from __future__ import annotations
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # By llama.cpp's names of architectures, whose `llama` holds Mistral's models too.
 GGUF_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# As `quant_method` names them.
+QUANTIZATION_METHODS = ("compressed-tensors", "gptq", "awq", "fp8")
 SUPPORTED_ACTIVATIONS = ("silu", "swish")

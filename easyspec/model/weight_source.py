@@ -6,9 +6,12 @@ from pathlib import Path
 
 from easyspec.checkpoint.location import is_gguf
 from easyspec.model.gguf_file import GgufCheckpoint
+from easyspec.model.quantization.announced import read_quantization
 from easyspec.model.weights import Checkpoint, TensorSource
 
 
 def open_weights(path: Path, *, is_whole: bool = False) -> TensorSource:
     """The tensors of a folder or a GGUF file; with `is_whole` all must be asked for. Raises ConfigurationError."""
-    return GgufCheckpoint(path, is_whole=is_whole) if is_gguf(path) else Checkpoint(path, is_whole=is_whole)
+    if is_gguf(path):
+        return GgufCheckpoint(path, is_whole=is_whole)
+    return Checkpoint(path, is_whole=is_whole, quantization=read_quantization(path))

@@ -14,6 +14,7 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.packed_weight import PackedWeight
+from easyspec.model.quantization.scheme import GroupedWeight, Quantization, ScaledWeight
 from easyspec.model.tensor_file import TensorFile
 
 _INDEX = "model.safetensors.index.json"
@@ -21,6 +22,10 @@ _SINGLE = "model.safetensors"
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # Tables that the config gives as well, and a head that the config says is the embeddings'.
 _NEEDLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight")
+# Of what is computed besides, which quantized checkpoints may scale too: here it is not rounded.
+_ACTIVATION_SCALE = re.compile(
+    r".*\.(input_scale|output_scale|[kvq]_scale|input_zero_point|output_zero_point|activation_scale)"
+)
 _QUANTIZED = re.compile(r".*(scale|scale_inv|zeros|zero_point|qweight|g_idx|_packed|absmax|quant_map|SCB)$")
 
 
@@ -45,11 +50,13 @@ class Checkpoint:
 
     Raises ConfigurationError for a missing or corrupt file, a missing tensor or an unexpected shape, for weights of
     a type that stands for something else, and for NaN and infinity. With `is_whole` also, at the end, for a tensor
-    that was never asked for: it belongs to another model than config.json describes.
+    that was never asked for: it belongs to another model than config.json describes. `quantization` says what the
+    tensors of a quantized layer stand for.
     """
 
-    def __init__(self, folder: Path, *, is_whole: bool = False) -> None:
+    def __init__(self, folder: Path, *, is_whole: bool = False, quantization: Quantization | None = None) -> None:
         self._folder = folder
+        self._quantization = quantization
         self._is_whole = is_whole
         self._asked: set[str] = set()
         self._file_of_tensor: dict[str, TensorFile] = {}
@@ -78,10 +85,13 @@ class Checkpoint:
         self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
         """The tensor `name`, which must have `shape`, or some of its rows or columns; no more than those is read."""
-        if name not in self._file_of_tensor:
-            raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
-        self._asked.add(name)
-        file = self._file_of_tensor[name]
+        if (weight := self._quantized(name, shape)) is not None:
+            values = weight.values()
+            values = values if rows is None else values[rows.start : rows.stop]
+            values = values if columns is None else values[:, columns.start : columns.stop]
+            check_finite(values, name, self._folder)
+            return values.contiguous()
+        file = self._file_of(name)
         if file.dtype(name) not in _WEIGHT_TYPES:
             raise ConfigurationError(
                 f"{name!r} in {file.path} is stored as {file.dtype(name)}, and config.json does not say what that "
@@ -95,11 +105,48 @@ class Checkpoint:
         return tensor
 
     def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
-        """Nothing is quantized here."""
-        return None
+        """The codes of a quantized layer, or of some of its rows; None where it has none."""
+        weight = self._quantized(name, shape)
+        packed = None if weight is None else weight.packed()
+        if packed is None or rows is None:
+            return packed
+        cut = {
+            part: values if part == "group_of_column" else values[rows.start : rows.stop]
+            for part, values in packed.parts.items()
+        }
+        return PackedWeight(packed.format, (len(rows), *shape[1:]), cut)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A whole tensor in the type it is stored in; raises ConfigurationError if it is missing."""
+        return self._file_of(name).read(name)
+
+    def _file_of(self, name: str) -> TensorFile:
+        if name not in self._file_of_tensor:
+            raise ConfigurationError(f"no tensor {name!r} in {self._folder}")
+        self._asked.add(name)
+        return self._file_of_tensor[name]
+
+    def _quantized(self, name: str, shape: tuple[int, ...]) -> GroupedWeight | ScaledWeight | None:
+        """What the tensors of a quantized layer stand for; None where `name` is stored as it is."""
+        names = () if self._quantization is None else self._quantization.names(name, self)
+        if self._quantization is None or not names:
+            return None
+        self._asked.update(names)
+        try:
+            weight = self._quantization.read(name, self)
+            found = tuple((weight.numbers if isinstance(weight, ScaledWeight) else weight.codes).shape)
+        except (RuntimeError, ValueError, IndexError) as error:  # shapes that do not belong together
+            raise ConfigurationError(
+                f"{names[0]!r} in {self._folder} does not fit the others of its layer: {error}"
+            ) from error
+        if found != shape:
+            raise ConfigurationError(f"{names[0]!r} in {self._folder} stands for shape {found}; expected {shape}")
+        return weight
 
     def _check_all_asked(self) -> None:
         left = sorted(name for name in self._file_of_tensor.keys() - self._asked if not _NEEDLESS.fullmatch(name))
+        if self._quantization is not None:
+            left = [name for name in left if not _ACTIVATION_SCALE.fullmatch(name)]
         if not left:
             return
         more = f" and {len(left) - 1} more are" if len(left) > 1 else " is"

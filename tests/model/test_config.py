@@ -301,8 +301,8 @@ def test_impossible_values(tmp_path: Path, field: str, value: Any) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .*; supported: silu"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3 in .*; allowed: divisors of num_attention_heads, 4"),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config is set in .*; supported: unquantized",
+            {"quantization_config": {"quant_method": "quip"}},
+            "quant_method is 'quip' in .*; supported: compressed-tensors, gptq, awq, fp8",
         ),
     ],
 )

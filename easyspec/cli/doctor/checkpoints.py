@@ -14,7 +14,7 @@ from easyspec.cli.doctor.gguf import check_gguf, check_gguf_template, gguf_confi
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.cli.doctor.weights import check_weights
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
+from easyspec.model.families import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
 
 _MAX_DIFFERENCES = 3
@@ -83,7 +83,7 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
         return {}, problem(check, f"no usable config.json in {folder}: {error!r}", "name the folder of a checkpoint")
     if why := _unsupported(config):
         families = ", ".join(SUPPORTED_MODEL_TYPES)
-        return config, problem(check, why, f"use an unquantized checkpoint of a supported family: {families}")
+        return config, problem(check, why, f"use a checkpoint of a supported family: {families}")
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return config, ok(check, f"{model_type}, {shape}, {dtype}, {config.get('max_position_embeddings')} positions")
@@ -95,8 +95,9 @@ def _unsupported(config: Mapping[str, Any]) -> str | None:
         return f"model_type is {config['model_type']!r}"
     if config.get("hidden_act", "silu") not in SUPPORTED_ACTIVATIONS:
         return f"hidden_act is {config['hidden_act']!r}"
-    if config.get("quantization_config") is not None:
-        return "quantization_config is set"
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if config.get("quantization_config") is not None and method not in QUANTIZATION_METHODS:
+        return f"quant_method is {method!r}"
     return None
 
 

@@ -56,7 +56,7 @@ def test_every_supported_family_is_whole(tmp_path: Path, model_type: str) -> Non
     [
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quant_method is 'quip'"),
         ({"model_type": None}, "no usable config.json"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Quantized weights in safetensors: the formats' written rules, and nothing of their libraries."""
