@@ -18,6 +18,7 @@ from easyspec.cli.clients import GatewayClient, GenerateFlags, GenerateResponse
 from easyspec.cli.event_loop import EventLoopThread
 from easyspec.cli.generate import coloured, statistics_table
 from easyspec.cli.processes import LogSink, ServiceStack, StackSettings
+from easyspec.cli.up import say
 from easyspec.errors import EasyspecError
 
 _PROMPT, _CONTINUATION = "> ", ". "
@@ -86,7 +87,7 @@ async def _open(
     access: GatewayAccess,
 ) -> GatewayClient:
     if gateway_address is None:
-        services = await stack.enter_async_context(ServiceStack(settings, on_log))
+        services = await stack.enter_async_context(ServiceStack(settings, on_log, say))
         gateway_address = services.gateway_address
     client = await stack.enter_async_context(GatewayClient(gateway_address, access))
     await client.info()

@@ -22,10 +22,13 @@ from easyspec.cli.free_ports import free_port
 from easyspec.errors import ConfigurationError, EasyspecError
 from easyspec.parallel.launch import torchrun_arguments
 from easyspec.rpc.readiness import ReadinessSocket
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from easyspec.vocabulary import check_vocabularies, padding_note
 
 FREE_PORT = "127.0.0.1:0"
 HTTP_OFF = "off"
+# As the gateway spells it, of a further model.
+NO_DRAFTER = "off"
 TEXT_SOURCES = "retrieval,ngram"
 VERIFIER, DRAFTER, GATEWAY = "verifier", "drafter", "gateway"
 
@@ -101,8 +104,13 @@ class StackSettings:
                     f"{name} is {str(folder)!r}; allowed: a checkpoint folder with a config.json, or a GGUF file"
                 )
         if self.draft is not None:
-            for base in (self.base, *self.also.values()):
-                check_vocabularies(base, self.draft)
+            check_vocabularies(self.base, self.draft)
+
+    @property
+    def undrafted(self) -> Mapping[str, Path]:
+        """Those of `also` that the base's drafter cannot guess for, as their token ids mean something else."""
+        fingerprint = tokenizer_fingerprint(self.base)
+        return {name: path for name, path in self.also.items() if tokenizer_fingerprint(path) != fingerprint}
 
 
 class ServiceProcess:
@@ -251,10 +259,10 @@ class ServiceStack:
         wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
         if settings.draft is not None:
-            for base in (settings.base, *settings.also.values()):
-                for note in (check_vocabularies(base, settings.draft), padding_note(base, settings.draft)):
-                    if note is not None:
-                        on_log(DRAFTER, note)
+            notes = [check_vocabularies(settings.base, settings.draft)]
+            notes += [padding_note(base, settings.draft) for base in (settings.base, *settings.also.values())]
+            for note in filter(None, notes):
+                on_log(DRAFTER, note)
             arguments = ["--model", str(settings.draft), "--tokenizer", str(settings.base)]
             self.drafter = self._process(DRAFTER, settings.drafter_address, arguments, on_log)
         elif settings.drafts_from_text:
@@ -296,9 +304,14 @@ class ServiceStack:
 
     def _further_models(self) -> str:
         """The gateway's setting of that name."""
+        undrafted = self._settings.undrafted
         return json.dumps(
             {
-                name: {"verifier_address": process.address, "tokenizer": str(self._settings.also[name])}
+                name: {
+                    "verifier_address": process.address,
+                    "tokenizer": str(self._settings.also[name]),
+                    **({"drafter_address": NO_DRAFTER} if name in undrafted else {}),
+                }
                 for name, process in self.also.items()
             }
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from easyspec.checkpoint.tokenizer_files import load_backend
 from easyspec.errors import ConfigurationError
 
 if TYPE_CHECKING:  # drafters read what was built, and need no tokenizer for it
@@ -62,14 +63,8 @@ def _documents_of(file: Path) -> Iterator[str]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; raises ConfigurationError."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception, whatever is wrong
-        raise ConfigurationError(f"tokenizer file {path} cannot be read: {error}") from error
+    """The tokenizer of a checkpoint folder or a GGUF file; raises ConfigurationError."""
+    tokenizer: Tokenizer = load_backend(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

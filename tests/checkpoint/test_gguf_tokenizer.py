@@ -10,6 +10,7 @@ import structlog
 from easyspec.checkpoint.generation import end_token_ids, sampling_defaults
 from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.tokenizer_files import load_backend, load_tokenizer
+from easyspec.datastore.corpus import load_tokenizer as corpus_tokenizer
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.parameters import Grammar, GrammarKind
@@ -39,6 +40,7 @@ def test_texts_get_the_same_tokens(folder: Path, file: Path, text: str) -> None:
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == text
     assert load_backend(file).encode(text).ids == load_backend(folder).encode(text).ids
+    assert list(corpus_tokenizer(file).encode(text).ids) == list(corpus_tokenizer(folder).encode(text).ids)
 
 
 def test_the_vocabulary_is_the_same_without_what_fills_it_up(folder: Path, file: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from easyspec.cli.up import RoleLog
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import StopConditions
 from tests.cli.conftest import CHECKOUT
+from tests.fakes.tiny_tokenizer import write_tokenizer
 
 FAKES = {role: ("-m", "tests.fakes.services", role) for role in ("verifier", "drafter")}
 FLAGS = GenerateFlags("def f(n):", SamplingFlags(temperature=0.0), StopConditions(max_tokens=40))
@@ -87,6 +89,17 @@ async def test_further_models_have_their_own_verifiers_and_share_the_drafter(set
         await until(lambda: stack.also["other"].is_running)
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
+
+
+def test_a_further_model_of_another_tokenizer_is_decoded_plainly(settings: StackSettings, tmp_path: Path) -> None:
+    other = write_tokenizer(tmp_path / "other", vocab_size=300)
+    (other / "config.json").write_text("{}")
+    further = replace(settings, also={"same": settings.base, "other": other})
+    assert further.undrafted == {"other": other}
+    stack = ServiceStack(further, lambda role, line: None)
+    arguments = stack.gateway._arguments
+    routes = json.loads(arguments[arguments.index("--further-models") + 1])
+    assert {name: route.get("drafter_address") for name, route in routes.items()} == {"same": None, "other": "off"}
 
 
 async def killed(process: ServiceProcess) -> int:
