@@ -34,6 +34,7 @@ from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
 from easyspec.cli.processes import CHECKOUT, DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
+from easyspec.cli.supported import supported_table
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
 from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE
@@ -358,8 +359,13 @@ def chaos(context: typer.Context) -> None:
 
 
 @app.command()
-def models() -> None:
+def models(
+    supported: Annotated[bool, typer.Option("--supported", help="Print which families and formats are read.")] = False,
+) -> None:
     """List the models that this machine has, by the names that MODEL and --draft take."""
+    if supported:
+        print(supported_table())
+        return
     found = named_models()
     for each in found.values():
         size = "" if each.num_bytes is None else f"{each.num_bytes / 2**20:,.0f} MiB"

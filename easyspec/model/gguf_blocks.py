@@ -14,7 +14,6 @@ from easyspec.errors import ConfigurationError
 
 # Types that hold numbers as they are, with the names that configurations have for them.
 FLOAT_TYPES: Mapping[str, str] = MappingProxyType({"F32": "float32", "F16": "float16", "BF16": "bfloat16"})
-BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
 
 def format_name(kind: int) -> str:

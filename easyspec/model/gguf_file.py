@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from easyspec.checkpoint.gguf_header import GgufTensor, read_header
 from easyspec.errors import ConfigurationError
-from easyspec.model.gguf_blocks import BLOCK_FORMATS, FLOAT_TYPES, dequantized, format_name, row_bytes
+from easyspec.model.families import BLOCK_FORMATS
+from easyspec.model.gguf_blocks import FLOAT_TYPES, dequantized, format_name, row_bytes
 from easyspec.model.packed_weight import PackedWeight
 from easyspec.model.weights import check_finite
 

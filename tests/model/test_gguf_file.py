@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
+from easyspec.model.families import BLOCK_FORMATS
 from easyspec.model.fingerprint import model_fingerprint
-from easyspec.model.gguf_blocks import BLOCK_FORMATS, FLOAT_TYPES
+from easyspec.model.gguf_blocks import FLOAT_TYPES
 from easyspec.model.gguf_file import GgufCheckpoint
 from easyspec.model.loading import load_model
 from easyspec.model.rope import rotary_tables

@@ -9,8 +9,8 @@ from typing import Any
 from easyspec.checkpoint.gguf_header import GgufHeader, GgufTensor
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import GGUF_MODEL_TYPES
-from easyspec.model.gguf_blocks import BLOCK_FORMATS, FLOAT_TYPES, format_name, row_bytes
+from easyspec.model.families import BLOCK_FORMATS, GGUF_MODEL_TYPES
+from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name, row_bytes
 
 
 def gguf_config(header: GgufHeader) -> Mapping[str, Any]:
