@@ -11,6 +11,8 @@ from easyspec.errors import ConfigurationError
 GGUF_SUFFIX = ".gguf"
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.model")
 _ALL_PATTERNS = (*TOKENIZER_PATTERNS, "*.safetensors")
+# The same weights once more in their makers' own layout, and other models in folders below.
+_NEEDLESS_PATTERNS = ("consolidated*", "original/*", "*/*.safetensors")
 _HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.gguf)")
 
 
@@ -52,9 +54,25 @@ def _fetched(model: str, patterns: Sequence[str]) -> Path:
     try:
         if (found := _HUB_FILE.fullmatch(model)) is not None:
             return Path(hf_hub_download(found["id"], found["file"]))
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+        found_folder = Path(
+            snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=list(_NEEDLESS_PATTERNS))
+        )
     except Exception as error:  # the library raises a dozen types: of the name, the network, the hub
         raise ConfigurationError(
             f"model is {model!r}: neither a folder, nor a .gguf file, nor a hub id that can be fetched "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
         ) from error
+    if not (found_folder / "config.json").is_file() and (files := _gguf_files(model)):
+        raise ConfigurationError(f"model is {model!r}, a hub id with GGUF files; name one: {', '.join(files)}")
+    return found_folder
+
+
+def _gguf_files(hub_id: str) -> list[str]:
+    """The GGUF files of a hub id, as models are named; none if the hub cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(hub_id)
+    except Exception:  # as above; the caller goes on with what it has
+        return []
+    return [f"{hub_id}/{name}" for name in sorted(names) if is_gguf(Path(name))]
