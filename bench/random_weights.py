@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from easyspec.model.packed_weight import PackedWeight
+from easyspec.model.stored_blocks import StoredBlocks
 from easyspec.planner.shape import ModelShape
 
 # Small enough that activations stay finite through any number of layers.
@@ -38,7 +38,7 @@ class RandomWeights:
         cut = whole if rows is None else whole[rows.start : rows.stop]
         return cut if columns is None else cut[:, columns.start : columns.stop]
 
-    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+    def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
         """Nothing is quantized."""
         return None
 

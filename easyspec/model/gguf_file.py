@@ -18,7 +18,7 @@ from easyspec.checkpoint.gguf_header import GgufTensor, read_header
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import BLOCK_FORMATS
 from easyspec.model.gguf_blocks import FLOAT_TYPES, dequantized, format_name, row_bytes
-from easyspec.model.packed_weight import PackedWeight
+from easyspec.model.stored_blocks import StoredBlocks
 from easyspec.model.weights import check_finite
 
 _NAMES: Mapping[str, str] = MappingProxyType(
@@ -102,7 +102,7 @@ class GgufCheckpoint:
         check_finite(values, stored.name, self._path)
         return values.contiguous()
 
-    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+    def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
         """The blocks of `name`, or of some of its rows, as they stand in the file; None if it has none.
 
         They are a view of the mapped file, except where rows stand in another order there.
@@ -112,7 +112,7 @@ class GgufCheckpoint:
         if format_ not in BLOCK_FORMATS:
             return None
         raw = self._rows(name, stored, rows)
-        return PackedWeight(format_, (len(raw), *shape[1:]), {"blocks": raw})
+        return StoredBlocks(format_, (len(raw), *shape[1:]), {"blocks": raw})
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
         if name not in self._tensors:

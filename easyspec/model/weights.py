@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.packed_weight import PackedWeight
 from easyspec.model.quantization.scheme import GroupedWeight, Quantization, ScaledWeight
+from easyspec.model.stored_blocks import StoredBlocks
 from easyspec.model.tensor_file import TensorFile
 
 _INDEX = "model.safetensors.index.json"
@@ -41,7 +41,7 @@ class TensorSource(Protocol):
     ) -> torch.Tensor:
         """The tensor `name`, which has `shape`, or some of its rows or columns, as numbers of a floating-point type."""
 
-    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+    def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
         """The same as it is stored, where it is quantized; None where it is not."""
 
 
@@ -104,17 +104,17 @@ class Checkpoint:
         check_finite(tensor, name, file.path)
         return tensor
 
-    def packed(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> PackedWeight | None:
+    def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
         """The codes of a quantized layer, or of some of its rows; None where it has none."""
         weight = self._quantized(name, shape)
-        packed = None if weight is None else weight.packed()
+        packed = None if weight is None else weight.blocks()
         if packed is None or rows is None:
             return packed
         cut = {
             part: values if part == "group_of_column" else values[rows.start : rows.stop]
             for part, values in packed.parts.items()
         }
-        return PackedWeight(packed.format, (len(rows), *shape[1:]), cut)
+        return StoredBlocks(packed.format, (len(rows), *shape[1:]), cut)
 
     def stored(self, name: str) -> torch.Tensor:
         """A whole tensor in the type it is stored in; raises ConfigurationError if it is missing."""

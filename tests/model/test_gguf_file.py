@@ -57,7 +57,7 @@ def test_blocks_come_as_they_are_stored(tmp_path: Path, kind: str) -> None:
     with GgufCheckpoint(path) as checkpoint:
         for name, tensor in load_file(tmp_path / "model.safetensors").items():
             shape = tuple(tensor.shape)
-            packed = checkpoint.packed(name, shape)
+            packed = checkpoint.blocks(name, shape)
             if tensor.dim() == 1:
                 assert packed is None
                 continue
@@ -65,7 +65,7 @@ def test_blocks_come_as_they_are_stored(tmp_path: Path, kind: str) -> None:
             assert (packed.format, packed.shape) == (kind, shape)
             values = gguf.quants.dequantize(packed.parts["blocks"], GGMLQuantizationType[kind])
             assert torch.equal(torch.from_numpy(values), tensor), name
-            some = checkpoint.packed(name, shape, range(4, 9))
+            some = checkpoint.blocks(name, shape, range(4, 9))
             assert some is not None
             assert np.array_equal(some.parts["blocks"], packed.parts["blocks"][4:9])
             if "_proj" not in name or "v_proj" in name:  # in the file's order: nothing is copied

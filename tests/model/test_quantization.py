@@ -96,7 +96,7 @@ def test_codes_scales_and_zeros_are_handed_on(tmp_path: Path, case: str) -> None
     expected = load_file(reference / "model.safetensors")
     with open_weights(checkpoint) as source:
         for name, tensor in expected.items():
-            packed = source.packed(name, tuple(tensor.shape))
+            packed = source.blocks(name, tuple(tensor.shape))
             if "_proj.weight" not in name:
                 assert packed is None
                 continue
@@ -111,7 +111,7 @@ def test_codes_scales_and_zeros_are_handed_on(tmp_path: Path, case: str) -> None
                 assert "group_of_column" not in packed.parts
             values = (codes.float() - zeros[:, groups]) * scales[:, groups]
             assert torch.allclose(values, tensor, rtol=1e-6, atol=1e-7), name
-            some = source.packed(name, tuple(tensor.shape), range(2, 9))
+            some = source.blocks(name, tuple(tensor.shape), range(2, 9))
             assert some is not None
             assert torch.equal(torch.from_numpy(some.parts["codes"]), codes[2:9])
 

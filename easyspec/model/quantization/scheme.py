@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from easyspec.model.packed_weight import PackedWeight
+from easyspec.model.stored_blocks import StoredBlocks
 
 
 class StoredTensors(Protocol):
@@ -43,11 +43,11 @@ class GroupedWeight:
             groups = torch.arange(self.codes.shape[1]) // size
         return (self.codes.float() - self.zeros[:, groups]) * self.scales[:, groups]
 
-    def packed(self) -> PackedWeight:
+    def blocks(self) -> StoredBlocks:
         parts = {"codes": self.codes.numpy(), "scales": self.scales.numpy(), "zeros": self.zeros.numpy()}
         if self.group_of_column is not None:
             parts["group_of_column"] = self.group_of_column.numpy()
-        return PackedWeight(f"uint{self.num_bits}", tuple(self.codes.shape), parts)
+        return StoredBlocks(f"uint{self.num_bits}", tuple(self.codes.shape), parts)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ScaledWeight:
         """float32 [R, C]."""
         return self.numbers.float() * self.scales
 
-    def packed(self) -> None:
+    def blocks(self) -> None:
         """There is no form of it that engines compute with."""
         return
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class StoredBlocks:
     """A matrix of `shape` [R, C] in `format`, and the arrays it consists of.
 
     uint4, uint8: groups of columns with a scale and a zero; a value is scale * (code - zero). `codes`: uint8 [R, C],
