@@ -56,7 +56,6 @@ _FOREIGN_SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Rotary types whose angles at a position do not depend on how long the text is: they go on beyond the context.
 _ENDLESS_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class ModelConfig:
 
     def window_of_layer(self, layer: int) -> int | None:
         """How many positions a row sees in a layer, its own included; None: all."""
-        return None
+        return self.layer_windows[layer] if self.layer_windows else None
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -115,7 +114,6 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
     """
     hf = _read_hf_config(folder)
     _check_supported(folder, hf)
-    windows = _layer_windows(folder, hf)
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -125,14 +123,14 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         intermediate_size=hf.intermediate_size,
         rms_norm_eps=hf.rms_norm_eps,
-        max_model_len=_context(folder, hf, windows, max_model_len),
+        max_model_len=_context(folder, hf, max_model_len),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         has_qk_norm=hf.model_type == "qwen3",
         eos_token_ids=_eos_token_ids(folder, hf),
         dtype=_dtype(dtype, hf),
         hf_config=hf,
         early_exits=_early_exits(folder, hf),
-        layer_windows=windows,
+        layer_windows=_layer_windows(folder, hf),
     )
 
 
@@ -191,20 +189,19 @@ def _layer_windows(folder: Path, hf: Any) -> tuple[int | None, ...]:
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
 
 
-def _context(folder: Path, hf: Any, windows: tuple[int | None, ...], asked: int | None) -> int:
+def _context(folder: Path, hf: Any, asked: int | None) -> int:
     """Positions that are served: what was asked for, or what the checkpoint was made for.
 
-    Every layer attends to all positions, so that a window ends the context. ConfigurationError for more than can be
-    computed; more than the checkpoint was made for is warned of.
+    ConfigurationError for more than can be computed; more than the checkpoint was made for is warned of.
     """
-    shortest_window = min((window for window in windows if window is not None), default=_LONGEST)
-    made_for = min(_made_for(hf), shortest_window)
+    made_for = _made_for(hf)
     if asked is None or asked <= made_for:
         return asked or made_for
     rope_type = hf.rope_parameters.get("rope_type", "default")
-    if asked > shortest_window or rope_type not in _ENDLESS_ROPE_TYPES:
-        why = f"its sliding_window is {shortest_window}" if asked > shortest_window else f"its rope_type is {rope_type}"
-        raise ConfigurationError(f"max_model_len is {asked}; allowed: up to {made_for}, the checkpoint's, as {why}")
+    if rope_type not in _ENDLESS_ROPE_TYPES:
+        raise ConfigurationError(
+            f"max_model_len is {asked}; allowed: up to {made_for}, the checkpoint's, as its rope_type is {rope_type}"
+        )
     structlog.get_logger().warning(
         "context_beyond_checkpoint", folder=str(folder), max_model_len=asked, made_for=made_for, rope_type=rope_type
     )

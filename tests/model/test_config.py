@@ -102,21 +102,19 @@ def test_a_model_without_an_end_is_warned_of(tmp_path: Path, eos_token_id: int |
 
 
 @pytest.mark.parametrize(
-    ("fields", "windows", "context"),
+    ("fields", "windows"),
     [
-        ({"model_type": "mistral", "sliding_window": 100}, (100,) * 3, 100),
-        ({"model_type": "mistral", "sliding_window": 4096}, (4096,) * 3, 512),
-        ({"model_type": "mistral", "sliding_window": None}, (None,) * 3, 512),
-        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, (None,) * 3, 512),
+        ({"model_type": "mistral", "sliding_window": 100}, (100,) * 3),
+        ({"model_type": "mistral", "sliding_window": 4096}, (4096,) * 3),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 3),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, (None,) * 3),
         (
             {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3},
             (None,) * 3,
-            512,
         ),
         (
             {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
             (None, 64, 64),
-            64,
         ),
         (
             {
@@ -126,15 +124,15 @@ def test_a_model_without_an_end_is_warned_of(tmp_path: Path, eos_token_id: int |
                 "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             },
             (None, 64, None),
-            64,
         ),
     ],
 )
-def test_windows_are_those_of_the_layers_and_end_the_context(
-    tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...], context: int
+def test_windows_are_those_of_the_layers_and_leave_the_context(
+    tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
     config = load_config(write_config(tmp_path, **fields))
-    assert (config.layer_windows, config.max_model_len) == (windows, context)
+    assert (config.layer_windows, config.max_model_len) == (windows, 512)
+    assert tuple(config.window_of_layer(layer) for layer in range(3)) == windows
 
 
 @pytest.mark.parametrize(
@@ -182,16 +180,10 @@ def test_max_model_len_may_go_beyond_the_checkpoint_with_a_warning(tmp_path: Pat
     assert [(entry["event"], entry["made_for"]) for entry in logs] == [("context_beyond_checkpoint", 512)]
 
 
-@pytest.mark.parametrize(
-    ("fields", "why"),
-    [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "up to 512, .* rope_type is dynamic"),
-        ({"model_type": "mistral", "sliding_window": 64}, "up to 64, .* sliding_window is 64"),
-    ],
-)
-def test_max_model_len_stays_within_what_can_be_computed(tmp_path: Path, fields: dict[str, Any], why: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"max_model_len is 513; allowed: {why}"):
-        load_config(write_config(tmp_path, **fields), max_model_len=513)
+def test_max_model_len_stays_within_what_can_be_computed(tmp_path: Path) -> None:
+    write_config(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ConfigurationError, match=r"max_model_len is 513; allowed: up to 512, .* rope_type is dynamic"):
+        load_config(tmp_path, max_model_len=513)
 
 
 @pytest.mark.parametrize(
