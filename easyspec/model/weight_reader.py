@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from easyspec.model.quantised_blocks import quantised_weight
 from easyspec.model.weights import TensorSource
 from easyspec.ops.executor import Executor
 from easyspec.ops.packed import PackedWeight
-from easyspec.ops.weights import DenseWeight, Weight, quantise
+from easyspec.ops.weights import DenseWeight, QuantisedWeight, Weight, quantise
 
 
 class WeightFormat(enum.Enum):
@@ -44,14 +45,24 @@ class WeightReader:
         self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None
     ) -> Weight:
         """The matrix `name` [O, I], or some of its rows or columns."""
-        values = self._source.tensor(name, shape, rows, columns)
-        bits = self._weights.bits
-        return DenseWeight(values.to(self._dtype)) if bits is None else quantise(values, bits)
+        if self._weights.bits is not None:
+            return quantise(self._source.tensor(name, shape, rows, columns), self._weights.bits)
+        stored = self._stored(name, shape, rows, columns)
+        return stored or DenseWeight(self._source.tensor(name, shape, rows, columns).to(self._dtype))
 
     def head(self, name: str, shape: tuple[int, int], rows: range | None = None) -> Weight:
         """A matrix of one row a token; it is never rounded to fewer than 8 bits."""
-        values = self._source.tensor(name, shape, rows)
-        return DenseWeight(values.to(self._dtype)) if self._weights.bits is None else quantise(values, 8)
+        if self._weights.bits is not None:
+            return quantise(self._source.tensor(name, shape, rows), 8)
+        return self._stored(name, shape, rows) or DenseWeight(self._source.tensor(name, shape, rows).to(self._dtype))
+
+    def _stored(
+        self, name: str, shape: tuple[int, int], rows: range | None, columns: range | None = None
+    ) -> QuantisedWeight | None:
+        """The matrix as a quantised checkpoint stores it, where executors can compute with that."""
+        stored = self._source.blocks(name, shape, rows)
+        weight = None if stored is None else quantised_weight(stored)
+        return weight if weight is None or columns is None else weight.columns(columns)
 
     def vector(self, name: str, size: int, part: range | None = None) -> torch.Tensor:
         """A bias or the weight of a norm, float32."""

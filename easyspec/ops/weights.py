@@ -62,6 +62,20 @@ class QuantisedWeight:
     def format_name(self) -> str:
         return f"int{self.bits}"
 
+    def columns(self, part: range) -> QuantisedWeight | None:
+        """Some of the inputs, or None where they begin or end inside a group."""
+        if part.start % GROUP_SIZE != 0 or (part.stop % GROUP_SIZE != 0 and part.stop != self.shape[1]):
+            return None
+        groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
+        halves = 2 if self.has_half_scales else 1
+        return QuantisedWeight(
+            self.bits,
+            self.codes[:, part.start : part.stop],
+            self.scales[:, halves * groups.start : halves * groups.stop],
+            None if self.minima is None else self.minima[:, groups],
+            self.has_wide_scales,
+        )
+
     def dense(self) -> torch.Tensor:
         """float32 [O, I]."""
         num_inputs, scale_size = self.codes.shape[1], GROUP_SIZE // (2 if self.has_half_scales else 1)

@@ -91,7 +91,7 @@ def test_logits_are_those_of_the_checkpoint(
     path = written(tmp_path, kind, model_type, **options)
     with torch.inference_mode():
         expected = reference_model(tmp_path)(torch.tensor([TOKENS])).logits[0]
-    assert torch.allclose(Passes(path).prefill(TOKENS), expected, atol=2e-4)
+    assert torch.allclose(Passes(path, executor="reference").prefill(TOKENS), expected, atol=2e-4)
 
 
 def test_the_configuration_is_that_of_the_checkpoint(tmp_path: Path) -> None:

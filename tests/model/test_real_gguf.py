@@ -35,6 +35,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def passes() -> Passes:
+    """Without rounding of inputs, so that the comparison is of the weights."""
+    return Passes(Path(FILE), executor="reference")
+
+
+@pytest.fixture(scope="module")
+def native() -> Passes:
     return Passes(Path(FILE))
 
 
@@ -77,6 +83,15 @@ def test_the_perplexity_of_a_text_agrees_to_three_digits(passes: Passes, referen
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
     assert perplexity(passes.prefill(token_ids), token_ids) == pytest.approx(perplexity(expected, token_ids), rel=5e-4)
+
+
+def test_rounding_inputs_costs_little(passes: Passes, native: Passes) -> None:
+    token_ids = list(Tokenizer.load(Path(FILE)).encode(TEXT.read_text(encoding="utf-8")))[:1000]
+    exact, rounded = passes.prefill(token_ids), native.prefill(token_ids)
+    assert perplexity(rounded, token_ids) == pytest.approx(perplexity(exact, token_ids), rel=1e-4)
+    margins = exact.topk(2).values
+    is_clear = margins[:, 0] - margins[:, 1] > 0.05
+    assert torch.equal(exact.argmax(-1)[is_clear], rounded.argmax(-1)[is_clear])
 
 
 def perplexity(logits: torch.Tensor, token_ids: list[int]) -> float:
