@@ -11,24 +11,19 @@ enum class Path : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 enum class Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 
 // What a product reads: rows as they are, or rounded for its weights.
-enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, BYTES = 2, WORDS = 3 };
+enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, WORDS = 2 };
 
-// 32 inputs of a row rounded to 8 bits: codes * scale. Of WORDS a quad stands as inputs 0, 2, 1, 3.
-struct ByteGroup {
-  int8_t codes[GROUP];
+// 32 inputs of a row rounded to 16 bits: codes * scale. A quad of them stands as inputs 0, 2, 1, 3, so that the even
+// and the odd bytes of a word of four weights meet theirs. Products with 8-bit codes, summed over a group, fit 32 bits.
+struct WordGroup {
+  int16_t codes[GROUP];
   float scale;
   float sum;         // scale * code_sum
   int32_t code_sum;
   int32_t half_sum;  // of the first 16
 };
 
-struct WordGroup {
-  int16_t codes[GROUP];
-  float scale;
-  float sum;
-  int32_t code_sum;
-  int32_t half_sum;  // of the first 16
-};
+constexpr float MAX_CODE = 32767.0f;
 
 constexpr int64_t SPAN = 256;   // positions whose attention is one partial sum; borders are absolute
 constexpr int64_t MAX_QUERIES = 64;  // rows times query heads of a KV head

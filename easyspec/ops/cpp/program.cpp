@@ -97,7 +97,6 @@ class Program final : public Work {
     for (size_t i = 0; i < rounded_.size(); i++)
       if (is_current_[i] && rounded_[i].buffer == buffer && rounded_[i].form == form) return int32_t(i);
     int64_t row_bytes = widths_[buffer] * 2;
-    if (form == InputForm::BYTES) row_bytes = widths_[buffer] / GROUP * int64_t(sizeof(ByteGroup));
     if (form == InputForm::WORDS) row_bytes = widths_[buffer] / GROUP * int64_t(sizeof(WordGroup));
     const int32_t index = int32_t(rounded_.size());
     rounded_.push_back({buffer, form, row_bytes, {}, nullptr});
