@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from easyspec.speculation.messages import Verdict
@@ -76,12 +76,3 @@ class Walk:
             self.finish_reason,
             matched_stop_token_id,
         )
-
-
-def judge(tree: TokenTree, choices: Sequence[int], base_length: int, limits: StopLimits) -> Verdict:
-    """The verdict of a walk along `choices`, one per row, root first."""
-    assert len(choices) == len(tree) + 1, f"{len(choices)} choices for {len(tree) + 1} rows"
-    walk = Walk(tree, base_length, limits)
-    while walk.row is not None:
-        walk.step(choices[walk.row])
-    return walk.verdict()

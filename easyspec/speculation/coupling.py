@@ -22,7 +22,6 @@ MIN_GUMBEL_NOISE = -3.1299946308135986
 MAX_GUMBEL_NOISE = 22.873857498168945
 """float32 noise of k = 2^32 - 1; no token's noise is above."""
 
-_MASK_64 = 2**64 - 1
 _STREAM_INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
@@ -34,13 +33,6 @@ _CACHED_ELEMENTS = 2**15
 def signed_seed(seed: int) -> int:
     """The two's complement int64 of a uint64 seed, as tensors of seeds want it."""
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def derived_seed(seed: int, index: int) -> int:
-    """Seed (uint64) of a request's choice number `index`; choice 0 keeps the request's own seed."""
-    if index == 0:
-        return seed
-    return _mix_int(_mix_int(seed + _STREAM_INCREMENT) ^ _mix_int(index))
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
@@ -87,10 +79,3 @@ def _mix_(bits: Tensor) -> Tensor:
 def _logical_shift_right(bits: Tensor, shift: int) -> Tensor:
     # int64 shifts copy the sign bit: mask what they bring in.
     return (bits >> shift).bitwise_and_(2 ** (64 - shift) - 1)
-
-
-def _mix_int(bits: int) -> int:
-    bits &= _MASK_64
-    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
-        bits = ((bits ^ (bits >> shift)) * multiplier) & _MASK_64
-    return bits ^ (bits >> _SHIFTS[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -86,9 +87,14 @@ def build_core(
     share_prefixes: bool = True,
     gate: ExitGate | None = None,
     max_batch_rows: int = 512,
+    executor: Literal["auto", "reference"] = "auto",
 ) -> CoreDriver:
     settings = DrafterSettings(
-        model=str(folder), num_threads=1, num_kv_slots=num_kv_slots, share_prefixes=share_prefixes
+        model=str(folder),
+        num_threads=1,
+        num_kv_slots=num_kv_slots,
+        share_prefixes=share_prefixes,
+        executor=executor,
     )
     loaded = load_model(settings)
     source = LayerParallelSource(

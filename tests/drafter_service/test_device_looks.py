@@ -18,7 +18,7 @@ BUDGET = TreeBudget(NUM_LEVELS, 3, 12)
 @pytest.fixture
 def core(draft_folder: Path, monkeypatch: pytest.MonkeyPatch) -> CoreDriver:
     pretend_remote(monkeypatch)
-    return build_core(draft_folder)
+    return build_core(draft_folder, executor="reference")
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])

@@ -44,6 +44,9 @@ class ShapesAlone:
     ) -> torch.Tensor:
         return torch.empty(shape, device=ELSEWHERE)
 
+    def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> None:
+        return None
+
 
 class _OneDevice(TorchDispatchMode):
     """Every operation reads and makes tensors of one device."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyspec.speculation.acceptance import StopLimits, judge, stop_limits
+from easyspec.speculation.acceptance import StopLimits, Walk, stop_limits
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.parameters import FinishReason, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
@@ -14,6 +16,14 @@ from tests.speculation.strategies import token_trees
 V = 4
 NEVER = StopLimits(frozenset(), 10**9)
 CHAIN = TokenTree((5, 6, 7), (0, 1, 2))
+
+
+def judge(tree: TokenTree, choices: Sequence[int], base_length: int, limits: StopLimits) -> Verdict:
+    """The verdict of a walk along `choices`, one per row, root first."""
+    walk = Walk(tree, base_length, limits)
+    while walk.row is not None:
+        walk.step(choices[walk.row])
+    return walk.verdict()
 
 
 @given(st.data())

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from easyspec.speculation.coupling import (
     MAX_GUMBEL_NOISE,
     MIN_GUMBEL_NOISE,
-    derived_seed,
     gumbel_noise,
     gumbel_of_bits,
     signed_seed,
@@ -156,14 +155,6 @@ def test_no_two_places_share_their_noise() -> None:
 
 def test_signed_seed_is_twos_complement() -> None:
     assert [signed_seed(seed) for seed in (0, 2**63 - 1, 2**63, MAX_SEED)] == [0, 2**63 - 1, -(2**63), -1]
-
-
-def test_derived_seeds() -> None:
-    assert derived_seed(7, 0) == 7
-    assert (derived_seed(7, 1), derived_seed(7, 2)) == (14410334998978661030, 13521320090243598252)
-    many = {derived_seed(seed, index) for seed in range(100) for index in range(100)}
-    assert len(many) == 100 * 100
-    assert all(0 <= seed <= MAX_SEED for seed in many)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,7 @@
-"""Samples follow the base distribution, measured with a chi-square test on a small vocabulary, fixed seeds."""
+"""Samples follow the base distribution, measured with a chi-square test on a small vocabulary, fixed seeds.
+
+They are drawn by what the verifier runs: an executor's choice, and its verdicts on trees.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import pytest
 import scipy.stats
 import torch
 
-from easyspec.speculation.acceptance import StopLimits, judge
+from easyspec.ops.executor import Executor, choose_executor
+from easyspec.speculation.acceptance import StopLimits
 from easyspec.speculation.coupling import gumbel_noise
+from easyspec.speculation.messages import Verdict
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sampling import ChoiceRow, TokenHistory, choose_tokens, tree_choice_rows
+from easyspec.speculation.sampling import ChoiceRow, TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from verifier_service.verdicts import Case, decide
 
 NUM_SAMPLES = 20_000
 LOGITS = (2.0, 1.2, 0.9, 0.9, 0.0, -0.5, -1.5, -2.5)
@@ -57,10 +63,15 @@ CASES = {
 }
 
 
-def samples(sampling: SamplingParameters) -> np.ndarray:
+@pytest.fixture(scope="module", params=["native", "reference"])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    return choose_executor(request.param, torch.device("cpu"), num_threads=1)
+
+
+def samples(executor: Executor, sampling: SamplingParameters) -> np.ndarray:
     history = TokenHistory(PROMPT)
     rows = [ChoiceRow(sampling, position, PATH, history) for position in range(NUM_SAMPLES)]
-    return np.array(choose_tokens(torch.tensor(LOGITS).repeat(NUM_SAMPLES, 1), rows))
+    return np.array(executor.choose_tokens(torch.tensor(LOGITS).repeat(NUM_SAMPLES, 1), rows))
 
 
 def p_value(choices: np.ndarray, probabilities: np.ndarray) -> float:
@@ -75,18 +86,20 @@ def p_value(choices: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("sampling", "probabilities"), CASES.values(), ids=CASES.keys())
-def test_samples_follow_the_processed_distribution(sampling: SamplingParameters, probabilities: np.ndarray) -> None:
-    choices = samples(sampling)
+def test_samples_follow_the_processed_distribution(
+    executor: Executor, sampling: SamplingParameters, probabilities: np.ndarray
+) -> None:
+    choices = samples(executor, sampling)
     assert p_value(choices, probabilities) > 1e-3
     # The test has the power to see a distribution that is a tenth off.
     off = probabilities * np.where(np.arange(len(probabilities)) % 2, 1.1, 1.0)
     assert p_value(choices, off / off.sum()) < 1e-3
 
 
-def test_samples_follow_the_distribution_over_seeds() -> None:
+def test_samples_follow_the_distribution_over_seeds(executor: Executor) -> None:
     history = TokenHistory(PROMPT)
     rows = [ChoiceRow(replace(BASE, seed=seed), 0, PATH, history) for seed in range(NUM_SAMPLES)]
-    choices = choose_tokens(torch.tensor(LOGITS).repeat(NUM_SAMPLES, 1), rows)
+    choices = executor.choose_tokens(torch.tensor(LOGITS).repeat(NUM_SAMPLES, 1), rows)
     assert p_value(np.array(choices), PLAIN) > 1e-3
 
 
@@ -95,16 +108,16 @@ TREES = {"no tree": EMPTY_TREE, "chain": TokenTree((0, 1), (0, 1)), "wide": Toke
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
-def test_pairs_of_tokens_follow_the_joint_distribution_through_a_tree(tree: TokenTree) -> None:
+def test_pairs_of_tokens_follow_the_joint_distribution_through_a_tree(executor: Executor, tree: TokenTree) -> None:
     """Two tokens of a model whose logits depend on the last token (row 0: none), drafted by a fixed tree."""
-    pairs = np.array([two_tokens(seed, tree) for seed in range(2_500)])
+    pairs = np.array([two_tokens(executor, seed, tree) for seed in range(2_500)])
     first = STEP_LOGITS[0].double().softmax(-1).numpy()
     second = STEP_LOGITS[1:].double().softmax(-1).numpy()
     assert p_value(pairs, (first[:, None] * second).ravel()) > 1e-3
     assert p_value(pairs, (first[:, None] * first[None, :]).ravel()) < 1e-6
 
 
-def two_tokens(seed: int, tree: TokenTree) -> int:
+def two_tokens(executor: Executor, seed: int, tree: TokenTree) -> int:
     history = TokenHistory([0])
     emitted: list[int] = []
     sampling = SamplingParameters(seed=seed)
@@ -112,7 +125,9 @@ def two_tokens(seed: int, tree: TokenTree) -> int:
         rows = tree_choice_rows(tree, 1 + len(emitted), sampling, history)
         last = [(*emitted, *row.path_token_ids)[-1:] for row in rows]
         base_logits = torch.stack([STEP_LOGITS[token[0] + 1 if token else 0] for token in last])
-        verdict = judge(tree, choose_tokens(base_logits, rows), 1 + len(emitted), StopLimits(frozenset(), 3))
+        case = Case(tree, 1 + len(emitted), StopLimits(frozenset(), 3), 0, rows)
+        (verdict,) = decide(executor, base_logits, [case])
+        assert isinstance(verdict, Verdict)
         emitted += verdict.token_ids
     return 3 * emitted[0] + emitted[1]
 
@@ -155,8 +170,8 @@ def test_shared_noise_makes_draft_and_base_agree_as_often_as_the_theory_says() -
     assert (base == independent).mean() < expected - 0.2
 
 
-def test_positions_are_sampled_independently() -> None:
-    choices = samples(BASE)
+def test_positions_are_sampled_independently(executor: Executor) -> None:
+    choices = samples(executor, BASE)
     table = np.zeros((8, 8))
     for first, second in itertools.pairwise(choices):
         table[first, second] += 1

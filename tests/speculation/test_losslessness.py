@@ -10,14 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyspec.speculation.acceptance import StopLimits, judge
+from easyspec.ops.executor import choose_executor
+from easyspec.speculation.acceptance import StopLimits
+from easyspec.speculation.messages import Verdict
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
-from easyspec.speculation.sampling import TokenHistory, choose_tokens, tree_choice_rows
+from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.speculation.reference import reference_choice
 from tests.speculation.strategies import sampling_parameters
+from verifier_service.verdicts import Case, decide
 
 V = 9
+EXECUTORS = [choose_executor(name, torch.device("cpu"), num_threads=1) for name in ("native", "reference")]
 TreeSource = Callable[[list[int]], TokenTree]
 Output = tuple[list[int], FinishReason | None]
 
@@ -57,7 +61,10 @@ def decode(
         tree = draft(committed)
         rows = tree_choice_rows(tree, len(committed), sampling, history)
         logits = torch.stack([base_logits([*committed, *row.path_token_ids]) for row in rows])
-        verdict = judge(tree, choose_tokens(logits, rows), len(committed), limits)
+        case = Case(tree, len(committed), limits, 0, rows)
+        (verdict,), (other,) = (decide(executor, logits, [case]) for executor in EXECUTORS)
+        assert isinstance(verdict, Verdict)
+        assert verdict == other
         history.commit(verdict.token_ids)
         output += verdict.token_ids
         if verdict.finish_reason is not None:

@@ -2,6 +2,7 @@
 // top-p, min-p, then the largest of score + noise, or of the logits alone.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -120,20 +121,30 @@ class Chooser {
  private:
   float score(int64_t token) const { return (logits_[token] - top_) / temperature_; }
 
-  // The least logit whose score reaches `least`.
-  float bound(float least) const {
-    if (least == -INFINITE) return -std::numeric_limits<float>::max();
-    float at = top_ + least * temperature_;
-    while ((at - top_) / temperature_ >= least && at > -std::numeric_limits<float>::max())
-      at = std::nextafter(at, -INFINITE);
-    while (!((at - top_) / temperature_ >= least)) at = std::nextafter(at, INFINITE);
-    return at;
+  // A logit near that of `score`, further up or down than rounding can be wrong.
+  float logit_near(float score, float direction) const {
+    const double exact = double(top_) + double(score) * double(temperature_);
+    const double slack = 1e-5 * (std::abs(double(top_)) + std::abs(double(score) * double(temperature_))) + 1e-30;
+    const double limit = std::numeric_limits<float>::max();
+    return float(std::min(std::max(exact + double(direction) * slack, -limit), limit));
   }
 
-  // Scores from `low` on and below `high`, which may be infinite, in `scores_`.
+  // Tokens with scores from `low` on and below `high`, which may be infinite, at the front of `found_`.
+  int64_t collect(float low, float high) {
+    const float begin = low == -INFINITE ? -std::numeric_limits<float>::max() : logit_near(low, -1.0f);
+    const float end = high == INFINITE ? INFINITE : logit_near(high, 1.0f);
+    const int64_t near = k_.collect(logits_, size_, begin, end, found_.data());
+    int64_t count = 0;
+    for (int64_t i = 0; i < near; i++) {
+      const float s = score(found_[size_t(i)]);
+      if (s >= low && s < high) found_[size_t(count++)] = found_[size_t(i)];
+    }
+    return count;
+  }
+
+  // Their scores, in `scores_`.
   void collect_scores(float low, float high) {
-    const float end = high == INFINITE ? INFINITE : bound(high);
-    const int64_t count = k_.collect(logits_, size_, bound(low), end, found_.data());
+    const int64_t count = collect(low, high);
     scores_.resize(size_t(count));
     for (int64_t i = 0; i < count; i++) scores_[size_t(i)] = score(found_[size_t(i)]);
   }
@@ -222,8 +233,8 @@ class Chooser {
     // Likely tokens first: they rule most of the others out by their noise alone.
     float high = INFINITE;
     for (float step = -4.0f;; step = next_step(step)) {
-      const float low = std::max(step, least), end = high == INFINITE ? INFINITE : bound(high);
-      const int64_t count = k_.collect(logits_, size_, bound(low), end, found_.data());
+      const float low = std::max(step, least);
+      const int64_t count = collect(low, high);
       const uint64_t least_bits = high == INFINITE ? 0 : Noise::least_bits(best - high);
       for (int64_t i = 0; i < count; i++) {
         const uint32_t bits = noise.bits(found_[size_t(i)]);
