@@ -64,6 +64,14 @@ def check_allowed(state: GrammarState, tree: TokenTree) -> None:
         state.rollback(followed)
 
 
+async def until_compiled(drafter: DrafterEngine, sampling: SamplingParameters) -> None:
+    """A draft is ready long before a new grammar is: it is compiled in a process of its own first."""
+    assert drafter._grammars is not None
+    assert sampling.grammar is not None
+    while drafter._grammars.poll(sampling.grammar) is None:  # noqa: ASYNC110 (it has no event)
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS.keys())
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 async def test_drafts_hold_what_is_allowed_and_more_of_them_is_accepted(
@@ -76,7 +84,8 @@ async def test_drafts_hold_what_is_allowed_and_more_of_them_is_accepted(
 ) -> None:
     request = asked(sampling, grammar)
     plain = await generate(verifier, request)
-    await drafted(verifier, drafter, request)  # from now on it is compiled
+    await drafted(verifier, drafter, request)
+    await until_compiled(drafter, request.sampling)
     preferring = await drafted(verifier, drafter, request)
     assert preferring.said == plain.said
     state = await compiled_state(base_folder, grammar)
@@ -101,7 +110,8 @@ async def test_guesses_from_text_are_those_that_are_allowed(
 ) -> None:
     """The prompt repeats what the grammar forbids; the output, what it allows."""
     request = replace(asked(SAMPLINGS["greedy"], GRAMMARS["words"]), prompt_token_ids=PROMPT * 4)
-    await drafted(verifier, drafter, request)  # from now on it is compiled
+    await drafted(verifier, drafter, request)
+    await until_compiled(drafter, request.sampling)
 
     async def draft() -> tuple[Output, bool]:
         """The output, and whether all nodes were allowed."""
@@ -153,7 +163,7 @@ async def test_a_session_opened_in_mid_output_knows_where_it_is(
 async def test_there_is_nothing_to_guess_after_the_end(drafter: DrafterEngine) -> None:
     sampling = replace(SAMPLINGS["greedy"], grammar=Grammar(GrammarKind.REGEX, "[^\\x00]?"))
     session_id = await drafter.open(OpenSpeculation(PROMPT, sampling, sources=MODEL))
-    await drafter.draft(session_id, Calibration(len(PROMPT), (0,), BUDGET))
+    await until_compiled(drafter, sampling)
     drafter.close(session_id)
     session_id = await drafter.open(OpenSpeculation(PROMPT, sampling, sources=MODEL))
     draft = await drafter.draft(session_id, Calibration(len(PROMPT), (66,), BUDGET))
