@@ -30,19 +30,25 @@ class AnswerText:
     """Takes tokens round by round; the result does not depend on how they were cut into rounds."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str], tools: Tools | None, dialect: ToolDialect
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        tools: Tools | None,
+        dialect: ToolDialect,
+        includes_stop: bool = False,
     ) -> None:
         self._parser = parser_for(tools, dialect) if tools is not None else None
         visible = tokenizer.special_ids_of(marks_of(dialect)) if self._parser is not None else frozenset()
-        self._detokenizer = Detokenizer(tokenizer, stop_strings, visible)
+        self._detokenizer = Detokenizer(tokenizer, stop_strings, visible, includes_stop)
 
     @property
     def has_calls(self) -> bool:
         return self._parser is not None and self._parser.num_calls > 0
 
-    def push(self, token_ids: Sequence[int], is_last: bool) -> AnswerRound:
-        """Take a round's tokens; `is_last` gives out what was held back."""
-        detokenized = self._detokenizer.push(token_ids, is_last)
+    def push(self, token_ids: Sequence[int], is_last: bool, has_stop_token: bool = False) -> AnswerRound:
+        """Take a round's tokens; `is_last` gives out what was held back, `has_stop_token` says that the last one is a
+        stop token."""
+        detokenized = self._detokenizer.push(token_ids, is_last, has_stop_token)
         num_tokens, matched_stop = detokenized.num_tokens, detokenized.matched_stop
         if self._parser is None:
             return AnswerRound(detokenized.text, (), num_tokens, matched_stop, is_over=False)

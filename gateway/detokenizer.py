@@ -68,23 +68,26 @@ def _num_final_chars(text: str) -> int:
 
 
 class StopMatcher:
-    """Finds the stop string that is complete first; holds back text that may be the beginning of one."""
+    """Finds the stop string that is complete first; holds back text that may be the beginning of one, unless the stop
+    string is itself wanted (`includes_stop`)."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], includes_stop: bool = False) -> None:
         self._stop_strings = tuple(stop_strings)
+        self._includes_stop = includes_stop
         self._held = ""
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Text that can no longer belong to a stop string; with `matched` set, all that came before it."""
+        """Text that can no longer belong to a stop string; with `matched` set, all that came before its end or, unless
+        it is wanted, its beginning."""
         text = self._held + text
         # Of several matches the one that ends first counts, and of those the longest: what one would find
         # reading character by character, however the text was cut into pieces.
         matches = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if matches:
-            _, start, self.matched = min(matches)
+            end, start, self.matched = min(matches)
             self._held = ""
-            return text[:start]
+            return text[: end if self._includes_stop else start]
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
@@ -121,17 +124,22 @@ class Detokenizer:
         tokenizer: TokenDecoder,
         stop_strings: Sequence[str],
         visible_token_ids: frozenset[int] = frozenset(),
+        includes_stop: bool = False,
     ) -> None:
         self._stream = TokenTextStream(tokenizer, visible_token_ids)
-        self._matcher = StopMatcher(stop_strings)
+        self._matcher = StopMatcher(stop_strings, includes_stop)
+        self._includes_stop = includes_stop
 
-    def push(self, token_ids: Sequence[int], is_last: bool) -> DetokenizedRound:
-        """Take a round's tokens; `is_last` flushes what was held back.
+    def push(self, token_ids: Sequence[int], is_last: bool, has_stop_token: bool = False) -> DetokenizedRound:
+        """Take a round's tokens; `is_last` flushes what was held back, `has_stop_token` says that the last one is a
+        stop token.
 
-        The token that completes a stop string is the last one that counts; the stop string is not part of the text.
+        The token that completes a stop string is the last one that counts. Neither a stop string nor a stop token is
+        part of the text, unless stops are included.
         """
         pieces = []
-        for index, token_id in enumerate(token_ids):
+        num_hidden = 1 if has_stop_token and not self._includes_stop else 0
+        for index, token_id in enumerate(token_ids[: len(token_ids) - num_hidden]):
             pieces.append(self._matcher.push(self._stream.push(token_id)))
             if self._matcher.matched is not None:
                 return DetokenizedRound("".join(pieces), index + 1, self._matcher.matched)

@@ -82,7 +82,7 @@ class GenerationRequest:
     """What a client asks for; nothing is checked yet.
 
     `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
-    `generation.proto` states `num_choices`, `num_top_logprobs` and `echo`.
+    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo` and `includes_stop`.
     """
 
     prompt: str | TokenIds | Conversation
@@ -96,6 +96,7 @@ class GenerationRequest:
     num_choices: int = 1
     num_top_logprobs: int | None = None
     echo: bool = False
+    includes_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class Generator:
                 contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
             )
             tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
-            answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect)
+            answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect, request.includes_stop)
             output = _Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
             is_prompt_due = request.echo
             async for round_ in rounds:
@@ -405,7 +406,11 @@ class _Output:
     def take(self, round_: Round) -> GenerationChunk:
         """The chunk for a round; its `completion` is set if the output ends here."""
         verdict = round_.answer.verdict
-        answer = self._answer.push(verdict.token_ids, is_last=verdict.finish_reason is not None)
+        answer = self._answer.push(
+            verdict.token_ids,
+            is_last=verdict.finish_reason is not None,
+            has_stop_token=verdict.matched_stop_token_id is not None,
+        )
         token_ids = verdict.token_ids[: answer.num_tokens]
         num_accepted = min(verdict.num_accepted, len(token_ids))
         self._num_output_tokens += len(token_ids)

@@ -299,6 +299,7 @@ def _request_from_pb(
         num_choices=message.num_choices if message.HasField("num_choices") else 1,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         echo=message.echo,
+        includes_stop=message.includes_stop,
     )
 
 

@@ -37,6 +37,7 @@ class GenerateRequest(_message.Message):
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
+    INCLUDES_STOP_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; empty means the only one served, or the first of several."""
     text: _builtins.str
@@ -51,6 +52,8 @@ class GenerateRequest(_message.Message):
     """
     echo: _builtins.bool
     """Begin the output with the prompt: its text, its token ids and, if asked for, its log-probabilities."""
+    includes_stop: _builtins.bool
+    """The stop string or stop token that ends the output is part of its text; special tokens have no text even then."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -69,7 +72,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the output; the matched one and what follows are not emitted. At most 16."""
+        """Texts that end the output; the matched one and what follows are not emitted, see includes_stop. At most 16."""
 
     @_builtins.property
     def speculation(self) -> Global___SpeculationParameters:
@@ -89,10 +92,11 @@ class GenerateRequest(_message.Message):
         num_choices: _builtins.int | None = ...,
         num_top_logprobs: _builtins.int | None = ...,
         echo: _builtins.bool = ...,
+        includes_stop: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "echo", b"echo", "model", b"model", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "echo", b"echo", "includes_stop", b"includes_stop", "model", b"model", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015

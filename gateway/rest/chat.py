@@ -15,7 +15,7 @@ from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
 from gateway.rest.errors import json_bytes
 from gateway.rest.json_route import JsonRoute
-from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
+from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
 from gateway.rest.sse import DONE, EventStream, while_connected
 from gateway.rest.trace import trace_fields
@@ -45,6 +45,7 @@ def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
         sampling=body.sampling(caller.generator.sampling_defaults),
         stop=body.stop_conditions(body.most_tokens),
         stop_strings=body.stop_strings,
+        includes_stop=bool(body.include_stop_str_in_output),
         speculation=body.speculation_wish(caller.generator.default_budget),
         model=body.model or "",
         request_id=caller.request_id,
@@ -61,11 +62,7 @@ class _Answer:
         self._body = body
         self._model = caller.model.name
         self._format = LogprobFormat(caller.generator.tokenizer)
-        self._tracks = (
-            [LogprobTrack(caller.generator.tokenizer, bool(body.stop_strings)) for _ in range(body.num_choices)]
-            if body.logprobs
-            else []
-        )
+        self._tracks = body.logprob_tracks(caller.generator.tokenizer, body.num_choices) if body.logprobs else []
         self._tally = Tally(sampling)
 
     async def events(self, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:

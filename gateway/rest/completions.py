@@ -20,7 +20,7 @@ from gateway.rest.errors import json_bytes
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
-from gateway.rest.logprobs import LogprobFormat, LogprobTrack, TokenEntry
+from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
 from gateway.rest.sse import DONE, EventStream, while_connected
 from gateway.rest.trace import trace_fields
@@ -99,9 +99,9 @@ class _Answer:
         self._head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
         self._format = LogprobFormat(caller.generator.tokenizer)
         self._num_choices = len(body.prompts) * body.num_choices
-        tokenizer, has_stops = caller.generator.tokenizer, bool(body.stop_strings)
-        has_logprobs = body.logprobs is not None
-        self._tracks = [LogprobTrack(tokenizer, has_stops) for _ in range(self._num_choices)] if has_logprobs else []
+        self._tracks = (
+            body.logprob_tracks(caller.generator.tokenizer, self._num_choices) if body.logprobs is not None else []
+        )
         self._awaits_prompt = [bool(body.echo)] * self._num_choices
         self._sampling = body.sampling(caller.generator.sampling_defaults)
         self._tally = Tally(self._sampling)
@@ -160,6 +160,7 @@ class _Answer:
             sampling=self._sampling,
             stop=body.stop_conditions(1 if max_tokens == 0 else max_tokens),
             stop_strings=body.stop_strings,
+            includes_stop=bool(body.include_stop_str_in_output),
             speculation=body.speculation_wish(caller.generator.default_budget),
             model=body.model or "",
             request_id=caller.request_id,

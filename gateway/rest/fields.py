@@ -46,7 +46,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "allowed_token_ids": "use logit_bias or a grammar",
         "function_call": "use tool_choice",
         "functions": "use tools",
-        "include_stop_str_in_output": "a stop string is never part of the output",
         "length_penalty": "there is no beam search",
         "min_tokens": "use logit_bias against the end token",
         "moderation": "there is no moderation here",

@@ -23,7 +23,9 @@ from gateway.rest.fields import (
     TokenId,
     Unsupported,
 )
+from gateway.rest.logprobs import LogprobTrack
 from gateway.rest.structured import StructuredFields
+from gateway.tokenizer import Tokenizer
 
 # JavaScript clients hold integers up to here exactly, and are told the seed.
 _SEED_BITS = 53
@@ -70,13 +72,15 @@ class GenerationFields(StructuredFields):
         None, max_length=1024, description="Further tokens that end the text."
     )
     ignore_eos: Boolean | None = Field(None, description="Go on after the model's own end tokens.")
+    include_stop_str_in_output: Boolean | None = Field(
+        None, description="The stop string, or the text of the stop token, is part of the output."
+    )
     speculation: SpeculationFields | None = None
     user: Text | None = Field(None, description="Accepted; has no effect.")
     metadata: dict[str, Any] | None = Field(None, max_length=64, description="Accepted; has no effect.")
     skip_special_tokens: Literal[True] | None = Field(None, description="Only true: special tokens are not text.")
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
-    include_stop_str_in_output: Unsupported = None
     length_penalty: Unsupported = None
     min_tokens: Unsupported = None
     prompt_logprobs: Unsupported = None
@@ -96,6 +100,11 @@ class GenerationFields(StructuredFields):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def logprob_tracks(self, tokenizer: Tokenizer, num_choices: int) -> list[LogprobTrack]:
+        """One for each choice."""
+        has_stops, includes_stop = bool(self.stop_strings), bool(self.include_stop_str_in_output)
+        return [LogprobTrack(tokenizer, has_stops, includes_stop) for _ in range(num_choices)]
 
     def check_stream_options(self) -> None:
         """Raise InvalidRequestError if they are set for an answer that is not streamed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from easyspec.speculation.messages import TokenLogprobs
 from gateway.detokenizer import TokenTextStream
-from gateway.generation import GenerationChunk
+from gateway.generation import Completion, GenerationChunk
 from gateway.tokenizer import Tokenizer
 
 # JSON knows no infinity; this is what OpenAI's API says for "practically impossible".
@@ -27,19 +27,24 @@ class TokenEntry:
 class LogprobTrack:
     """The entries of one choice, in step with its text: none is given out whose text is held back or cut off.
 
-    Tokens that lie in a matched stop string, and the end token, are not part of the text and have no entry.
+    Tokens that lie in a matched stop string, and the token that ends the output, are not part of the text and have no
+    entry. `includes_stop` says that they are part of it. After an echoed prompt the last token has an entry in any
+    case: evaluation harnesses ask for one token and count on it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, has_stop_strings: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, has_stop_strings: bool, includes_stop: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stream = TokenTextStream(tokenizer)
         self._is_holding = has_stop_strings
+        self._includes_stop = includes_stop
+        self._is_echoing = False
         self._num_chars = 0  # of the text given out
         self._offset = 0  # where the next token's text begins
         self._held: list[TokenEntry] = []
 
     def push_prompt(self, chunk: GenerationChunk) -> list[TokenEntry]:
         """Entries of an echoed prompt."""
+        self._is_echoing = True
         entries = self._entries(chunk)
         self._stream = TokenTextStream(self._tokenizer)
         self._offset = self._num_chars = len(chunk.text)
@@ -50,13 +55,18 @@ class LogprobTrack:
         self._held += self._entries(chunk)
         self._num_chars += len(chunk.text)
         completion = chunk.completion
-        if completion is not None and completion.matched_token_id is not None:
+        if completion is not None and not self._has_end_entry(completion):
             del self._held[-1:]
         is_cut = completion is not None and completion.matched_stop_string is not None
         is_all_due = completion is not None or not self._is_holding
         due = [entry for entry in self._held if entry.text_offset < self._num_chars or (is_all_due and not is_cut)]
         self._held = self._held[len(due) :]
         return due
+
+    def _has_end_entry(self, completion: Completion) -> bool:
+        end = completion.matched_token_id
+        has_text = self._includes_stop and end not in self._tokenizer.special_token_ids
+        return end is None or self._is_echoing or has_text
 
     def _entries(self, chunk: GenerationChunk) -> list[TokenEntry]:
         entries = []

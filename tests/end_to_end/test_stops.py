@@ -90,10 +90,13 @@ async def test_a_stop_token_at_every_offset(stack: Stack, backend: Tokenizer, sa
         length = whole.token_ids.index(token_id) + 1
         said = cut(
             whole,
-            decoded(backend, whole.token_ids[:length]),
+            decoded(backend, whole.token_ids[: length - 1]),
             length,
             (types_pb2.FINISH_REASON_STOP, token_id, ""),
         )
+        shown = with_stops(asked(sampling, includes_stop=True), token_id)
+        requests.append(shown)
+        expected.append((decoded(backend, whole.token_ids[:length]), *said[1:]))
         # Of stop and length on the same token the stop wins.
         requests += [with_stops(asked(sampling), token_id), with_stops(asked(sampling, length), token_id)]
         expected += [said, said]

@@ -136,3 +136,34 @@ def test_of_two_stop_strings_that_end_together_the_longer_counts() -> None:
     matcher = StopMatcher(["c", "bc"])
     assert matcher.push("abc") == "a"
     assert matcher.matched == "bc"
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_an_end_of_any_kind_reads_the_same_for_any_split(module_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Stop string and stop token in one block, in every order: what counts is where the output ends."""
+    text = data.draw(st.text(alphabet="abST OP\né中😀", min_size=1, max_size=20))
+    ids = list(module_tokenizer.encode(text))
+    stops = data.draw(st.lists(st.text(alphabet="abST OP\né中😀", min_size=1, max_size=4), max_size=3))
+    includes_stop = data.draw(st.booleans())
+    edges = sorted({0, len(ids), *(cut % len(ids) for cut in data.draw(cut_lists))})
+
+    def said(edges: list[int]) -> tuple[str, int, str | None]:
+        detokenizer = Detokenizer(module_tokenizer, stops, includes_stop=includes_stop)
+        whole, num_tokens = "", 0
+        for start, end in itertools.pairwise(edges):
+            is_last = end == len(ids)
+            taken = detokenizer.push(ids[start:end], is_last, has_stop_token=is_last)
+            whole, num_tokens = whole + taken.text, num_tokens + taken.num_tokens
+            if taken.matched_stop is not None:
+                return whole, num_tokens, taken.matched_stop
+        return whole, num_tokens, None
+
+    whole, num_tokens, matched = said([0, len(ids)])
+    assert said(edges) == (whole, num_tokens, matched)
+    seen = module_tokenizer.decode(ids if includes_stop else ids[:-1])
+    cut = first_stop(seen, stops)
+    if matched is None:
+        assert (whole, num_tokens, cut) == (seen, len(ids), len(seen))
+    else:
+        assert whole == seen[: cut + (len(matched) if includes_stop else 0)]

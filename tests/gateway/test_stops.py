@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from easyspec.v1 import types_pb2
@@ -49,6 +51,30 @@ async def test_a_stop_token_inside_a_block_is_the_last_token(client: Client) -> 
     cut = expected(client).index(stop) + 1
     assert tokens(chunks) == expected(client)[:cut]
     assert chunks[-1].completion.token_id == stop
+
+
+@pytest.mark.parametrize("mode", [Mode.MODE_ON, Mode.MODE_OFF])
+@pytest.mark.parametrize("includes_stop", [False, True])
+async def test_a_stop_token_has_text_only_where_stops_are_included(
+    client: Client, tokenizer: Tokenizer, mode: int, includes_stop: bool
+) -> None:
+    client.pair.drafter.wrong_every = 10_000
+    stop = expected(client)[9]
+    chunks = await client.generate(stop={"stop_token_ids": [stop]}, mode=mode, includes_stop=includes_stop)
+    token_ids = tokens(chunks)
+    assert token_ids[-1] == stop
+    assert tokenizer.decode([stop])
+    assert text(chunks) == tokenizer.decode(token_ids if includes_stop else token_ids[:-1])
+
+
+@pytest.mark.parametrize("offset", range(5))
+async def test_an_included_stop_string_ends_the_text(client: Client, offset: int) -> None:
+    client.pair.drafter.wrong_every = 10_000
+    prompt: dict[str, Any] = {"ids": [5] * (7 + offset)}
+    cut = await client.generate(token_ids=prompt, stop_strings=["STOP"])
+    whole = await client.generate(token_ids=prompt, stop_strings=["STOP"], includes_stop=True)
+    assert text(whole) == text(cut) + "STOP"
+    assert tokens(whole) == tokens(cut)
 
 
 async def test_a_stop_string_beats_the_length_on_the_same_token(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,29 @@ async def test_the_end_token_is_no_part_of_the_text(rest: Rest) -> None:
     (choice,) = (await rest.completion(prompt=[5] * 7, logprobs=0, stop_token_ids=[end]))["choices"]
     assert choice["finish_reason"] == "stop"
     assert len(choice["logprobs"]["tokens"]) == 5
+    (whole,) = (
+        await rest.completion(prompt=[5] * 7, logprobs=0, stop_token_ids=[end], include_stop_str_in_output=True)
+    )["choices"]
+    assert len(whole["logprobs"]["tokens"]) == 6
+    assert whole["text"].startswith(choice["text"].rstrip("\ufffd"))
+    assert len(whole["text"]) > whole["logprobs"]["text_offset"][-1]
+
+
+@pytest.mark.parametrize("includes_stop", [False, True])
+async def test_after_an_echo_the_end_token_has_an_entry_but_no_text(rest: Rest, includes_stop: bool) -> None:
+    """lm-evaluation-harness asks for one token after the prompt, and reads prompt + 1 entries."""
+    verifier = rest.pair.verifier
+    verifier.language = replace(verifier.language, token_ids=(verifier.language.eos_token_id,))
+    fields: dict[str, Any] = {"prompt": [5, 6, 7], "echo": True, "max_tokens": 1, "logprobs": 1}
+    fields["include_stop_str_in_output"] = includes_stop
+    (choice,) = (await rest.completion(**fields))["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+    assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+    assert "".join(choice["logprobs"]["tokens"][:3]) == choice["text"]
+    events = await rest.stream("/v1/completions", completion_body(**fields))
+    streamed = [one for event in events for one in (event["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
+    assert streamed == choice["logprobs"]["token_logprobs"]
 
 
 @pytest.mark.parametrize("fields", [{"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}])
