@@ -3,6 +3,7 @@
 EasyspecError
 ├── InvalidRequestError      a value is not allowed; names field, value and what is
 │   ├── InvalidTreeError     draft tokens that do not form a tree
+│   ├── UnsupportedFieldError  a field of the protocol that has no meaning here
 │   ├── PromptTooLongError   prompt (and output so far) do not fit the context
 │   └── RequestTooLargeError more bytes than a request may have
 ├── UnauthenticatedError     no API key, or one that is not known here
@@ -43,6 +44,10 @@ class InvalidRequestError(EasyspecError):
 
 class InvalidTreeError(InvalidRequestError):
     """Draft tokens that do not form a tree."""
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    """A field of the protocol that has no meaning here, or not for this model."""
 
 
 class PromptTooLongError(InvalidRequestError):

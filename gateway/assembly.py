@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from easyspec.checkpoint.generation import NO_DEFAULTS, sampling_defaults
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
-from easyspec.errors import UnavailableError
+from easyspec.errors import ConfigurationError, UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.tokenizer_fingerprint import tokens_by_id
 from easyspec.vocabulary import vocabulary_difference
@@ -25,7 +25,7 @@ from gateway.observation import GenerationObserver
 from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerPolicy
 from gateway.replicas import Replica, ReplicaSet
 from gateway.served_models import ServedModels
-from gateway.tokenizer import Tokenizer
+from gateway.tokenizer import ChatOptions, Tokenizer
 from gateway.tools import ToolDialect, dialect_of
 from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
 
@@ -35,15 +35,29 @@ _INFO_TIMEOUT_S = 2.0
 _TOLERATED_MISFITS_OF_A_NAME = 3
 
 
-def load_tokenizers(settings: GatewaySettings) -> dict[Path, Tokenizer]:
+# What the settings call a checkpoint, and the file that stands in for its chat template.
+TokenizerKey: TypeAlias = tuple[Path, Path | None]
+
+
+def load_tokenizers(settings: GatewaySettings) -> dict[TokenizerKey, Tokenizer]:
     """The tokenizers of all models as the settings name them, each read once; takes seconds.
 
     Those of hub ids are fetched. Raises ConfigurationError.
     """
+    keys = dict.fromkeys((route.tokenizer, route.chat_template) for route in settings.routes)
     return {
-        name: Tokenizer.load(model_path(str(name), TOKENIZER_PATTERNS))
-        for name in dict.fromkeys(route.tokenizer for route in settings.routes)
+        (name, template): Tokenizer.load(model_path(str(name), TOKENIZER_PATTERNS), _chat_options(settings, template))
+        for name, template in keys
     }
+
+
+def _chat_options(settings: GatewaySettings, template: Path | None) -> ChatOptions:
+    try:
+        source = template.read_text(encoding="utf-8") if template is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"chat_template is {template}; it cannot be read: {error}") from None
+    is_text = settings.special_tokens_in_content == "text"
+    return ChatOptions(source, is_text, settings.default_tool_prompt)
 
 
 class Assembly:
@@ -58,9 +72,10 @@ class Assembly:
         # Models with the same drafters and the same tokenizer share one pool, and what is known about it.
         self._pools: dict[tuple[tuple[str, ...], str], DrafterPool] = {}
 
-    def build(self, tokenizers: Mapping[Path, Tokenizer]) -> ServedModels:
+    def build(self, tokenizers: Mapping[TokenizerKey, Tokenizer]) -> ServedModels:
         """All models of the settings; nobody has been asked anything yet. Raises ConfigurationError."""
-        return ServedModels([self._generator(route, tokenizers[route.tokenizer]) for route in self._settings.routes])
+        routes = self._settings.routes
+        return ServedModels([self._generator(one, tokenizers[one.tokenizer, one.chat_template]) for one in routes])
 
     async def close(self) -> None:
         """End all connections."""
@@ -137,6 +152,10 @@ async def _difference(role: str, client: VerifierClient | DrafterClient, path: P
 
 
 def _tool_dialect(settings: GatewaySettings, tokenizer: Tokenizer) -> ToolDialect:
-    if settings.tool_call_format == "auto":
-        return dialect_of(tokenizer.chat_template(has_tools=True))
-    return ToolDialect(settings.tool_call_format)
+    if settings.tool_call_format != "auto":
+        return ToolDialect(settings.tool_call_format)
+    template = tokenizer.templates.find(has_tools=True)
+    if template is not None and template.knows_tools:
+        return dialect_of(template.source)
+    # Described by ourselves, and that is how.
+    return ToolDialect.HERMES if template is not None and settings.default_tool_prompt else ToolDialect.NONE

@@ -87,6 +87,21 @@ class GatewaySettings(ServerSettings, RequestLimits):
         description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, which "
         "is a size that passes are padded to and costs little more than a single row.",
     )
+    chat_template: Path | None = Field(
+        default=None,
+        description="File with a chat template (Jinja, as Hugging Face has them) that stands in for the first model's "
+        "own. Unset: its checkpoint's.",
+    )
+    special_tokens_in_content: Literal["text", "allow"] = Field(
+        default="text",
+        description="text or allow: what `<|im_end|>` and the like are in messages of a chat. text: no more than their "
+        "characters, so that no user and no tool's result can end its turn and begin another's. allow: special tokens.",
+    )
+    default_tool_prompt: bool = Field(
+        default=True,
+        description="Whether tools are described to a model whose chat template knows none, in words of ours. Off: "
+        "such a model's requests with tools are refused, unless they force a call, which a grammar makes valid.",
+    )
     tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
         default="auto",
         description="auto, hermes, llama3_json, mistral or none: how the model writes tool calls. auto looks at its "
@@ -154,6 +169,12 @@ class GatewaySettings(ServerSettings, RequestLimits):
         le=3600.0,
         description="Seconds a request waits for a place before it is refused, up to 3600. "
         "After 10 a client does better to try another replica.",
+    )
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        default="refuse",
+        description="refuse or ignore: what becomes of a REST request with fields that are not known or not supported. "
+        "refuse names the field, so that no client believes in what it does not get; ignore names them in the reply's "
+        "x-ignored-fields and counts such requests. Values that ask for nothing are always taken.",
     )
     stalled_client_timeout_s: float = Field(
         default=30.0,
@@ -269,7 +290,7 @@ class GatewaySettings(ServerSettings, RequestLimits):
     def routes(self) -> tuple[ModelRoute, ...]:
         """Every model that is served, the first one first."""
         drafters = split_addresses(self.drafter_address) if self.drafter_address is not None else ()
-        first = ModelRoute("", self.tokenizer, split_addresses(self.verifier_address), drafters)
+        first = ModelRoute("", self.tokenizer, split_addresses(self.verifier_address), drafters, self.chat_template)
         return first, *(further_route(name, model, first) for name, model in self.further_models.items())
 
     @property

@@ -16,7 +16,7 @@ MAX_TOOLS = 128
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the assistant has made; `arguments` is a JSON object as text."""
+    """A call the assistant has made; `arguments` is what it wrote, which should be a JSON object."""
 
     id: str
     name: str
@@ -25,13 +25,15 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """One message of a conversation. `tool_calls` are an assistant's, `tool_call_id` is a tool's answer to one."""
+    """One message of a conversation. `tool_calls` and `reasoning` are an assistant's, `tool_call_id` is a tool's answer
+    to a call."""
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Conversation:
     """A prompt to be rendered with the model's chat template.
 
     `continues_last_turn` leaves the last turn open, for the model to go on with; otherwise a new turn of the assistant
-    is begun if `opens_answer`. `template_arguments` are handed to the template.
+    is begun if `opens_answer`. `template_arguments` are handed to the template, `reasoning_effort` if it has such a
+    switch; `ignores_unknown` drops what it has no use for.
     """
 
     turns: tuple[ChatTurn, ...]
@@ -112,6 +115,16 @@ class Conversation:
     opens_answer: bool = True
     continues_last_turn: bool = False
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    ignores_unknown: bool = False
+
+    @property
+    def shows_tools(self) -> bool:
+        return self.tools is not None and bool(self.tools.shown_definitions)
+
+    @property
+    def forces_tools(self) -> bool:
+        return self.tools is not None and self.tools.is_forced
 
     @property
     def num_chars(self) -> int:
@@ -119,7 +132,8 @@ class Conversation:
         tools = self.tools.shown_definitions if self.tools is not None else ()
         num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in tools)
         calls = (call for turn in self.turns for call in turn.tool_calls)
-        return num_tool_chars + sum(len(turn.content) for turn in self.turns) + sum(len(c.arguments) for c in calls)
+        num_said_chars = sum(len(turn.content) + len(turn.reasoning) for turn in self.turns)
+        return num_tool_chars + num_said_chars + sum(len(call.arguments) for call in calls)
 
     def check(self) -> None:
         """Raise InvalidRequestError for the first thing that is not allowed."""
@@ -131,18 +145,10 @@ class Conversation:
                 raise InvalidRequestError(f"{where}.role", turn.role, ", ".join(CHAT_ROLES))
             if turn.tool_calls and turn.role != "assistant":
                 raise InvalidRequestError(f"{where}.tool_calls", "set", "only in a message of the assistant")
-            for number, call in enumerate(turn.tool_calls):
-                if not isinstance(_parsed(call.arguments), dict):
-                    name = f"{where}.tool_calls[{number}].function.arguments"
-                    raise InvalidRequestError(name, call.arguments, "a JSON object as text")
         if self.continues_last_turn and self.turns[-1].role != "assistant":
             raise InvalidRequestError("continue_final_message", True, "only if the last message is the assistant's")
         if self.tools is not None:
             self.tools.check()
-
-    def template_messages(self, knows_developer: bool) -> list[dict[str, Any]]:
-        """The turns in the form that Hugging Face chat templates expect, arguments as objects."""
-        return [_template_message(turn, knows_developer) for turn in self.turns]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """The tools in the form that Hugging Face chat templates expect; None if there are none."""
@@ -154,25 +160,6 @@ class Conversation:
             }
             for tool in definitions
         ] or None
-
-
-def _template_message(turn: ChatTurn, knows_developer: bool) -> dict[str, Any]:
-    role = "system" if turn.role == "developer" and not knows_developer else turn.role
-    message: dict[str, Any] = {"role": role, "content": turn.content}
-    if turn.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
-            }
-            for call in turn.tool_calls
-        ]
-    if turn.tool_call_id:
-        message["tool_call_id"] = turn.tool_call_id
-    if turn.name:
-        message["name"] = turn.name
-    return message
 
 
 def _parsed(text: str) -> Any:

@@ -35,6 +35,7 @@ from gateway.draft_session import DrafterPool, ResilientDraftSession
 from gateway.limits import RequestLimits
 from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
+from gateway.progress import Progress
 from gateway.replicas import ReplicaSet
 from gateway.speculation_controller import SpeculationController
 from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
@@ -212,23 +213,31 @@ class Generator:
     def drafter_peer(self) -> ReplicaSet[Any] | None:
         return self._drafters.replicas if self._drafters is not None else None
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationChunk, None]:
+    async def generate(
+        self, request: GenerationRequest, timeout_s: float, progress: Progress | None = None
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """Yield one chunk per round. Raises EasyspecError; closing the iterator frees everything downstream, and so
         does leaving a chunk untaken for too long.
 
-        All choices share one place and the prompt's tokens, and are decoded at the same time.
+        All choices share one place and the prompt's tokens, and are decoded at the same time. `progress` is kept
+        up to date.
         """
         peer_info = self._verifier_info()
         observer = self._observe(request, peer_info.model.name)
         with observed(observer, request.num_choices) as after_chunk:
-            made = self._generate(request, timeout_s, peer_info, observer)
+            made = self._generate(request, timeout_s, peer_info, observer, progress or Progress())
             async with contextlib.aclosing(ended_when_unread(made, self._stalled_client_timeout_s)) as chunks:
                 async for chunk in chunks:
                     after_chunk(chunk)
                     yield chunk
 
     async def _generate(
-        self, request: GenerationRequest, timeout_s: float, peer_info: PeerInfo, observer: RequestObserver
+        self,
+        request: GenerationRequest,
+        timeout_s: float,
+        peer_info: PeerInfo,
+        observer: RequestObserver,
+        progress: Progress,
     ) -> AsyncGenerator[GenerationChunk, None]:
         arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
@@ -247,8 +256,9 @@ class Generator:
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             observer.started(len(prompt), waited_ns)
+            progress.admit(len(prompt))
             choices = [
-                self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns)
+                self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns, progress)
                 for index in range(request.num_choices)
             ]
             async with contextlib.aclosing(merged(choices)) as chunks:
@@ -256,14 +266,21 @@ class Generator:
                     yield replace(chunk, choice_index=index) if index else chunk
 
     async def _choice(
-        self, request: GenerationRequest, prompt: tuple[int, ...], model: ModelInfo, timeout_s: float, arrival_ns: int
+        self,
+        request: GenerationRequest,
+        prompt: tuple[int, ...],
+        model: ModelInfo,
+        timeout_s: float,
+        arrival_ns: int,
+        progress: Progress,
     ) -> AsyncGenerator[GenerationChunk, None]:
         """One choice of a request that was checked, from an open session at each service to its end."""
         policy = self._policy(request.speculation)
         async with contextlib.AsyncExitStack() as sessions:
             sessions.enter_context(following(policy))
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
-            verifier = await sessions.enter_async_context(self._verifiers.open(_opening(request, prompt), timeout_s))
+            opening = _opening(request, prompt)
+            verifier = await sessions.enter_async_context(self._verifiers.open(opening, timeout_s, progress))
             rounds = await sessions.enter_async_context(
                 contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
             )
@@ -381,6 +398,14 @@ class Generator:
             yield session
 
 
+def _ended_with_the_turn(request: GenerationRequest, tokenizer: Tokenizer) -> GenerationRequest:
+    """An answer in a conversation ends with its turn, whatever else the checkpoint calls its end."""
+    if not isinstance(request.prompt, Conversation) or request.stop.ignore_eos:
+        return request
+    stop_token_ids = request.stop.stop_token_ids | tokenizer.end_of_turn_ids
+    return replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
+
+
 class _Output:
     """The output of one request so far."""
 
@@ -447,14 +472,6 @@ class _Output:
             statistics=self._recorder.finish(num_failures, self._verifier.num_failures),
             seed=self._request.sampling.seed,
         )
-
-
-def _ended_with_the_turn(request: GenerationRequest, tokenizer: Tokenizer) -> GenerationRequest:
-    """An answer in a conversation ends with its turn, whatever else the checkpoint calls its end."""
-    if not isinstance(request.prompt, Conversation) or request.stop.ignore_eos:
-        return request
-    stop_token_ids = request.stop.stop_token_ids | tokenizer.end_of_turn_ids
-    return replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
 
 
 def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:

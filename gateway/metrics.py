@@ -38,6 +38,11 @@ class GatewayMetrics(RoleMetrics):
             ("route", "method", "status"),
             registry=self.registry,
         )
+        self._ignored_fields = Counter(
+            "easyspec_http_requests_with_ignored_fields",
+            "REST requests of which a field was ignored (--unknown-fields ignore).",
+            registry=self.registry,
+        )
         self._instruments = _Instruments(self)
         self._by_model: dict[str, _ModelMetrics] = {}
 
@@ -49,6 +54,10 @@ class GatewayMetrics(RoleMetrics):
     def http_finished(self, route: str, method: str, status: int) -> None:
         """Count an HTTP request. `route` is the template of one of our routes, not the path."""
         self._http_requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+
+    def fields_ignored(self) -> None:
+        """Count an HTTP request of which fields were ignored."""
+        self._ignored_fields.inc()
 
     def watch(self, read_state: Callable[[], GatewayState | None]) -> None:
         """Export what is known at the moment of a scrape; called once."""

@@ -35,6 +35,8 @@ class FurtherModel(BaseModel):
         default=None, min_length=1, description="As --drafter-address. Unset: the same; off: plain decoding."
     )
 
+    chat_template: Path | None = Field(default=None, description="As --chat-template. Unset: the checkpoint's own.")
+
     @field_validator("verifier_address", "drafter_address")
     @classmethod
     def _check_addresses(cls, addresses: str | None) -> str | None:
@@ -43,12 +45,14 @@ class FurtherModel(BaseModel):
 
 @dataclass(frozen=True)
 class ModelRoute:
-    """One model: its name ("" is what its verifiers call it), who verifies and who drafts."""
+    """One model: its name ("" is what its verifiers call it), who verifies and who drafts. `chat_template` is a file
+    that stands in for the checkpoint's own template."""
 
     name: str
     tokenizer: Path
     verifier_addresses: tuple[str, ...]
     drafter_addresses: tuple[str, ...]
+    chat_template: Path | None = None
 
 
 def further_route(name: str, model: FurtherModel, first: ModelRoute) -> ModelRoute:
@@ -56,4 +60,5 @@ def further_route(name: str, model: FurtherModel, first: ModelRoute) -> ModelRou
     drafters = first.drafter_addresses
     if model.drafter_address is not None:
         drafters = () if model.drafter_address == NO_DRAFTER else split_addresses(model.drafter_address)
-    return ModelRoute(name, model.tokenizer or first.tokenizer, split_addresses(model.verifier_address), drafters)
+    tokenizer, verifiers = model.tokenizer or first.tokenizer, split_addresses(model.verifier_address)
+    return ModelRoute(name, tokenizer, verifiers, drafters, model.chat_template)

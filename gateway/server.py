@@ -185,7 +185,10 @@ class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
             self.metrics,
             self.metrics.render if settings.http_metrics else None,
             settings.trusted_hosts if self._keys is None else None,
-            tuple(origin.strip() for origin in settings.cors_origins.split(",")) if settings.cors_origins else (),
+            cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(","))
+            if settings.cors_origins
+            else (),
+            ignores_unknown=settings.unknown_fields == "ignore",
         )
         tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
         return RestServer(self, settings.http_address, trust, tls)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.errors import InvalidRequestError, PromptTooLongError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
+from gateway.chat_template import ChatTemplates
+from gateway.control_tokens import ControlTokens, added_tokens
 from gateway.conversation import ChatTurn, Conversation
+from gateway.hidden_texts import HiddenTexts
+from gateway.tool_prompt import with_described_tools
 
-# What the library takes for itself beside what it hands to a template.
-_RENDER_ARGUMENTS = frozenset(
-    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
-    | {"continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"}
-    | {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-)
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 # Text that has more characters for each token that fits is counted before it is tokenized as a whole.
 _LIKELY_CHARS_PER_TOKEN = 8
@@ -28,12 +27,35 @@ _MARK = "(answer)"
 _METASPACE = "\u2581"
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How conversations become prompts. `template` stands in for the checkpoint's own, None keeps that.
+
+    `special_tokens_are_text` in what clients say; `describes_tools` to models whose template knows none.
+    """
+
+    template: str | None = None
+    special_tokens_are_text: bool = True
+    describes_tools: bool = True
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the model gets it: its tokens, and their text."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
 class Tokenizer:
     """A Hugging Face tokenizer, reduced to what the gateway needs. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: Any, fingerprint: str, path: Path) -> None:
+    def __init__(self, tokenizer: Any, fingerprint: str, path: Path, chat: ChatOptions = ChatOptions()) -> None:
         self.path = path
         self._tokenizer = tokenizer
+        self._chat = chat
+        self.templates = ChatTemplates(tokenizer, chat.template)
+        self._control_by_template: dict[str, ControlTokens] = {}
         self._backend = tokenizer.backend_tokenizer
         self._fingerprint = fingerprint
         self.special_token_ids = frozenset(
@@ -47,10 +69,10 @@ class Tokenizer:
         self.end_of_turn_ids = self._end_of_turn_ids()
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, chat: ChatOptions = ChatOptions()) -> Tokenizer:
         """Read the tokenizer of a checkpoint folder or a GGUF file; ConfigurationError if there is none that fits."""
         fingerprint = tokenizer_fingerprint(path)
-        return cls(load_tokenizer(path), fingerprint, path)
+        return cls(load_tokenizer(path), fingerprint, path, chat)
 
     def fingerprint(self) -> str:
         """See `tokenizer_fingerprint`."""
@@ -69,10 +91,32 @@ class Tokenizer:
 
         `max_tokens` is as in `encode`.
         """
+        return self.prompt_of(conversation, max_tokens).token_ids
+
+    def prompt_of(self, conversation: Conversation, max_tokens: int | None = None) -> ChatPrompt:
+        """A conversation as the model gets it; raises InvalidRequestError. `max_tokens` is as in `encode`."""
         conversation.check()
-        text = self._render(conversation)
+        template = self.templates.select(conversation.shows_tools)
+        if not template.knows_tools:
+            if conversation.shows_tools and not (self._chat.describes_tools or conversation.forces_tools):
+                allowed = "none: the model's chat template knows none, and they are not described otherwise here"
+                raise InvalidRequestError("tools", "set", allowed)
+            conversation = with_described_tools(conversation, template, self._chat.describes_tools)
+        control = self._control_tokens(template.source)
+        hidden = control.hidden_texts() if self._chat.special_tokens_are_text else HiddenTexts(None, None)
+        rendered = hidden.with_raws(template.render(conversation, hidden))
+        text = hidden.with_tokens(rendered)
         self._check_length(text, max_tokens)
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if hidden.has_tokens:
+            return ChatPrompt(control.encode(rendered, hidden), text)
+        token_ids = self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        return ChatPrompt(tuple(token_ids), rendered)
+
+    def _control_tokens(self, template: str) -> ControlTokens:
+        if template not in self._control_by_template:
+            added = added_tokens(self._tokenizer.added_tokens_decoder.values())
+            self._control_by_template[template] = ControlTokens(self._backend, added, template)
+        return self._control_by_template[template]
 
     def _check_length(self, text: str, max_tokens: int | None) -> None:
         """Count the tokens of a text that is likely too long, part by part, until it is sure to be."""
@@ -86,45 +130,15 @@ class Tokenizer:
             if num_tokens > max_tokens:
                 raise PromptTooLongError("prompt", f"more than {num_tokens} tokens", f"at most {max_tokens} tokens")
 
-    def chat_template(self, has_tools: bool) -> str:
-        """The template that conversations with or without tools are rendered with; "" if there is none."""
-        if not self._tokenizer.chat_template:
-            return ""
-        return str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None))
-
     def _end_of_turn_ids(self) -> frozenset[int]:
         """The special token that the chat template puts behind what an assistant has said; empty if it puts none."""
+        conversation = Conversation((ChatTurn("user", "?"), ChatTurn("assistant", _MARK)), opens_answer=False)
         try:
-            said = self._render(Conversation((ChatTurn("user", "?"), ChatTurn("assistant", _MARK)), opens_answer=False))
+            said = self.templates.select(has_tools=False).render(conversation, HiddenTexts(None, None))
         except InvalidRequestError:  # no template, or one that wants more
             return frozenset()
         token_ids = self._tokenizer(said.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
         return self.special_token_ids.intersection(token_ids[:1])
-
-    def _render(self, conversation: Conversation) -> str:
-        tools = conversation.template_tools()
-        template = self.chat_template(tools is not None)
-        if not template:
-            raise InvalidRequestError("prompt", "a conversation", "text or token ids: the model has no chat template")
-        if tools is not None and "tools" not in template:
-            raise InvalidRequestError("tools", f"{len(tools)} functions", "none: the model's chat template knows none")
-        for name in conversation.template_arguments:
-            if name in _RENDER_ARGUMENTS or not re.search(rf"\b{re.escape(name)}\b", template):
-                raise InvalidRequestError("chat_template_kwargs", name, "names that the model's chat template uses")
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    conversation.template_messages(knows_developer="developer" in template),
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=conversation.opens_answer and not conversation.continues_last_turn,
-                    continue_final_message=conversation.continues_last_turn,
-                    **conversation.template_arguments,
-                )
-            )
-        except Exception as error:  # templates are programs and refuse in their own words
-            shown = f"{len(conversation.turns)} messages"
-            raise InvalidRequestError("prompt.chat.messages", shown, str(error)) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids as they stand, special tokens included; broken UTF-8 becomes U+FFFD."""

@@ -31,6 +31,7 @@ from easyspec.speculation.token_tree import TokenTree
 from easyspec.usual_time import UsualTime
 from gateway.decode_loop import TimedVerdict, VerifierSession
 from gateway.peers import Backoff
+from gateway.progress import Progress
 from gateway.replicas import Replica, ReplicaSet
 
 # A suspected stream ends after so long without a replica to try it at: a healthy one is there, and would be thought to
@@ -65,13 +66,18 @@ class VerifierPool:
         self._round_time = UsualTime()
 
     @contextlib.asynccontextmanager
-    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[ResilientVerifySession]:
-        """A session for one request that must be over in `timeout_s` seconds, freed at the verifier on exit."""
+    async def open(
+        self, opening: OpenVerification, timeout_s: float, progress: Progress | None = None
+    ) -> AsyncIterator[ResilientVerifySession]:
+        """A session for one request that must be over in `timeout_s` seconds, freed at the verifier on exit.
+
+        `progress` stalls while the verifier is lost.
+        """
         info = self.replicas.info
         if info is not None:
             opening = replace(opening, model_fingerprint=info.model.fingerprint)
         session = ResilientVerifySession(
-            self.replicas, self._limits, opening, timeout_s, self._trials, self._round_time
+            self.replicas, self._limits, opening, timeout_s, self._trials, self._round_time, progress
         )
         try:
             yield session
@@ -98,7 +104,9 @@ class ResilientVerifySession:
         timeout_s: float,
         trials: asyncio.Lock,
         round_time: UsualTime,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress or Progress()
         self._replicas = replicas
         self._limits = limits
         self._trials = trials
@@ -119,18 +127,22 @@ class ResilientVerifySession:
     async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
         started_ns = time.monotonic_ns()
         outage: _Outage | None = None
-        while True:
-            try:
-                stream = self._stream or await self._open(outage)
-                answer = await self._ask(stream, base_length, tree)
-                break
-            except InvalidRequestError:  # the client's own mistake
-                raise
-            except EasyspecError as error:
-                outage = outage or self._begin_outage()
-                await self._blame(outage, error)
-                await self._lose(outage, error)
-                await self._wait_for_next_try(outage, error)
+        try:
+            while True:
+                try:
+                    stream = self._stream or await self._open(outage)
+                    answer = await self._ask(stream, base_length, tree)
+                    break
+                except InvalidRequestError:  # the client's own mistake
+                    raise
+                except EasyspecError as error:
+                    outage = outage or self._begin_outage()
+                    await self._blame(outage, error)
+                    await self._lose(outage, error)
+                    await self._wait_for_next_try(outage, error)
+        finally:
+            if outage is not None:
+                self._progress.resume()
         self._commit(answer)
         if outage is not None:
             self._report_recovery(outage)
@@ -238,6 +250,7 @@ class ResilientVerifySession:
 
     def _begin_outage(self) -> _Outage:
         self.num_failures += 1
+        self._progress.stall()
         now_s = time.monotonic()
         patience_s = self._limits.reopen_timeout_s if self._has_spoken else self._limits.open_timeout_s
         return _Outage(now_s, min(now_s + patience_s, self._deadline_s))

@@ -46,6 +46,7 @@ from easyspec.errors import (
     UnauthenticatedError,
     UnavailableError,
     UnknownModelError,
+    UnsupportedFieldError,
     WrongModelError,
 )
 
@@ -66,6 +67,7 @@ class ErrorMapping:
 
 ERROR_TABLE = (
     ErrorMapping(InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
+    ErrorMapping(UnsupportedFieldError, grpc.StatusCode.INVALID_ARGUMENT, 400, "UNSUPPORTED_FIELD"),
     ErrorMapping(InvalidTreeError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_TREE"),
     ErrorMapping(PromptTooLongError, grpc.StatusCode.OUT_OF_RANGE, 400, "PROMPT_TOO_LONG"),
     ErrorMapping(RequestTooLargeError, grpc.StatusCode.INVALID_ARGUMENT, 413, "REQUEST_TOO_LARGE"),

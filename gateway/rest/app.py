@@ -49,6 +49,7 @@ def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
         open_routers.append(metrics_router(trust.render_metrics))
     routes = create_routes(backend, open_routers)
     routes.state.observer = trust.observer
+    routes.state.ignores_unknown = trust.ignores_unknown
     app = RestBoundary(routes, gate, Door(trust.authenticate, open_routers, trust.hosts), trust)
     if not trust.cors_origins:
         return app

@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from easyspec.speculation.parameters import SamplingParameters
 from gateway.generation import GenerationChunk, GenerationRequest
+from gateway.progress import Progress
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
-from gateway.rest.errors import json_bytes
+from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally
@@ -30,10 +31,11 @@ async def create_chat_completion(body: ChatRequest, caller: InCaller, request: R
     body.check_stream_options()
     caller = caller.for_model(body.model)
     generation = _request(body, caller)
-    chunks = caller.generator.generate(generation, caller.timeout_s)
     answer = _Answer(body, caller, generation.sampling)
+    made = caller.generator.generate(generation, caller.timeout_s, answer.progress)
+    chunks = with_names(made, body.param_names)
     if body.stream:
-        return EventStream(answer.events(chunks))
+        return EventStream(answer.events(chunks), answer.progress)
     return Response(
         json_bytes(await while_connected(request.receive, answer.collected(chunks))), media_type="application/json"
     )
@@ -63,7 +65,8 @@ class _Answer:
         self._model = caller.model.name
         self._format = LogprobFormat(caller.generator.tokenizer)
         self._tracks = body.logprob_tracks(caller.generator.tokenizer, body.num_choices) if body.logprobs else []
-        self._tally = Tally(sampling)
+        self._tally = Tally(body.reported(sampling))
+        self.progress = Progress()
 
     async def events(self, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
         """SSE events, those of a round in one piece."""
@@ -73,20 +76,24 @@ class _Answer:
         async with aclosing(chunks):
             async for chunk in chunks:
                 index = chunk.choice_index
-                deltas = [] if index in begun else [writer.choice(_delta(index, {"role": "assistant", "content": ""}))]
-                begun.add(index)
+                self._tally.round(0, self.progress.num_prompt_tokens, len(chunk.token_ids))
+                usage = self._tally.usage_so_far if body.tells_usage_so_far else None
+                deltas: list[bytes] = []
+                if index not in begun:
+                    begun.add(index)
+                    deltas.append(writer.choice(_delta(index, {"role": "assistant", "content": ""}), usage=usage))
                 entries = self._entries(chunk)
                 trace = trace_fields(chunk)
                 if chunk.text or entries or trace:
                     logprobs = self._format.chat(entries) if entries else None
-                    deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace))
+                    deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace, usage))
                 if chunk.tool_calls:
                     calls = [_call_delta(call) for call in chunk.tool_calls]
-                    deltas.append(writer.choice(_delta(index, {"tool_calls": calls})))
+                    deltas.append(writer.choice(_delta(index, {"tool_calls": calls}), usage=usage))
                 if chunk.completion is not None:
                     self._tally.add(0, chunk.completion)
                     reason = chunk.completion.finish_reason.value
-                    deltas.append(writer.choice(_delta(index, {}, finish_reason=reason)))
+                    deltas.append(writer.choice(_delta(index, {}, finish_reason=reason), usage=usage))
                 if deltas:
                     yield b"".join(deltas)
         if body.includes_usage:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported
 from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.unknown_fields import ignores_unknown
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
@@ -19,7 +21,7 @@ MAX_TOOLS = 1024
 
 
 def _only_text(kind: object) -> object:
-    if isinstance(kind, str) and kind != "text":
+    if isinstance(kind, str) and kind not in ("text", "refusal"):
         raise PydanticCustomError(
             "unsupported_parameter",
             "content of type {kind} is not supported: this is a text model",
@@ -31,24 +33,45 @@ def _only_text(kind: object) -> object:
 class TextPart(RestModel):
     """A part of a message's content."""
 
-    type: Annotated[Literal["text"], BeforeValidator(_only_text)]
-    text: Text
+    type: Annotated[Literal["text", "refusal"], BeforeValidator(_only_text)]
+    text: Text | None = None
+    refusal: Text | None = Field(None, description="Of a part of type refusal.")
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
+
+    @model_validator(mode="after")
+    def _has_text(self) -> TextPart:
+        if getattr(self, self.type) is None:
+            raise PydanticCustomError("missing", "the text of the part is required")
+        return self
+
+    @property
+    def shown(self) -> str:
+        return (self.text if self.type == "text" else self.refusal) or ""
 
 
 class CalledFunction(RestModel):
     """The function of a call in a message."""
 
     name: Text
-    arguments: Text = Field(description="A JSON object as text.")
+    arguments: Text | dict[str, Any] | None = Field(
+        None, description="What the assistant wrote, an object in JSON if all went well."
+    )
+
+    @property
+    def written_arguments(self) -> str:
+        if isinstance(self.arguments, dict):
+            return json.dumps(self.arguments, ensure_ascii=False)
+        return self.arguments or ""
 
 
 class MessageToolCall(RestModel):
     """A call that the assistant made before."""
 
-    id: Text
-    type: Literal["function"]
+    id: Text | None = None
+    type: Literal["function"] | None = None
     function: CalledFunction
     index: Integer | None = Field(None, description="Accepted; has no effect.")
+    provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
 
 
 class Message(RestModel):
@@ -59,20 +82,34 @@ class Message(RestModel):
     name: Text | None = None
     tool_calls: ListOf[MessageToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = None
-    refusal: None = Field(None, description="Only null.")
-    annotations: list[Any] | None = Field(None, max_length=0, description="Only empty.")
+    reasoning_content: Text | None = Field(None, description="What an assistant thought before its answer.")
+    reasoning: Text | None = Field(None, description="Another name of the same.")
+    refusal: Text | None = Field(None, description="An assistant's, in place of content.")
+    annotations: list[Any] | None = Field(None, description="Accepted; has no effect.")
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
+    id: Any = Field(None, description="Accepted; has no effect.")
+    status: Any = Field(None, description="Accepted; has no effect.")
+    parsed: Any = Field(None, description="Accepted; has no effect.")
+    reasoning_details: Any = Field(None, description="Accepted; has no effect.")
+    thinking_blocks: Any = Field(None, description="Accepted; has no effect.")
+    provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
     audio: Unsupported = None
     function_call: Unsupported = None
 
     def turn(self, where: str) -> ChatTurn:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role in ("system", "developer", "user"):
             raise InvalidRequestError(f"{where}.content", None, "text, or parts of type text")
         if self.role == "tool" and not self.tool_call_id:
             raise InvalidRequestError(f"{where}.tool_call_id", None, "the id of the call that is answered")
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
-        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
-        return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "")
+        is_assistant = self.role == "assistant"
+        parts = self.content or (self.refusal if is_assistant else None) or ""
+        text = parts if isinstance(parts, str) else "\n".join(part.shown for part in parts)
+        calls = tuple(
+            ToolCall(call.id or "", call.function.name, call.function.written_arguments)
+            for call in self.tool_calls or ()
+        )
+        reasoning = (self.reasoning_content or self.reasoning or "") if is_assistant else ""
+        return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "", reasoning)
 
 
 class FunctionDefinition(RestModel):
@@ -82,6 +119,7 @@ class FunctionDefinition(RestModel):
     description: Text | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     strict: Boolean | None = Field(None, description="Accepted: forced calls are always valid, others never checked.")
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
 
 
 class ChatTool(RestModel):
@@ -89,6 +127,7 @@ class ChatTool(RestModel):
 
     type: Literal["function"]
     function: FunctionDefinition
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def definition(self) -> ToolDefinition:
         parameters = self.function.parameters
@@ -117,6 +156,9 @@ class ConversationFields(RestModel):
     add_generation_prompt: Boolean | None = Field(None, description="False: do not begin the assistant's turn.")
     continue_final_message: Boolean | None = Field(None, description="Go on with the last message, an assistant's.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
+    reasoning_effort: Text | None = Field(
+        None, description="How much to think, where the model's chat template has such a switch."
+    )
 
     def conversation(self, mode: ToolMode = ToolMode.AUTO, name: str = "", is_parallel: bool = True) -> Conversation:
         """The plain form; InvalidRequestError for what types cannot tell."""
@@ -130,6 +172,8 @@ class ConversationFields(RestModel):
             opens_answer=self.add_generation_prompt is not False,
             continues_last_turn=bool(self.continue_final_message),
             template_arguments=self.chat_template_kwargs or {},
+            reasoning_effort=self.reasoning_effort,
+            ignores_unknown=ignores_unknown(),
         )
 
 
@@ -154,7 +198,6 @@ class ChatRequest(ConversationFields, GenerationFields):
     moderation: Unsupported = None
     prediction: Unsupported = None
     prompt_cache_options: Unsupported = None
-    reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 
@@ -169,6 +212,17 @@ class ChatRequest(ConversationFields, GenerationFields):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise InvalidRequestError("max_tokens", self.max_tokens, "the same as max_completion_tokens, or unset")
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def param_names(self) -> Mapping[str, str]:
+        """What the gateway's own fields are called in this request."""
+        most_tokens = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {
+            "sampling.grammar": self.grammar_field or "tools",
+            "stop.max_tokens": most_tokens,
+            "prompt": "messages",
+            "prompt_token_ids": "messages",
+        }
 
     def prompt(self) -> Conversation:
         """The conversation, with the choice of tools."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -15,8 +15,9 @@ from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
 from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
+from gateway.progress import Progress
 from gateway.rest.backend import Caller, InCaller
-from gateway.rest.errors import json_bytes
+from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
@@ -49,6 +50,11 @@ class CompletionRequest(GenerationFields):
     suffix: Unsupported = None
 
     @property
+    def param_names(self) -> Mapping[str, str]:
+        """What the gateway's own fields are called in this request."""
+        return {"sampling.grammar": self.grammar_field, "num_top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
+
+    @property
     def prompts(self) -> list[str | TokenIds]:
         prompt: Any = self.prompt
         if isinstance(prompt, str):
@@ -74,7 +80,7 @@ async def create_completion(body: CompletionRequest, caller: InCaller, request: 
     body.check()
     answer = _Answer(body, caller.for_model(body.model))
     if body.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), *answer.progress)
     return Response(
         json_bytes(await while_connected(request.receive, answer.collected())), media_type="application/json"
     )
@@ -104,7 +110,8 @@ class _Answer:
         )
         self._awaits_prompt = [bool(body.echo)] * self._num_choices
         self._sampling = body.sampling(caller.generator.sampling_defaults)
-        self._tally = Tally(self._sampling)
+        self._tally = Tally(body.reported(self._sampling))
+        self.progress = [Progress() for _ in body.prompts]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """SSE events, one a round and choice."""
@@ -112,7 +119,8 @@ class _Answer:
         async with aclosing(self._pieces()) as pieces:
             async for index, piece in pieces:
                 logprobs = self._format.completion(piece.entries) if piece.entries else None
-                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason), piece.trace)
+                usage = self._tally.usage_so_far if self._body.tells_usage_so_far else None
+                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason), piece.trace, usage)
         if self._body.includes_usage:
             yield writer.usage(self._tally.usage, self._tally.metrics)
         yield DONE
@@ -132,14 +140,20 @@ class _Answer:
         return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
-        generate = self._caller.generator.generate
-        sources = [generate(self._request(prompt), self._caller.timeout_s) for prompt in self._body.prompts]
+        sources = [self._chunks(index, prompt) for index, prompt in enumerate(self._body.prompts)]
         async with aclosing(merged(sources)) as tagged:
             async for prompt_index, chunk in tagged:
                 index = prompt_index * self._body.num_choices + chunk.choice_index
+                num_output_tokens = 0 if self._awaits_prompt[index] else len(chunk.token_ids)
+                self._tally.round(prompt_index, self.progress[prompt_index].num_prompt_tokens, num_output_tokens)
                 if chunk.completion is not None:
                     self._tally.add(prompt_index, chunk.completion)
                 yield index, self._piece(index, chunk)
+
+    def _chunks(self, prompt_index: int, prompt: str | TokenIds) -> AsyncGenerator[GenerationChunk, None]:
+        request, progress = self._request(prompt), self.progress[prompt_index]
+        chunks = self._caller.generator.generate(request, self._caller.timeout_s, progress)
+        return with_names(chunks, self._body.param_names)
 
     def _piece(self, index: int, chunk: GenerationChunk) -> _Piece:
         track = self._tracks[index] if self._tracks else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.responses import Response
 
@@ -17,10 +18,12 @@ from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint
 # What nobody receives any more, for logs and metrics: nginx's status.
 CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
+_ItemT = TypeVar("_ItemT")
 _TYPES: Mapping[int, str] = MappingProxyType({429: "rate_limit_error", 500: "server_error", 503: "server_error"})
 _CODES: Mapping[str, str] = MappingProxyType(
     {
         "INVALID_REQUEST": "invalid_value",
+        "UNSUPPORTED_FIELD": "unsupported_parameter",
         "PROMPT_TOO_LONG": "context_length_exceeded",
         "REQUEST_TOO_LARGE": "request_too_large",
         "UNAUTHENTICATED": "invalid_api_key",
@@ -41,6 +44,8 @@ _VALIDATION_CODES: Mapping[str, str] = MappingProxyType(
         "json_invalid": "invalid_json",
     }
 )
+# Problems within an object of the right kind, where a union could also have been something else.
+_INSIDE = frozenset({"extra_forbidden", "missing", "literal_error"})
 # What pydantic puts into the path of a problem to tell the types of a union apart.
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "none", "constrained-str", "constrained-int"})
 # How the gateway's own names of fields read on this wire, by prefix; the first that fits counts.
@@ -138,13 +143,27 @@ def param_of(field: str) -> str:
     return field
 
 
+async def with_names(chunks: AsyncGenerator[_ItemT, None], names: Mapping[str, str]) -> AsyncGenerator[_ItemT, None]:
+    """The same chunks; an InvalidRequestError about a field of `names` bears the name there, which the client sent.
+    All kinds of grammars go by one name."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except InvalidRequestError as error:
+        name = names.get("sampling.grammar" if error.field.startswith("sampling.grammar.") else error.field)
+        if name is None:
+            raise
+        raise type(error)(name, error.value, error.allowed) from error
+
+
 def failure_of_validation(problems: Sequence[Any]) -> Failure:
     """The first thing that is wrong with a request body, as pydantic reports it.
 
     Where a value may be of several types there is a problem for each of them: all are told, but a field that is
     known and not supported is told alone.
     """
-    problem = next((one for one in problems if one["type"] == "unsupported_parameter"), problems[0])
+    problem = next((one for one in problems if one["type"] == "unsupported_parameter"), None) or _nearest(problems)
     kind = str(problem["type"])
     if kind == "json_invalid":
         return Failure(400, f"the body is not JSON: {problem['ctx']['error']}", None, "invalid_json")
@@ -159,6 +178,15 @@ def failure_of_validation(problems: Sequence[Any]) -> Failure:
         reasons = dict.fromkeys(one["msg"] for one in same or [problem])
         message = f"{param or 'the body'}: {', or: '.join(reasons)}"
     return Failure(400, message, param or None, code)
+
+
+def _nearest(problems: Sequence[Any]) -> Any:
+    """The problem to tell: the first one, unless it says that an object or a list is no text, and others say what is
+    wrong inside it."""
+    first = problems[0]
+    place = _path(first["loc"])
+    inside = (one for one in problems if one["type"] in _INSIDE and _path(one["loc"]).startswith(f"{place}["))
+    return next(inside, first) if str(first["type"]).endswith("_type") else first
 
 
 def _path(location: Sequence[object]) -> str:

@@ -25,6 +25,7 @@ from easyspec.speculation.parameters import (
 )
 from easyspec.speculation.sources import parse_sources
 from gateway.generation import SpeculationMode, SpeculationWish
+from gateway.rest.unknown_fields import asks_for_nothing, ignored, without_unknown
 
 _ItemT = TypeVar("_ItemT")
 _KeyT = TypeVar("_KeyT")
@@ -52,7 +53,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "prediction": "the drafter predicts; no hint is needed",
         "prompt_cache_options": "there is no cache that a client could steer",
         "prompt_logprobs": "use echo with logprobs on /v1/completions",
-        "reasoning_effort": "use chat_template_kwargs, if the model's chat template has such a switch",
         "structural_tag": "use tools",
         "suffix": "the model cannot fill in the middle",
         "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
@@ -64,8 +64,9 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 
 
 def _refuse(value: object, info: ValidationInfo) -> None:
-    if value is not None:
-        why = UNSUPPORTED[info.field_name or ""]
+    name = info.field_name or ""
+    if not (asks_for_nothing(name, value) or ignored(name)):
+        why = UNSUPPORTED[name]
         raise PydanticCustomError("unsupported_parameter", "this field is not supported: {why}", {"why": why})
 
 
@@ -83,14 +84,19 @@ SmallDict: TypeAlias = Annotated[dict[_KeyT, _ItemT], BeforeValidator(_check_num
 
 
 class RestModel(BaseModel):
-    """A JSON object in a request; fields it does not know are refused."""
+    """A JSON object in a request; fields it does not know are refused, unless they ask for nothing or the gateway is
+    set to ignore them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        return _check_num_keys(value)
+    def _without_unknown(cls, values: Any) -> Any:
+        _check_num_keys(values)
+        if not isinstance(values, dict):
+            return values
+        known = frozenset(field.alias or name for name, field in cls.model_fields.items())
+        return values if values.keys() <= known else without_unknown(known, values)
 
 
 class SpeculationFields(RestModel):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.parameters import MAX_SEED, SamplingParameters, StopConditions, TreeBudget
 from gateway.generation import SpeculationWish
 from gateway.rest.fields import (
     Boolean,
-    Integer,
     ListOf,
     Number,
     RestModel,
@@ -35,6 +35,7 @@ class StreamOptions(RestModel):
     """What a stream carries beside the text."""
 
     include_usage: Boolean | None = Field(None, description="A last chunk with the usage, and no choices.")
+    continuous_usage_stats: Boolean | None = Field(None, description="The usage so far in every chunk.")
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
 
 
@@ -48,7 +49,9 @@ class GenerationFields(StructuredFields):
         None, description="Choices to make of each prompt, 1 to 16 unless the gateway is set otherwise."
     )
     stop: Text | ListOf[Text] | None = Field(None, description="At most 16 texts that end the output.")
-    seed: Integer | None = Field(None, description="Same seed, same text. Unset: drawn, and reported in `metrics`.")
+    seed: Annotated[int, Strict(), Field(ge=-(2**63))] | None = Field(
+        None, description="Same seed, same text. Unset: drawn, and reported in `metrics`."
+    )
     temperature: Number | None = Field(
         None,
         description="0 is greedy; up to 100. Unset: the model's own (see `/v1/models`), else 1.",
@@ -96,6 +99,10 @@ class GenerationFields(StructuredFields):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def tells_usage_so_far(self) -> bool:
+        return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -121,11 +128,20 @@ class GenerationFields(StructuredFields):
         if self.top_k is not None:
             given["top_k"] = self.top_k if self.top_k > 0 else None
         return SamplingParameters(
-            seed=secrets.randbits(_SEED_BITS) if self.seed is None else self.seed,
+            seed=secrets.randbits(_SEED_BITS) if self.seed is None else _unsigned(self.seed),
             grammar=self.grammar(),
             logit_bias={int(token_id): bias for token_id, bias in sorted((self.logit_bias or {}).items())},
             **(defaults.given | given),
         )
 
+    def reported(self, sampling: SamplingParameters) -> SamplingParameters:
+        """As `sampling`, with the seed that the request gave."""
+        return sampling if self.seed is None else replace(sampling, seed=self.seed)
+
     def speculation_wish(self, default_budget: TreeBudget) -> SpeculationWish:
         return self.speculation.wish(default_budget) if self.speculation is not None else SpeculationWish()
+
+
+def _unsigned(seed: int) -> int:
+    """A seed as the services have it: negative ones count from the other end."""
+    return seed & MAX_SEED if seed < 0 else seed

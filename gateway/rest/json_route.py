@@ -16,6 +16,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from gateway.rest.errors import Failure, RefusalError
+from gateway.rest.unknown_fields import IgnoredFields, noting
+
+IGNORED_HEADER = "x-ignored-fields"
+_MAX_HEADER_CHARS = 1000
 
 # The parser takes 10 ms for the worst of this size; what is larger is parsed and validated beside the event loop.
 _LARGE_BYTES = 64 * 1024
@@ -70,12 +74,23 @@ class JsonRoute(APIRoute):
         async def handle_json(request: Request) -> Response:
             if request.method == "POST" and not _is_json(request.headers.get("content-type", "")):
                 raise RefusalError(Failure(415, "content-type must be application/json", code="invalid_content_type"))
-            json_request = JsonRequest(request.scope, request.receive)
-            if model is not None:
-                await json_request.read_large(model)
-            return await handle(json_request)
+            ignored = IgnoredFields(getattr(request.app.state, "ignores_unknown", False))
+            with noting(ignored):
+                json_request = JsonRequest(request.scope, request.receive)
+                if model is not None:
+                    await json_request.read_large(model)
+                response = await handle(json_request)
+            if ignored.names:
+                response.headers[IGNORED_HEADER] = ", ".join(map(_token, ignored.names))[:_MAX_HEADER_CHARS]
+                request.app.state.observer.fields_ignored()
+            return response
 
         return handle_json
+
+
+def _token(name: str) -> str:
+    """A field's name as it may stand in a header."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "_.-") else "_" for char in name[:100])
 
 
 def _is_json(content_type: str) -> bool:

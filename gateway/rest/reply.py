@@ -41,10 +41,13 @@ class EventWriter:
         self._before = b"data: " + json_bytes(head.body())[:-1] + b',"choices":['
         self._after = (b'],"usage":null}' if includes_usage else b"]}") + b"\n\n"
 
-    def choice(self, choice: dict[str, Any], trace: dict[str, Any] | None = None) -> bytes:
-        """A chunk with one choice, and with `trace_fields` if there are any."""
-        extension = b"" if trace is None else b'],"easyspec":' + json_bytes(trace)
-        return self._before + json_bytes(choice) + (extension + self._after[1:] if extension else self._after)
+    def choice(
+        self, choice: dict[str, Any], trace: dict[str, Any] | None = None, usage: dict[str, Any] | None = None
+    ) -> bytes:
+        """A chunk with one choice, with `trace_fields` and the usage so far if there are any."""
+        extension = b"]" if trace is None else b'],"easyspec":' + json_bytes(trace)
+        after = self._after if usage is None else b'],"usage":' + json_bytes(usage) + b"}\n\n"
+        return self._before + json_bytes(choice) + extension + after[1:]
 
     def usage(self, usage: dict[str, Any], metrics: dict[str, Any]) -> bytes:
         """The last chunk: no choices."""
@@ -63,10 +66,21 @@ class Tally:
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_dropped_tokens = 0
+        self._num_tokens_so_far = 0
 
     def add(self, prompt_index: int, completion: Completion) -> None:
         self._completions.append(completion)
         self._num_prompt_tokens[prompt_index] = completion.num_prompt_tokens
+
+    def round(self, prompt_index: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Some choice of a prompt has so many tokens more."""
+        self._num_prompt_tokens[prompt_index] = num_prompt_tokens
+        self._num_tokens_so_far += num_output_tokens
+
+    @property
+    def usage_so_far(self) -> dict[str, Any]:
+        """The usage of a stream that goes on."""
+        return _usage(sum(self._num_prompt_tokens.values()), self._num_tokens_so_far - self._num_dropped_tokens)
 
     def drop_output(self, num_tokens: int) -> None:
         """Do not count that many output tokens, which the client does not get to see."""
@@ -76,11 +90,7 @@ class Tally:
     def usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(self._num_prompt_tokens.values())
         num_output_tokens = sum(c.num_output_tokens for c in self._completions) - self._num_dropped_tokens
-        return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": num_prompt_tokens + num_output_tokens,
-        }
+        return _usage(num_prompt_tokens, num_output_tokens)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -90,6 +100,14 @@ class Tally:
             "sampling": {name: getattr(self._sampling, name) for name in _SHOWN_PARAMETERS},
             "speculative_decoding": _speculative_decoding(self._completions),
         }
+
+
+def _usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+    }
 
 
 def _speculative_decoding(completions: Sequence[Completion]) -> dict[str, Any]:

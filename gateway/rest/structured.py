@@ -64,6 +64,14 @@ class StructuredFields(RestModel):
 
     def grammar(self) -> Grammar | None:
         """What the output must match; InvalidRequestError if several things are asked for."""
+        return self._given_grammar()[1]
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that says what the output must match; "" if none does."""
+        return self._given_grammar()[0]
+
+    def _given_grammar(self) -> tuple[str, Grammar | None]:
         found = [
             ("response_format", _of_format(self.response_format)),
             *(self.structured_outputs.grammars() if self.structured_outputs is not None else []),
@@ -75,7 +83,7 @@ class StructuredFields(RestModel):
         given = [(name, grammar) for name, grammar in found if grammar is not None]
         if len(given) > 1:
             raise InvalidRequestError(given[1][0], "set", f"unset together with {given[0][0]}")
-        return given[0][1] if given else None
+        return given[0] if given else ("", None)
 
 
 def _of_format(form: ResponseFormat | None) -> Grammar | None:

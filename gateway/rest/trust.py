@@ -27,6 +27,8 @@ class HttpObserver(Protocol):
 
     def refused(self, reason: str) -> None: ...
 
+    def fields_ignored(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class RestTrust:
@@ -34,8 +36,8 @@ class RestTrust:
 
     `authenticate` turns an Authorization header into a client's name, None where anyone may call, or raises
     UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port. `hosts` are the names by
-    which this machine may be called, None: any.
-    `cors_origins` are the web pages of others that may call.
+    which this machine may be called, None: any. `cors_origins` are the web pages of others that may call.
+    `ignores_unknown` fields of requests, which are refused otherwise.
     """
 
     authenticate: Authenticate
@@ -44,6 +46,7 @@ class RestTrust:
     render_metrics: Callable[[], bytes] | None
     hosts: frozenset[str] | None = None
     cors_origins: tuple[str, ...] = ()
+    ignores_unknown: bool = False
 
 
 class Door:

@@ -43,6 +43,7 @@ def test_codes_for_both_wires() -> None:
     table = {row.error.__name__: (row.code.name, row.http_status) for row in ERROR_TABLE}
     assert table == {
         "InvalidRequestError": ("INVALID_ARGUMENT", 400),
+        "UnsupportedFieldError": ("INVALID_ARGUMENT", 400),
         "InvalidTreeError": ("INVALID_ARGUMENT", 400),
         "PromptTooLongError": ("OUT_OF_RANGE", 400),
         "RequestTooLargeError": ("INVALID_ARGUMENT", 413),

@@ -111,7 +111,9 @@ async def test_max_tokens_has_two_names(rest: Rest) -> None:
 
 
 async def test_the_template_gets_the_arguments_it_knows(rest: Rest, tokenizer_folder: Path) -> None:
-    body = chat_body(chat_template_kwargs={"enable_thinking": False})
+    for neutral in ({"enable_thinking": False}, {"enable_thinking": True}, {"add_generation_prompt": True, "x": None}):
+        await rest.chat(chat_template_kwargs=neutral)
+    body = chat_body(chat_template_kwargs={"depth": 3})
     error = refused(await rest.http.post("/v1/chat/completions", json=body), 400)
     assert error["param"] == "chat_template_kwargs"
     body = chat_body(chat_template_kwargs={"add_generation_prompt": False})

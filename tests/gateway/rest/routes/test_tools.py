@@ -200,19 +200,6 @@ async def test_a_forced_call_is_put_under_a_grammar(
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {"id": "1", "type": "function", "function": {"name": "time", "arguments": "nope"}}
-                        ],
-                    }
-                ]
-            },
-            "messages[0].tool_calls[0].function.arguments",
-        ),
     ],
 )
 async def test_what_is_not_allowed_is_named(tool_rest: Rest, fields: dict[str, Any], param: str) -> None:
@@ -220,7 +207,24 @@ async def test_what_is_not_allowed_is_named(tool_rest: Rest, fields: dict[str, A
     assert error["param"] == param, error
 
 
-async def test_a_template_that_knows_no_tools_refuses_them(rest: Rest) -> None:
-    error = refused(await rest.http.post("/v1/chat/completions", json=tool_body()), 400)
-    assert error["param"] == "tools"
-    assert "chat template" in error["message"]
+async def test_to_a_template_that_knows_no_tools_they_are_described(rest: Rest, tokenizer: Tokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "tool_calls": [{"id": "1", **call("weather", '{"city": "Paris"}')}]},
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+        {"role": "tool", "tool_call_id": "2", "content": "warm"},
+    ]
+    body = answered(await rest.http.post("/tokenize", json={"messages": messages, "tools": TOOLS}))
+    text = tokenizer.decode(body["tokens"])
+    assert text.startswith("[system] You can call functions.")
+    assert json.dumps(CITY) in text
+    assert f"[assistant] {CALL}\n[user] <tool_response>\nsunny\n</tool_response>\n<tool_response>\nwarm" in text
+    message, reason = await answer(rest, tokenizer, f"Let me see.\n{CALL}")
+    assert (message["content"], message["tool_calls"]) == ("Let me see.", [call("weather", '{"city": "Paris"}')])
+    assert reason == "tool_calls"
+
+
+async def test_a_call_is_forced_without_a_template_that_knows_tools(rest: Rest, tokenizer: Tokenizer) -> None:
+    text = '[{"name": "weather", "arguments": {"city": "Paris"}}]'
+    message, _ = await answer(rest, tokenizer, text, tool_choice="required")
+    assert message["tool_calls"] == [call("weather", '{"city": "Paris"}')]

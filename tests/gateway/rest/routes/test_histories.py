@@ -1,0 +1,133 @@
+"""What clients replay of earlier answers, and fields that ask for nothing: none of it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.tokenizer import Tokenizer
+from tests.gateway.rest.conftest import Rest, answered, chat_body, completion_body, refused
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def rendered(rest: Rest, tokenizer: Tokenizer, *messages: dict[str, Any]) -> str:
+    """The prompt that the messages become."""
+    body = answered(await rest.http.post("/tokenize", json={"messages": list(messages)}))
+    answered(await rest.http.post("/v1/chat/completions", json=chat_body(messages=list(messages), max_tokens=1)))
+    return tokenizer.decode(body["tokens"])
+
+
+USER = {"role": "user", "content": "weather?"}
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("", '"arguments": {}}'),
+        (None, '"arguments": {}}'),
+        ('{"city": "Par', '"arguments": {"city": "Par}'),
+        ("not JSON", '"arguments": not JSON}'),
+        ("[1]", '"arguments": [1]}'),
+        ('{"city": "Paris"}', '"arguments": {"city": "Paris"}}'),
+        ({"city": "Paris"}, '"arguments": {"city": "Paris"}}'),
+    ],
+)
+async def test_arguments_of_every_kind(tool_rest: Rest, tokenizer: Tokenizer, arguments: Any, shown: str) -> None:
+    text = await rendered(tool_rest, tokenizer, USER, called(arguments), {**USER, "content": "and?"})
+    assert f'<tool_call>\n{{"name": "weather", {shown}\n</tool_call>' in text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "sunny", "reasoning_content": "x"},
+        {"role": "assistant", "content": "sunny", "reasoning": "x", "refusal": None, "annotations": [{"type": "url"}]},
+        {"role": "assistant", "content": "sunny", "tool_calls": [], "audio": None, "function_call": None, "id": "m1"},
+        {"role": "assistant", "content": [{"type": "text", "text": "sunny", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "sunny"}]},
+        {"role": "assistant", "content": None, "refusal": "sunny"},
+        {"role": "assistant", "content": "sunny", "provider_specific_fields": {"a": 1}, "thinking_blocks": [{}]},
+    ],
+)
+async def test_an_answer_as_it_was_given(rest: Rest, tokenizer: Tokenizer, message: dict[str, Any]) -> None:
+    text = await rendered(rest, tokenizer, USER, message, {**USER, "content": "and?"})
+    assert text == "[user] weather?\n[assistant] sunny\n[user] and?\n[assistant] "
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+async def test_empty_contents(rest: Rest, tokenizer: Tokenizer, role: str, content: Any) -> None:
+    shown = "system" if role == "developer" else role
+    text = await rendered(rest, tokenizer, {"role": role, "content": content}, USER)
+    assert text == f"[{shown}] \n[user] weather?\n[assistant] "
+
+
+async def test_a_wrong_part_is_named(rest: Rest) -> None:
+    body = chat_body(messages=[{"role": "user", "content": [{"type": "text", "text": "x", "colour": "red"}]}])
+    error = refused(await rest.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["param"], error["code"]) == ("messages[0].content[0].colour", "unknown_parameter")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"best_of": 1},
+        {"min_tokens": 0},
+        {"include_stop_str_in_output": False},
+        {"length_penalty": 1.0, "use_beam_search": False, "early_stopping": False},
+        {"spaces_between_special_tokens": True, "skip_special_tokens": True, "detokenize": True},
+        {"bad_words": [], "functions": [], "prediction": None, "logits_processors": None},
+        {"made_up": None, "another": False, "third": 0, "fourth": "", "fifth": {}, "sixth": 0.0},
+        {"stream_options": None, "verbosity": "medium", "truncate_prompt_tokens": -1},
+    ],
+)
+async def test_what_asks_for_nothing_is_taken(rest: Rest, fields: dict[str, Any]) -> None:
+    plain, asked = await rest.chat(max_tokens=5), await rest.chat(max_tokens=5, **fields)
+    assert asked["choices"] == plain["choices"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"made_up": 1}, "made_up"),
+        ({"made_up": True}, "made_up"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": True}, "best_of"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"length_penalty": 2.0}, "length_penalty"),
+        ({"spaces_between_special_tokens": 1}, "spaces_between_special_tokens"),
+    ],
+)
+async def test_what_asks_for_something_is_named(rest: Rest, fields: dict[str, Any], param: str) -> None:
+    error = refused(await rest.http.post("/v1/chat/completions", json=chat_body(**fields)), 400)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63)])
+async def test_a_negative_seed_is_a_seed(rest: Rest, seed: int) -> None:
+    first, second = [await rest.completion(seed=seed, temperature=1, max_tokens=5) for _ in range(2)]
+    assert first["choices"] == second["choices"]
+    assert first["metrics"]["seed"] == seed
+
+
+async def test_usage_in_every_chunk(rest: Rest) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, body in (
+        ("/v1/chat/completions", chat_body(n=2, stream_options=options)),
+        ("/v1/completions", completion_body(n=2, echo=True, stream_options=options)),
+    ):
+        events = await rest.stream(path, body)
+        usages = [event["usage"] for event in events]
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts == sorted(counts)
+        assert len(set(counts)) > 3
+        assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
+        assert usages[-1] == usages[-2]
+        assert counts[-1] == 120
