@@ -1,21 +1,37 @@
-"""One choice's output, from tokens to what is said and what is called."""
+"""One choice's output, from tokens to what is thought, said and called."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from easyspec.speculation.parameters import Thinking
 from gateway.conversation import Tools
 from gateway.detokenizer import Detokenizer
+from gateway.reasoning import ReasoningSplitter
 from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ToolCallDelta
+from gateway.tool_parser import ParsedText, ToolCallDelta
 from gateway.tools import ToolDialect, marks_of, parser_for
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How an answer is read: where it stops, whether stops are part of it, what may be called in it, and thought before
+    it."""
+
+    stop_strings: Sequence[str] = ()
+    includes_stop: bool = False
+    min_tokens: int = 0
+    tools: Tools | None = None
+    dialect: ToolDialect = ToolDialect.NONE
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True)
 class AnswerRound:
     """What became final in a round; how many of its tokens stand, and the stop string that cut the rest.
 
+    `num_chars` became final of the output as it was written. `num_reasoning_tokens` of the tokens belong to thinking.
     `is_over` means that no further call is wanted and the answer ends here.
     """
 
@@ -24,22 +40,22 @@ class AnswerRound:
     num_tokens: int
     matched_stop: str | None
     is_over: bool
+    reasoning: str = ""
+    num_reasoning_tokens: int = 0
+    num_chars: int = 0
 
 
 class AnswerText:
     """Takes tokens round by round; the result does not depend on how they were cut into rounds."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop_strings: Sequence[str],
-        tools: Tools | None,
-        dialect: ToolDialect,
-        includes_stop: bool = False,
-    ) -> None:
-        self._parser = parser_for(tools, dialect) if tools is not None else None
-        visible = tokenizer.special_ids_of(marks_of(dialect)) if self._parser is not None else frozenset()
-        self._detokenizer = Detokenizer(tokenizer, stop_strings, visible, includes_stop)
+    def __init__(self, tokenizer: Tokenizer, form: AnswerForm) -> None:
+        self._parser = parser_for(form.tools, form.dialect) if form.tools is not None else None
+        self._splitter = ReasoningSplitter(form.thinking) if form.thinking is not None else None
+        marks = marks_of(form.dialect) if self._parser is not None else ()
+        if form.thinking is not None:
+            marks = (*marks, form.thinking.opening, form.thinking.closing)
+        visible = tokenizer.special_ids_of(marks)
+        self._detokenizer = Detokenizer(tokenizer, form.stop_strings, visible, form.includes_stop, form.min_tokens)
 
     @property
     def has_calls(self) -> bool:
@@ -49,10 +65,46 @@ class AnswerText:
         """Take a round's tokens; `is_last` gives out what was held back, `has_stop_token` says that the last one is a
         stop token."""
         detokenized = self._detokenizer.push(token_ids, is_last, has_stop_token)
-        num_tokens, matched_stop = detokenized.num_tokens, detokenized.matched_stop
-        if self._parser is None:
-            return AnswerRound(detokenized.text, (), num_tokens, matched_stop, is_over=False)
-        parsed = self._parser.push(detokenized.text)
-        is_over = self._parser.is_finished
-        rest = self._parser.flush().text if (is_last or matched_stop is not None) and not is_over else ""
-        return AnswerRound(parsed.text + rest, parsed.calls, num_tokens, matched_stop, is_over)
+        matched_stop = detokenized.matched_stop
+        is_last = is_last or matched_stop is not None
+        reasoning, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
+        parsed, is_over = self._parsed(said, is_last)
+        return AnswerRound(
+            parsed.text,
+            parsed.calls,
+            detokenized.num_tokens,
+            matched_stop,
+            is_over,
+            reasoning,
+            num_reasoning_tokens,
+            len(detokenized.text),
+        )
+
+    def _split(self, pieces: Sequence[str], is_last: bool, num_tokens: int) -> tuple[str, str, int]:
+        """(thought, said, tokens of thinking) in a round; a piece is a token's, the last may be none's."""
+        splitter = self._splitter
+        if splitter is None:
+            return "", "".join(pieces), 0
+        thought, said, num_thinking = "", "", 0
+        for index, piece in enumerate(pieces):
+            was_thinking = splitter.is_thinking
+            split = splitter.push(piece)
+            thought, said = thought + split.reasoning, said + split.text
+            is_thinking = was_thinking or splitter.is_thinking
+            num_thinking += is_thinking and index < num_tokens
+        if is_last:
+            rest = splitter.flush()
+            thought, said = thought + rest.reasoning, said + rest.text
+        return thought, said, num_thinking
+
+    def _parsed(self, said: str, is_last: bool) -> tuple[ParsedText, bool]:
+        """What is said and called in a round's text, and whether no further call is wanted."""
+        parser = self._parser
+        if parser is None:
+            return ParsedText(said), False
+        parsed = parser.push(said)
+        is_over = parser.is_finished
+        if is_last and not is_over:
+            rest = parser.flush()
+            parsed = ParsedText(parsed.text + rest.text, parsed.calls + rest.calls)
+        return parsed, is_over

@@ -57,7 +57,7 @@ def _chat_options(settings: GatewaySettings, template: Path | None) -> ChatOptio
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"chat_template is {template}; it cannot be read: {error}") from None
     is_text = settings.special_tokens_in_content == "text"
-    return ChatOptions(source, is_text, settings.default_tool_prompt)
+    return ChatOptions(source, is_text, settings.default_tool_prompt, settings.reasoning_parser == "auto")
 
 
 class Assembly:

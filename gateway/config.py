@@ -102,6 +102,11 @@ class GatewaySettings(ServerSettings, RequestLimits):
         description="Whether tools are described to a model whose chat template knows none, in words of ours. Off: "
         "such a model's requests with tools are refused, unless they force a call, which a grammar makes valid.",
     )
+    reasoning_parser: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto or none: whether what a model thinks before its answer is told apart from it. auto looks for "
+        "the marks of thinking (<think> and others) in its chat template. With none they are text like any other.",
+    )
     tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
         default="auto",
         description="auto, hermes, llama3_json, mistral or none: how the model writes tool calls. auto looks at its "

@@ -108,16 +108,22 @@ class StopMatcher:
 
 @dataclass(frozen=True)
 class DetokenizedRound:
-    """Final text of a round, how many of its tokens stand, and the stop string that cut the rest."""
+    """Final text of a round by token, with one piece more at the end of the output; how many of its tokens stand, and
+    the stop string that cut the rest."""
 
-    text: str
+    pieces: tuple[str, ...]
     num_tokens: int
     matched_stop: str | None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class Detokenizer:
     """One request's output, from tokens to text. Takes several tokens per round and treats them one by one, so the
-    text does not depend on how the tokens were cut into rounds."""
+    text does not depend on how the tokens were cut into rounds. No stop string is looked for in the first `min_tokens`
+    tokens."""
 
     def __init__(
         self,
@@ -125,7 +131,9 @@ class Detokenizer:
         stop_strings: Sequence[str],
         visible_token_ids: frozenset[int] = frozenset(),
         includes_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
+        self._num_unending = min_tokens
         self._stream = TokenTextStream(tokenizer, visible_token_ids)
         self._matcher = StopMatcher(stop_strings, includes_stop)
         self._includes_stop = includes_stop
@@ -140,10 +148,14 @@ class Detokenizer:
         pieces = []
         num_hidden = 1 if has_stop_token and not self._includes_stop else 0
         for index, token_id in enumerate(token_ids[: len(token_ids) - num_hidden]):
-            pieces.append(self._matcher.push(self._stream.push(token_id)))
+            text = self._stream.push(token_id)
+            if self._num_unending:
+                self._num_unending -= 1
+                pieces.append(text)
+                continue
+            pieces.append(self._matcher.push(text))
             if self._matcher.matched is not None:
-                return DetokenizedRound("".join(pieces), index + 1, self._matcher.matched)
+                return DetokenizedRound(tuple(pieces), index + 1, self._matcher.matched)
         if is_last:
-            pieces.append(self._matcher.push(self._stream.flush()))
-            pieces.append(self._matcher.flush())
-        return DetokenizedRound("".join(pieces), len(token_ids), self._matcher.matched)
+            pieces.append(self._matcher.push(self._stream.flush()) + self._matcher.flush())
+        return DetokenizedRound(tuple(pieces), len(token_ids), self._matcher.matched)

@@ -21,11 +21,12 @@ from easyspec.speculation.parameters import (
     LayerPlanRequest,
     SamplingParameters,
     StopConditions,
+    Thinking,
     TreeBudget,
 )
 from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
-from gateway.answer import AnswerRound, AnswerText
+from gateway.answer import AnswerForm, AnswerRound, AnswerText
 from gateway.api_keys import ClientLimiter
 from gateway.backpressure import ended_when_unread
 from gateway.choices import choice_seed, merged
@@ -111,13 +112,16 @@ class Completion:
     num_output_tokens: int
     statistics: SpeculationStatistics
     seed: int
+    num_reasoning_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class GenerationChunk:
     """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
 
-    `text` is what is said, `tool_calls` what is called. With logprobs there is one entry per token, None for a token
+    `text` is what is said, `tool_calls` what is called, `reasoning` what was thought before; `num_chars` of the output
+    became final. With logprobs there is one entry per token, None for a token
     that nothing precedes. An echoed prompt is a chunk of its own, the choice's first.
     """
 
@@ -131,6 +135,8 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     trace: RoundTrace | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    reasoning: str = ""
+    num_chars: int = 0
 
 
 class Generator:
@@ -252,13 +258,16 @@ class Generator:
             place = self._admission.place(request.client, timeout_s, request.num_choices, request.request_id)
             await places.enter_async_context(place)
             waited_ns = time.monotonic_ns() - waiting_ns
-            prompt = await self.encode(request.prompt, peer_info.model.max_model_len)
+            prompt, thinking = await self._encoded(request.prompt, peer_info.model.max_model_len)
+            request = _after_thinking(request, thinking)
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             observer.started(len(prompt), waited_ns)
             progress.admit(len(prompt))
             choices = [
-                self._choice(_nth_choice(request, index), prompt, peer_info.model, timeout_s, arrival_ns, progress)
+                self._choice(
+                    _nth_choice(request, index), prompt, thinking, peer_info.model, timeout_s, arrival_ns, progress
+                )
                 for index in range(request.num_choices)
             ]
             async with contextlib.aclosing(merged(choices)) as chunks:
@@ -269,6 +278,7 @@ class Generator:
         self,
         request: GenerationRequest,
         prompt: tuple[int, ...],
+        thinking: Thinking | None,
         model: ModelInfo,
         timeout_s: float,
         arrival_ns: int,
@@ -285,7 +295,15 @@ class Generator:
                 contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
             )
             tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
-            answer = AnswerText(self._tokenizer, request.stop_strings, tools, self._tool_dialect, request.includes_stop)
+            form = AnswerForm(
+                request.stop_strings,
+                request.includes_stop,
+                request.stop.min_tokens,
+                tools,
+                self._tool_dialect,
+                thinking,
+            )
+            answer = AnswerText(self._tokenizer, form)
             output = _Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
             is_prompt_due = request.echo
             async for round_ in rounds:
@@ -356,13 +374,21 @@ class Generator:
 
     async def encode(self, prompt: str | TokenIds | Conversation, max_tokens: int) -> tuple[int, ...]:
         """The token ids of a prompt; raises PromptTooLongError soon for one that has many more than `max_tokens`."""
-        if isinstance(prompt, TokenIds):
-            return prompt.ids
-        # A long text takes seconds and a hundred times its memory: a few at a time, and not on the event loop.
-        encode: Any = self._tokenizer.encode_chat if isinstance(prompt, Conversation) else self._tokenizer.encode
-        loop = asyncio.get_running_loop()
-        token_ids: tuple[int, ...] = await loop.run_in_executor(self._tokenizing, encode, prompt, max_tokens)
+        token_ids, _ = await self._encoded(prompt, max_tokens)
         return token_ids
+
+    async def _encoded(
+        self, prompt: str | TokenIds | Conversation, max_tokens: int
+    ) -> tuple[tuple[int, ...], Thinking | None]:
+        """The same, and what may be thought before the answer."""
+        if isinstance(prompt, TokenIds):
+            return prompt.ids, None
+        # A long text takes seconds and a hundred times its memory: a few at a time, and not on the event loop.
+        loop = asyncio.get_running_loop()
+        if isinstance(prompt, Conversation):
+            rendered = await loop.run_in_executor(self._tokenizing, self._tokenizer.prompt_of, prompt, max_tokens)
+            return rendered.token_ids, rendered.thinking
+        return await loop.run_in_executor(self._tokenizing, self._tokenizer.encode, prompt, max_tokens), None
 
     def check_size(self, prompt: str | Conversation) -> None:
         """Raise InvalidRequestError for a prompt that is empty, or too large to be worth tokenizing."""
@@ -427,6 +453,8 @@ class _Output:
         self._answer = answer
         self._recorder = StatisticsRecorder(arrival_ns)
         self._num_output_tokens = 0
+        self._num_reasoning_tokens = 0
+        self._num_cached_prompt_tokens: int | None = None  # until the first verdict tells
 
     def take(self, round_: Round) -> GenerationChunk:
         """The chunk for a round; its `completion` is set if the output ends here."""
@@ -439,6 +467,9 @@ class _Output:
         token_ids = verdict.token_ids[: answer.num_tokens]
         num_accepted = min(verdict.num_accepted, len(token_ids))
         self._num_output_tokens += len(token_ids)
+        self._num_reasoning_tokens += answer.num_reasoning_tokens
+        if self._num_cached_prompt_tokens is None:
+            self._num_cached_prompt_tokens = min(verdict.num_cached_tokens, self._num_prompt_tokens)
         timings = self._recorder.record(round_, num_accepted)
         is_traced = self._request.speculation.is_traced
         has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
@@ -452,6 +483,8 @@ class _Output:
             logprobs=verdict.logprobs[: len(token_ids)],
             trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
             tool_calls=answer.tool_calls,
+            reasoning=answer.reasoning,
+            num_chars=answer.num_chars,
         )
 
     def _completion(self, round_: Round, answer: AnswerRound) -> Completion | None:
@@ -471,6 +504,8 @@ class _Output:
             num_output_tokens=self._num_output_tokens,
             statistics=self._recorder.finish(num_failures, self._verifier.num_failures),
             seed=self._request.sampling.seed,
+            num_reasoning_tokens=self._num_reasoning_tokens,
+            num_cached_prompt_tokens=self._num_cached_prompt_tokens or 0,
         )
 
 
@@ -478,6 +513,14 @@ def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:
     if index == 0:
         return request
     return replace(request, sampling=replace(request.sampling, seed=choice_seed(request.sampling.seed, index)))
+
+
+def _after_thinking(request: GenerationRequest, thinking: Thinking | None) -> GenerationRequest:
+    """The request, whose grammar is for what comes after the thinking."""
+    grammar = request.sampling.grammar
+    if grammar is None or thinking is None:
+        return request
+    return replace(request, sampling=replace(request.sampling, grammar=replace(grammar, thinking=thinking)))
 
 
 def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerification:

@@ -325,6 +325,7 @@ def _conversation_from_pb(message: generation_pb2.ChatPrompt) -> Conversation:
             tuple(ToolCall(call.id, call.name, call.arguments) for call in turn.tool_calls),
             turn.tool_call_id,
             turn.name,
+            turn.reasoning,
         )
         for turn in message.messages
     )
@@ -370,6 +371,7 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         logprobs=[convert.logprobs_to_pb(entry) if entry else types_pb2.TokenLogprobs() for entry in chunk.logprobs],
         trace=_trace_to_pb(chunk.trace) if chunk.trace is not None else None,
         tool_calls=[_tool_call_to_pb(call) for call in chunk.tool_calls],
+        reasoning=chunk.reasoning,
     )
 
 
@@ -395,7 +397,10 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
     message = generation_pb2.Completion(
         finish_reason=convert.finish_reason_to_pb(completion.finish_reason),
         usage=generation_pb2.Usage(
-            num_prompt_tokens=completion.num_prompt_tokens, num_output_tokens=completion.num_output_tokens
+            num_prompt_tokens=completion.num_prompt_tokens,
+            num_output_tokens=completion.num_output_tokens,
+            num_reasoning_tokens=completion.num_reasoning_tokens,
+            num_cached_prompt_tokens=completion.num_cached_prompt_tokens,
         ),
         speculation=_statistics_to_pb(completion.statistics),
         seed=completion.seed,

@@ -11,11 +11,13 @@ from typing import Any
 
 from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.errors import InvalidRequestError, PromptTooLongError
+from easyspec.speculation.parameters import Thinking
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.chat_template import ChatTemplates
 from gateway.control_tokens import ControlTokens, added_tokens
 from gateway.conversation import ChatTurn, Conversation
 from gateway.hidden_texts import HiddenTexts
+from gateway.reasoning import marks_in, thinking_after
 from gateway.tool_prompt import with_described_tools
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -31,20 +33,23 @@ _METASPACE = "\u2581"
 class ChatOptions:
     """How conversations become prompts. `template` stands in for the checkpoint's own, None keeps that.
 
-    `special_tokens_are_text` in what clients say; `describes_tools` to models whose template knows none.
+    `special_tokens_are_text` in what clients say; `describes_tools` to models whose template knows none;
+    `knows_reasoning` looks for marks of thinking in the template.
     """
 
     template: str | None = None
     special_tokens_are_text: bool = True
     describes_tools: bool = True
+    knows_reasoning: bool = True
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation as the model gets it: its tokens, and their text."""
+    """A conversation as the model gets it: its tokens, their text, and the thinking that may come before the answer."""
 
     token_ids: tuple[int, ...]
     text: str
+    thinking: Thinking | None = None
 
 
 class Tokenizer:
@@ -107,10 +112,13 @@ class Tokenizer:
         rendered = hidden.with_raws(template.render(conversation, hidden))
         text = hidden.with_tokens(rendered)
         self._check_length(text, max_tokens)
+        marks = marks_in(template.source) if self._chat.knows_reasoning else None
+        begun_answer = conversation.turns[-1].content if conversation.continues_last_turn else ""
+        thinking = thinking_after(rendered, begun_answer, marks)
         if hidden.has_tokens:
-            return ChatPrompt(control.encode(rendered, hidden), text)
+            return ChatPrompt(control.encode(rendered, hidden), text, thinking)
         token_ids = self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        return ChatPrompt(tuple(token_ids), rendered)
+        return ChatPrompt(tuple(token_ids), rendered, thinking)
 
     def _control_tokens(self, template: str) -> ControlTokens:
         if template not in self._control_by_template:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.text_marks import overlap
+
 _SEPARATORS = frozenset(",;[ \t\r\n")
 _HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*'
@@ -116,7 +118,7 @@ class ToolCallParser:
             self._framing, self._pending = before[len(certain) :] + mark, after
             return True
         # White space is held back as well: before a call it is layout and not speech.
-        certain = before[: len(before) - _overlap(before, self._frame.opening)].rstrip()
+        certain = before[: len(before) - overlap(before, self._frame.opening)].rstrip()
         said.append(certain)
         self._pending = before[len(certain) :]
         return False
@@ -261,8 +263,3 @@ def _whole(raw: str) -> tuple[str, str] | None:
     arguments = call.get("arguments", call.get("parameters", {}))
     # Some models write the arguments as text that holds JSON.
     return call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)

@@ -49,7 +49,7 @@ class ScheduledSession:
     """What the scheduler knows of a session: its tokens, their slots, and the tree it waits for.
 
     `takes_prefixes` is False for one whose prompt must be computed whatever is cached. `is_admitted` says whether it
-    may hold slots. Ids grow with age: the lower, the older.
+    may hold slots. Ids grow with age: the lower, the older. `num_hit_tokens` were there already when they were needed.
     """
 
     def __init__(self, session_id: int, token_ids: list[int], slots: SessionSlots, *, takes_prefixes: bool) -> None:
@@ -66,6 +66,7 @@ class ScheduledSession:
         self.last_verdict_ns: int | None = None
         self.turnaround_ns: float | None = None
         self.last_seen_ns = 0
+        self.num_hit_tokens = 0
 
     @property
     def num_uncached(self) -> int:
@@ -197,6 +198,7 @@ class Scheduler(Generic[SessionT]):
             num_tokens = self._take_prefix(session)
             if not session.has_been_preempted:  # else it meets what it has computed itself
                 self._memory.num_hit_tokens += num_tokens
+                session.num_hit_tokens += num_tokens
         prefilling = [session for session in ready if session.num_uncached > 1]
         num_left = self._limits.max_batch_rows - (MIN_PROMPT_ROWS if prefilling else 0)
         shares: list[_Share[SessionT]] = []
@@ -314,6 +316,7 @@ class Scheduler(Generic[SessionT]):
             return
         self._memory.num_query_tokens += len(session.token_ids) - 1
         self._memory.num_hit_tokens += num_hit_tokens
+        session.num_hit_tokens = num_hit_tokens
 
     def _try_to_admit(self, session: SessionT) -> bool:
         """Whether there is room for all that the session has to compute, a tree, and some growth."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from easyspec.errors import BrokenModelError, EasyspecError
@@ -48,7 +49,10 @@ class Case:
 def can_be_chosen_apart(case: Case, vocab_size: int) -> bool:
     """Whether the verdict needs no logits, but the token chosen at each row alone."""
     return (
-        case.num_top_logprobs is None and case.grammar is None and can_split(case.choice_rows[0].sampling, vocab_size)
+        case.num_top_logprobs is None
+        and case.grammar is None
+        and case.choice_rows[0].allowed_bits is None
+        and can_split(case.choice_rows[0].sampling, vocab_size)
     )
 
 
@@ -147,7 +151,7 @@ class _Walker:
                 self._error, self.rows = error, []
             else:
                 self.rows = [row]
-                self.choice_rows = [replace(self.case.choice_rows[row], allowed_bits=allowed_bits)]
+                self.choice_rows = [_also_allowing(self.case.choice_rows[row], allowed_bits)]
 
     def outcome(self) -> Verdict | EasyspecError:
         return self._error or self._walk.verdict()
@@ -156,6 +160,13 @@ class _Walker:
     def visited_rows(self) -> list[int]:
         """Rows of the batch at which the verdict's tokens were chosen."""
         return [self.case.first_row + row for row in self._walk.visited_rows]
+
+
+def _also_allowing(row: ChoiceRow, grammar_bits: NDArray[np.uint8]) -> ChoiceRow:
+    """The row under its grammar too, which comes first where nothing would be left."""
+    own_bits = row.allowed_bits
+    both = grammar_bits if own_bits is None else grammar_bits & own_bits
+    return replace(row, allowed_bits=both if both.any() else grammar_bits)
 
 
 def _broken() -> EasyspecError:

@@ -10,10 +10,12 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from easyspec.device_thread import Task
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
@@ -76,7 +78,9 @@ class VerifierSession(ScheduledSession):
         limits: StopLimits,
         slots: SessionSlots,
         grammar: GrammarState | None,
+        vocab_size: int,
     ) -> None:
+        self._vocab_size = vocab_size
         super().__init__(
             session_id,
             [*request.prompt_token_ids, *request.output_token_ids],
@@ -90,6 +94,7 @@ class VerifierSession(ScheduledSession):
         if request.prompt_logprobs and request.num_top_logprobs is not None:
             self.prompt_logprobs = PromptLogprobs(request.prompt_token_ids, request.num_top_logprobs)
         self.limits = limits
+        self._min_length = len(request.prompt_token_ids) + request.stop.min_tokens
         self.history = TokenHistory(request.prompt_token_ids, request.output_token_ids)
         self.waiting: VerifyTask | None = None
         self.is_finished = False
@@ -98,10 +103,26 @@ class VerifierSession(ScheduledSession):
         """What there is to judge, the tree's rows beginning at `first_row` of the batch."""
         base_length = len(self.token_ids)
         choice_rows = tree_choice_rows(tree, base_length, self.sampling, self.history)
+        if base_length < self._min_length:
+            choice_rows = [
+                replace(row, allowed_bits=self._unending_bits) if row.position < self._min_length else row
+                for row in choice_rows
+            ]
         return Case(tree, base_length, self.limits, first_row, choice_rows, self.grammar, self.num_top_logprobs)
 
-    def with_prompt_logprobs(self, verdict: Verdict) -> Verdict:
-        """The session's first verdict carries the prompt's log-probabilities, if asked for; they are kept no longer."""
+    @cached_property
+    def _unending_bits(self) -> NDArray[np.uint8]:
+        """Every token that does not end the output, as `ChoiceRow.allowed_bits`."""
+        allowed = np.ones(self._vocab_size, dtype=np.uint8)
+        allowed[[*self.limits.stop_token_ids]] = 0
+        return np.packbits(allowed, bitorder="little")
+
+    def with_first_news(self, verdict: Verdict) -> Verdict:
+        """The session's first verdict carries what it found cached, and the prompt's log-probabilities, if asked for;
+        they are kept no longer."""
+        if self.num_hit_tokens:
+            verdict = replace(verdict, num_cached_tokens=self.num_hit_tokens)
+            self.num_hit_tokens = 0
         if self.prompt_logprobs is None:
             return verdict
         entries, self.prompt_logprobs = self.prompt_logprobs.entries(), None
@@ -214,7 +235,7 @@ class Verifier:
         check_logprobs(request.num_top_logprobs, has_prompt=has_prompt, num_prompt_tokens=num_prompt)
         grammar = None if task.grammar is None else _replayed(task.grammar, request)
         slots = SessionSlots(self._memory)
-        session = VerifierSession(next(self._session_ids), request, limits, slots, grammar)
+        session = VerifierSession(next(self._session_ids), request, limits, slots, grammar, config.vocab_size)
         self._scheduler.open(session, task)
 
     def _enqueue(self, task: VerifyTask) -> None:
@@ -257,7 +278,7 @@ class Verifier:
                 continue
             self._commit(session, outcome)
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, num_rows, len(works))
-            task.finish((session.with_prompt_logprobs(outcome), timings))
+            task.finish((session.with_first_news(outcome), timings))
         self._scheduler.computed(works, compute_ns)
 
     def _read_piece(self) -> bool:

@@ -34,6 +34,7 @@ from easyspec.speculation.parameters import (
     MlpPlacement,
     SamplingParameters,
     StopConditions,
+    Thinking,
     TreeBudget,
 )
 from easyspec.speculation.sources import ALL_SOURCES, NO_SOURCES, SINGLE_SOURCES, DraftSources
@@ -112,11 +113,16 @@ def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
     if kind is None:
         allowed = ", ".join(kind.value for kind in GrammarKind)
         raise InvalidRequestError("sampling.grammar", None, f"exactly one of {allowed}")
-    return Grammar(GrammarKind(kind), getattr(message, kind))
+    thinking = None
+    if message.HasField("thinking"):
+        marks = message.thinking
+        thinking = Thinking(marks.opening, marks.closing, marks.is_open)
+    return Grammar(GrammarKind(kind), getattr(message, kind), thinking)
 
 
 def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
-    return types_pb2.Grammar(**{grammar.kind.value: grammar.text})
+    thinking = types_pb2.Thinking(**vars(grammar.thinking)) if grammar.thinking is not None else None
+    return types_pb2.Grammar(**{grammar.kind.value: grammar.text}, thinking=thinking)
 
 
 def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
@@ -124,12 +130,16 @@ def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
         max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
     )
 
 
 def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
     return types_pb2.StopConditions(
-        max_tokens=stop.max_tokens, stop_token_ids=sorted(stop.stop_token_ids), ignore_eos=stop.ignore_eos
+        max_tokens=stop.max_tokens,
+        stop_token_ids=sorted(stop.stop_token_ids),
+        ignore_eos=stop.ignore_eos,
+        min_tokens=stop.min_tokens,
     )
 
 
@@ -252,6 +262,7 @@ def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
         matched_stop_token_id=message.matched_stop_token_id if message.HasField("matched_stop_token_id") else None,
         logprobs=tuple(logprobs_from_pb(entry) for entry in message.logprobs),
         prompt_logprobs=tuple(logprobs_from_pb(entry) for entry in message.prompt_logprobs),
+        num_cached_tokens=message.num_cached_tokens,
     )
 
 
@@ -265,6 +276,7 @@ def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
         accepted_rows=verdict.accepted_rows,
         logprobs=[logprobs_to_pb(entry) for entry in verdict.logprobs],
         prompt_logprobs=[logprobs_to_pb(entry) for entry in verdict.prompt_logprobs],
+        num_cached_tokens=verdict.num_cached_tokens,
     )
 
 

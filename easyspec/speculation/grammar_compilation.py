@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import llguidance
 from easyspec.checkpoint.tokenizer_files import load_backend
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState, grammar_error
-from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.speculation.parameters import Grammar, GrammarKind, Thinking
 
 # The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
 COMPILER_STACK_BYTES = 256 * 1024 * 1024
@@ -24,6 +25,8 @@ _STEP_LEXER_FUEL = 50_000
 _MAX_LARK_LINES = 1000
 # The library lets any amount of white space stand between JSON tokens, of which some models never find an end.
 _JSON_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# Between thinking and answer.
+_BLANK = r"[ \n]{0,8}"
 # The library makes 64-bit integers of doubles. The smallest integer has no negative: it recurses until the stack is
 # full, and this is the next double. Beyond the largest one it takes that instead, without a word.
 _SMALLEST_NUMBER = -(2**63 - 1024)
@@ -42,12 +45,22 @@ class GrammarVocabulary:
     eos_token_ids: tuple[int, ...]
 
 
-def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> llguidance.LLTokenizer:
+@dataclass(frozen=True)
+class GrammarTokenizer:
+    """What the library knows of a tokenizer, and the ids of its special tokens by their texts."""
+
+    library: llguidance.LLTokenizer
+    special_ids: Mapping[str, int]
+
+
+def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> GrammarTokenizer:
     """What the library needs of the tokenizer, a second's work with a large one; raises InvalidRequestError."""
     try:
         backend = load_backend(vocabulary.folder)
     except ConfigurationError as error:
         raise grammar_error(grammar, f"the model has no tokenizer here ({error})") from error
+    added = backend.get_added_tokens_decoder().items()
+    special_ids = {token.content: token_id for token_id, token in added if token.special}
     backend.no_padding()
     backend.no_truncation()
     num_entries, vocab_size = backend.get_vocab_size(with_added_tokens=True), vocabulary.vocab_size
@@ -55,12 +68,14 @@ def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> llguidanc
     if not eos_token_ids:
         raise grammar_error(grammar, "the model has no end-of-sequence token")
     try:
-        return llguidance.LLTokenizer(backend.to_str(), n_vocab=max(vocab_size, num_entries), eos_token=eos_token_ids)
+        num_rows = max(vocab_size, num_entries)
+        library = llguidance.LLTokenizer(backend.to_str(), n_vocab=num_rows, eos_token=eos_token_ids)
+        return GrammarTokenizer(library, special_ids)
     except ValueError as error:
         raise grammar_error(grammar, f"the model's tokenizer does not serve grammars ({error})") from error
 
 
-def compile_grammar(grammar: Grammar, tokenizer: llguidance.LLTokenizer, vocab_size: int) -> CompiledGrammar:
+def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: int) -> CompiledGrammar:
     """The grammar, its first mask computed; wants COMPILER_STACK_BYTES of stack.
 
     Raises InvalidRequestError. A text that is not known to be harmless may end the process, or keep it for ever.
@@ -68,10 +83,13 @@ def compile_grammar(grammar: Grammar, tokenizer: llguidance.LLTokenizer, vocab_s
     limits = llguidance.LLParserLimits(
         initial_lexer_fuel=_INITIAL_LEXER_FUEL, step_lexer_fuel=_STEP_LEXER_FUEL, verbose_errors=False
     )
-    matcher = llguidance.LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
+    source = _source(grammar)
+    if grammar.thinking is not None:
+        source = _after_thinking(source, grammar.thinking, tokenizer.special_ids)
+    matcher = llguidance.LLMatcher(tokenizer.library, source, log_level=0, limits=limits)
     if matcher.is_error():
         raise grammar_error(grammar, matcher.get_error())
-    compiled = CompiledGrammar(grammar, matcher, vocab_size, tuple(tokenizer.eos_tokens))
+    compiled = CompiledGrammar(grammar, matcher, vocab_size, tuple(tokenizer.library.eos_tokens))
     # Much is computed for the first mask; also, a language without any text shows here.
     GrammarState(compiled, ignore_eos=False).allowed_bits()
     return compiled
@@ -115,3 +133,28 @@ def _source(grammar: Grammar) -> str:
         return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITE_SPACE})
     except ValueError as error:
         raise grammar_error(grammar, str(error)) from error
+
+
+def _after_thinking(source: str, thinking: Thinking, special_ids: Mapping[str, int]) -> str:
+    """A grammar in the library's form for an output that may begin with thinking.
+
+    Its text is free, special tokens apart; the closing mark ends it wherever it falls, also within a token. A mark that
+    is a special token is that token alone.
+    """
+    opening, closing = (special_ids.get(mark) for mark in (thinking.opening, thinking.closing))
+    if closing is None:
+        thoughts = f"thoughts[suffix={json.dumps(thinking.closing)}]: /(.|\\n)*/"
+        thought = "thoughts"
+    else:
+        thoughts = "thoughts: /(.|\\n)*/"
+        thought = f"thoughts <[{closing}]>"
+    begun = json.dumps(thinking.opening) if opening is None else f"<[{opening}]>"
+    first = thought if thinking.is_open else f"({begun} {thought} blank)?"
+    start = f"start: {first} {'blank ' if thinking.is_open else ''}@answer"
+    lark = f"{start}\nblank: /{_BLANK}/\n{thoughts}"
+    try:
+        answer = json.loads(source)["grammars"][0]
+    except ValueError:
+        answer = {"lark_grammar": source}
+    answer["name"] = "answer"
+    return json.dumps({"grammars": [{"name": "thinking", "lark_grammar": lark}, answer]})

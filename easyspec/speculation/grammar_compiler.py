@@ -13,13 +13,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import llguidance
 import structlog
 
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
 from easyspec.speculation.grammar import CompiledGrammar, grammar_error
 from easyspec.speculation.grammar_compilation import (
     COMPILER_STACK_BYTES,
+    GrammarTokenizer,
     GrammarVocabulary,
     compile_grammar,
     load_tokenizer,
@@ -79,7 +79,7 @@ class GrammarCompiler:
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._num_workers = 0
         self._lock = threading.Lock()
-        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._tokenizer: GrammarTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
 
     async def compile(self, grammar: Grammar) -> CompiledGrammar:

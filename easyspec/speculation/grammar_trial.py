@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llguidance
-
 from easyspec.errors import InvalidRequestError
 from easyspec.parallel.launch import die_with_parent
 from easyspec.speculation.grammar import grammar_error
 from easyspec.speculation.grammar_compilation import (
     COMPILER_STACK_BYTES,
+    GrammarTokenizer,
     GrammarVocabulary,
     compile_grammar,
     load_tokenizer,
 )
-from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.speculation.parameters import Grammar, GrammarKind, Thinking
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def arguments(vocabulary: GrammarVocabulary, limits: TrialLimits) -> tuple[str, 
 
 def line_of(grammar: Grammar) -> bytes:
     """A grammar as the process reads it."""
-    return json.dumps([grammar.kind.value, grammar.text]).encode() + b"\n"
+    thinking = None if grammar.thinking is None else vars(grammar.thinking)
+    return json.dumps([grammar.kind.value, grammar.text, thinking]).encode() + b"\n"
 
 
 def main() -> None:
@@ -60,8 +60,9 @@ def main() -> None:
     (folder, vocab_size, eos_token_ids), limits = json.loads(sys.argv[1])
     trial = _Trial(GrammarVocabulary(Path(folder), vocab_size, tuple(eos_token_ids)), TrialLimits(*limits))
     for line in sys.stdin.buffer:
-        kind, text = json.loads(line)
-        answer = trial.refusal(Grammar(GrammarKind(kind), text))
+        kind, text, thinking = json.loads(line)
+        grammar = Grammar(GrammarKind(kind), text, None if thinking is None else Thinking(**thinking))
+        answer = trial.refusal(grammar)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
@@ -70,7 +71,7 @@ class _Trial:
     def __init__(self, vocabulary: GrammarVocabulary, limits: TrialLimits) -> None:
         self._vocabulary = vocabulary
         self._limits = limits
-        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._tokenizer: GrammarTokenizer | None = None
 
     def refusal(self, grammar: Grammar) -> str | None:
         """Why the grammar must not be compiled; None if it may be."""

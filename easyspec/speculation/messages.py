@@ -48,7 +48,8 @@ class Verdict:
 
     `token_ids` is never empty; the first `num_accepted` of them were draft tokens and stand at
     `accepted_rows` of the tree. `logprobs` has one entry per token where the session asked for them. A session's
-    first verdict carries `prompt_logprobs`, one per prompt token but the first, if asked for.
+    first verdict carries `prompt_logprobs`, one per prompt token but the first, if asked for, and `num_cached_tokens`,
+    whose KV was there when it opened.
     """
 
     base_length: int
@@ -58,6 +59,7 @@ class Verdict:
     matched_stop_token_id: int | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
     @property
     def num_accepted(self) -> int:

@@ -11,6 +11,7 @@ from easyspec.errors import InvalidRequestError
 MAX_SEED = 2**64 - 1
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_TOP_LOGPROBS = 20
+MAX_MARK_CHARS = 64
 
 
 class GrammarKind(enum.Enum):
@@ -22,11 +23,22 @@ class GrammarKind(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """What may stand before an answer: free text between two marks. `is_open`: the prompt has begun it already, and it
+    must come to its end."""
+
+    opening: str
+    closing: str
+    is_open: bool
+
+
+@dataclass(frozen=True)
 class Grammar:
-    """A language that the whole output belongs to; `types.proto` states each kind."""
+    """A language that the whole output belongs to, but for the `thinking` before it; `types.proto` states each kind."""
 
     kind: GrammarKind
     text: str
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,11 @@ class SamplingParameters:
             num_bytes = len(self.grammar.text.encode())
             name = f"sampling.grammar.{self.grammar.kind.value}"
             raise InvalidRequestError(name, f"{num_bytes} bytes", f"1 to {MAX_GRAMMAR_BYTES} bytes")
+        if self.grammar is not None and self.grammar.thinking is not None:
+            for name, mark in (("opening", self.grammar.thinking.opening), ("closing", self.grammar.thinking.closing)):
+                if not 1 <= len(mark) <= MAX_MARK_CHARS:
+                    field_name = f"sampling.grammar.thinking.{name}"
+                    raise InvalidRequestError(field_name, mark, f"1 to {MAX_MARK_CHARS} characters")
         for token_id, bias in self.logit_bias.items():
             _check_range("sampling.logit_bias token id", token_id, 0, vocab_size - 1)
             _check_range(f"sampling.logit_bias[{token_id}]", bias, -100.0, 100.0)
@@ -82,16 +99,20 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class StopConditions:
-    """When decoding ends; a stop token beats `max_tokens`. None: whatever fits the context."""
+    """When decoding ends; a stop token beats `max_tokens`. None: whatever fits the context. No stop token and no
+    end-of-sequence token is chosen before `min_tokens`, unless a grammar leaves nothing else."""
 
     max_tokens: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_tokens: int = 0
 
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequestError for the first value out of range."""
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequestError("stop.max_tokens", self.max_tokens, "at least 1, or unset")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise InvalidRequestError("stop.min_tokens", self.min_tokens, "0 to max_tokens")
         for token_id in sorted(self.stop_token_ids):
             _check_range("stop.stop_token_ids", token_id, 0, vocab_size - 1)
 

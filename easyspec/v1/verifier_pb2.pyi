@@ -191,6 +191,7 @@ class Verdict(_message.Message):
     ACCEPTED_ROWS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     base_length: _builtins.int
     """Committed length the verdict was based on."""
     num_accepted: _builtins.int
@@ -199,6 +200,8 @@ class Verdict(_message.Message):
     """Why decoding ended; unspecified while it goes on. After a finish the session takes no more trees."""
     matched_stop_token_id: _builtins.int
     """The stop token that ended it, if one did."""
+    num_cached_tokens: _builtins.int
+    """In a session's first verdict: tokens that it brought along whose KV was there already."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens to append: the accepted path and, unless a stop came first, the bonus token. Never empty."""
@@ -226,10 +229,11 @@ class Verdict(_message.Message):
         accepted_rows: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
         prompt_logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop_token_id", b"matched_stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "accepted_rows", b"accepted_rows", "base_length", b"base_length", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop_token_id", b"matched_stop_token_id", "num_accepted", b"num_accepted", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "accepted_rows", b"accepted_rows", "base_length", b"base_length", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop_token_id", b"matched_stop_token_id", "num_accepted", b"num_accepted", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop_token_id: _TypeAlias = _typing.Literal["matched_stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_stop_token_id: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id"]  # noqa: Y015

@@ -84,6 +84,8 @@ class _Answer:
                     deltas.append(writer.choice(_delta(index, {"role": "assistant", "content": ""}), usage=usage))
                 entries = self._entries(chunk)
                 trace = trace_fields(chunk)
+                if chunk.reasoning:
+                    deltas.append(writer.choice(_delta(index, {"reasoning_content": chunk.reasoning}), usage=usage))
                 if chunk.text or entries or trace:
                     logprobs = self._format.chat(entries) if entries else None
                     deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace, usage))
@@ -122,12 +124,14 @@ class _Choice:
     def __init__(self, index: int) -> None:
         self._index = index
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._entries: list[TokenEntry] = []
         self._finish_reason: str | None = None
 
     def add(self, chunk: GenerationChunk, entries: Sequence[TokenEntry]) -> None:
         self._texts.append(chunk.text)
+        self._thoughts.append(chunk.reasoning)
         self._entries.extend(entries)
         for call in chunk.tool_calls:
             if call.index == len(self._calls):
@@ -141,6 +145,8 @@ class _Choice:
         text = "".join(self._texts)
         content = None if self._calls and not text else text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if thoughts := "".join(self._thoughts):
+            message["reasoning_content"] = thoughts
         if self._calls:
             message["tool_calls"] = self._calls
         logprobs = form.chat(self._entries) if form is not None else None

@@ -48,7 +48,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "function_call": "use tool_choice",
         "functions": "use tools",
         "length_penalty": "there is no beam search",
-        "min_tokens": "use logit_bias against the end token",
         "moderation": "there is no moderation here",
         "prediction": "the drafter predicts; no hint is needed",
         "prompt_cache_options": "there is no cache that a client could steer",

@@ -14,6 +14,7 @@ from easyspec.speculation.parameters import MAX_SEED, SamplingParameters, StopCo
 from gateway.generation import SpeculationWish
 from gateway.rest.fields import (
     Boolean,
+    Count,
     ListOf,
     Number,
     RestModel,
@@ -74,6 +75,7 @@ class GenerationFields(StructuredFields):
     stop_token_ids: ListOf[TokenId] | None = Field(
         None, max_length=1024, description="Further tokens that end the text."
     )
+    min_tokens: Count | None = Field(None, description="The text does not end before it has so many tokens.")
     ignore_eos: Boolean | None = Field(None, description="Go on after the model's own end tokens.")
     include_stop_str_in_output: Boolean | None = Field(
         None, description="The stop string, or the text of the stop token, is part of the output."
@@ -85,7 +87,6 @@ class GenerationFields(StructuredFields):
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
     length_penalty: Unsupported = None
-    min_tokens: Unsupported = None
     prompt_logprobs: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
     use_beam_search: Unsupported = None
@@ -119,7 +120,9 @@ class GenerationFields(StructuredFields):
             raise InvalidRequestError("stream_options", "set", "only together with stream")
 
     def stop_conditions(self, max_tokens: int | None) -> StopConditions:
-        return StopConditions(max_tokens, frozenset(self.stop_token_ids or ()), bool(self.ignore_eos))
+        return StopConditions(
+            max_tokens, frozenset(self.stop_token_ids or ()), bool(self.ignore_eos), self.min_tokens or 0
+        )
 
     def sampling(self, defaults: SamplingDefaults) -> SamplingParameters:
         """Unset fields take the model's defaults, else ours; ranges are checked where the model is known."""

@@ -53,7 +53,7 @@ class LogprobTrack:
     def push(self, chunk: GenerationChunk) -> list[TokenEntry]:
         """Entries that became final with a chunk of output."""
         self._held += self._entries(chunk)
-        self._num_chars += len(chunk.text)
+        self._num_chars += chunk.num_chars
         completion = chunk.completion
         if completion is not None and not self._has_end_entry(completion):
             del self._held[-1:]

@@ -65,12 +65,16 @@ class Tally:
         self._sampling = sampling
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
+        self._num_cached_tokens: dict[int, int] = {}
         self._num_dropped_tokens = 0
         self._num_tokens_so_far = 0
 
     def add(self, prompt_index: int, completion: Completion) -> None:
         self._completions.append(completion)
         self._num_prompt_tokens[prompt_index] = completion.num_prompt_tokens
+        # A prompt's later choices find what its first one has computed.
+        num_cached = self._num_cached_tokens.get(prompt_index, completion.num_cached_prompt_tokens)
+        self._num_cached_tokens[prompt_index] = min(num_cached, completion.num_cached_prompt_tokens)
 
     def round(self, prompt_index: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """Some choice of a prompt has so many tokens more."""
@@ -82,6 +86,14 @@ class Tally:
         """The usage of a stream that goes on."""
         return _usage(sum(self._num_prompt_tokens.values()), self._num_tokens_so_far - self._num_dropped_tokens)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(self._num_cached_tokens.values())
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return sum(completion.num_reasoning_tokens for completion in self._completions)
+
     def drop_output(self, num_tokens: int) -> None:
         """Do not count that many output tokens, which the client does not get to see."""
         self._num_dropped_tokens += num_tokens
@@ -90,7 +102,11 @@ class Tally:
     def usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(self._num_prompt_tokens.values())
         num_output_tokens = sum(c.num_output_tokens for c in self._completions) - self._num_dropped_tokens
-        return _usage(num_prompt_tokens, num_output_tokens)
+        return {
+            **_usage(num_prompt_tokens, num_output_tokens),
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
+        }
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -9,17 +9,18 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from easyspec.errors import CapacityError, InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import CompilerLimits, GrammarCompiler
 from easyspec.speculation.grammar_sandbox import GrammarSandbox
 from easyspec.speculation.grammar_trial import TrialLimits
-from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, Thinking
 from tests.fakes.processes import assert_none_left_with, processes_with
 from tests.fakes.tiny_tokenizer import write_tokenizer
 
@@ -341,3 +342,37 @@ async def test_a_vocabulary_smaller_than_the_tokenizers(folder: Path, backend: T
     assert token_ids == sorted(letters)[:3]
     with closing(GrammarCompiler(folder, 5, (EOS,))) as compiler, pytest.raises(InvalidRequestError, match="no token"):
         await compiler.compile(regex("z"))
+
+
+async def test_marks_of_thinking_may_be_special_tokens(folder: Path, tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    opening, end = (backend.token_to_id(mark) for mark in ("<think>", "</think>"))
+    with closing(GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,))) as compiler:
+        for is_open in (True, False):
+            grammar = Grammar(GrammarKind.REGEX, "ab", Thinking("<think>", "</think>", is_open))
+            state = GrammarState(await compiler.compile(grammar), ignore_eos=False)
+            if not is_open:
+                assert allowed(state) >= {opening, *backend.encode("a").ids}
+                assert not allowed(state) & {end, EOS}
+                assert state.advance(opening)
+            for token_id in backend.encode("</thin k so: b").ids:
+                assert state.advance(token_id)
+            assert EOS not in allowed(state)
+            for token_id in (end, *backend.encode("\n\na").ids, *backend.encode("b").ids):
+                assert state.advance(token_id)
+            assert allowed(state) == {EOS}
+
+
+@pytest.mark.parametrize("grammar", [regex("ab"), schema({"type": "integer"}), lark('start: "a" "b"')])
+async def test_any_grammar_may_come_after_thinking(
+    compiler: GrammarCompiler, backend: Tokenizer, grammar: Grammar
+) -> None:
+    grammar = replace(grammar, thinking=Thinking("<think>", "</think>", is_open=False))
+    for before in ("", "<think>hm, {1</think>\n", "<think></think>"):
+        state = GrammarState(await compiler.compile(grammar), ignore_eos=False)
+        text = before + ("12" if grammar.kind is GrammarKind.JSON_SCHEMA else "ab")
+        for token_id in backend.encode(text).ids:
+            assert state.advance(token_id), text
+        assert EOS in allowed(state)

@@ -12,7 +12,14 @@ from tokenizers import Tokenizer
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.messages import OpenVerification, Verdict
-from easyspec.speculation.parameters import FinishReason, Grammar, GrammarKind, SamplingParameters, StopConditions
+from easyspec.speculation.parameters import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    SamplingParameters,
+    StopConditions,
+    Thinking,
+)
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.engine_driver import GarbageDraftSession, Output, generate
 from tests.fakes.checkpoints import VOCAB_SIZE
@@ -227,3 +234,55 @@ async def test_many_grammars_and_none_share_batches(verifier: VerifierEngine, ba
         grammar = request.sampling.grammar
         if grammar is not None and output.finish_reason is FinishReason.STOP:
             assert re.fullmatch(grammar.text, text(backend, output))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+async def test_a_grammar_begins_where_thinking_ends_with_any_tree(
+    verifier: VerifierEngine, backend: Tokenizer, sampling: SamplingParameters, is_open: bool
+) -> None:
+    """Also where the closing mark lies inside a token, or inside an accepted block."""
+    request = asked(sampling, max_tokens=60)
+    thinking = Thinking("for", "re", is_open)
+    grammar = Grammar(GrammarKind.REGEX, WORDS, thinking)
+    request = replace(request, sampling=replace(sampling, grammar=grammar))
+    plain = await generate(verifier, request)
+    said = str(backend.decode([token_id for token_id in plain.token_ids if token_id != EOS]))
+    begins = is_open or said.startswith("for")
+    answer = said.partition("re")[2].lstrip(" \n") if begins else said
+    if plain.finish_reason is FinishReason.STOP:
+        assert re.fullmatch(WORDS, answer)
+    else:
+        assert "re" not in said[:-40]
+    num_accepted = 0
+    for seed, skill in enumerate((0.8, 1.0)):
+        drafts = GarbageDraftSession(PROMPT + plain.token_ids, VOCAB_SIZE, skill, seed)
+        drafted = await generate(verifier, request, drafts)
+        assert drafted.said == plain.said
+        num_accepted += drafted.num_accepted
+    assert num_accepted > 5
+    for skipped in range(0, len(plain.token_ids), 5):
+        resumed = replace(request, output_token_ids=plain.token_ids[:skipped])
+        (verdict,) = await verdicts(verifier, resumed, EMPTY_TREE)
+        assert verdict.token_ids == plain.token_ids[skipped : skipped + 1]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+@pytest.mark.parametrize("min_tokens", [1, 7, 20])
+async def test_nothing_stops_before_the_least_number_of_tokens(
+    verifier: VerifierEngine, sampling: SamplingParameters, min_tokens: int
+) -> None:
+    eager = replace(sampling, logit_bias={EOS: 100.0, 77: 100.0})
+    stop = StopConditions(30, frozenset({77}), min_tokens=min_tokens)
+    plain = await generate(verifier, OpenVerification(PROMPT, eager, stop))
+    ends = [index for index, token_id in enumerate(plain.token_ids) if token_id in (EOS, 77)]
+    assert ends == [min_tokens]
+    assert plain.finish_reason is FinishReason.STOP
+    for seed, skill in enumerate((0.8, 1.0)):
+        drafts = GarbageDraftSession(PROMPT + plain.token_ids, VOCAB_SIZE, skill, seed)
+        assert (await generate(verifier, OpenVerification(PROMPT, eager, stop), drafts)).said == plain.said
+    # A grammar that leaves nothing but the end comes first.
+    short = replace(eager, grammar=Grammar(GrammarKind.REGEX, "ab?"))
+    output = await generate(verifier, OpenVerification(PROMPT, short, replace(stop, min_tokens=20)))
+    assert output.finish_reason is FinishReason.STOP
+    assert 2 <= len(output.token_ids) <= 3

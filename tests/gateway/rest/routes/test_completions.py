@@ -29,7 +29,13 @@ async def test_a_completion_has_openais_shape(rest: Rest, tokenizer: Tokenizer) 
     assert body["choices"] == [
         {"index": 0, "text": text_from(rest, tokenizer, num_prompt), "logprobs": None, "finish_reason": "length"}
     ]
-    assert body["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 60, "total_tokens": num_prompt + 60}
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": 60,
+        "total_tokens": num_prompt + 60,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
 
 
 async def test_speculation_is_reported_in_vllms_shape_and_can_be_switched_off(rest: Rest) -> None:

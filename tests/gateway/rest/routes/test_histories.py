@@ -129,5 +129,5 @@ async def test_usage_in_every_chunk(rest: Rest) -> None:
         assert counts == sorted(counts)
         assert len(set(counts)) > 3
         assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
-        assert usages[-1] == usages[-2]
+        assert usages[-1].items() >= usages[-2].items()
         assert counts[-1] == 120
