@@ -31,8 +31,8 @@ class AnswerForm:
 class AnswerRound:
     """What became final in a round; how many of its tokens stand, and the stop string that cut the rest.
 
-    `num_chars` became final of the output as it was written. `num_reasoning_tokens` of the tokens belong to thinking.
-    `is_over` means that no further call is wanted and the answer ends here.
+    `num_chars` became final of the output, `written` is what of it comes after any thinking. `num_reasoning_tokens` of
+    the tokens belong to thinking. `is_over` means that no further call is wanted and the answer ends here.
     """
 
     text: str
@@ -43,6 +43,7 @@ class AnswerRound:
     reasoning: str = ""
     num_reasoning_tokens: int = 0
     num_chars: int = 0
+    written: str = ""
 
 
 class AnswerText:
@@ -78,6 +79,7 @@ class AnswerText:
             reasoning,
             num_reasoning_tokens,
             len(detokenized.text),
+            said,
         )
 
     def _split(self, pieces: Sequence[str], is_last: bool, num_tokens: int) -> tuple[str, str, int]:

@@ -102,6 +102,7 @@ class Assembly:
             sampling_defaults=NO_DEFAULTS
             if settings.generation_config == "none"
             else sampling_defaults(tokenizer.path),
+            closes_schemas=settings.closed_schemas,
         )
 
     def _drafter_pool(self, route: ModelRoute, tokenizer: Tokenizer) -> DrafterPool | None:

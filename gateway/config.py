@@ -102,6 +102,11 @@ class GatewaySettings(ServerSettings, RequestLimits):
         description="Whether tools are described to a model whose chat template knows none, in words of ours. Off: "
         "such a model's requests with tools are refused, unless they force a call, which a grammar makes valid.",
     )
+    closed_schemas: bool = Field(
+        default=True,
+        description="Whether an object whose schema lists properties, and does not say whether it may have others, has "
+        "only those. Small models invent names otherwise. Off: JSON Schema's own default, any others.",
+    )
     reasoning_parser: Literal["auto", "none"] = Field(
         default="auto",
         description="auto or none: whether what a model thinks before its answer is told apart from it. auto looks for "

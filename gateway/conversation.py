@@ -38,11 +38,13 @@ class ChatTurn:
 
 @dataclass(frozen=True)
 class ToolDefinition:
-    """A function that may be called; `parameters` is the JSON Schema of its arguments, as text ("": none)."""
+    """A function that may be called; `parameters` is the JSON Schema of its arguments, as text ("": none). `is_strict`:
+    its forced calls must be valid by every keyword of the schema."""
 
     name: str
     description: str = ""
     parameters: str = ""
+    is_strict: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerifi
 from easyspec.speculation.parameters import (
     MAX_TOP_LOGPROBS,
     FinishReason,
+    GrammarKind,
     LayerPlanRequest,
     SamplingParameters,
     StopConditions,
     Thinking,
     TreeBudget,
 )
+from easyspec.speculation.schemas import enforceable
 from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
 from gateway.answer import AnswerForm, AnswerRound, AnswerText
@@ -38,6 +40,7 @@ from gateway.observation import GenerationObserver, RequestObserver, observed
 from gateway.peers import PeerInfo, PeerState
 from gateway.progress import Progress
 from gateway.replicas import ReplicaSet
+from gateway.schema_check import SchemaCheck, UnenforcedSchema, checked
 from gateway.speculation_controller import SpeculationController
 from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
 from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
@@ -84,7 +87,7 @@ class GenerationRequest:
     """What a client asks for; nothing is checked yet.
 
     `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
-    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo` and `includes_stop`.
+    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo`, `includes_stop` and `is_strict`.
     """
 
     prompt: str | TokenIds | Conversation
@@ -99,6 +102,17 @@ class GenerationRequest:
     num_top_logprobs: int | None = None
     echo: bool = False
     includes_stop: bool = False
+    is_strict: bool = False
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known of a request before it is decoded: the prompt's tokens, what may be thought before the answer, and
+    what is to be checked of it."""
+
+    prompt: tuple[int, ...]
+    thinking: Thinking | None
+    schema: UnenforcedSchema | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class Completion:
     seed: int
     num_reasoning_tokens: int = 0
     num_cached_prompt_tokens: int = 0
+    schema_check: SchemaCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +175,10 @@ class Generator:
         tool_dialect: ToolDialect = ToolDialect.NONE,
         served_name: str = "",
         sampling_defaults: SamplingDefaults = NO_DEFAULTS,
+        closes_schemas: bool = True,
     ) -> None:
         self.sampling_defaults = sampling_defaults
+        self._closes_schemas = closes_schemas
         self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
@@ -254,20 +271,20 @@ class Generator:
                 _check_prompt(request.prompt.ids, peer_info.model)
             else:
                 self.check_size(request.prompt)
+            request, schema = await self._with_enforceable_schema(request)
             waiting_ns = time.monotonic_ns()
             place = self._admission.place(request.client, timeout_s, request.num_choices, request.request_id)
             await places.enter_async_context(place)
             waited_ns = time.monotonic_ns() - waiting_ns
             prompt, thinking = await self._encoded(request.prompt, peer_info.model.max_model_len)
             request = _after_thinking(request, thinking)
+            prepared = _Prepared(prompt, thinking, schema)
             _check_prompt(prompt, peer_info.model)
             check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
             observer.started(len(prompt), waited_ns)
             progress.admit(len(prompt))
             choices = [
-                self._choice(
-                    _nth_choice(request, index), prompt, thinking, peer_info.model, timeout_s, arrival_ns, progress
-                )
+                self._choice(_nth_choice(request, index), prepared, peer_info.model, timeout_s, arrival_ns, progress)
                 for index in range(request.num_choices)
             ]
             async with contextlib.aclosing(merged(choices)) as chunks:
@@ -277,15 +294,14 @@ class Generator:
     async def _choice(
         self,
         request: GenerationRequest,
-        prompt: tuple[int, ...],
-        thinking: Thinking | None,
+        prepared: _Prepared,
         model: ModelInfo,
         timeout_s: float,
         arrival_ns: int,
         progress: Progress,
     ) -> AsyncGenerator[GenerationChunk, None]:
         """One choice of a request that was checked, from an open session at each service to its end."""
-        policy = self._policy(request.speculation)
+        policy, prompt = self._policy(request.speculation), prepared.prompt
         async with contextlib.AsyncExitStack() as sessions:
             sessions.enter_context(following(policy))
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
@@ -301,7 +317,7 @@ class Generator:
                 request.stop.min_tokens,
                 tools,
                 self._tool_dialect,
-                thinking,
+                prepared.thinking,
             )
             answer = AnswerText(self._tokenizer, form)
             output = _Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
@@ -311,6 +327,8 @@ class Generator:
                     is_prompt_due = False
                     yield self._echoed(request, prompt, round_)
                 chunk = output.take(round_)
+                if chunk.completion is not None and prepared.schema is not None:
+                    chunk = replace(chunk, completion=await output.checked(chunk.completion, prepared.schema))
                 yield chunk
                 if chunk.completion is not None:
                     return
@@ -327,7 +345,33 @@ class Generator:
         num_bytes, most = len(grammar.text.encode()), self._limits.max_grammar_bytes
         if num_bytes > most:
             raise InvalidRequestError("tools", f"{num_bytes} bytes of schemas", f"at most {most} bytes")
-        return replace(request, sampling=replace(request.sampling, grammar=grammar))
+        is_strict = any(tool.is_strict for tool in tools.callable_definitions)
+        return replace(request, sampling=replace(request.sampling, grammar=grammar), is_strict=is_strict)
+
+    async def _with_enforceable_schema(
+        self, request: GenerationRequest
+    ) -> tuple[GenerationRequest, UnenforcedSchema | None]:
+        """The request with a schema that a grammar can enforce, and the one it had if that says more."""
+        grammar = request.sampling.grammar
+        if grammar is None or grammar.kind is not GrammarKind.JSON_SCHEMA:
+            return request, None
+        name = "sampling.grammar.json_schema"
+        try:
+            schema = await asyncio.to_thread(
+                enforceable,
+                grammar.text,
+                closes_objects=self._closes_schemas,
+                bounds_values=True,
+                keeps_one_of=request.is_strict,
+            )
+        except ValueError as error:
+            raise InvalidRequestError(name, grammar.text, f"a JSON Schema, but: {error}") from None
+        if schema.unenforced and request.is_strict:
+            keywords = ", ".join(schema.unenforced)
+            raise InvalidRequestError(name, keywords, "keywords that can be enforced, as strict is set")
+        sampling = replace(request.sampling, grammar=replace(grammar, text=schema.text))
+        unenforced = UnenforcedSchema(grammar.text, schema.unenforced) if schema.unenforced else None
+        return replace(request, sampling=sampling), unenforced
 
     def _echoed(self, request: GenerationRequest, prompt: tuple[int, ...], first: Round) -> GenerationChunk:
         text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
@@ -454,6 +498,7 @@ class _Output:
         self._recorder = StatisticsRecorder(arrival_ns)
         self._num_output_tokens = 0
         self._num_reasoning_tokens = 0
+        self._written: list[str] = []  # after the thinking
         self._num_cached_prompt_tokens: int | None = None  # until the first verdict tells
 
     def take(self, round_: Round) -> GenerationChunk:
@@ -468,6 +513,7 @@ class _Output:
         num_accepted = min(verdict.num_accepted, len(token_ids))
         self._num_output_tokens += len(token_ids)
         self._num_reasoning_tokens += answer.num_reasoning_tokens
+        self._written.append(answer.written)
         if self._num_cached_prompt_tokens is None:
             self._num_cached_prompt_tokens = min(verdict.num_cached_tokens, self._num_prompt_tokens)
         timings = self._recorder.record(round_, num_accepted)
@@ -486,6 +532,13 @@ class _Output:
             reasoning=answer.reasoning,
             num_chars=answer.num_chars,
         )
+
+    async def checked(self, completion: Completion, schema: UnenforcedSchema) -> Completion:
+        """The completion, which says what its output is by the schema."""
+        if completion.finish_reason is FinishReason.LENGTH:
+            return replace(completion, schema_check=SchemaCheck(schema.keywords, None))
+        check = await asyncio.to_thread(checked, "".join(self._written), schema)
+        return replace(completion, schema_check=check)
 
     def _completion(self, round_: Round, answer: AnswerRound) -> Completion | None:
         verdict, matched_stop = round_.answer.verdict, answer.matched_stop

@@ -303,6 +303,7 @@ def _request_from_pb(
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         echo=message.echo,
         includes_stop=message.includes_stop,
+        is_strict=message.is_strict,
     )
 
 
@@ -405,6 +406,12 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
         speculation=_statistics_to_pb(completion.statistics),
         seed=completion.seed,
     )
+    check = completion.schema_check
+    if check is not None:
+        told = generation_pb2.SchemaCheck(
+            unenforced_keywords=check.keywords, is_valid=check.is_valid, reason=check.reason
+        )
+        message.schema_check.CopyFrom(told)
     if completion.matched_token_id is not None:
         message.token_id = completion.matched_token_id
     if completion.matched_stop_string is not None:

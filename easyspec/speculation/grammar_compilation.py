@@ -14,6 +14,7 @@ from easyspec.checkpoint.tokenizer_files import load_backend
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState, grammar_error
 from easyspec.speculation.parameters import Grammar, GrammarKind, Thinking
+from easyspec.speculation.schemas import enforceable
 
 # The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
 COMPILER_STACK_BYTES = 256 * 1024 * 1024
@@ -130,6 +131,8 @@ def _source(grammar: Grammar) -> str:
     # The schema that accepts everything may be written as `true`, which takes no options.
     text = "{}" if grammar.text.strip() == "true" else grammar.text
     try:
+        schema = enforceable(text, keeps_one_of=True)
+        text = text if schema.unenforced else schema.text  # the library has its own words for what it does not know
         return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITE_SPACE})
     except ValueError as error:
         raise grammar_error(grammar, str(error)) from error

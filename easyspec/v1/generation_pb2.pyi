@@ -38,6 +38,7 @@ class GenerateRequest(_message.Message):
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     INCLUDES_STOP_FIELD_NUMBER: _builtins.int
+    IS_STRICT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; empty means the only one served, or the first of several."""
     text: _builtins.str
@@ -54,6 +55,10 @@ class GenerateRequest(_message.Message):
     """Begin the output with the prompt: its text, its token ids and, if asked for, its log-probabilities."""
     includes_stop: _builtins.bool
     """The stop string or stop token that ends the output is part of its text; special tokens have no text even then."""
+    is_strict: _builtins.bool
+    """A JSON Schema with keywords that no grammar can enforce is refused. Otherwise the rest is enforced, and the finished
+    output is checked: see Completion.schema_check.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -93,10 +98,11 @@ class GenerateRequest(_message.Message):
         num_top_logprobs: _builtins.int | None = ...,
         echo: _builtins.bool = ...,
         includes_stop: _builtins.bool = ...,
+        is_strict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "echo", b"echo", "includes_stop", b"includes_stop", "model", b"model", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "_num_top_logprobs", b"_num_top_logprobs", "chat", b"chat", "echo", b"echo", "includes_stop", b"includes_stop", "is_strict", b"is_strict", "model", b"model", "num_choices", b"num_choices", "num_top_logprobs", b"num_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "stop_strings", b"stop_strings", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015
@@ -650,6 +656,7 @@ class Completion(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    SCHEMA_CHECK_FIELD_NUMBER: _builtins.int
     finish_reason: _types_pb2.FinishReason.ValueType
     """Why it ended."""
     token_id: _builtins.int
@@ -666,6 +673,10 @@ class Completion(_message.Message):
     def speculation(self) -> Global___SpeculationStatistics:
         """What speculation did."""
 
+    @_builtins.property
+    def schema_check(self) -> Global___SchemaCheck:
+        """Set if the output is under a JSON Schema of which a grammar cannot enforce everything."""
+
     def __init__(
         self,
         *,
@@ -675,16 +686,56 @@ class Completion(_message.Message):
         usage: Global___Usage | None = ...,
         speculation: Global___SpeculationStatistics | None = ...,
         seed: _builtins.int = ...,
+        schema_check: Global___SchemaCheck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "token_id", b"token_id", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_schema_check", b"_schema_check", "matched_stop", b"matched_stop", "schema_check", b"schema_check", "speculation", b"speculation", "stop_string", b"stop_string", "token_id", b"token_id", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "seed", b"seed", "speculation", b"speculation", "stop_string", b"stop_string", "token_id", b"token_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_schema_check", b"_schema_check", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "schema_check", b"schema_check", "seed", b"seed", "speculation", b"speculation", "stop_string", b"stop_string", "token_id", b"token_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__schema_check: _TypeAlias = _typing.Literal["schema_check"]  # noqa: Y015
+    _WhichOneofArgType__schema_check: _TypeAlias = _typing.Literal["_schema_check", b"_schema_check"]  # noqa: Y015
     _WhichOneofReturnType_matched_stop: _TypeAlias = _typing.Literal["token_id", "stop_string"]  # noqa: Y015
     _WhichOneofArgType_matched_stop: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schema_check) -> _WhichOneofReturnType__schema_check | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_matched_stop) -> _WhichOneofReturnType_matched_stop | None: ...
 
 Global___Completion: _TypeAlias = Completion  # noqa: Y015
+
+@_typing.final
+class SchemaCheck(_message.Message):
+    """What was checked of a finished output because no grammar can enforce it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNENFORCED_KEYWORDS_FIELD_NUMBER: _builtins.int
+    IS_VALID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    is_valid: _builtins.bool
+    """Whether the output is valid by the whole schema; unset if it was cut off."""
+    reason: _builtins.str
+    """Why it is not."""
+    @_builtins.property
+    def unenforced_keywords(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keywords of the schema that were not enforced."""
+
+    def __init__(
+        self,
+        *,
+        unenforced_keywords: _abc.Iterable[_builtins.str] | None = ...,
+        is_valid: _builtins.bool | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_is_valid", b"_is_valid", "is_valid", b"is_valid"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_is_valid", b"_is_valid", "is_valid", b"is_valid", "reason", b"reason", "unenforced_keywords", b"unenforced_keywords"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__is_valid: _TypeAlias = _typing.Literal["is_valid"]  # noqa: Y015
+    _WhichOneofArgType__is_valid: _TypeAlias = _typing.Literal["_is_valid", b"_is_valid"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__is_valid) -> _WhichOneofReturnType__is_valid | None: ...
+
+Global___SchemaCheck: _TypeAlias = SchemaCheck  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

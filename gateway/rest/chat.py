@@ -17,7 +17,7 @@ from gateway.rest.chat_request import ChatRequest
 from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
-from gateway.rest.reply import EventWriter, ReplyHead, Tally
+from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
 from gateway.rest.sse import DONE, EventStream, while_connected
 from gateway.rest.trace import trace_fields
 from gateway.tool_parser import ToolCallDelta
@@ -48,6 +48,7 @@ def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
         stop=body.stop_conditions(body.most_tokens),
         stop_strings=body.stop_strings,
         includes_stop=bool(body.include_stop_str_in_output),
+        is_strict=body.is_strict,
         speculation=body.speculation_wish(caller.generator.default_budget),
         model=body.model or "",
         request_id=caller.request_id,
@@ -95,7 +96,8 @@ class _Answer:
                 if chunk.completion is not None:
                     self._tally.add(0, chunk.completion)
                     reason = chunk.completion.finish_reason.value
-                    deltas.append(writer.choice(_delta(index, {}, finish_reason=reason), usage=usage))
+                    last = _delta(index, {}, finish_reason=reason) | schema_fields(chunk.completion)
+                    deltas.append(writer.choice(last, usage=usage))
                 if deltas:
                     yield b"".join(deltas)
         if body.includes_usage:
@@ -128,6 +130,7 @@ class _Choice:
         self._calls: list[dict[str, Any]] = []
         self._entries: list[TokenEntry] = []
         self._finish_reason: str | None = None
+        self._schema_fields: dict[str, Any] = {}
 
     def add(self, chunk: GenerationChunk, entries: Sequence[TokenEntry]) -> None:
         self._texts.append(chunk.text)
@@ -140,6 +143,7 @@ class _Choice:
             self._calls[call.index]["function"]["arguments"] += call.arguments
         if chunk.completion is not None:
             self._finish_reason = chunk.completion.finish_reason.value
+            self._schema_fields = schema_fields(chunk.completion)
 
     def body(self, form: LogprobFormat | None) -> dict[str, Any]:
         text = "".join(self._texts)
@@ -155,6 +159,7 @@ class _Choice:
             "message": message,
             "logprobs": logprobs,
             "finish_reason": self._finish_reason,
+            **self._schema_fields,
         }
 
 

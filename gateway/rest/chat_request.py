@@ -118,7 +118,9 @@ class FunctionDefinition(RestModel):
     name: Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
-    strict: Boolean | None = Field(None, description="Accepted: forced calls are always valid, others never checked.")
+    strict: Boolean | None = Field(
+        None, description="True: refuse to force calls whose schema cannot be enforced whole."
+    )
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
 
@@ -132,7 +134,7 @@ class ChatTool(RestModel):
     def definition(self) -> ToolDefinition:
         parameters = self.function.parameters
         schema = json.dumps(parameters, ensure_ascii=False) if parameters is not None else ""
-        return ToolDefinition(self.function.name, self.function.description or "", schema)
+        return ToolDefinition(self.function.name, self.function.description or "", schema, bool(self.function.strict))
 
 
 class ChosenFunction(RestModel):

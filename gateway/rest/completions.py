@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request
@@ -22,7 +22,7 @@ from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, 
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
-from gateway.rest.reply import EventWriter, ReplyHead, Tally
+from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
 from gateway.rest.sse import DONE, EventStream, while_connected
 from gateway.rest.trace import trace_fields
 
@@ -94,6 +94,7 @@ class _Piece:
     entries: Sequence[TokenEntry]
     finish_reason: str | None
     trace: dict[str, Any] | None = None
+    schema_fields: dict[str, Any] = field(default_factory=dict)
 
 
 class _Answer:
@@ -120,7 +121,8 @@ class _Answer:
             async for index, piece in pieces:
                 logprobs = self._format.completion(piece.entries) if piece.entries else None
                 usage = self._tally.usage_so_far if self._body.tells_usage_so_far else None
-                yield writer.choice(_choice(index, piece.text, logprobs, piece.finish_reason), piece.trace, usage)
+                choice = _choice(index, piece.text, logprobs, piece.finish_reason) | piece.schema_fields
+                yield writer.choice(choice, piece.trace, usage)
         if self._body.includes_usage:
             yield writer.usage(self._tally.usage, self._tally.metrics)
         yield DONE
@@ -136,7 +138,8 @@ class _Answer:
             text = "".join(piece.text for piece in pieces_of_one)
             entries = [entry for piece in pieces_of_one for entry in piece.entries]
             logprobs = self._format.completion(entries) if self._tracks else None
-            choices.append(_choice(index, text, logprobs, pieces_of_one[-1].finish_reason))
+            last = pieces_of_one[-1]
+            choices.append(_choice(index, text, logprobs, last.finish_reason) | last.schema_fields)
         return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
@@ -164,7 +167,9 @@ class _Answer:
         if self._body.max_tokens == 0:  # one token was decoded because none cannot be
             self._tally.drop_output(len(chunk.token_ids))
             return _Piece("", (), "length")
-        return _Piece(chunk.text, track.push(chunk) if track is not None else (), reason, trace_fields(chunk))
+        entries = track.push(chunk) if track is not None else ()
+        checked = schema_fields(chunk.completion) if chunk.completion is not None else {}
+        return _Piece(chunk.text, entries, reason, trace_fields(chunk), checked)
 
     def _request(self, prompt: str | TokenIds) -> GenerationRequest:
         body, caller = self._body, self._caller
@@ -175,6 +180,7 @@ class _Answer:
             stop=body.stop_conditions(1 if max_tokens == 0 else max_tokens),
             stop_strings=body.stop_strings,
             includes_stop=bool(body.include_stop_str_in_output),
+            is_strict=body.is_strict,
             speculation=body.speculation_wish(caller.generator.default_budget),
             model=body.model or "",
             request_id=caller.request_id,

@@ -55,6 +55,15 @@ class EventWriter:
         return self._before + b'],"usage":' + json_bytes(usage) + tail
 
 
+def schema_fields(completion: Completion) -> dict[str, Any]:
+    """An extension of a choice under a schema that could not be enforced whole: what was checked at its end."""
+    check = completion.schema_check
+    if check is None:
+        return {}
+    told = {"unenforced": check.keywords, "valid": check.is_valid, "reason": check.reason or None}
+    return {"schema_check": told}
+
+
 class Tally:
     """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
 

@@ -17,12 +17,12 @@ _REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
 
 
 class JsonSchemaFormat(RestModel):
-    """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
+    """`response_format.json_schema`."""
 
     name: Text | None = Field(None, description="Accepted; has no effect.")
     description: Text | None = Field(None, description="Accepted; has no effect.")
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="Unset: any JSON object.")
-    strict: Boolean | None = Field(None, description="Accepted; the schema always holds.")
+    strict: Boolean | None = Field(None, description="True: refuse a schema that cannot be enforced whole.")
 
 
 class ResponseFormat(RestModel):
@@ -65,6 +65,12 @@ class StructuredFields(RestModel):
     def grammar(self) -> Grammar | None:
         """What the output must match; InvalidRequestError if several things are asked for."""
         return self._given_grammar()[1]
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether every keyword of the schema must be enforced."""
+        form = self.response_format.json_schema if self.response_format is not None else None
+        return form is not None and bool(form.strict)
 
     @property
     def grammar_field(self) -> str:

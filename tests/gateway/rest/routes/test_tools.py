@@ -228,3 +228,55 @@ async def test_a_call_is_forced_without_a_template_that_knows_tools(rest: Rest, 
     text = '[{"name": "weather", "arguments": {"city": "Paris"}}]'
     message, _ = await answer(rest, tokenizer, text, tool_choice="required")
     assert message["tool_calls"] == [call("weather", '{"city": "Paris"}')]
+
+
+UNIQUE = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+
+
+@pytest.mark.parametrize(("text", "is_valid"), [('["a", "b"]', True), ('["a", "a"]', False), ('["a", "a', None)])
+async def test_what_no_grammar_enforces_is_checked_and_told(
+    rest: Rest, tokenizer: Tokenizer, text: str, is_valid: bool | None
+) -> None:
+    body = chat_body(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": UNIQUE}})
+    body["max_tokens"] = len(tokenizer.encode(text)) + (is_valid is not None)
+    await say(rest, tokenizer, text, body)
+    (choice,) = answered(await rest.http.post("/v1/chat/completions", json=body))["choices"]
+    assert choice["schema_check"]["unenforced"] == ["uniqueItems"]
+    assert choice["schema_check"]["valid"] is is_valid
+    (last,) = (await rest.stream("/v1/chat/completions", body))[-1]["choices"]
+    assert last["schema_check"] == choice["schema_check"]
+    strict = {"type": "json_schema", "json_schema": {"name": "x", "schema": UNIQUE, "strict": True}}
+    error = refused(await rest.http.post("/v1/chat/completions", json=body | {"response_format": strict}), 400)
+    assert error["param"] == "response_format"
+    assert "uniqueItems" in error["message"]
+
+
+async def test_arguments_of_a_forced_call_are_checked_too(rest: Rest, tokenizer: Tokenizer) -> None:
+    parameters = {"type": "object", "properties": {"tags": UNIQUE}}
+    body = tool_body(
+        tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        tool_choice={"type": "function", "function": {"name": "f"}},
+    )
+    await say(rest, tokenizer, '{"name": "f", "arguments": {"tags": ["a", "a"]}}', body)
+    (choice,) = answered(await rest.http.post("/v1/chat/completions", json=body))["choices"]
+    assert choice["schema_check"]["valid"] is False
+    body["tools"][0]["function"]["strict"] = True
+    assert refused(await rest.http.post("/v1/chat/completions", json=body), 400)["param"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": [""]}, "guided_choice"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_grammar": ""}, "guided_grammar"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"max_completion_tokens": 0, "max_tokens": None}, "max_completion_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 9000}]}, "messages"),
+    ],
+)
+async def test_an_error_names_the_field_that_was_sent(rest: Rest, fields: dict[str, Any], param: str) -> None:
+    error = refused(await rest.http.post("/v1/chat/completions", json=chat_body(**fields)), 400)
+    assert error["param"] == param

@@ -1,0 +1,253 @@
+"""JSON Schemas as a grammar can enforce them: what it can say otherwise is said otherwise, what it cannot is left out.
+
+What is left out makes a schema wider, never narrower, so that a finished output can still be checked. Objects without
+`additionalProperties` may be closed, and numbers, texts and lists without a bound get one, so that an output ends: both
+make the language narrower, within what the schema allows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Formats that the grammar library enforces; any other is an annotation.
+_FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+# Keywords that it does not know. `format` is an annotation by the specification; these are not.
+_UNENFORCED = (
+    *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
+    *("if", "then", "else", "not", "dependencies", "dependentRequired", "dependentSchemas", "propertyNames"),
+    *("$dynamicRef", "$recursiveRef"),
+)
+_OF_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_OF_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_OF_SCHEMAS = ("items", "additionalItems", "additionalProperties")
+# What may say more about an object's properties than the object itself does.
+_COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "patternProperties")
+_LARGEST_NUMBER = 10**15
+_NUMBER_STEP = 1e-9  # the library takes no smaller one
+_MAX_CHARS = 16_384
+_MAX_ITEMS = 1024
+
+
+@dataclass(frozen=True)
+class EnforceableSchema:
+    """A schema for the grammar library, as JSON text, and the keywords that it had to leave out."""
+
+    text: str
+    unenforced: tuple[str, ...]
+
+
+def enforceable(
+    text: str, *, closes_objects: bool = False, bounds_values: bool = False, keeps_one_of: bool = False
+) -> EnforceableSchema:
+    """The schema as it can be enforced; raises ValueError if it is no JSON, or nested too deeply.
+
+    `keeps_one_of`: the library enforces it where the alternatives exclude each other, and refuses it elsewhere.
+    """
+    try:
+        schema = json.loads(text)
+        if not isinstance(schema, dict):
+            return EnforceableSchema(text, ())
+        rewriting = _Rewriting(_open_definitions(schema) if closes_objects else None, bounds_values, keeps_one_of)
+        rewritten = rewriting.schema(schema)
+    except RecursionError:
+        raise ValueError("it is nested beyond the recursion limit") from None
+    return EnforceableSchema(json.dumps(rewritten, ensure_ascii=False), tuple(rewriting.unenforced))
+
+
+class _Rewriting:
+    """One schema on its way; `open_references` are places that must not be closed, None if none is."""
+
+    def __init__(self, open_references: frozenset[str] | None, bounds_values: bool, keeps_one_of: bool) -> None:
+        self._keeps_one_of = keeps_one_of
+        self._open_references = open_references
+        self._bounds_values = bounds_values
+        self.unenforced: dict[str, None] = {}  # in the order of their coming
+
+    def schema(self, schema: Any, pointer: str = "#", is_open: bool = False) -> Any:
+        """A schema, found at `pointer`; `is_open`: others say more about the same object."""
+        if not isinstance(schema, dict):
+            return schema
+        rewritten = dict(schema)
+        self._drop_annotations(rewritten)
+        _turn_property_names(rewritten)
+        _turn_unevaluated(rewritten)
+        for name in _UNENFORCED:
+            if name in rewritten and not _says_nothing(name, rewritten.pop(name), rewritten):
+                self.unenforced[name] = None
+        if _alternatives(rewritten.get("oneOf")) > 1 and not self._keeps_one_of:
+            self.unenforced["oneOf"] = None
+            _turn_one_of(rewritten)
+        is_closed = self._closes(schema, pointer, is_open)
+        for name in _OF_SCHEMAS_BY_NAME:
+            if isinstance(rewritten.get(name), dict):
+                where = f"{pointer}/{name}"
+                rewritten[name] = {
+                    key: self.schema(part, f"{where}/{_escaped(key)}") for key, part in rewritten[name].items()
+                }
+        for name in _OF_SCHEMA_LISTS:
+            if isinstance(rewritten.get(name), list):
+                is_part_open = name != "prefixItems" and (is_open or _says_more(schema, name))
+                rewritten[name] = [self.schema(part, "", is_part_open) for part in rewritten[name]]
+        for name in _OF_SCHEMAS:
+            if isinstance(rewritten.get(name), list):
+                rewritten[name] = [self.schema(part, "") for part in rewritten[name]]
+            elif name in rewritten:
+                rewritten[name] = self.schema(rewritten[name], "")
+        if is_closed:
+            rewritten["additionalProperties"] = False
+        if self._bounds_values:
+            _bound(rewritten)
+        return rewritten
+
+    def _closes(self, schema: Mapping[str, Any], pointer: str, is_open: bool) -> bool:
+        if self._open_references is None or is_open or pointer in self._open_references:
+            return False
+        says = ("additionalProperties", "unevaluatedProperties", "propertyNames", *_COMPOSING)
+        return bool(schema.get("properties")) and not any(name in schema for name in says)
+
+    def _drop_annotations(self, schema: dict[str, Any]) -> None:
+        if "format" in schema and schema["format"] not in _FORMATS:
+            del schema["format"]
+
+
+def _says_nothing(name: str, value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a keyword that is left out would not have forbidden anything."""
+    if name == "uniqueItems":
+        return value is False or (isinstance(schema.get("maxItems"), int) and schema["maxItems"] <= 1)
+    if name in ("then", "else"):
+        return True  # told by `if`
+    if name in ("unevaluatedProperties", "unevaluatedItems", "if", "propertyNames"):
+        return value is True or value == {}
+    return name in ("dependencies", "dependentRequired", "dependentSchemas") and value == {}
+
+
+def _turn_property_names(schema: dict[str, Any]) -> None:
+    """What property names must be, said by patterns or by the properties themselves, where that is the same."""
+    names = schema.get("propertyNames")
+    if not isinstance(names, dict):
+        return
+    said = {key: value for key, value in names.items() if key not in ("type", "title", "description", "$schema")}
+    if names.get("type", "string") != "string" or "patternProperties" in schema:
+        return
+    values = schema.get("additionalProperties", {})
+    known = schema.get("properties", {})
+    if not said:
+        del schema["propertyNames"]
+    elif set(said) == {"enum"} and all(isinstance(one, str) for one in said["enum"]):
+        kept = {name: part for name, part in known.items() if name in said["enum"]}
+        others = {} if values is False else dict.fromkeys(said["enum"], values)
+        schema.update(properties=others | kept, additionalProperties=False)
+        del schema["propertyNames"]
+    elif not known and (pattern := _name_pattern(said)) is not None:
+        schema.update(patternProperties={pattern: values}, additionalProperties=False)
+        del schema["propertyNames"]
+
+
+def _name_pattern(said: Mapping[str, Any]) -> str | None:
+    """One pattern for what is said of names; None if that takes several, or none says it."""
+    if set(said) == {"pattern"}:
+        return str(said["pattern"])
+    if not set(said) <= {"minLength", "maxLength"}:
+        return None
+    most = said.get("maxLength", "")
+    return rf"^[\s\S]{{{said.get('minLength', 0)},{most}}}$"
+
+
+def _turn_one_of(schema: dict[str, Any]) -> None:
+    """At least one alternative: some of them may have become wider, so that more than one fits."""
+    alternatives = {"anyOf": schema.pop("oneOf")}
+    if "anyOf" in schema:
+        schema["allOf"] = [*schema.get("allOf", []), alternatives]
+    else:
+        schema |= alternatives
+
+
+def _turn_unevaluated(schema: dict[str, Any]) -> None:
+    """Nothing is evaluated elsewhere if nothing else speaks about the same value."""
+    if any(name in schema for name in ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")):
+        return
+    for name, same in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        if name in schema and same not in schema:
+            schema[same] = schema.pop(name)
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    """Ends for what a model could go on with for ever."""
+    if "enum" in schema or "const" in schema or "$ref" in schema:
+        return
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "number" in kinds or "integer" in kinds:
+        _bound_number(schema, "number" in kinds)
+    if "string" in kinds and not ("maxLength" in schema or "pattern" in schema or "format" in schema):
+        schema["maxLength"] = max(_MAX_CHARS, _whole(schema.get("minLength")))
+    has_places = any(name in schema for name in ("maxItems", "prefixItems", "additionalItems"))
+    if "array" in kinds and not has_places and isinstance(schema.get("items", {}), dict):
+        schema["maxItems"] = max(_MAX_ITEMS, _whole(schema.get("minItems")))
+
+
+def _bound_number(schema: dict[str, Any], has_fraction: bool) -> None:
+    given = [schema.get(name) for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")]
+    bounds = [value for value in given if isinstance(value, int | float) and not isinstance(value, bool)]
+    if any(abs(value) >= _LARGEST_NUMBER for value in bounds) or any(isinstance(value, bool) for value in given):
+        return
+    if "minimum" not in schema and "exclusiveMinimum" not in schema:
+        schema["minimum"] = -_LARGEST_NUMBER
+    if "maximum" not in schema and "exclusiveMaximum" not in schema:
+        schema["maximum"] = _LARGEST_NUMBER
+    if has_fraction and "multipleOf" not in schema and all(float(value).is_integer() for value in bounds):
+        schema["multipleOf"] = _NUMBER_STEP
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _alternatives(schemas: Any) -> int:
+    return len(schemas) if isinstance(schemas, list) else 0
+
+
+def _says_more(schema: Mapping[str, Any], of: str) -> bool:
+    """Whether an object has more to say about itself than one of its lists of alternatives or parts."""
+    if of == "allOf" and _alternatives(schema["allOf"]) > 1:
+        return True
+    others = ("properties", "additionalProperties", *_COMPOSING)
+    return any(name in schema for name in others if name != of)
+
+
+def _open_definitions(schema: Mapping[str, Any]) -> frozenset[str]:
+    """Where references lead from a place where others say more about the same object, and from there on."""
+    found: set[str] = set()
+    waiting: list[tuple[Any, bool]] = [(schema, False)]
+    places = {
+        f"#/{name}/{_escaped(key)}": part for name in ("$defs", "definitions") for key, part in _parts(schema, name)
+    }
+    while waiting:
+        part, is_open = waiting.pop()
+        if isinstance(part, list):
+            waiting += [(one, is_open) for one in part]
+        if not isinstance(part, dict):
+            continue
+        reference = part.get("$ref")
+        is_joined = is_open or (isinstance(reference, str) and _says_more(part, "$ref"))
+        if is_joined and isinstance(reference, str) and reference not in found:
+            found.add(reference)
+            waiting.append((places.get(reference), True))
+        for name, value in part.items():
+            is_list = name in ("allOf", "anyOf", "oneOf") and isinstance(value, list)
+            waiting.append((value, is_list and (is_open or _says_more(part, name))))
+    return frozenset(found)
+
+
+def _parts(schema: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    parts = schema.get(name)
+    return list(parts.items()) if isinstance(parts, dict) else []
+
+
+def _escaped(key: str) -> str:
+    """A name as a JSON pointer has it."""
+    return re.sub("[~/]", lambda found: "~0" if found.group() == "~" else "~1", key)
