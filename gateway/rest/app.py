@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from easyspec import __version__
 from easyspec.errors import EasyspecError, InvalidRequestError
 from easyspec.rpc.errors import mapping_of
-from gateway.rest import chat, completions, health, models, playground, tokenize
+from gateway.rest import chat, completions, health, messages, models, playground, responses, tokenize
 from gateway.rest.backend import Backend
 from gateway.rest.boundary import RestBoundary
 from gateway.rest.errors import (
@@ -35,7 +35,26 @@ from gateway.rest.gate import Gate
 from gateway.rest.trust import Door, RestTrust, metrics_router
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
-API_ROUTERS: tuple[APIRouter, ...] = (models.router, chat.router, completions.router, tokenize.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    models.router,
+    chat.router,
+    completions.router,
+    messages.router,
+    responses.router,
+    tokenize.router,
+)
+# What clients of OpenAI's API may look for.
+_NOT_SERVED = (
+    ("/v1/embeddings", "embeddings are not served: these models generate text"),
+    ("/v1/responses/", "responses are not stored"),
+    ("/v1/moderations", "there is no moderation here"),
+    ("/v1/images", "these are text models"),
+    ("/v1/audio", "these are text models"),
+    ("/v1/files", "nothing is stored"),
+    ("/v1/batches", "there are no batches: send requests as they come"),
+    ("/v1/assistants", "there are no assistants: send all messages to /v1/chat/completions"),
+    ("/v1/rerank", "there is no reranking: these models generate text"),
+)
 
 
 def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
@@ -76,7 +95,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientGoneError):  # no fault of anybody's; the boundary hears of it as well
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     _count(request, mapping_of(error).reason)
-    return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", ""))).response
+    failure = failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))
+    return failure.response_to(request.url.path)
 
 
 def _count(request: Request, reason: str) -> None:
@@ -85,20 +105,23 @@ def _count(request: Request, reason: str) -> None:
         observer.refused(reason)
 
 
-async def _on_refusal(_request: Request, error: Exception) -> Response:
-    return cast(RefusalError, error).failure.response
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    return cast(RefusalError, error).failure.response_to(request.url.path)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     _count(request, mapping_of(InvalidRequestError("", None, "")).reason)
-    return failure_of_validation(cast(RequestValidationError, error).errors()).response
+    return failure_of_validation(cast(RequestValidationError, error).errors()).response_to(request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     refusal = cast(HTTPException, error)
-    messages = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not allowed here"}
+    path = request.url.path
+    messages = {404: f"there is no {path[:200]} here", 405: f"{request.method} is not allowed here"}
     message = messages.get(refusal.status_code, str(refusal.detail))
+    if refusal.status_code == 404:
+        message = next((f"{path[:200]}: {why}" for start, why in _NOT_SERVED if path.startswith(start)), message)
     codes = {404: "not_found", 405: "method_not_allowed"}
-    response = Failure(refusal.status_code, message, code=codes.get(refusal.status_code)).response
+    response = Failure(refusal.status_code, message, code=codes.get(refusal.status_code)).response_to(path)
     response.headers.update(refusal.headers or {})
     return response

@@ -122,7 +122,7 @@ class _Answer:
         """Send `failure`, unless the response is under way already."""
         if self.status is not None:
             return
-        response = failure.response
+        response = failure.response_to(scope["path"])
         if is_closing:
             response.headers["connection"] = "close"
         await response(scope, receive, self.send)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported, known_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.unknown_fields import ignores_unknown
 
@@ -19,21 +19,13 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOLS = 1024
 
-
-def _only_text(kind: object) -> object:
-    if isinstance(kind, str) and kind not in ("text", "refusal"):
-        raise PydanticCustomError(
-            "unsupported_parameter",
-            "content of type {kind} is not supported: this is a text model",
-            {"kind": kind[:40]},
-        )
-    return kind
+_PartKind = Literal["text", "refusal"]
 
 
 class TextPart(RestModel):
     """A part of a message's content."""
 
-    type: Annotated[Literal["text", "refusal"], BeforeValidator(_only_text)]
+    type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     refusal: Text | None = Field(None, description="Of a part of type refusal.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
@@ -112,10 +104,13 @@ class Message(RestModel):
         return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "", reasoning)
 
 
+ToolName: TypeAlias = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
 class FunctionDefinition(RestModel):
     """A function that can be called."""
 
-    name: Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: ToolName
     description: Text | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     strict: Boolean | None = Field(

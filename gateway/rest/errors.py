@@ -20,6 +20,16 @@ CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
 _ItemT = TypeVar("_ItemT")
 _TYPES: Mapping[int, str] = MappingProxyType({429: "rate_limit_error", 500: "server_error", 503: "server_error"})
+_ANTHROPIC_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        401: "authentication_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+)
 _CODES: Mapping[str, str] = MappingProxyType(
     {
         "INVALID_REQUEST": "invalid_value",
@@ -95,7 +105,22 @@ class Failure:
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same as clients of `/v1/messages` expect it."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        error = {"type": kind, "message": self.message[:_MAX_MESSAGE_CHARS], "param": self.param, "code": self.code}
+        return {"type": "error", "error": error}
+
+    @property
     def response(self) -> Response:
+        """The error as OpenAI's clients expect it."""
+        return self.response_to("")
+
+    def response_to(self, path: str) -> Response:
+        """The error as clients of that path expect it."""
+        return self._response(self.anthropic_body if path.startswith("/v1/messages") else self.body)
+
+    def _response(self, body: Mapping[str, Any]) -> Response:
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             # Whole seconds are the standard; OpenAI's clients read the other one first.
@@ -105,7 +130,7 @@ class Failure:
             }
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return Response(json_bytes(self.body), self.status, headers, media_type="application/json")
+        return Response(json_bytes(body), self.status, headers, media_type="application/json")
 
 
 class RefusalError(Exception):
@@ -151,10 +176,11 @@ async def with_names(chunks: AsyncGenerator[_ItemT, None], names: Mapping[str, s
             async for chunk in chunks:
                 yield chunk
     except InvalidRequestError as error:
-        name = names.get("sampling.grammar" if error.field.startswith("sampling.grammar.") else error.field)
+        whole, bracket, index = error.field.partition("[")
+        name = names.get("sampling.grammar" if whole.startswith("sampling.grammar.") else whole)
         if name is None:
             raise
-        raise type(error)(name, error.value, error.allowed) from error
+        raise type(error)(name + bracket + index, error.value, error.allowed) from error
 
 
 def failure_of_validation(problems: Sequence[Any]) -> Failure:

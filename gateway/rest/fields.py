@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     AllowInfNan,
@@ -43,6 +43,15 @@ TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "audio": "this is a text model",
+        "access_programs": "there are none here",
+        "background_options": "every request is answered while its client waits",
+        "context_management": "the client says what the model is shown",
+        "image": "these are text models",
+        "background": "every request is answered while its client waits",
+        "conversation": "nothing is stored: send all messages",
+        "max_tool_calls": "calls are made by the client",
+        "previous_response_id": "nothing is stored: send all items of the conversation",
+        "prompt": "there are no stored prompts",
         "bad_words": "use logit_bias",
         "allowed_token_ids": "use logit_bias or a grammar",
         "function_call": "use tool_choice",
@@ -70,6 +79,18 @@ def _refuse(value: object, info: ValidationInfo) -> None:
 
 
 Unsupported: TypeAlias = Annotated[None, BeforeValidator(_refuse)]
+
+
+def known_kinds(kinds: Any, message: str) -> Callable[[object], object]:
+    """A validator that refuses what is not among the literals `kinds` by its name: `message` has a place for it."""
+    known = get_args(kinds)
+
+    def check(kind: object) -> object:
+        if isinstance(kind, str) and kind not in known:
+            raise PydanticCustomError("unsupported_parameter", message, {"kind": kind[:40]})
+        return kind
+
+    return check
 
 
 def _check_num_keys(value: Any) -> Any:

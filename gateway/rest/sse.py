@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 from starlette.responses import Response
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from easyspec.errors import EasyspecError, UnavailableError
 from gateway.progress import Progress
-from gateway.rest.errors import ClientGoneError, failure_of, json_bytes
+from gateway.rest.errors import ClientGoneError, Failure, failure_of, json_bytes
 from gateway.rest.gate import DRAINING
 
 DONE = b"data: [DONE]\n\n"
@@ -25,7 +25,14 @@ _LEAST_PAUSE_S = 0.01
 _COMMENT = b": the answer is being made\n\n"
 
 _ResultT = TypeVar("_ResultT")
+# The last events of a stream that fails.
+LastWords: TypeAlias = Callable[[Failure], bytes]
 _log = structlog.get_logger(__name__)
+
+
+def named_event(name: str, value: object) -> bytes:
+    """One event with a name that carries `value` as JSON."""
+    return b"event: " + name.encode() + b"\ndata: " + json_bytes(value) + b"\n\n"
 
 
 def event(value: object) -> bytes:
@@ -38,13 +45,16 @@ class EventStream(Response):
 
     What fails before the first event is raised, so that it gets its HTTP status. But once all of `progress` is
     admitted, the status does not wait for long: a prompt may take minutes to be read, and proxies take a silent server
-    for a dead one. Hence comments, too, where nothing else is said. What fails later ends the stream with an error
-    event and `[DONE]`. The generator is iterated and closed in one task.
+    for a dead one. Hence comments, too, where nothing else is said. What fails later ends the stream with
+    `last_words`: unless given, an error event and `[DONE]`. The generator is iterated and closed in one task.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *progress: Progress) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *progress: Progress, last_words: LastWords | None = None
+    ) -> None:
+        self._last_words = last_words or _openai_last_words
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -63,13 +73,13 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if not writer.has_begun:
                 raise
-            await writer.send(_last_words(UnavailableError(DRAINING)))
+            await writer.send(self._last_words(_failure(UnavailableError(DRAINING))))
         except Exception as error:
             if not writer.has_begun:
                 raise
             if not isinstance(error, EasyspecError):
                 _log.exception("http_bug")
-            await writer.send(_last_words(error))
+            await writer.send(self._last_words(_failure(error)))
         finally:
             company.cancel()
             await asyncio.gather(company, return_exceptions=True)
@@ -134,6 +144,9 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-def _last_words(error: Exception) -> bytes:
-    request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
-    return event(failure_of(error, request_id).body) + DONE
+def _failure(error: Exception) -> Failure:
+    return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))
+
+
+def _openai_last_words(failure: Failure) -> bytes:
+    return event(failure.body) + DONE

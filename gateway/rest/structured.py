@@ -77,22 +77,25 @@ class StructuredFields(RestModel):
         """The field that says what the output must match; "" if none does."""
         return self._given_grammar()[0]
 
-    def _given_grammar(self) -> tuple[str, Grammar | None]:
-        found = [
-            ("response_format", _of_format(self.response_format)),
+    def found_grammars(self) -> list[tuple[str, Grammar | None]]:
+        """What every field that can say so says about the form of the output."""
+        return [
+            ("response_format", grammar_of_format(self.response_format)),
             *(self.structured_outputs.grammars() if self.structured_outputs is not None else []),
             ("guided_json", _json(self.guided_json)),
             ("guided_regex", _text(GrammarKind.REGEX, self.guided_regex)),
             ("guided_choice", _choice(self.guided_choice)),
             ("guided_grammar", _text(GrammarKind.LARK, self.guided_grammar)),
         ]
-        given = [(name, grammar) for name, grammar in found if grammar is not None]
+
+    def _given_grammar(self) -> tuple[str, Grammar | None]:
+        given = [(name, grammar) for name, grammar in self.found_grammars() if grammar is not None]
         if len(given) > 1:
             raise InvalidRequestError(given[1][0], "set", f"unset together with {given[0][0]}")
         return given[0] if given else ("", None)
 
 
-def _of_format(form: ResponseFormat | None) -> Grammar | None:
+def grammar_of_format(form: ResponseFormat | None) -> Grammar | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":

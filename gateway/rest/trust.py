@@ -68,7 +68,10 @@ class Door:
         self._check_host(scope)
         if any(route.matches(scope)[0] is not Match.NONE for route in self._open_routes):
             return None
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        headers = dict(reversed(scope["headers"]))
+        header = headers.get(b"authorization")
+        if header is None and (key := headers.get(b"x-api-key")) is not None:  # as Anthropic's clients have it
+            header = b"Bearer " + key
         return self._authenticate(header.decode("latin-1") if header is not None else None)
 
     def _check_host(self, scope: Scope) -> None:

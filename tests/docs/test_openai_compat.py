@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
+from openai.types.responses import response_create_params as openai_responses
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gateway.rest.chat_request import ChatRequest, FunctionDefinition, Message
 from gateway.rest.completions import CompletionRequest
 from gateway.rest.fields import SpeculationFields
 from gateway.rest.generation_fields import GenerationFields, StreamOptions
+from gateway.rest.messages_request import MessagesRequest
+from gateway.rest.responses_request import ResponsesRequest
 from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from gateway.rest.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -31,6 +34,8 @@ SECTIONS: dict[str, tuple[type[BaseModel], type[BaseModel] | None]] = {
     "structured_outputs": (StructuredOutputs, None),
     "response_format": (ResponseFormat, None),
     "json_schema": (JsonSchemaFormat, None),
+    "Responses": (ResponsesRequest, GenerationFields),
+    "Messages": (MessagesRequest, GenerationFields),
     "Tokenize": (TokenizeRequest, None),
     "Detokenize": (DetokenizeRequest, None),
 }
@@ -71,6 +76,7 @@ def test_every_field_has_its_row_and_every_row_its_field(title: str) -> None:
     [
         (openai_chat.CompletionCreateParamsBase, "Chat completions"),
         (openai_completion.CompletionCreateParamsBase, "Completions"),
+        (openai_responses.ResponseCreateParamsBase, "Responses"),
     ],
 )
 def test_no_field_of_openais_client_is_left_out(params: Any, title: str) -> None:

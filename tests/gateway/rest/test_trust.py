@@ -76,6 +76,16 @@ async def test_without_a_key_every_api_route_is_closed(guarded: Rest) -> None:
     assert response.status_code == 200
 
 
+async def test_anthropics_clients_have_another_header_for_the_key(guarded: Rest) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    response = await guarded.http.post("/v1/messages", json=body, headers={"x-api-key": "sk-unknown-0123456789"})
+    assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")
+    assert (await guarded.http.post("/v1/messages", json=body, headers={"x-api-key": KEY})).status_code == 200
+    # A key in the other header is the one that counts.
+    both = bearer("sk-unknown-0123456789") | {"x-api-key": KEY}
+    assert (await guarded.http.post("/v1/messages", json=body, headers=both)).status_code == 401
+
+
 async def test_a_body_of_someone_unknown_is_not_looked_at(guarded: Rest) -> None:
     for body in (b"not JSON", b"x" * 9_000_000):
         refused(await guarded.http.post("/v1/completions", content=body), 401)

@@ -1,0 +1,200 @@
+"""`/v1/messages`: Anthropic's form of a conversation and its answer."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from easyspec.speculation.parameters import FinishReason, SamplingParameters
+from gateway.generation import Completion, GenerationChunk, GenerationRequest
+from gateway.progress import Progress
+from gateway.rest.backend import Caller, InCaller
+from gateway.rest.errors import Failure, json_bytes, with_names
+from gateway.rest.json_route import JsonRoute
+from gateway.rest.messages_request import MessagesFields, MessagesRequest
+from gateway.rest.reply import Tally, schema_fields
+from gateway.rest.sse import EventStream, named_event, while_connected
+from gateway.rest.tokenize import NUM_CONTEXTS
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/messages")
+async def create_message(body: MessagesRequest, caller: InCaller, request: Request) -> Response:
+    """Answer a conversation."""
+    caller = caller.for_model(body.model)
+    generation = _request(body, caller)
+    progress = Progress()
+    writer = _MessageWriter(caller.model.name, body.reported(generation.sampling), progress)
+    chunks = with_names(caller.generator.generate(generation, caller.timeout_s, progress), body.param_names)
+    if body.stream:
+        return EventStream(_events(writer, chunks), progress, last_words=_failed)
+    return Response(
+        json_bytes(await while_connected(request.receive, _collected(writer, chunks))), media_type="application/json"
+    )
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: MessagesFields, caller: InCaller) -> dict[str, int]:
+    """How many tokens a conversation is."""
+    caller = caller.for_model(body.model)
+    conversation = body.conversation()
+    caller.generator.check_size(conversation)
+    token_ids = await caller.generator.encode(conversation, NUM_CONTEXTS * caller.model.max_model_len)
+    return {"input_tokens": len(token_ids)}
+
+
+def _request(body: MessagesRequest, caller: Caller) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=body.conversation(),
+        sampling=body.sampling(caller.generator.sampling_defaults),
+        stop=body.stop_conditions(body.max_tokens),
+        stop_strings=body.stop_strings,
+        includes_stop=bool(body.include_stop_str_in_output),
+        is_strict=body.is_strict,
+        speculation=body.speculation_wish(caller.generator.default_budget),
+        model=body.model or "",
+        request_id=caller.request_id,
+        client=caller.client,
+    )
+
+
+async def _events(writer: _MessageWriter, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
+    """SSE events, those of a round in one piece."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            events = [named_event(event["type"], event) for event in writer.push(chunk)]
+            if events:
+                yield b"".join(events)
+
+
+async def _collected(writer: _MessageWriter, chunks: AsyncGenerator[GenerationChunk, None]) -> dict[str, Any]:
+    """The whole message."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for _ in writer.push(chunk):
+                pass
+    return writer.message()
+
+
+def _failed(failure: Failure) -> bytes:
+    return named_event("error", failure.anthropic_body)
+
+
+class _MessageWriter:
+    """Turns chunks into the events of a message. At any time one block of its content is open, or none."""
+
+    def __init__(self, model: str, sampling: SamplingParameters, progress: Progress) -> None:
+        self._model = model
+        self._progress = progress
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._tally = Tally(sampling)
+        self._content: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None
+        self._arguments = ""  # of the open call
+        self._has_begun = False
+        self._completion: Completion | None = None
+
+    def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
+        """The events of a round."""
+        if not self._has_begun:
+            self._has_begun = True
+            yield {"type": "message_start", "message": self.message()}
+        for kind, text in (("thinking", chunk.reasoning), ("text", chunk.text)):
+            if text:
+                yield from self._opened(kind)
+                yield self._extended(kind, text)
+        for call in chunk.tool_calls:
+            if call.id is not None:
+                yield from self._closed()
+                yield from self._opened("tool_use", id=call.id, name=call.name, input={})
+            if call.arguments:
+                self._arguments += call.arguments
+                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+        if chunk.completion is not None:
+            if not self._content:
+                yield from self._opened("text")
+            yield from self._closed()
+            self._tally.add(0, chunk.completion)
+            self._completion = chunk.completion
+            delta = {name: self.message()[name] for name in ("stop_reason", "stop_sequence")}
+            yield {"type": "message_delta", "delta": delta, "usage": self._usage()}
+            yield {"type": "message_stop"}
+
+    def message(self) -> dict[str, Any]:
+        """The message as far as it goes."""
+        completion = self._completion
+        reply: dict[str, Any] = {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": list(self._content),
+            "stop_reason": _stop_reason(completion) if completion is not None else None,
+            "stop_sequence": completion.matched_stop_string if completion is not None else None,
+            "usage": self._usage(),
+        }
+        if completion is not None:
+            reply |= {"metrics": self._tally.metrics, **schema_fields(completion)}
+        return reply
+
+    def _usage(self) -> dict[str, Any]:
+        usage, num_cached = self._tally.usage, self._tally.num_cached_tokens
+        num_prompt_tokens = usage["prompt_tokens"] or self._progress.num_prompt_tokens
+        return {
+            "input_tokens": num_prompt_tokens - num_cached,  # Anthropic counts what was cached apart
+            "cache_read_input_tokens": num_cached,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": usage["completion_tokens"],
+        }
+
+    def _opened(self, kind: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """An open block of that kind: the present one, or a new one."""
+        if self._open is not None and self._open["type"] == kind:
+            return
+        yield from self._closed()
+        empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}.get(kind, {})
+        block = {"type": kind, **empty, **fields}
+        self._content.append(block)
+        self._open, self._arguments = block, ""
+        yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": dict(block)}
+
+    def _extended(self, kind: str, text: str) -> dict[str, Any]:
+        block = self._open
+        assert block is not None, "opened before"
+        block[kind] += text
+        return self._delta({"type": f"{kind}_delta", kind: text})
+
+    def _closed(self) -> Iterator[dict[str, Any]]:
+        """No open block."""
+        block, self._open = self._open, None
+        if block is None:
+            return
+        if block["type"] == "tool_use":
+            block["input"] = _object(self._arguments)
+        yield {"type": "content_block_stop", "index": len(self._content) - 1}
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
+
+
+def _stop_reason(completion: Completion) -> str:
+    if completion.matched_stop_string is not None and completion.finish_reason is FinishReason.STOP:
+        return "stop_sequence"
+    reasons = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens", FinishReason.TOOL_CALLS: "tool_use"}
+    return reasons[completion.finish_reason]
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """The arguments of a call; of one that was cut off, none."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

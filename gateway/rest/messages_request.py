@@ -1,0 +1,201 @@
+"""The body of `/v1/messages`, and the conversation it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from easyspec.errors import InvalidRequestError
+from easyspec.speculation.parameters import Grammar, GrammarKind
+from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.rest.chat_request import MAX_MESSAGES, ToolName
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, known_kinds
+from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.unknown_fields import ignores_unknown
+
+_BlockKind = Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+_ToolKind = Literal["custom"]
+
+
+class ContentBlock(RestModel):
+    """A block of a message's content."""
+
+    type: Annotated[_BlockKind, BeforeValidator(known_kinds(_BlockKind, "content of type {kind} is not supported"))]
+    text: Text | None = None
+    thinking: Text | None = None
+    id: Text | None = None
+    name: Text | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Text | None = None
+    content: Text | list[ContentBlock] | None = None
+    is_error: Boolean | None = None
+    signature: Any = Field(None, description="Accepted; has no effect.")
+    data: Any = Field(None, description="Accepted; has no effect.")
+    citations: Any = Field(None, description="Accepted; has no effect.")
+    caller: Any = Field(None, description="Accepted; has no effect.")
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
+
+
+class AnthropicMessage(RestModel):
+    """One message of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Text | list[ContentBlock]
+
+
+class AnthropicTool(RestModel):
+    """A function that can be called."""
+
+    type: Annotated[
+        _ToolKind | None,
+        BeforeValidator(known_kinds(_ToolKind, "a tool of type {kind} is not supported: describe your own")),
+    ] = None
+    name: ToolName
+    description: Text | None = None
+    input_schema: dict[str, Any]
+    strict: Boolean | None = None
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
+    input_examples: Any = Field(None, description="Accepted; has no effect.")
+    eager_input_streaming: Any = Field(None, description="Accepted; has no effect.")
+
+
+class AnthropicToolChoice(RestModel):
+    """Whether tools are called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Text | None = None
+    disable_parallel_tool_use: Boolean | None = None
+
+
+class ThinkingFields(RestModel):
+    """`thinking`."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Integer | None = Field(None, description="Accepted; has no effect.")
+    display: Any = Field(None, description="Accepted; has no effect.")
+
+
+class OutputFormat(RestModel):
+    """`output_config.format`: a JSON Schema for the answer."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(RestModel):
+    """`output_config`."""
+
+    format: OutputFormat | None = None
+    effort: Text | None = Field(None, description="Accepted; has no effect.")
+
+
+class MessagesFields(GenerationFields):
+    """What `/v1/messages` and `/v1/messages/count_tokens` have in common."""
+
+    messages: list[AnthropicMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    system: Text | list[ContentBlock] | None = Field(None, description="A message of the system before all others.")
+    tools: list[AnthropicTool] | None = Field(None, description="Functions.")
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: ThinkingFields | None = Field(None, description="disabled: where the model's template has a switch.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
+    output_config: OutputConfig | None = Field(None, description="`format`: a JSON Schema of the answer.")
+    cache_control: Any = Field(None, description="Accepted; has no effect.")
+
+    def found_grammars(self) -> list[tuple[str, Grammar | None]]:
+        form = self.output_config.format if self.output_config is not None else None
+        own = (
+            Grammar(GrammarKind.JSON_SCHEMA, json.dumps(form.schema_, ensure_ascii=False)) if form is not None else None
+        )
+        return [("output_config.format", own), *super().found_grammars()]
+
+    @property
+    def param_names(self) -> Mapping[str, str]:
+        """What the gateway's own fields are called in this request."""
+        return {
+            "sampling.grammar": self.grammar_field or "tools",
+            "stop_strings": "stop_sequences",
+            "prompt": "messages",
+            "prompt_token_ids": "messages",
+        }
+
+    def conversation(self) -> Conversation:
+        """The plain form; InvalidRequestError for what types cannot tell."""
+        if self.num_choices != 1:
+            raise InvalidRequestError("n", self.n, "1: a message is one")
+        turns = [ChatTurn("system", text)] if (text := _text(self.system)) else []
+        for index, message in enumerate(self.messages):
+            turns += _turns(message, f"messages[{index}].content")
+        is_disabled = self.thinking is not None and self.thinking.type == "disabled"
+        return Conversation(
+            tuple(turns),
+            self._tools(),
+            # A last message of the assistant is the beginning of the answer.
+            continues_last_turn=turns[-1].role == "assistant" and not turns[-1].tool_calls,
+            template_arguments=self.chat_template_kwargs or {},
+            reasoning_effort="none" if is_disabled else None,
+            ignores_unknown=ignores_unknown(),
+        )
+
+    def _tools(self) -> Tools | None:
+        choice = self.tool_choice or AnthropicToolChoice.model_validate({"type": "auto"})
+        if not self.tools:
+            if choice.type in ("any", "tool"):
+                raise InvalidRequestError("tool_choice", choice.type, "auto or none without tools")
+            return None
+        if (choice.type == "tool") != (choice.name is not None):
+            raise InvalidRequestError("tool_choice.name", choice.name, "set with type tool, and only then")
+        definitions = tuple(
+            ToolDefinition(
+                tool.name,
+                tool.description or "",
+                json.dumps(tool.input_schema, ensure_ascii=False),
+                bool(tool.strict),
+            )
+            for tool in self.tools
+        )
+        return Tools(definitions, _MODES[choice.type], choice.name or "", not choice.disable_parallel_tool_use)
+
+
+_MODES = {"auto": ToolMode.AUTO, "any": ToolMode.REQUIRED, "tool": ToolMode.NAMED, "none": ToolMode.NONE}
+
+
+class MessagesRequest(MessagesFields):
+    """Body of `/v1/messages`."""
+
+    max_tokens: Count = Field(description="Most output tokens.")
+    stop_sequences: list[Text] | None = Field(None, description="At most 16 texts that end the output.")
+    service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one tier.")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (*super().stop_strings, *(self.stop_sequences or ()))
+
+
+def _turns(message: AnthropicMessage, where: str) -> Iterator[ChatTurn]:
+    """The results of calls are turns of their own, before what else the user says."""
+    if isinstance(message.content, str):
+        yield ChatTurn(message.role, message.content)
+        return
+    for index, block in enumerate(message.content):
+        if block.type == "tool_result":
+            if not block.tool_use_id:
+                raise InvalidRequestError(f"{where}[{index}].tool_use_id", None, "the id of the call that is answered")
+            yield ChatTurn("tool", _text(block.content), tool_call_id=block.tool_use_id)
+    calls = tuple(
+        ToolCall(block.id or "", block.name or "", json.dumps(block.input or {}, ensure_ascii=False))
+        for block in message.content
+        if block.type == "tool_use"
+    )
+    thoughts = [block.thinking or "" for block in message.content if block.type == "thinking"]
+    said = _text(message.content)
+    if said or calls or thoughts or not any(block.type == "tool_result" for block in message.content):
+        yield ChatTurn(message.role, said, calls, reasoning="\n".join(thoughts))
+
+
+def _text(content: str | Sequence[ContentBlock] | None) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(block.text or "" for block in content or () if block.type == "text")

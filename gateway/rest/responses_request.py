@@ -1,0 +1,235 @@
+"""The body of `/v1/responses`, and the conversation it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from easyspec.errors import InvalidRequestError
+from easyspec.speculation.parameters import Grammar
+from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.rest.chat_request import ToolName
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
+from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of_format
+from gateway.rest.unknown_fields import ignores_unknown
+
+MAX_ITEMS = 4096
+
+_ItemKind = Literal["message", "function_call", "function_call_output", "reasoning"]
+_PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
+
+
+class ContentPart(RestModel):
+    """A part of an item's content."""
+
+    type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
+    text: Text | None = None
+    refusal: Text | None = None
+    annotations: Any = Field(None, description="Accepted; has no effect.")
+    logprobs: Any = Field(None, description="Accepted; has no effect.")
+
+    @property
+    def shown(self) -> str:
+        return self.text or self.refusal or ""
+
+
+class InputItem(RestModel):
+    """A message, a call of a function, its output, or what was thought before."""
+
+    type: Annotated[_ItemKind, BeforeValidator(known_kinds(_ItemKind, "an item of type {kind} is not supported"))] = (
+        "message"
+    )
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Text | list[ContentPart] | None = None
+    call_id: Text | None = None
+    name: Text | None = None
+    arguments: Text | None = None
+    output: Text | list[ContentPart] | None = None
+    summary: list[ContentPart] | None = None
+    id: Any = Field(None, description="Accepted; has no effect.")
+    status: Any = Field(None, description="Accepted; has no effect.")
+    phase: Any = Field(None, description="Accepted; has no effect.")
+    encrypted_content: Any = Field(None, description="Accepted; has no effect.")
+
+
+class ResponseTool(RestModel):
+    """A function that can be called."""
+
+    type: Annotated[
+        Literal["function"],
+        BeforeValidator(known_kinds(Literal["function"], "a tool of type {kind} is not supported: use functions")),
+    ]
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Boolean | None = None
+
+
+class ChosenTool(RestModel):
+    """A choice of one function."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class TextFormat(JsonSchemaFormat):
+    """`text.format`: what `response_format` is in chat completions."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @property
+    def response_format(self) -> ResponseFormat:
+        schema = {"schema": self.schema_, "strict": self.strict} if self.type == "json_schema" else None
+        return ResponseFormat.model_validate({"type": self.type, "json_schema": schema})
+
+
+class TextFields(RestModel):
+    """`text`."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningFields(RestModel):
+    """`reasoning`."""
+
+    effort: Text | None = None
+    summary: Any = Field(None, description="Accepted; has no effect.")
+    generate_summary: Any = Field(None, description="Accepted; has no effect.")
+    context: Any = Field(None, description="Accepted; has no effect.")
+
+
+class ResponsesRequest(GenerationFields):
+    """Body of `/v1/responses`."""
+
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
+    instructions: Text | None = Field(None, description="A message of the system before all others.")
+    max_output_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
+    tools: list[ResponseTool] | None = Field(None, description="Functions.")
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
+    text: TextFields | None = Field(None, description="The form of the answer.")
+    reasoning: ReasoningFields | None = Field(None, description="`effort`, where the model's template has a switch.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
+    include: list[Text] | None = Field(None, description="`message.output_text.logprobs`; others have no effect.")
+    top_logprobs: Integer | None = Field(None, description="This many of the likeliest at each token, 0 to 20.")
+    store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
+    truncation: Literal["auto", "disabled"] | None = Field(None, description="Accepted; nothing is ever cut.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
+    prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
+    prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
+    safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
+    access_programs: Unsupported = None
+    background: Unsupported = None
+    background_options: Unsupported = None
+    context_management: Unsupported = None
+    conversation: Unsupported = None
+    image: Unsupported = None
+    max_tool_calls: Unsupported = None
+    moderation: Unsupported = None
+    previous_response_id: Unsupported = None
+    prompt: Unsupported = None
+    prompt_cache_options: Unsupported = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        wants = "message.output_text.logprobs" in (self.include or ())
+        return self.top_logprobs or 0 if wants or self.top_logprobs else None
+
+    @property
+    def param_names(self) -> Mapping[str, str]:
+        """What the gateway's own fields are called in this request."""
+        return {
+            "sampling.grammar": self.grammar_field or "tools",
+            "stop.max_tokens": "max_output_tokens",
+            "reasoning_effort": "reasoning.effort",
+            "prompt": "input",
+            "prompt.chat.messages": "input",
+            "prompt_token_ids": "input",
+        }
+
+    @property
+    def is_strict(self) -> bool:
+        form = self.text.format if self.text is not None else None
+        return super().is_strict or (form is not None and bool(form.strict))
+
+    def found_grammars(self) -> list[tuple[str, Grammar | None]]:
+        form = self.text.format if self.text is not None else None
+        own = grammar_of_format(form.response_format) if form is not None else None
+        return [("text.format", own), *super().found_grammars()]
+
+    def prompt_conversation(self) -> Conversation:
+        """The plain form; InvalidRequestError for what types cannot tell."""
+        if self.num_choices != 1:
+            raise InvalidRequestError("n", self.n, "1: a response is one")
+        turns = [ChatTurn("system", self.instructions)] if self.instructions else []
+        turns += [ChatTurn("user", self.input)] if isinstance(self.input, str) else _turns(self.input)
+        return Conversation(
+            tuple(turns),
+            self._tools(),
+            template_arguments=self.chat_template_kwargs or {},
+            reasoning_effort=self.reasoning.effort if self.reasoning is not None else None,
+            ignores_unknown=ignores_unknown(),
+        )
+
+    def _tools(self) -> Tools | None:
+        choice = self.tool_choice
+        name = choice.name if isinstance(choice, ChosenTool) else ""
+        mode = ToolMode.NAMED if isinstance(choice, ChosenTool) else ToolMode(choice or "auto")
+        if not self.tools:
+            if name or choice == "required":
+                raise InvalidRequestError("tool_choice", "set", "only together with tools")
+            return None
+        definitions = tuple(_definition(tool) for tool in self.tools)
+        return Tools(definitions, mode, name, self.parallel_tool_calls is not False)
+
+
+def _definition(tool: ResponseTool) -> ToolDefinition:
+    parameters = json.dumps(tool.parameters, ensure_ascii=False) if tool.parameters is not None else ""
+    return ToolDefinition(tool.name, tool.description or "", parameters, bool(tool.strict))
+
+
+def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
+    """One turn of the assistant for each run of what it thought, said and called."""
+    thought = ""
+    said: list[str] = []
+    calls: list[ToolCall] = []
+    for index, item in enumerate(items):
+        is_own = item.type in ("reasoning", "function_call") or item.role == "assistant"
+        if not is_own and (thought or said or calls):
+            yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
+            thought, said, calls = "", [], []
+        if item.type == "reasoning":
+            thought = _shown(item.content or item.summary)
+        elif item.type == "function_call":
+            if not item.name:
+                raise InvalidRequestError(f"input[{index}].name", item.name, "the name of the function")
+            calls.append(ToolCall(item.call_id or "", item.name, item.arguments or ""))
+        elif item.type == "function_call_output":
+            yield ChatTurn("tool", _shown(item.output), tool_call_id=_call_id(item, index))
+        elif item.role == "assistant":
+            if calls:
+                yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
+                thought, said, calls = "", [], []
+            said.append(_shown(item.content))
+        elif item.role is None or item.content is None:
+            missing = "role" if item.role is None else "content"
+            raise InvalidRequestError(f"input[{index}].{missing}", None, "set in a message")
+        else:
+            yield ChatTurn(item.role, _shown(item.content))
+    if thought or said or calls:
+        yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
+
+
+def _call_id(item: InputItem, index: int) -> str:
+    if not item.call_id:
+        raise InvalidRequestError(f"input[{index}].call_id", item.call_id, "the id of the call that is answered")
+    return item.call_id
+
+
+def _shown(content: str | list[ContentPart] | None) -> str:
+    return content if isinstance(content, str) else "\n".join(part.shown for part in content or ())
