@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from easyspec.speculation.parameters import Thinking
 from gateway.conversation import Tools
 from gateway.detokenizer import Detokenizer
+from gateway.harmony import HarmonyParser
 from gateway.reasoning import ReasoningSplitter
 from gateway.tokenizer import Tokenizer
 from gateway.tool_parser import ParsedText, ToolCallDelta
@@ -50,7 +51,7 @@ class AnswerText:
     """Takes tokens round by round; the result does not depend on how they were cut into rounds."""
 
     def __init__(self, tokenizer: Tokenizer, form: AnswerForm) -> None:
-        self._parser = parser_for(form.tools, form.dialect) if form.tools is not None else None
+        self._parser = parser_for(form.tools, form.dialect)
         self._splitter = ReasoningSplitter(form.thinking) if form.thinking is not None else None
         marks = marks_of(form.dialect) if self._parser is not None else ()
         if form.thinking is not None:
@@ -68,8 +69,12 @@ class AnswerText:
         detokenized = self._detokenizer.push(token_ids, is_last, has_stop_token)
         matched_stop = detokenized.matched_stop
         is_last = is_last or matched_stop is not None
-        reasoning, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
-        parsed, is_over = self._parsed(said, is_last)
+        if isinstance(self._parser, HarmonyParser):
+            parsed, said, num_reasoning_tokens = self._harmony(self._parser, detokenized.pieces, is_last)
+            reasoning, is_over = parsed.reasoning, self._parser.is_finished
+        else:
+            reasoning, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
+            parsed, is_over = self._parsed(said, is_last)
         return AnswerRound(
             parsed.text,
             parsed.calls,
@@ -98,6 +103,20 @@ class AnswerText:
             rest = splitter.flush()
             thought, said = thought + rest.reasoning, said + rest.text
         return thought, said, num_thinking
+
+    def _harmony(self, parser: HarmonyParser, pieces: Sequence[str], is_last: bool) -> tuple[ParsedText, str, int]:
+        """(what is thought, said and called, what is said alone, tokens of thinking) in a round."""
+        parts = []
+        num_thinking = 0
+        for piece in pieces:
+            was_thinking = parser.is_thinking
+            parts.append(parser.push(piece))
+            num_thinking += bool(piece) and (was_thinking or parser.is_thinking)
+        if is_last:
+            parts.append(parser.flush())
+        said = "".join(part.text for part in parts)
+        calls = tuple(call for part in parts for call in part.calls)
+        return ParsedText(said, calls, "".join(part.reasoning for part in parts)), said, num_thinking
 
     def _parsed(self, said: str, is_last: bool) -> tuple[ParsedText, bool]:
         """What is said and called in a round's text, and whether no further call is wanted."""

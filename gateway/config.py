@@ -112,10 +112,20 @@ class GatewaySettings(ServerSettings, RequestLimits):
         description="auto or none: whether what a model thinks before its answer is told apart from it. auto looks for "
         "the marks of thinking (<think> and others) in its chat template. With none they are text like any other.",
     )
-    tool_call_format: Literal["auto", "hermes", "llama3_json", "mistral", "none"] = Field(
+    tool_call_format: Literal[
+        "auto",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "mistral_args",
+        "qwen3_coder",
+        "pythonic",
+        "harmony",
+        "none",
+    ] = Field(
         default="auto",
-        description="auto, hermes, llama3_json, mistral or none: how the model writes tool calls. auto looks at its "
-        "chat template, which is what the model was trained with.",
+        description="How the model writes tool calls: hermes, llama3_json, mistral, mistral_args, qwen3_coder, "
+        "pythonic, harmony or none. auto looks at its chat template, which is what the model was trained with.",
     )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",

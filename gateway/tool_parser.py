@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.text_marks import overlap
 
@@ -36,10 +36,25 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class ParsedText:
-    """What became certain with a piece of text: what is said, and what is called."""
+    """What became certain with a piece of text: what is said and called, and what is thought if a dialect tells."""
 
     text: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
+    reasoning: str = ""
+
+
+class CallParser(Protocol):
+    """Finds calls in an answer that comes piece by piece. `num_calls` counts those that were given out; `is_finished`
+    says that no further one is wanted."""
+
+    num_calls: int
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def push(self, text: str) -> ParsedText: ...
+
+    def flush(self) -> ParsedText: ...
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,18 @@ from typing import Any
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
+from gateway.call_blocks import (
+    Block,
+    BlockCallParser,
+    PythonicCallParser,
+    mistral_calls,
+    mistral_end,
+    xml_calls,
+)
 from gateway.conversation import Tools
-from gateway.tool_parser import Frame, ToolCallParser
+from gateway.harmony import MARKS as HARMONY_MARKS
+from gateway.harmony import HarmonyParser
+from gateway.tool_parser import CallParser, Frame, ToolCallParser
 
 _MISTRAL_ID_CHARS = string.ascii_letters + string.digits
 
@@ -24,6 +34,10 @@ class ToolDialect(enum.Enum):
     HERMES = "hermes"  # <tool_call>{...}</tool_call>: Hermes, Qwen, the bundled pair
     LLAMA3_JSON = "llama3_json"  # the whole answer is {...}; {...}
     MISTRAL = "mistral"  # [TOOL_CALLS] [{...}, ...]
+    MISTRAL_ARGS = "mistral_args"  # [TOOL_CALLS]name[ARGS]{...}: from its eleventh tokenizer on
+    QWEN3_CODER = "qwen3_coder"  # <tool_call><function=name><parameter=p>...</parameter></function></tool_call>
+    PYTHONIC = "pythonic"  # the whole answer is [name(p=...), ...]: Llama 3.2 and 4
+    HARMONY = "harmony"  # messages to channels: gpt-oss
     NONE = "none"  # not at all: only forced calls are found
 
 
@@ -35,9 +49,30 @@ _FRAMES: Mapping[ToolDialect, Frame] = MappingProxyType(
     }
 )
 _FORCED = Frame(closing="]")
+_MARKS: Mapping[ToolDialect, tuple[str, ...]] = MappingProxyType(
+    {
+        ToolDialect.HARMONY: HARMONY_MARKS,
+        ToolDialect.MISTRAL_ARGS: ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+        ToolDialect.QWEN3_CODER: ("<tool_call>", "</tool_call>"),
+        ToolDialect.PYTHONIC: ("<|python_start|>", "<|python_end|>", "<|python_tag|>"),
+    }
+)
 # Options of the grammar library: white space as models were trained on it, and none to get lost in.
 _COMPACT: Mapping[str, Any] = MappingProxyType(
     {"whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": "}
+)
+
+
+# What a template has of each dialect, the more telling first.
+_TRACES = (
+    ("<|channel|>", ToolDialect.HARMONY),
+    ("[ARGS]", ToolDialect.MISTRAL_ARGS),
+    ("[TOOL_CALLS]", ToolDialect.MISTRAL),
+    ("<parameter=", ToolDialect.QWEN3_CODER),
+    ("<tool_call>", ToolDialect.HERMES),
+    ("<|python_start|>", ToolDialect.PYTHONIC),
+    ("[func_name1(", ToolDialect.PYTHONIC),
+    ("tools", ToolDialect.LLAMA3_JSON),
 )
 
 
@@ -45,27 +80,39 @@ def dialect_of(chat_template: str) -> ToolDialect:
     """The dialect that a chat template teaches; NONE if it knows no tools."""
     if "tools" not in chat_template:
         return ToolDialect.NONE
-    if "[TOOL_CALLS]" in chat_template:
-        return ToolDialect.MISTRAL
-    if "<tool_call>" in chat_template:
-        return ToolDialect.HERMES
-    return ToolDialect.LLAMA3_JSON
+    return next(dialect for trace, dialect in _TRACES if trace in chat_template)
 
 
 def marks_of(dialect: ToolDialect) -> tuple[str, ...]:
     """Texts that stand around calls; they must be seen even where the tokenizer has special tokens for them."""
+    if dialect in _MARKS:
+        return _MARKS[dialect]
     frame = _FRAMES.get(dialect, Frame())
     return tuple(mark for mark in (frame.opening, frame.closing, frame.prefix) if len(mark) > 1)
 
 
-def parser_for(tools: Tools, dialect: ToolDialect) -> ToolCallParser | None:
+def parser_for(tools: Tools | None, dialect: ToolDialect) -> CallParser | None:
     """A parser for the answer to a request with `tools`; None if no call is to be looked for."""
-    names = frozenset(tool.name for tool in tools.callable_definitions)
-    if not names or (dialect is ToolDialect.NONE and not tools.is_forced):
+    definitions = tools.callable_definitions if tools is not None else ()
+    names = frozenset(tool.name for tool in definitions)
+    is_forced = tools is not None and tools.is_forced
+    most = None if tools is None or tools.is_parallel else 1
+    if dialect is ToolDialect.HARMONY and not is_forced:
+        return HarmonyParser(names, most, _openai_id)
+    if not names or (dialect is ToolDialect.NONE and not is_forced):
         return None
-    frame = _FORCED if tools.is_forced else _FRAMES[dialect]
-    new_id = _mistral_id if dialect is ToolDialect.MISTRAL else _openai_id
-    return ToolCallParser(frame, names, None if tools.is_parallel else 1, new_id)
+    is_mistral = dialect in (ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS)
+    new_id = _mistral_id if is_mistral else _openai_id
+    if is_forced:
+        return ToolCallParser(_FORCED, names, most, new_id)
+    if dialect is ToolDialect.PYTHONIC:
+        return PythonicCallParser(names, most, new_id)
+    if dialect is ToolDialect.MISTRAL_ARGS:
+        return BlockCallParser(Block("[TOOL_CALLS]", ends=mistral_end), mistral_calls, names, most, new_id)
+    if dialect is ToolDialect.QWEN3_CODER:
+        read = xml_calls({tool.name: tool.schema for tool in definitions})
+        return BlockCallParser(Block("<tool_call>", "</tool_call>"), read, names, most, new_id)
+    return ToolCallParser(_FRAMES[dialect], names, most, new_id)
 
 
 def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
