@@ -169,7 +169,7 @@ class ResilientDraftSession:
     def open(self) -> None:
         """Tell the drafter the prompt, in the background, if it is there."""
         if self._replicas.is_ready:
-            self._replica = self._replicas.pick()
+            self._replica = self._replicas.pick(prompt=self._opening.prompt_token_ids)
             self._stream = self._replica.client.open(self._opening)
 
     async def draft(self, calibration: Calibration) -> TimedDraft:
@@ -260,7 +260,8 @@ class ResilientDraftSession:
 
     async def _reopen(self) -> None:
         history = tuple(self._history)
-        self._replica = self._replicas.pick(avoiding=[self._replica] if self._replica is not None else [])
+        avoiding = [self._replica] if self._replica is not None else []
+        self._replica = self._replicas.pick(avoiding=avoiding, prompt=self._opening.prompt_token_ids)
         committed = history[:-1]
         num_output_tokens = len(committed) - len(self._opening.prompt_token_ids)
         opening = replace(self._opening, prompt_token_ids=committed, num_output_tokens=num_output_tokens)

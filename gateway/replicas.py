@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from easyspec.errors import ConnectionLostError, UnavailableError
+from gateway.affinity import preferred
 from gateway.peers import Peer, PeerInfo, PeerState
 
 # A round that began before the probe that found its replica silent has waited longer.
@@ -95,8 +96,11 @@ class ReplicaSet(Generic[_ClientT]):
         self._in_force = replace(same[0], max_tree_nodes=min(info.max_tree_nodes for info in same))
         return self._in_force
 
-    def pick(self, fingerprint: str = "", avoiding: Collection[Replica[_ClientT]] = ()) -> Replica[_ClientT]:
-        """The ready replica with the fewest sessions, in turn among equals; UnavailableError if all are refused.
+    def pick(
+        self, fingerprint: str = "", avoiding: Collection[Replica[_ClientT]] = (), prompt: Sequence[int] = ()
+    ) -> Replica[_ClientT]:
+        """The ready replica for prompts that begin like `prompt`, else the one with the fewest sessions, in turn among
+        equals; UnavailableError if all are refused.
 
         With a `fingerprint` only those that serve this model. Replicas in `avoiding` are the last choice, and those
         that did not answer lately are a better one than none: what is known may be old.
@@ -106,6 +110,8 @@ class ReplicaSet(Generic[_ClientT]):
             raise UnavailableError(f"no {self._role} serves the model that was asked for")
         ready = [replica for replica in fitting if replica.peer.is_ready] or fitting
         fresh = [replica for replica in ready if replica not in avoiding] or ready
+        if len(fresh) > 1 and (found := preferred(fresh, prompt)) is not None:
+            return found
         turn = next(self._turns) % len(fresh)
         return min(fresh[turn:] + fresh[:turn], key=lambda replica: replica.num_sessions)
 

@@ -171,13 +171,13 @@ class ResilientVerifySession:
         await self._connection.aclose()
 
     async def _open(self, outage: _Outage | None) -> VerifierSession:
-        fingerprint = self._opening.model_fingerprint
+        fingerprint, prompt = self._opening.model_fingerprint, self._opening.prompt_token_ids
         if outage is None:
-            replica = self._replicas.pick(fingerprint)
+            replica = self._replicas.pick(fingerprint, prompt=prompt)
         else:
             if self._is_suspected:
                 await self._begin_trial(outage)
-            replica = self._replicas.pick(fingerprint, outage.tried)
+            replica = self._replicas.pick(fingerprint, outage.tried, prompt)
             outage.tried.add(replica)
             if self._is_suspected and replica.num_sessions and not self._replicas.has_other(fingerprint, outage.tried):
                 self._end_trial()

@@ -435,6 +435,15 @@ async def test_one_ready_replica_makes_a_ready_set() -> None:
     assert {pool.replicas.pick() for _ in range(4)} == {first, second}  # what is known may be old
 
 
+async def test_prompts_that_begin_alike_meet_at_one_replica() -> None:
+    pool = await pool_of(*(FakeConnection() for _ in range(3)))
+    homes = {pool.replicas.pick(prompt=[*range(100), other]) for other in range(20)}
+    assert len(homes) == 1
+    assert len({pool.replicas.pick(prompt=[other] * 100) for other in range(20)}) > 1
+    (home,) = homes
+    assert pool.replicas.pick(avoiding=[home], prompt=range(100)) is not home
+
+
 async def test_the_model_in_force_stays_while_anyone_serves_it() -> None:
     pool = await pool_of(*(FakeConnection() for _ in range(3)), infos=(info_of("b"), info_of("a"), info_of("b")))
     replicas = pool.replicas
