@@ -49,6 +49,57 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         "/v1/chat/completions",
         chat_body(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}], tool_choice="auto"),
     ),
+    (
+        "/v1/chat/completions",
+        chat_body(
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]},
+                {
+                    "role": "assistant",
+                    "reasoning_content": "x",
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": "x"},
+            ],
+            max_tokens=8,
+            min_tokens=2,
+            include_stop_str_in_output=True,
+            chat_template_kwargs={"enable_thinking": False},
+            guided_json={"type": "array", "uniqueItems": True, "oneOf": [{}, {"not": {}}]},
+        ),
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "1", "output": "x"},
+            ],
+            "max_output_tokens": 8,
+            "tools": [{"type": "function", "name": "f", "parameters": {}}],
+            "tool_choice": "auto",
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+            "reasoning": {"effort": "none"},
+        },
+    ),
+    ("/v1/responses", {"input": "hi", "max_output_tokens": 8, "stream": True, "instructions": "x", "top_logprobs": 1}),
+    (
+        "/v1/messages",
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}]},
+            ],
+            "max_tokens": 8,
+            "system": [{"type": "text", "text": "x"}],
+            "tools": [{"name": "f", "input_schema": {}}],
+            "tool_choice": {"type": "auto"},
+            "stop_sequences": ["x"],
+        },
+    ),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "stream": True}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
     ("/tokenize", {"prompt": "x", "return_token_strs": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]

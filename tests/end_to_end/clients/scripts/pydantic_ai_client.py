@@ -1,0 +1,41 @@
+"""A user of pydantic-ai: `python pydantic_ai_client.py BASE_URL` prints one JSON object."""
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.settings import ModelSettings
+
+
+class City(BaseModel):
+    city: str
+    days: int
+
+
+async def run(base_url: str) -> dict[str, Any]:
+    provider = OpenAIProvider(base_url=base_url, api_key="none")
+    settings = ModelSettings(temperature=0, max_tokens=200)
+    told: dict[str, Any] = {}
+    for kind in (OpenAIChatModel, OpenAIResponsesModel):
+        model = kind("base", provider=provider)
+        agent = Agent(model, model_settings=settings)
+        whole = (await agent.run("Write `add(a, b)`.")).output
+        async with agent.run_stream("Write `add(a, b)`.") as stream:
+            streamed = await stream.get_output()
+        typed = Agent(model, output_type=City, model_settings=settings)
+
+        @typed.tool_plain
+        def weather(city: str) -> str:
+            return f"sunny in {city}"
+
+        answer = await typed.run("weather?", usage_limits=None)
+        told[kind.__name__] = {"texts": [whole, streamed], "typed": answer.output.model_dump()}
+    return told
+
+
+print(json.dumps(asyncio.run(run(sys.argv[1]))))
