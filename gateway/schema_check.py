@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from easyspec.speculation.schemas import is_beyond_grammars
+
 _MAX_REASON_CHARS = 300
+_PATTERN_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,7 @@ def checked(output: str, schema: UnenforcedSchema) -> SchemaCheck:
 
     try:
         content = json.loads(schema.text)
-        # Patterns are enforced by the grammar, and would be matched here by backtracking, which can take for ever.
-        kind = jsonschema.validators.extend(jsonschema.validators.validator_for(content), _WITHOUT_PATTERNS)
+        kind = jsonschema.validators.extend(jsonschema.validators.validator_for(content), _WITH_SAFE_PATTERNS)
         error = jsonschema.exceptions.best_match(kind(content, registry=Registry()).iter_errors(json.loads(output)))
     except Exception as failure:  # of many types, where the schema is none or the output no JSON
         return SchemaCheck(schema.keywords, False, f"it cannot be checked: {failure}"[:_MAX_REASON_CHARS])
@@ -48,4 +51,15 @@ def _nothing(*_: Any) -> None:
     """A keyword that is not looked at."""
 
 
-_WITHOUT_PATTERNS = {"pattern": _nothing, "patternProperties": _nothing}
+def _pattern(_validator: Any, pattern: Any, instance: Any, _schema: Any) -> Iterator[Any]:
+    """Patterns that the grammar did not enforce, and within a time: backtracking can take for ever."""
+    import jsonschema
+    import regex
+
+    if not (isinstance(pattern, str) and isinstance(instance, str) and is_beyond_grammars(pattern)):
+        return
+    if regex.search(pattern, instance, timeout=_PATTERN_TIMEOUT_S) is None:
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+_WITH_SAFE_PATTERNS = {"pattern": _pattern, "patternProperties": _nothing}

@@ -26,6 +26,9 @@ _OF_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _OF_SCHEMAS = ("items", "additionalItems", "additionalProperties")
 # What may say more about an object's properties than the object itself does.
 _COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "patternProperties")
+_ESCAPE_OR_LOOK_AROUND = re.compile(r"\\(u[0-9a-fA-F]{4}|.)|\(\?<?[=!]", re.DOTALL)
+_STRANGE_ESCAPES = frozenset("123456789bBAZzGkK")
+_SURROGATE = re.compile("u[dD][89a-fA-F]")
 _LARGEST_NUMBER = 10**15
 _NUMBER_STEP = 1e-9  # the library takes no smaller one
 _MAX_CHARS = 16_384
@@ -73,6 +76,9 @@ class _Rewriting:
             return schema
         rewritten = dict(schema)
         self._drop_annotations(rewritten)
+        if isinstance(pattern := rewritten.get("pattern"), str) and is_beyond_grammars(pattern):
+            del rewritten["pattern"]
+            self.unenforced["pattern"] = None
         _turn_property_names(rewritten)
         _turn_unevaluated(rewritten)
         for name in _UNENFORCED:
@@ -112,6 +118,14 @@ class _Rewriting:
     def _drop_annotations(self, schema: dict[str, Any]) -> None:
         if "format" in schema and schema["format"] not in _FORMATS:
             del schema["format"]
+
+
+def is_beyond_grammars(pattern: str) -> bool:
+    """Whether a pattern has look-around, back references, or escapes that the grammar library has no match for."""
+    return any(
+        found.group(1) is None or found.group(1)[0] in _STRANGE_ESCAPES or _SURROGATE.match(found.group(1)) is not None
+        for found in _ESCAPE_OR_LOOK_AROUND.finditer(pattern)
+    )
 
 
 def _says_nothing(name: str, value: Any, schema: Mapping[str, Any]) -> bool:

@@ -70,6 +70,8 @@ def accepts(compiler: GrammarCompiler, folder: Path, schema: Any, value: Any, **
         (AB | {"unevaluatedProperties": False}, {"a": "x"}, {"c": "x"}, ()),
         ({"allOf": [AB], "unevaluatedProperties": False}, {"a": "x"}, {"a": 1}, ("unevaluatedProperties",)),
         (AB | {"if": {"required": ["a"]}, "then": {"required": ["b"]}}, {"a": "x"}, {"a": 1}, ("if",)),
+        ({"type": "string", "pattern": "^(?!a)[a-z]+$"}, '"b"', 1, ("pattern",)),
+        ({"type": "string", "pattern": r"^\\b[a-c]$"}, '"\\\\ba"', '"b"', ()),
         (AB | {"not": {"required": ["a"]}}, {"a": "x"}, {"a": 1}, ("not",)),
         (AB | {"dependencies": {"a": ["b"]}}, {"a": "x"}, {"a": 1}, ("dependencies",)),
         (AB | {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {}}, {"a": "x"}, [], ("dependentRequired",)),
