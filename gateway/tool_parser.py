@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gateway.text_marks import overlap
@@ -32,6 +32,15 @@ class ToolCallDelta:
     arguments: str
     id: str | None = None
     name: str | None = None
+
+
+def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
+    """The same, with one piece for each call."""
+    pieces: dict[int, ToolCallDelta] = {}
+    for delta in deltas:
+        before = pieces.get(delta.index)
+        pieces[delta.index] = delta if before is None else replace(before, arguments=before.arguments + delta.arguments)
+    return list(pieces.values())
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ _INITIAL_LEXER_FUEL = 100_000
 _STEP_LEXER_FUEL = 50_000
 # Compile time grows with the square of the number of terminals: 1 s at a thousand, 18 s at 4 700.
 _MAX_LARK_LINES = 1000
-# The library lets any amount of white space stand between JSON tokens, of which some models never find an end.
-_JSON_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# The library lets any amount of white space stand between JSON tokens, of which some models never find an end. Blanks
+# on one line, or one line break with its indentation, are all that anything printed as JSON has.
+_JSON_WHITE_SPACE = r"[\x20\x09]{1,64}|\x0D?\x0A[\x20\x09]{0,32}"
 # Between thinking and answer.
 _BLANK = r"[ \n]{0,8}"
 # The library makes 64-bit integers of doubles. The smallest integer has no negative: it recurses until the stack is

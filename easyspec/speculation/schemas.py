@@ -33,6 +33,9 @@ _LARGEST_NUMBER = 10**15
 _NUMBER_STEP = 1e-9  # the library takes no smaller one
 _MAX_CHARS = 16_384
 _MAX_ITEMS = 1024
+_OPTIONS = "x-guidance"
+# Between the tokens of JSON: a blank, or a line break and its indentation. Small models fill whatever there may be.
+_WHITE_SPACE = r"\x20|\x0D?\x0A[\x20\x09]{0,20}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def enforceable(
         rewritten = rewriting.schema(schema)
     except RecursionError:
         raise ValueError("it is nested beyond the recursion limit") from None
+    if bounds_values:
+        rewritten[_OPTIONS] = {"whitespace_pattern": _WHITE_SPACE, **rewritten.get(_OPTIONS, {})}
     return EnforceableSchema(json.dumps(rewritten, ensure_ascii=False), tuple(rewriting.unenforced))
 
 

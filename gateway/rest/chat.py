@@ -20,7 +20,7 @@ from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
 from gateway.rest.sse import DONE, EventStream, while_connected
 from gateway.rest.trace import trace_fields
-from gateway.tool_parser import ToolCallDelta
+from gateway.tool_parser import ToolCallDelta, joined
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -90,9 +90,9 @@ class _Answer:
                 if chunk.text or entries or trace:
                     logprobs = self._format.chat(entries) if entries else None
                     deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace, usage))
-                if chunk.tool_calls:
-                    calls = [_call_delta(call) for call in chunk.tool_calls]
-                    deltas.append(writer.choice(_delta(index, {"tool_calls": calls}), usage=usage))
+                # Some clients read no more than the first call of a delta.
+                for call in joined(chunk.tool_calls):
+                    deltas.append(writer.choice(_delta(index, {"tool_calls": [_call_delta(call)]}), usage=usage))
                 if chunk.completion is not None:
                     self._tally.add(0, chunk.completion)
                     reason = chunk.completion.finish_reason.value

@@ -126,6 +126,8 @@ async def test_a_schema_is_followed_to_its_end(compiler: GrammarCompiler, backen
         ('{"n":"1"}', False),
         ('{"m":1}', False),
         ('{"n":' + " " * 64 + "1}", True),
+        ('{\n    "n": 1\n}', True),
+        ('{\n\n"n": 1}', False),
         ('{"n":' + " " * 65 + "1}", False),  # white space may not go on for ever
     ):
         state = GrammarState(compiled, ignore_eos=False)

@@ -122,6 +122,7 @@ def test_objects_are_closed_where_nothing_else_is_said_about_them(
         ({"type": "number", "minimum": 0}, ["0.25"], ["0." + "3" * 30, "1" * 30]),
         ({"type": ["number", "null"]}, ["null", "1.5"], ["0." + "3" * 30]),
         ({"type": "integer", "exclusiveMinimum": 5}, ["6"], ["1" * 30]),
+        ({"type": "array", "items": {"type": "integer"}}, ["[\n    1,\n    2\n]"], ["[  1]", "[\n" + " " * 30 + "1]"]),
         ({"type": "array", "items": {"type": "integer"}}, ["[1, 2]"], ["[" + ",".join("1" * 2000) + "]"]),
     ],
 )

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from agents import Agent, ModelSettings, RunConfig, Runner, function_tool, set_tracing_disabled
@@ -12,15 +12,15 @@ from pydantic import BaseModel
 
 
 class City(BaseModel):
-    city: str
-    days: int
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2, 3]
 
 
 CALLED: list[str] = []
 
 
 @function_tool
-def weather(city: str) -> str:
+def weather(city: Literal["Paris", "Rome"]) -> str:
     """Tell the weather."""
     CALLED.append(city)
     return "sunny"
@@ -35,15 +35,20 @@ async def run(base_url: str) -> dict[str, Any]:
         streamed = Runner.run_streamed(speaker, "Write `add(a, b)`.", run_config=config)
         kinds = {event.type async for event in streamed.stream_events()}
         whole = await Runner.run(speaker, "Write `add(a, b)`.", run_config=config)
-        # The choice is reset after the call, so that the round trip comes to an answer.
-        caller = Agent(name="caller", model=model, tools=[weather], model_settings=ModelSettings(tool_choice="weather"))
+        caller = Agent(
+            name="caller",
+            model=model,
+            tools=[weather],
+            model_settings=ModelSettings(tool_choice="weather"),
+            tool_use_behavior="stop_on_first_tool",
+        )
         called = await Runner.run(caller, "weather?", run_config=config)
         typed = await Runner.run(Agent(name="typist", model=model, output_type=City), "weather?", run_config=config)
     return {
         "texts": [whole.final_output, streamed.final_output],
         "kinds": sorted(kinds),
         "called": CALLED,
-        "after": type(called.final_output).__name__,
+        "after": called.final_output,
         "typed": typed.final_output.model_dump(),
     }
 

@@ -2,15 +2,15 @@
 
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import litellm
 from pydantic import BaseModel
 
 
 class City(BaseModel):
-    city: str
-    days: int
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2, 3]
 
 
 def main(base_url: str) -> None:

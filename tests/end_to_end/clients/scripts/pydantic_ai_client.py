@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic_ai import Agent
@@ -13,8 +13,8 @@ from pydantic_ai.settings import ModelSettings
 
 
 class City(BaseModel):
-    city: str
-    days: int
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2, 3]
 
 
 async def run(base_url: str) -> dict[str, Any]:
@@ -27,13 +27,7 @@ async def run(base_url: str) -> dict[str, Any]:
         whole = (await agent.run("Write `add(a, b)`.")).output
         async with agent.run_stream("Write `add(a, b)`.") as stream:
             streamed = await stream.get_output()
-        typed = Agent(model, output_type=City, model_settings=settings)
-
-        @typed.tool_plain
-        def weather(city: str) -> str:
-            return f"sunny in {city}"
-
-        answer = await typed.run("weather?", usage_limits=None)
+        answer = await Agent(model, output_type=City, model_settings=settings).run("weather?")
         told[kind.__name__] = {"texts": [whole, streamed], "typed": answer.output.model_dump()}
     return told
 

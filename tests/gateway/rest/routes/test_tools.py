@@ -66,7 +66,9 @@ def joined(events: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
         delta = dict(choice["delta"])
         message["role"] = delta.pop("role", message.get("role"))
         message["content"] += delta.pop("content", "")
-        for piece in delta.pop("tool_calls", []):
+        pieces = delta.pop("tool_calls", [])
+        assert len(pieces) <= 1  # some clients read no further
+        for piece in pieces:
             if piece["index"] == len(calls):
                 calls.append({"id": piece["id"], "type": piece["type"], "function": dict(piece["function"])})
             else:

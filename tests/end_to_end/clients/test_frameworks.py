@@ -1,0 +1,139 @@
+"""Clients as their packages have them, each installed by itself: a streamed chat, a tool round trip, a typed answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "scripts"
+CITIES, DAYS = ("Paris", "Rome"), (1, 2, 3)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def ran(folder: Path, package: str, *command: str, **environment: str) -> str:
+    """What a command prints that finds `package` and what it needs in `folder`, and nothing of it elsewhere."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), package]
+    subprocess.run(install, check=True, timeout=700)
+    surroundings = os.environ | {"PYTHONPATH": str(folder), "OPENAI_API_KEY": "none"} | environment
+    ended = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=surroundings, timeout=180, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout
+
+
+def told(folder: Path, package: str, script: str, base_url: str) -> dict[str, Any]:
+    lines = ran(folder, package, str(SCRIPTS / script), base_url).splitlines()
+    results: dict[str, Any] = json.loads(lines[-1])
+    return results
+
+
+def check_typed(city: dict[str, Any]) -> None:
+    assert city["city"] in CITIES
+    assert city["days"] in DAYS
+
+
+def test_anthropic(base_url: str, tmp_path: Path) -> None:
+    results = told(tmp_path, "anthropic", "anthropic_client.py", base_url)
+    whole, streamed = results["texts"]
+    assert whole == streamed != ""
+    check_typed(results["call"])
+    check_typed(results["typed"])
+    assert results["after"] in ("end_turn", "max_tokens")
+
+
+def test_litellm(base_url: str, tmp_path: Path) -> None:
+    results = told(tmp_path, "litellm", "litellm_client.py", base_url)
+    streamed, whole = results["streamed"]
+    assert whole == streamed != ""
+    check_typed(results["call"])
+    check_typed(results["typed"])
+    assert results["responded"] in ("completed", "incomplete")
+
+
+def test_instructor(base_url: str, tmp_path: Path) -> None:
+    for city in told(tmp_path, "instructor", "instructor_client.py", base_url).values():
+        check_typed(city)
+
+
+def test_pydantic_ai(base_url: str, tmp_path: Path) -> None:
+    results = told(tmp_path, "pydantic-ai-slim[openai]", "pydantic_ai_client.py", base_url)
+    for api in ("OpenAIChatModel", "OpenAIResponsesModel"):
+        whole, streamed = results[api]["texts"]
+        assert whole == streamed != ""
+        check_typed(results[api]["typed"])
+
+
+def test_openai_agents(base_url: str, tmp_path: Path) -> None:
+    results = told(tmp_path, "openai-agents", "agents_client.py", base_url)
+    whole, streamed = results["texts"]
+    assert whole == streamed != ""
+    assert results["called"][0] in CITIES
+    assert results["after"] == "sunny"
+    check_typed(results["typed"])
+
+
+def test_the_llm_command(base_url: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    model = f'- model_id: easyspec\n  model_name: base\n  api_base: "{base_url}"\n'
+    (home / "extra-openai-models.yaml").write_text(model)
+    question = ["-m", "llm", "-m", "easyspec", "-o", "temperature", "0", "-o", "max_tokens", "24", "Write `add(a, b)`."]
+    streamed = ran(tmp_path / "packages", "llm", *question, LLM_USER_PATH=str(home))
+    whole = ran(tmp_path / "packages", "llm", *question, "--no-stream", LLM_USER_PATH=str(home))
+    assert streamed == whole
+    assert "def add" in whole
+
+
+_AI_SDK_SCRIPT = """
+import { generateText, streamText, generateObject, tool, jsonSchema } from "ai";
+import { createOpenAI } from "@ai-sdk/openai";
+const provider = createOpenAI({ baseURL: process.argv[2], apiKey: "none" });
+const schema = jsonSchema(%(schema)s);
+const results = {};
+for (const [name, model] of [["chat", provider.chat("base")], ["responses", provider("base")]]) {
+  const common = { model, temperature: 0, maxRetries: 0 };
+  const prompt = "Write `add(a, b)`.";
+  const whole = (await generateText({ ...common, prompt, maxOutputTokens: 24 })).text;
+  let streamed = "";
+  for await (const piece of streamText({ ...common, prompt, maxOutputTokens: 24 }).textStream) streamed += piece;
+  const weather = tool({ description: "tells", inputSchema: schema, execute: async () => "sunny" });
+  const called = await generateText({ ...common, prompt, tools: { weather }, toolChoice: "required" });
+  const typed = await generateObject({ ...common, prompt, schema });
+  results[name] = { texts: [whole, streamed], call: called.toolCalls[0].input, typed: typed.object,
+    result: called.toolResults[0].output };
+}
+console.log(JSON.stringify(results));
+"""
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="there is no npm here")
+def test_the_ai_sdk(base_url: str, tmp_path: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": CITIES, "type": "string"}, "days": {"enum": DAYS, "type": "integer"}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    script = tmp_path / "script.mjs"
+    script.write_text(_AI_SDK_SCRIPT % {"schema": json.dumps(schema)})
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "ai", "@ai-sdk/openai", "zod"]
+    subprocess.run(install, cwd=tmp_path, check=True, timeout=300)
+    command = ["node", str(script), base_url]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for results in json.loads(ended.stdout).values():
+        whole, streamed = results["texts"]
+        assert whole == streamed != ""
+        check_typed(results["call"])
+        check_typed(results["typed"])
+        assert results["result"] == "sunny"
