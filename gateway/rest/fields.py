@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -115,8 +116,14 @@ class RestModel(BaseModel):
         _check_num_keys(values)
         if not isinstance(values, dict):
             return values
-        known = frozenset(field.alias or name for name, field in cls.model_fields.items())
+        known = _names_of(cls)
         return values if values.keys() <= known else without_unknown(known, values)
+
+
+@cache
+def _names_of(model: type[BaseModel]) -> frozenset[str]:
+    """The names of a model's fields on the wire."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class SpeculationFields(RestModel):
