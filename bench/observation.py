@@ -11,9 +11,10 @@ from collections.abc import Callable
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.telemetry.logs import configure_logging
 from easyspec.telemetry.metrics import EngineMetrics, StepReport
-from gateway.generation import GenerationChunk, GenerationRequest
 from gateway.metrics import GatewayMetrics
 from gateway.observation import RequestLog, everyone
+from gateway.output import GenerationChunk
+from gateway.request import GenerationRequest
 from gateway.statistics import RoundTimings
 
 _NUM_REPEATS = 15

@@ -4,105 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from easyspec.checkpoint.generation import NO_DEFAULTS, SamplingDefaults
 from easyspec.errors import InvalidRequestError, PromptTooLongError, UnavailableError, UnknownModelError
 from easyspec.speculation.checks import check_logprobs
-from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification, TokenLogprobs
+from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import (
     MAX_TOP_LOGPROBS,
-    FinishReason,
     GrammarKind,
-    LayerPlanRequest,
-    SamplingParameters,
-    StopConditions,
     Thinking,
     TreeBudget,
 )
 from easyspec.speculation.schemas import enforceable
-from easyspec.speculation.sources import DraftSources
 from gateway.admission import Admission
-from gateway.answer import AnswerForm, AnswerRound, AnswerText
+from gateway.answer import AnswerForm, AnswerText
 from gateway.api_keys import ClientLimiter
 from gateway.backpressure import ended_when_unread
 from gateway.choices import choice_seed, merged
 from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
-from gateway.draft_session import DrafterPool, ResilientDraftSession
+from gateway.draft_session import DrafterPool
 from gateway.limits import RequestLimits
 from gateway.observation import GenerationObserver, RequestObserver, observed
+from gateway.output import GenerationChunk, Output
 from gateway.peers import PeerInfo, PeerState
 from gateway.progress import Progress
 from gateway.replicas import ReplicaSet
-from gateway.schema_check import SchemaCheck, UnenforcedSchema, checked
+from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
+from gateway.schema_check import UnenforcedSchema
 from gateway.speculation_controller import SpeculationController
 from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
-from gateway.statistics import NO_ROUND, RoundTimings, SpeculationStatistics, StatisticsRecorder
+from gateway.statistics import NO_ROUND
 from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ToolCallDelta
 from gateway.tools import ToolDialect, forced_grammar
-from gateway.trace import RoundTrace, trace_of
-from gateway.verify_session import ResilientVerifySession, VerifierPool
+from gateway.verify_session import VerifierPool
 
 _NUM_TOKENIZING = 4
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """A prompt that is tokenized already."""
-
-    ids: tuple[int, ...]
-
-
-class SpeculationMode(enum.Enum):
-    """Whether to speculate; AUTO leaves it to the gateway."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-
-@dataclass(frozen=True)
-class SpeculationWish:
-    """How a request wants to be drafted, and whether to tell about it; None takes the gateway's default.
-
-    `budget` is the size of every tree with ON, and the largest one with AUTO.
-    """
-
-    mode: SpeculationMode = SpeculationMode.AUTO
-    budget: TreeBudget | None = None
-    layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
-    is_traced: bool = False
-    sources: DraftSources | None = None
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a client asks for; nothing is checked yet.
-
-    `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
-    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo`, `includes_stop` and `is_strict`.
-    """
-
-    prompt: str | TokenIds | Conversation
-    sampling: SamplingParameters
-    stop: StopConditions = field(default_factory=StopConditions)
-    stop_strings: tuple[str, ...] = ()
-    speculation: SpeculationWish = field(default_factory=SpeculationWish)
-    model: str = ""
-    request_id: str = ""
-    client: str = ""
-    num_choices: int = 1
-    num_top_logprobs: int | None = None
-    echo: bool = False
-    includes_stop: bool = False
-    is_strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,45 +55,6 @@ class _Prepared:
     prompt: tuple[int, ...]
     thinking: Thinking | None
     schema: UnenforcedSchema | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The end of a choice. With STOP exactly one of the `matched_` fields is set."""
-
-    finish_reason: FinishReason
-    matched_token_id: int | None
-    matched_stop_string: str | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-    statistics: SpeculationStatistics
-    seed: int
-    num_reasoning_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    schema_check: SchemaCheck | None = None
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
-
-    `text` is what is said, `tool_calls` what is called, `reasoning` what was thought before; `num_chars` of the output
-    became final. With logprobs there is one entry per token, None for a token
-    that nothing precedes. An echoed prompt is a chunk of its own, the choice's first.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    num_accepted: int
-    token_texts: tuple[str, ...]
-    timings: RoundTimings
-    completion: Completion | None
-    choice_index: int = 0
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
-    trace: RoundTrace | None = None
-    tool_calls: tuple[ToolCallDelta, ...] = ()
-    reasoning: str = ""
-    num_chars: int = 0
 
 
 class Generator:
@@ -320,7 +223,7 @@ class Generator:
                 prepared.thinking,
             )
             answer = AnswerText(self._tokenizer, form)
-            output = _Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
+            output = Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
             is_prompt_due = request.echo
             async for round_ in rounds:
                 if is_prompt_due:
@@ -474,92 +377,6 @@ def _ended_with_the_turn(request: GenerationRequest, tokenizer: Tokenizer) -> Ge
         return request
     stop_token_ids = request.stop.stop_token_ids | tokenizer.end_of_turn_ids
     return replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
-
-
-class _Output:
-    """The output of one request so far."""
-
-    def __init__(
-        self,
-        request: GenerationRequest,
-        num_prompt_tokens: int,
-        tokenizer: Tokenizer,
-        answer: AnswerText,
-        drafter: DraftSession,
-        verifier: ResilientVerifySession,
-        arrival_ns: int,
-    ) -> None:
-        self._request = request
-        self._num_prompt_tokens = num_prompt_tokens
-        self._tokenizer = tokenizer
-        self._drafter = drafter
-        self._verifier = verifier
-        self._answer = answer
-        self._recorder = StatisticsRecorder(arrival_ns)
-        self._num_output_tokens = 0
-        self._num_reasoning_tokens = 0
-        self._written: list[str] = []  # after the thinking
-        self._num_cached_prompt_tokens: int | None = None  # until the first verdict tells
-
-    def take(self, round_: Round) -> GenerationChunk:
-        """The chunk for a round; its `completion` is set if the output ends here."""
-        verdict = round_.answer.verdict
-        answer = self._answer.push(
-            verdict.token_ids,
-            is_last=verdict.finish_reason is not None,
-            has_stop_token=verdict.matched_stop_token_id is not None,
-        )
-        token_ids = verdict.token_ids[: answer.num_tokens]
-        num_accepted = min(verdict.num_accepted, len(token_ids))
-        self._num_output_tokens += len(token_ids)
-        self._num_reasoning_tokens += answer.num_reasoning_tokens
-        self._written.append(answer.written)
-        if self._num_cached_prompt_tokens is None:
-            self._num_cached_prompt_tokens = min(verdict.num_cached_tokens, self._num_prompt_tokens)
-        timings = self._recorder.record(round_, num_accepted)
-        is_traced = self._request.speculation.is_traced
-        has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
-        return GenerationChunk(
-            text=answer.text,
-            token_ids=token_ids,
-            num_accepted=num_accepted,
-            token_texts=tuple(map(self._tokenizer.token_text, token_ids)) if has_token_texts else (),
-            timings=timings,
-            completion=self._completion(round_, answer),
-            logprobs=verdict.logprobs[: len(token_ids)],
-            trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
-            tool_calls=answer.tool_calls,
-            reasoning=answer.reasoning,
-            num_chars=answer.num_chars,
-        )
-
-    async def checked(self, completion: Completion, schema: UnenforcedSchema) -> Completion:
-        """The completion, which says what its output is by the schema."""
-        if completion.finish_reason is FinishReason.LENGTH:
-            return replace(completion, schema_check=SchemaCheck(schema.keywords, None))
-        check = await asyncio.to_thread(checked, "".join(self._written), schema)
-        return replace(completion, schema_check=check)
-
-    def _completion(self, round_: Round, answer: AnswerRound) -> Completion | None:
-        verdict, matched_stop = round_.answer.verdict, answer.matched_stop
-        reason = FinishReason.STOP if matched_stop is not None or answer.is_over else verdict.finish_reason
-        if reason is None:
-            return None
-        if reason is FinishReason.STOP and self._answer.has_calls:
-            reason = FinishReason.TOOL_CALLS
-        drafter = self._drafter
-        num_failures = drafter.num_failures if isinstance(drafter, ResilientDraftSession) else 0
-        return Completion(
-            finish_reason=reason,
-            matched_token_id=verdict.matched_stop_token_id if matched_stop is None else None,
-            matched_stop_string=matched_stop,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            statistics=self._recorder.finish(num_failures, self._verifier.num_failures),
-            seed=self._request.sampling.seed,
-            num_reasoning_tokens=self._num_reasoning_tokens,
-            num_cached_prompt_tokens=self._num_cached_prompt_tokens or 0,
-        )
 
 
 def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:

@@ -12,8 +12,9 @@ from easyspec.telemetry.metrics import STEP_BUCKETS, RoleMetrics
 from gateway.state_metrics import StateCollector
 
 if TYPE_CHECKING:
-    from gateway.generation import GenerationChunk, GenerationRequest
     from gateway.observation import Ending, RequestObserver
+    from gateway.output import GenerationChunk
+    from gateway.request import GenerationRequest
     from gateway.state_metrics import GatewayState
 
 # vLLM's own buckets, so that its dashboards show the same resolution.

@@ -13,7 +13,8 @@ import structlog
 from gateway.statistics import NO_ROUND
 
 if TYPE_CHECKING:
-    from gateway.generation import Completion, GenerationChunk, GenerationRequest
+    from gateway.output import Completion, GenerationChunk
+    from gateway.request import GenerationRequest
 
 _log = structlog.get_logger()
 

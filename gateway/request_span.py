@@ -8,8 +8,9 @@ from easyspec.telemetry.trace_context import bind_traceparent, current_tracepare
 from easyspec.telemetry.tracing import Attributes, TracedSpan, Tracing
 
 if TYPE_CHECKING:
-    from gateway.generation import GenerationChunk, GenerationRequest
     from gateway.observation import Ending, GenerationObserver, RequestObserver
+    from gateway.output import GenerationChunk
+    from gateway.request import GenerationRequest
 
 
 def request_spans(tracing: Tracing) -> GenerationObserver:

@@ -24,18 +24,12 @@ from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.assembly import Assembly, load_tokenizers
 from gateway.config import HTTP_OFF, GatewaySettings
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.generation import (
-    Completion,
-    GenerationChunk,
-    GenerationRequest,
-    Generator,
-    SpeculationMode,
-    SpeculationWish,
-    TokenIds,
-)
+from gateway.generation import Generator
 from gateway.metrics import GatewayMetrics
 from gateway.observation import GenerationObserver, RequestLog, everyone
+from gateway.output import Completion, GenerationChunk
 from gateway.peers import PeerState
+from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from easyspec.speculation.parameters import SamplingParameters
-from gateway.generation import GenerationChunk, GenerationRequest
+from gateway.output import GenerationChunk
 from gateway.progress import Progress
+from gateway.request import GenerationRequest
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
 from gateway.rest.errors import json_bytes, with_names

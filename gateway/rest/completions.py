@@ -14,8 +14,9 @@ from starlette.responses import Response
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
-from gateway.generation import GenerationChunk, GenerationRequest, TokenIds
+from gateway.output import GenerationChunk
 from gateway.progress import Progress
+from gateway.request import GenerationRequest, TokenIds
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported

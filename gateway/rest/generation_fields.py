@@ -11,7 +11,7 @@ from pydantic import Field, Strict
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_SEED, SamplingParameters, StopConditions, TreeBudget
-from gateway.generation import SpeculationWish
+from gateway.request import SpeculationWish
 from gateway.rest.fields import (
     Boolean,
     Count,

@@ -8,7 +8,7 @@ from typing import Any
 
 from easyspec.speculation.messages import TokenLogprobs
 from gateway.detokenizer import TokenTextStream
-from gateway.generation import Completion, GenerationChunk
+from gateway.output import Completion, GenerationChunk
 from gateway.tokenizer import Tokenizer
 
 # JSON knows no infinity; this is what OpenAI's API says for "practically impossible".

@@ -10,7 +10,7 @@ from typing import Any
 
 from easyspec import __version__
 from easyspec.speculation.parameters import SamplingParameters
-from gateway.generation import Completion
+from gateway.output import Completion
 from gateway.rest.errors import json_bytes
 
 _SHOWN_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

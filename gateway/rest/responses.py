@@ -12,8 +12,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
-from gateway.generation import Completion, GenerationChunk, GenerationRequest
+from gateway.output import Completion, GenerationChunk
 from gateway.progress import Progress
+from gateway.request import GenerationRequest
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import Failure, json_bytes, with_names
 from gateway.rest.json_route import JsonRoute

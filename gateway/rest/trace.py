@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.generation import GenerationChunk
+from gateway.output import GenerationChunk
 from gateway.statistics import RoundTimings
 
 _NS_PER_MS = 1e6

@@ -19,8 +19,9 @@ from easyspec.rpc.channels import open_channel, request_metadata
 from easyspec.speculation.parameters import FinishReason, SamplingParameters, StopConditions
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
-from gateway.generation import GenerationChunk, GenerationRequest
 from gateway.observation import Ending
+from gateway.output import GenerationChunk
+from gateway.request import GenerationRequest
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
 from tests.fakes.captured_logs import captured_logs
