@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.style import Style
 
 from easyspec.cli.access import GatewayAccess
 from easyspec.cli.chat_commands import CommandError, Conversation, Leave, Say, obey
@@ -23,6 +24,7 @@ from easyspec.errors import EasyspecError
 
 _PROMPT, _CONTINUATION = "> ", ". "
 _BYE_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_THOUGHT_STYLE = Style(dim=True)
 # A model's text may hold anything; a terminal must not take it for commands. Newline and tab are text.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -41,10 +43,14 @@ class ChatTerminal:
         """Tell the person something that is no part of an answer."""
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
 
-    def write(self, response: GenerateResponse) -> None:
-        """Show a round of the answer."""
+    def write(self, response: GenerateResponse, ends_thinking: bool) -> None:
+        """Show a round of the answer; of thinking before it only where colours tell it apart."""
         shown = _printable(response) if sys.stdout.isatty() else response
-        _out(coloured(shown) if self.is_coloured else shown.text)
+        if not self.is_coloured:
+            _out(shown.text)
+            return
+        thought = _THOUGHT_STYLE.render(shown.reasoning) if shown.reasoning else ""
+        _out(thought + ("\n\n" if ends_thinking else "") + coloured(shown))
 
     def lines(self) -> Iterator[str]:
         """What is typed, until its end; Ctrl-C at the prompt drops the line."""
@@ -151,7 +157,9 @@ async def _stream(
 ) -> None:
     async with aclosing(client.generate(flags)) as responses:
         async for response in responses:
-            terminal.write(response)
+            has_thought = any(one.reasoning for one in (*rounds, response))
+            is_first = bool(response.text) and not any(one.text for one in rounds)
+            terminal.write(response, ends_thinking=has_thought and is_first)
             rounds.append(response)
 
 
@@ -174,6 +182,7 @@ def _printable(response: GenerateResponse) -> GenerateResponse:
     shown = GenerateResponse()
     shown.CopyFrom(response)
     shown.text = response.text.translate(_CONTROLS)
+    shown.reasoning = response.reasoning.translate(_CONTROLS)
     shown.token_texts[:] = [text.translate(_CONTROLS) for text in response.token_texts]
     return shown
 

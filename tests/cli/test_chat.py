@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from easyspec.cli.chat import ChatTerminal
 from easyspec.cli.chat_commands import CommandError, Conversation, Leave, Say, obey
 from easyspec.cli.clients import GenerateFlags, Turn
 from easyspec.errors import PromptTooLongError
@@ -236,3 +237,15 @@ def test_a_command_that_cannot_be_done_says_why(
     with pytest.raises(CommandError, match=why):
         obey(line.format(existing=existing), conversation)
     assert existing.read_text() == "mine"
+
+
+def test_thinking_is_dim_and_only_where_there_are_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = [generation_pb2.GenerateResponse(reasoning="hm"), generation_pb2.GenerateResponse(text="yes")]
+    for is_coloured in (False, True):
+        terminal = ChatTerminal(is_interactive=False, is_coloured=is_coloured)
+        for response in rounds:
+            terminal.write(response, ends_thinking=bool(response.text))
+    plain, coloured = capsys.readouterr().out.split("yes", 1)
+    assert plain == ""
+    assert "\x1b[2mhm" in coloured
+    assert coloured.index("hm") < coloured.index("\n\n") < coloured.index("yes")

@@ -2,7 +2,8 @@
 
 /** Text of a choice's chunk, of either endpoint. */
 export function textOf(choice) {
-  return choice.text ?? choice.delta?.content ?? "";
+  const { reasoning_content: thought, content } = choice.delta ?? {};
+  return choice.text ?? (thought ?? "") + (content ?? "");
 }
 
 /** Milliseconds of each stage of a round; they add up to the round. */
@@ -21,6 +22,7 @@ export function stagesOf(round) {
 export class Run {
   constructor() {
     this.text = "";
+    this.unshown = "";
     this.rounds = [];
     this.finishReason = null;
     this.usage = null;
@@ -43,9 +45,11 @@ export class Run {
     if (!choice) return null;
     const text = textOf(choice);
     this.text += text;
+    this.unshown += text; // thinking comes before its round
     this.finishReason = choice.finish_reason ?? this.finishReason;
     if (!chunk.easyspec) return null;
-    const round = { ...chunk.easyspec, text, index: this.rounds.length, lastToken: this.lastToken() };
+    const round = { ...chunk.easyspec, text: this.unshown, index: this.rounds.length, lastToken: this.lastToken() };
+    this.unshown = "";
     this.rounds.push(round);
     this.count(round);
     return round;
