@@ -61,10 +61,12 @@ async def test_a_request_over_http(
         replies = [
             answered(await rest.http.post("/v1/completions", json=body)),
             answered(await rest.http.post("/v1/chat/completions", json=chat)),
+            answered(await rest.http.post("/v1/messages", json=chat)),
+            answered(await rest.http.post("/v1/responses", json={"input": "hello", "max_output_tokens": 3, **given})),
         ]
         (card,) = answered(await rest.http.get("/v1/models"))["data"]
-    assert [shown(sampling) for sampling in seen] == [expected] * 2
-    assert [{name: reply["metrics"]["sampling"][name] for name in ASKED} for reply in replies] == [expected] * 2
+    assert [shown(sampling) for sampling in seen] == [expected] * 4
+    assert [{name: reply["metrics"]["sampling"][name] for name in ASKED} for reply in replies] == [expected] * 4
     assert card["default_sampling"] == ASKED
 
 
