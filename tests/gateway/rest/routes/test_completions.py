@@ -65,7 +65,8 @@ async def test_a_stream_carries_the_same_text_and_the_usage_last(rest: Rest) -> 
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"] == whole["usage"]
-    assert last["metrics"]["speculative_decoding"] == whole["metrics"]["speculative_decoding"]
+    # How many tokens were drafted follows measured time, and may be another number each time.
+    assert last["metrics"]["speculative_decoding"].keys() == whole["metrics"]["speculative_decoding"].keys()
     assert "usage" not in (await rest.stream("/v1/completions", completion_body()))[-1]
 
 
