@@ -159,6 +159,12 @@ class NativeProgram:
         self._workspace = workspace
         self._ranks = ranks
         self._kept: list[Any] = []  # what the library points at
+        operations = [step for step in program.steps if isinstance(step, Embed | Rotate)]
+        tables = [op.rotary.cosines for op in operations if isinstance(op, Rotate) and op.rotary is not None]
+        embedded = [op.table.num_outputs for op in operations if isinstance(op, Embed)]
+        self._num_positions = min(map(len, tables), default=None)
+        self._num_tokens = min(embedded, default=None)
+        self._has_attention = any(isinstance(step, Rotate | Attend) for step in program.steps)
         self._steps = [
             self._prepare(engine, stretch) if isinstance(stretch, list) else stretch for stretch in program.stretches()
         ]
@@ -263,6 +269,7 @@ class NativeProgram:
         outputs: Sequence[Buffer] = (),
     ) -> list[torch.Tensor]:
         """See Program."""
+        self._check_bounds(rows, pool)
         num_rows, num_selected = len(rows), len(rows.selected)
         starts = self._workspace.place(self._buffers, num_rows, num_selected)
         address = self._workspace.address
@@ -297,6 +304,19 @@ class NativeProgram:
             views = [self._view(buffer, starts, num_rows, num_selected) for buffer in self._buffers]
             run_collective(step, views, self._ranks)
         return [self._view(buffer, starts, num_rows, num_selected) for buffer in outputs]
+
+    def _check_bounds(self, rows: PassRows, pool: KVPool) -> None:
+        """The library reads memory where it is told to: what is out of range must not reach it."""
+        num_slots = pool.num_slots + 1 if self._has_attention else None
+        for name, values, size in (
+            ("token_ids", rows.token_ids, self._num_tokens),
+            ("positions", rows.positions, self._num_positions),
+            ("slots", rows.slots, num_slots),
+            ("extra", rows.extra, num_slots),
+            ("selected", rows.selected, len(rows) or len(rows.selected)),
+        ):
+            is_inside = len(values) == 0 or (int(values.min()) >= 0 and (size is None or int(values.max()) < size))
+            assert is_inside, f"{name} from 0 to {size}"
 
     def _view(self, buffer: Buffer, starts: Sequence[int], num_rows: int, num_selected: int) -> torch.Tensor:
         return self._workspace.view(buffer, starts[buffer.index], num_selected if buffer.is_selected else num_rows)

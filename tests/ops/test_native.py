@@ -473,3 +473,18 @@ def test_views_are_overwritten_by_the_next_program(native: NativeExecutor) -> No
     (first,) = compiled.run(plain_rows(1), pool, {target: torch.ones(1, 4)}, [target])
     compiled.run(plain_rows(1), pool, {target: torch.zeros(1, 4)}, [target])
     assert not first.any()
+
+
+def test_rows_out_of_range_do_not_reach_the_library() -> None:
+    """The library has no bounds of its own: a token beyond its table would read foreign memory."""
+    executor = NativeExecutor(1)
+    table = executor.pack(DenseWeight(torch.zeros(8, 16)))
+    writer = ProgramWriter()
+    output = writer.buffer(16)
+    writer.add(Embed(table, output))
+    program = executor.compile(writer)
+    pool = KVPool(1, 1, 16, 2, torch.float32, torch.device("cpu"))
+    for token_id in (8, -1):
+        segment = Segment([token_id], [0], [0], [0], np.zeros(1, dtype=np.int64))
+        with pytest.raises(AssertionError, match="from 0 to"):
+            program.run(lay_out([segment]).rows, pool)
