@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.machine import REPOSITORY
-from drafter_service.sources.datastore import Datastore
+from drafter_service.text.datastore import Datastore
 from easyspec.cli.processes import DEFAULT_BASE
 from easyspec.datastore.build import DatastoreFiles, build_datastore
 from easyspec.datastore.corpus import SEPARATOR, Tokens, load_tokenizer

@@ -17,10 +17,10 @@ from bench.provenance import provenance, provenance_lines
 from bench.source_datastore import ensure_datastore
 from bench.source_tasks import TASK_NAMES, source_tasks
 from drafter_service.config import DrafterSettings
-from drafter_service.sources.layer_parallel import LayerParallelSource
-from drafter_service.sources.source import DraftJob, DraftSession
-from drafter_service.sources.text import TextResources
-from drafter_service.text_use import tokens_by
+from drafter_service.fusion.text_use import tokens_by
+from drafter_service.model.layer_parallel import LayerParallelSource
+from drafter_service.source import DraftJob, DraftSession
+from drafter_service.text.guessers import TextResources
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex

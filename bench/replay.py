@@ -24,11 +24,11 @@ from bench.source_tasks import TASK_NAMES
 from bench.sources import source_sets
 from bench.tables import Row, markdown_table
 from bench.tree_search import SEARCHES, Search
-from drafter_service.acceptance_estimate import AcceptanceEstimate, RequestBias
-from drafter_service.fused_drafting import DEFAULT_MIN_NODE_VALUE
-from drafter_service.fusion import FusedTree, learn
-from drafter_service.sources.model_guesses import ModelGuesser
-from drafter_service.sources.text import TextDrafting, TextResources
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, RequestBias
+from drafter_service.fusion.fused_drafting import DEFAULT_MIN_NODE_VALUE
+from drafter_service.fusion.model_guesses import ModelGuesser
+from drafter_service.fusion.union import FusedTree, learn
+from drafter_service.text.guessers import TextDrafting, TextResources
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources, parse_sources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from drafter_service.acceptance_estimate import AcceptanceEstimate, JudgedPlace, RequestBias
-from drafter_service.fusion import FusedTree, GrowingUnion, PathGuesser, fuse
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, JudgedPlace, RequestBias
+from drafter_service.fusion.union import FusedTree, GrowingUnion, PathGuesser, fuse
 
 _SearchFunction = Callable[[Sequence[PathGuesser], AcceptanceEstimate, RequestBias, int, float], FusedTree]
 # ADED's own number of simulated walks.

@@ -2,7 +2,7 @@
 
 Recorded rounds go through the drafter's own fusing source. Only time is made up: what the draft model, text and the
 rest of a round (verifier, gateway, wire) take is said by flags, so that decisions depend on nothing else and two runs
-print the same. For comparing rules in drafter_service/model_use.py and text_use.py; made the table of
+print the same. For comparing rules in drafter_service/fusion/model_use.py and text_use.py; made the table of
 docs/decisions/0021.
 """
 
@@ -27,12 +27,12 @@ from bench.recording import (
     text_resources,
 )
 from bench.source_tasks import TASK_NAMES
-from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.fusion import FusedTree
-from drafter_service.sources import fusing
-from drafter_service.sources.fusing import FusingSource
-from drafter_service.sources.source import DraftJob, DraftSession, Progress, Proposal
-from drafter_service.sources.text import TextResources
+from drafter_service.fusion import fusing
+from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.fusion.fusing import FusingSource
+from drafter_service.fusion.union import FusedTree
+from drafter_service.source import DraftJob, DraftSession, Progress, Proposal
+from drafter_service.text.guessers import TextResources
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources

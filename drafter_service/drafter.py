@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from drafter_service.grammar_preference import GrammarPreference
-from drafter_service.sources.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
+from drafter_service.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
 from easyspec.device_thread import Task
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan

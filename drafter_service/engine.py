@@ -12,13 +12,13 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
-from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.growth import RankingSettings
-from drafter_service.plan_choice import candidate_plans, fastest_plan, time_plans
-from drafter_service.sources.fusing import FusingSource
-from drafter_service.sources.layer_parallel import LayerParallelSource
+from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.fusion.fusing import FusingSource
+from drafter_service.model.growth import RankingSettings
+from drafter_service.model.layer_parallel import LayerParallelSource
+from drafter_service.model.plan_choice import candidate_plans, fastest_plan, time_plans
+from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.text_engine import open_text_resources
-from drafter_service.vocabulary_bridge import VocabularyBridge
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.device_thread import DeviceThread
 from easyspec.errors import ConfigurationError, InvalidRequestError

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
-from drafter_service.fused_drafting import FusedDrafting
-from drafter_service.sources.fusing import FusingSource
-from drafter_service.sources.text import TextResources
+from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.fusion.fusing import FusingSource
+from drafter_service.text.guessers import TextResources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex

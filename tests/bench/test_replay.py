@@ -11,7 +11,7 @@ from bench.recording import Recorded
 from bench.replay import replay
 from bench.tree_search import SEARCHES
 from bench.who_drafts import Durations, run
-from drafter_service.sources.text import TextResources
+from drafter_service.text.guessers import TextResources
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree

@@ -11,8 +11,8 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
-from drafter_service.exit_gate import ExitGate
-from drafter_service.sources.layer_parallel import LayerParallelSource
+from drafter_service.early_exit.gate import ExitGate
+from drafter_service.model.layer_parallel import LayerParallelSource
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan

@@ -14,9 +14,9 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
-from drafter_service.model_use import ModelUse
-from drafter_service.plan_choice import candidate_plans
-from drafter_service.sources.layer_parallel import LayerParallelSource
+from drafter_service.fusion.model_use import ModelUse
+from drafter_service.model.layer_parallel import LayerParallelSource
+from drafter_service.model.plan_choice import candidate_plans
 from easyspec.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from easyspec.model.decoder import Decoder
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification

@@ -11,7 +11,7 @@ import pytest
 
 from drafter_service.drafter import Drafter
 from drafter_service.engine import DrafterEngine
-from drafter_service.sources import fusing
+from drafter_service.fusion import fusing
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler

@@ -1,0 +1,46 @@
+"""The draft model's tree, as one guesser among others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from drafter_service.fusion.acceptance_estimate import Guesser, Stated
+from drafter_service.text.prediction import NUM_EVIDENCE_CLASSES
+from easyspec.speculation.token_tree import ScoredTree
+
+# A node's evidence is the exit that named it, 0 being all layers: shallow exits are right less often.
+_WHOLE_MODEL = 0
+
+
+class ModelGuesser:
+    """A PathGuesser over a tree that the draft model has grown; a cursor is a row of it.
+
+    The tree's values contain the noise already. Rows that were not expanded have nothing to say.
+    """
+
+    kind = Guesser.MODEL
+
+    def __init__(self, scored: ScoredTree, early_rows: Mapping[int, int] = MappingProxyType({})) -> None:
+        self._tree = scored.tree
+        self._log_values = scored.log_values
+        self._early_rows = early_rows
+
+    def root(self) -> object | None:
+        return 0 if len(self._tree) else None
+
+    def step(self, cursor: object, token_id: int) -> object | None:
+        assert isinstance(cursor, int)
+        return self._tree.children[cursor].get(token_id)
+
+    def state(self, cursor: object, depth: int) -> Stated | None:
+        assert isinstance(cursor, int)
+        children = self._tree.children[cursor]
+        if not children:
+            return None
+        value = self._log_values[cursor - 1] if cursor else 0.0
+        evidence = min(self._early_rows.get(cursor, _WHOLE_MODEL), NUM_EVIDENCE_CLASSES - 1)
+        return Stated(
+            {token_id: math.exp(self._log_values[row - 1] - value) for token_id, row in children.items()}, evidence
+        )

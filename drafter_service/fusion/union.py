@@ -1,0 +1,236 @@
+"""One tree from many guessers: the union of their guesses, best first, until the round's nodes are used up.
+
+Row 0 is the root. To expand a row every guesser that can follow the path so far is asked what comes next; a
+candidate named by several is one node (their longest common prefix merges), and its value is the path's estimated
+probability of being accepted. Values fall along a path, so taking the best candidate over and over yields the
+most valuable nodes there are, parents first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Guesser, JudgedPlace, RequestBias, Stated
+from drafter_service.grammar_preference import may_follow
+from easyspec.speculation.sources import NO_SOURCES, DraftSources
+from easyspec.speculation.token_tree import ScoredTree, TokenTree
+
+MAX_LEVELS = 32
+"""Deepest level of a fused tree."""
+
+_MAX_TOTAL = 0.995
+# Where others have spoken, n-grams are asked on paths worth as much: on lesser ones, of which there are more, they
+# change nothing that the verifier would notice, and they are the slowest to ask.
+_MIN_NGRAM_VALUE = 0.2
+_LEAST_VALUE = 1e-300  # has a logarithm
+_SOURCE_OF: Mapping[Guesser, DraftSources] = {
+    Guesser.MODEL: DraftSources.MODEL,
+    Guesser.OWN_TEXT: DraftSources.RETRIEVAL,
+    Guesser.DATASTORE: DraftSources.RETRIEVAL,
+    Guesser.NGRAM: DraftSources.NGRAM,
+}
+
+
+AllowedAfter: TypeAlias = Callable[[Sequence[int]], "NDArray[np.uint8] | None"]
+"""Bits of the tokens that may follow a path, as `GrammarPreference.allowed_after` has them."""
+
+
+class PathGuesser(Protocol):
+    """A guesser at work on one round of one request. A cursor is its own idea of a path."""
+
+    @property
+    def kind(self) -> Guesser: ...
+
+    def root(self) -> object | None:
+        """The cursor of the committed text; None if there is nothing to say."""
+
+    def step(self, cursor: object, token_id: int) -> object | None:
+        """The cursor one token further; None if there is nothing to say from there on."""
+
+    def state(self, cursor: object, depth: int) -> Stated | None:
+        """What comes next, at level `depth`; None if it does not know."""
+
+
+@dataclass(frozen=True)
+class FusedTree:
+    """The tree of a round, where each node came from, and everything that was looked at, by row."""
+
+    scored: ScoredTree
+    node_sources: tuple[DraftSources, ...]
+    places: Mapping[int, JudgedPlace]
+
+    @property
+    def tree(self) -> TokenTree:
+        """The nodes without their values."""
+        return self.scored.tree
+
+    @property
+    def expected_tokens(self) -> float:
+        """How many tokens the round may be expected to come to, the bonus token among them."""
+        return 1.0 + sum(math.exp(value) for value in self.scored.log_values)
+
+
+class GrowingUnion:
+    """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""
+
+    def __init__(
+        self,
+        guessers: Sequence[PathGuesser],
+        estimate: AcceptanceEstimate,
+        bias: RequestBias,
+        min_value: float = 0.0,
+        allowed_after: AllowedAfter | None = None,
+    ) -> None:
+        self._guessers = guessers
+        self._allowed_after = allowed_after
+        self._estimate = estimate
+        self._bias = bias
+        self._min_value = min_value
+        self._cursors: list[list[object | None]] = []
+        self._depths = [0]
+        # Negative value, number (the older wins a tie), row of the parent, token, who named it.
+        self._heap: list[tuple[float, int, int, int, int]] = []
+        self._num_pushed = 0
+        self.values = [1.0]  # by row
+        self.token_ids: list[int] = []
+        self.parent_rows: list[int] = []
+        self.node_sources: list[DraftSources] = []
+        self.places: dict[int, JudgedPlace] = {}
+
+    def expand(self, row: int) -> None:
+        """Look at what may follow the path to `row`; rows are expanded in order, each once."""
+        depth = self._depths[row] + 1
+        cursors = self._moved(row)
+        self._cursors.append(cursors)
+        if depth > MAX_LEVELS:
+            return
+        stated: dict[Guesser, Stated] = {}
+        for guesser, cursor in zip(self._guessers, cursors, strict=True):
+            is_spared = guesser.kind is Guesser.NGRAM and stated and self.values[row] < _MIN_NGRAM_VALUE
+            if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
+                stated[guesser.kind] = said
+        if stated and self._allowed_after is not None:
+            stated = _without_forbidden(stated, self._allowed_after(self._path_token_ids(row)))
+        if not stated:
+            return
+        place = self._estimate.judge(stated, depth, self._bias)
+        self.places[row] = place
+        self._push(row, place)
+
+    def _push(self, row: int, place: JudgedPlace) -> None:
+        """Queue what may follow the path to `row`, by value."""
+        scale = self.values[row] / max(1.0, sum(place.probabilities.values()) / _MAX_TOTAL)
+        for token_id, probability in place.probabilities.items():
+            value = scale * probability
+            if value >= self._min_value:
+                heapq.heappush(self._heap, (-value, self._num_pushed, row, token_id, place.cases[token_id]))
+                self._num_pushed += 1
+
+    def _moved(self, row: int) -> list[object | None]:
+        """Everybody's cursor at a row."""
+        if row == 0:
+            return [guesser.root() for guesser in self._guessers]
+        token_id = self.token_ids[row - 1]
+        return [
+            None if cursor is None else guesser.step(cursor, token_id)
+            for guesser, cursor in zip(self._guessers, self._cursors[self.parent_rows[row - 1]], strict=True)
+        ]
+
+    def _path_token_ids(self, row: int) -> tuple[int, ...]:
+        path: list[int] = []
+        while row > 0:
+            path.append(self.token_ids[row - 1])
+            row = self.parent_rows[row - 1]
+        return tuple(reversed(path))
+
+    def add_best(self) -> int | None:
+        """Make the most valuable candidate a node and return its row; None if there is none worth it."""
+        if not self._heap:
+            return None
+        negative_value, _, parent_row, token_id, case = heapq.heappop(self._heap)
+        return self.add(parent_row, token_id, case, -negative_value)
+
+    def add(self, parent_row: int, token_id: int, case: int, value: float) -> int:
+        """Make a candidate a node and return its row."""
+        self.token_ids.append(token_id)
+        self.parent_rows.append(parent_row)
+        self.node_sources.append(_sources_of(case))
+        self.values.append(value)
+        self._depths.append(self._depths[parent_row] + 1)
+        return len(self.token_ids)
+
+    def finished(self) -> FusedTree:
+        """What has grown."""
+        log_values = tuple(math.log(max(value, _LEAST_VALUE)) for value in self.values[1:])
+        tree = TokenTree(tuple(self.token_ids), tuple(self.parent_rows))
+        return FusedTree(ScoredTree(tree, log_values), tuple(self.node_sources), self.places)
+
+
+def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
+    """What was said without tokens that a grammar forbids; guessers who said nothing else are left out."""
+    if bits is None:
+        return dict(stated)
+    kept: dict[Guesser, Stated] = {}
+    for guesser, said in stated.items():
+        allowed = {token_id: value for token_id, value in said.probabilities.items() if may_follow(bits, token_id)}
+        if allowed:
+            kept[guesser] = Stated(allowed, said.evidence)
+    return kept
+
+
+@cache
+def _sources_of(case: int) -> DraftSources:
+    """The sources that named a candidate."""
+    sources = NO_SOURCES
+    for guesser, source in _SOURCE_OF.items():
+        if case // 3**guesser % 3 == 1:
+            sources |= source
+    return sources
+
+
+def fuse(
+    guessers: Sequence[PathGuesser],
+    estimate: AcceptanceEstimate,
+    bias: RequestBias,
+    num_nodes: int,
+    min_value: float = 0.0,
+    allowed_after: AllowedAfter | None = None,
+) -> FusedTree:
+    """The `num_nodes` most valuable nodes of all guesses, fewer where they are worth less than `min_value`.
+
+    `allowed_after` says what a grammar lets follow a path, if there is one.
+    """
+    growing = GrowingUnion(guessers, estimate, bias, min_value, allowed_after)
+    growing.expand(0)
+    for num_left in reversed(range(num_nodes)):
+        row = growing.add_best()
+        if row is None:
+            break
+        if num_left:
+            growing.expand(row)
+    return growing.finished()
+
+
+def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate, bias: RequestBias) -> int:
+    """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token.
+
+    Returns how many of them the tree brought, the bonus token among them.
+    """
+    row = 0
+    for num_accepted, token_id in enumerate(chosen):
+        place = fused.places.get(row)
+        if place is not None:
+            estimate.observe(place, token_id, bias)
+        child = fused.tree.children[row].get(token_id)
+        if child is None:
+            return num_accepted + 1
+        row = child
+    return len(chosen)

@@ -1,0 +1,123 @@
+"""The n-gram guesser (after ADED, arXiv 2407.12021): what follows the last one to three tokens.
+
+Counts of the request's own text, which fade, lie over those of an optional corpus. Every request has counts of its
+own, bounded, and nothing of them is left when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drafter_service.text.prediction import Prediction, best
+from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable, Successors
+
+# Per token: what was seen 700 tokens ago counts half.
+_DECAY = 0.999
+_RESCALE_AT = 1e100
+# One occurrence in the request's own text weighs as much as this many in the corpus, of which at most so many count.
+_OWN_WEIGHT = 3.0
+_MAX_PRIOR_WEIGHT = 12.0
+# Weight of the shorter context's opinion against one observation.
+_BACKOFF = 1.5
+# What is left open below this is not worth asking a shorter context about.
+_MIN_SHARE = 0.1
+# Nor is a successor of which a context makes less than this.
+_MIN_ADDED = 0.005
+# Below this weight the own text's longest context is thin evidence.
+_MUCH = 2.0
+# Contexts whose successors in the corpus are kept at hand.
+_MAX_REMEMBERED = 4096
+
+
+class AdaptiveNgrams:
+    """Counts of one request. `max_contexts` bounds each order; the contexts not seen for longest go first."""
+
+    def __init__(self, max_contexts: int, prior: NgramTable | None) -> None:
+        self._max_contexts = max_contexts
+        self._prior = prior
+        self._tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in range(MAX_ORDER)]
+        self._asked: dict[tuple[int, ...], Successors | None] = {}
+        self._last: tuple[int, ...] = ()
+        # Weights are kept in units that grow, instead of fading one by one.
+        self._unit = 1.0
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Count tokens of the request."""
+        for token_id in token_ids:
+            self._unit /= _DECAY
+            for order in range(1, len(self._last) + 1):
+                self._count(self._tables[order - 1], self._last[-order:], token_id)
+            self._last = (*self._last[1 - MAX_ORDER :], token_id) if MAX_ORDER > 1 else (token_id,)
+            if self._unit > _RESCALE_AT:
+                self._rescale()
+
+    def end(self) -> tuple[int, ...]:
+        """The context at the end of the text: its last tokens."""
+        return self._last
+
+    @staticmethod
+    def step(context: tuple[int, ...], token_id: int) -> tuple[int, ...]:
+        """The context after one token more."""
+        return (*context, token_id)[-MAX_ORDER:]
+
+    def predict(self, context: tuple[int, ...]) -> Prediction | None:
+        """Successors of the context, each order's counts smoothed by the next shorter one's opinion.
+
+        From the longest context down, each takes its share of what the longer ones leave open.
+        """
+        probabilities: dict[int, float] = {}
+        evidence, share = 0, 1.0
+        for order in range(len(context), 0, -1):
+            known = context[-order:]
+            own = self._tables[order - 1].get(known)
+            prior = self._prior_successors(known)
+            if own is None and prior is None:
+                continue
+            own_weight = sum(own.values()) / self._unit if own is not None else 0.0
+            prior_weight = min(prior.total, _MAX_PRIOR_WEIGHT) if prior is not None else 0.0
+            if not probabilities:
+                evidence = order - 1 + (order == MAX_ORDER) * ((own_weight > 0.0) + (own_weight > _MUCH))
+            scale = share / (_OWN_WEIGHT * own_weight + prior_weight + _BACKOFF)
+            if own is not None:
+                unit = scale * _OWN_WEIGHT / self._unit
+                for token_id, weight in own.items():
+                    probabilities[token_id] = probabilities.get(token_id, 0.0) + unit * weight
+            if prior is not None:
+                unit = scale * prior_weight / prior.total
+                for token_id, count in zip(prior.token_ids, prior.counts, strict=True):
+                    if unit * count < _MIN_ADDED:  # the commonest come first
+                        break
+                    probabilities[token_id] = probabilities.get(token_id, 0.0) + unit * count
+            share = _BACKOFF * scale
+            if share < _MIN_SHARE:
+                break
+        return best(probabilities, evidence) if probabilities else None
+
+    def _prior_successors(self, context: tuple[int, ...]) -> Successors | None:
+        """What the corpus has; rounds ask for the same contexts again and again."""
+        if self._prior is None:
+            return None
+        if context in self._asked:
+            return self._asked[context]
+        if len(self._asked) >= _MAX_REMEMBERED:
+            self._asked.clear()
+        found = self._asked[context] = self._prior.successors(context)
+        return found
+
+    def _count(self, table: dict[tuple[int, ...], dict[int, float]], context: tuple[int, ...], token_id: int) -> None:
+        successors = table.pop(context, None)
+        if successors is None:
+            successors = {}
+            if len(table) >= self._max_contexts:
+                del table[next(iter(table))]
+        table[context] = successors  # at the end: the latest
+        successors[token_id] = successors.get(token_id, 0.0) + self._unit
+        if len(successors) > NUM_SUCCESSORS:
+            del successors[min(successors, key=lambda other: (successors[other], other))]
+
+    def _rescale(self) -> None:
+        for table in self._tables:
+            for successors in table.values():
+                for token_id in successors:
+                    successors[token_id] /= self._unit
+        self._unit = 1.0
