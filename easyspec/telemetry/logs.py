@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import stat
 import sys
 from typing import Literal, TextIO, TypeAlias
 
@@ -18,9 +22,12 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
 
     Every event carries `role`, a UTC timestamp, its level and what is bound in structlog's context variables.
     "auto" is "console" on a terminal and "json" elsewhere. `stream` is stderr unless given: stdout belongs to what
-    users asked for. Events below `level` are dropped.
+    users asked for. Events below `level` are dropped, and so are those that cannot be written at once: the disk is
+    full, or the reader of a pipe has gone or reads no more. No request waits or fails for its log.
     """
-    stream = sys.stderr if stream is None else stream
+    if stream is None:
+        stream = sys.stderr
+        _never_wait(stream)
     before: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         _role_adder(role),
@@ -31,9 +38,9 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
     structlog.configure(
         processors=[*before, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(_LossyStream(stream)),
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(_LossyStream(stream))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=before,
@@ -41,6 +48,33 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+class _LossyStream(io.TextIOBase):
+    """Writes the lines to another stream that it takes whole, and drops the others. For one thread at a time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        self._line += text
+        if self._line.endswith("\n"):
+            line, self._line = self._line, ""
+            with contextlib.suppress(OSError):
+                self._stream.write(line)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _never_wait(stream: TextIO) -> None:
+    """A full pipe refuses what is written to it, instead of keeping the writer until its reader goes on."""
+    with contextlib.suppress(OSError, ValueError):  # no file behind it, as in tests
+        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            os.set_blocking(stream.fileno(), False)
 
 
 def _renderer(log_format: LogFormat, stream: TextIO) -> list[Processor]:

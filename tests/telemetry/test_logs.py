@@ -3,6 +3,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import select
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -77,3 +81,31 @@ def test_tracebacks_show_no_local_variables(log_format: str) -> None:
         structlog.get_logger().exception("rpc_bug")
     assert "failed on 6 characters" in stream.getvalue()
     assert "secret" not in stream.getvalue()
+
+
+def test_a_full_disk_costs_events_and_nothing_else() -> None:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        configure_logging("gateway", "json", full)
+        structlog.get_logger().info("dropped")
+        logging.getLogger("some.library").warning("dropped too")
+        with pytest.raises(OSError, match="No space"):  # what the events met
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+
+
+def test_a_pipe_that_is_not_read_does_not_hold_the_writer() -> None:
+    script = (
+        "import structlog; from easyspec.telemetry.logs import configure_logging\n"
+        "configure_logging('gateway', 'json')\n"
+        "for _ in range(3000): structlog.get_logger().info('x' * 100)\n"
+        "print('written')"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert select.select([process.stdout], [], [], 30)[0], "it waits for the reader of its log"
+            assert process.stdout.readline() == b"written\n"
+            assert all(json.loads(line)["event"] for line in process.stderr.read().splitlines())
+        finally:
+            process.kill()
