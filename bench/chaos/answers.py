@@ -23,11 +23,13 @@ class Verdict(enum.Enum):
 
 @dataclass
 class Answer:
-    """What a client saw, by choice: tokens, and how it ended (None: it did not)."""
+    """What a client saw, by choice: tokens, and how it ended (None: it did not). `says_when` is whether an error came
+    with the time to wait."""
 
     token_ids: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     endings: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     error: EasyspecError | None = None
+    says_when: bool = False
     longest_pause_s: float = 0.0
 
     def compared_with(self, whole: Answer) -> Verdict:
@@ -40,8 +42,8 @@ class Answer:
 
     @property
     def is_refused_properly(self) -> bool:
-        """Whether the error, if any, tells the client to come again."""
-        return self.error is None or isinstance(self.error, UnavailableError | CapacityError)
+        """Whether the error, if any, tells the client to come again, and when."""
+        return self.error is None or (self.says_when and isinstance(self.error, UnavailableError | CapacityError))
 
 
 def _compared(got: Sequence[int], whole: Sequence[int], ending: Any, whole_ending: Any) -> Verdict:

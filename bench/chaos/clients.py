@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from bench.chaos.answers import Answer
 from easyspec.rpc.channels import open_channel
@@ -35,6 +37,14 @@ _SCHEMA = {
 }
 _LONG = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(60))
 _Mode = generation_pb2.SpeculationParameters
+
+
+@dataclass(frozen=True)
+class Held:
+    """Open sessions, and slots of KV memory that they hold."""
+
+    num_sessions: int
+    num_slots: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ async def ask(stub: Any, kind: Kind, request_id: str = "") -> Answer:
             await asyncio.sleep(kind.pause_s)
             last_s = time.monotonic()
     except grpc.aio.AioRpcError as error:
-        answer.error = error_from_rpc(error)
+        answer.error, answer.says_when = error_from_rpc(error), _says_when(error)
     finally:
         call.cancel()
     answer.longest_pause_s = max(answer.longest_pause_s, time.monotonic() - last_s - kind.pause_s)
@@ -119,19 +129,23 @@ async def gateway_at(address: str) -> AsyncIterator[Any]:
         yield generation_pb2_grpc.GenerationServiceStub(channel)
 
 
-async def num_sessions(address: str, *, is_verifier: bool) -> int | None:
-    """Sessions that a verifier or drafter holds; None if it does not answer."""
+async def held_memory(address: str, *, is_verifier: bool) -> Held | None:
+    """What sessions hold of a verifier or drafter; None if it does not answer."""
     async with open_channel(address) as channel:
         verifier: Any = verifier_pb2_grpc.VerifierServiceStub(channel)
         drafter: Any = drafter_pb2_grpc.DrafterServiceStub(channel)
         try:
             if is_verifier:
-                request = verifier_pb2.GetVerifierInfoRequest()
-                return int((await verifier.GetVerifierInfo(request, timeout=_PROBE_TIMEOUT_S)).kv.num_sessions)
-            return int(
-                (
-                    await drafter.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=_PROBE_TIMEOUT_S)
-                ).kv.num_sessions
-            )
+                asked = verifier.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+            else:
+                asked = drafter.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=_PROBE_TIMEOUT_S)
+            kv = (await asked).kv
+            return Held(kv.num_sessions, kv.num_used_slots)
         except grpc.aio.AioRpcError:
             return None
+
+
+def _says_when(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the client is told after which time to come again."""
+    status = rpc_status.from_call(error)
+    return status is not None and any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import random
 import signal
 from collections import Counter
 
+from bench.chaos.limits import full_disk, full_memory
 from bench.chaos.stack import ChaosStack, Replica
 from easyspec.cli.processes import VERIFIER
 
 _POLL_S = 0.1
+_LONGEST_S = 8.0
+_LONGEST_DELAY_S = 0.3
+_MOST_SPARE_BYTES = 16 << 20
 
 
 class FaultKind(enum.Enum):
@@ -21,6 +26,9 @@ class FaultKind(enum.Enum):
     STOP = "SIGSTOP"
     CUT = "connections cut"
     STALL = "connections stalled"
+    DELAY = "connections delayed"
+    MEMORY = "memory full"
+    DISK = "disk full"
 
 
 class Injector:
@@ -40,10 +48,10 @@ class Injector:
             for _ in range(self._num_faults):
                 await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
                 kind = self._random.choice([*FaultKind])
-                seconds = self._random.uniform(0.2, 8.0)
+                seconds, degree = self._random.uniform(0.2, _LONGEST_S), self._random.random()
                 victim = await self._victim()
                 self.counts[f"{kind.value} of a {victim.role}"] += 1
-                task = asyncio.create_task(self._inject(victim, kind, seconds))
+                task = asyncio.create_task(_inject(victim, kind, seconds, degree))
                 self._under_way.add(task)
                 task.add_done_callback(self._under_way.discard)
             await asyncio.gather(*self._under_way)
@@ -62,19 +70,35 @@ class Injector:
                 return self._random.choice(allowed)
             await asyncio.sleep(_POLL_S)
 
-    async def _inject(self, victim: Replica, kind: FaultKind, seconds: float) -> None:
-        victim.num_faults += 1
+
+async def _inject(victim: Replica, kind: FaultKind, seconds: float, degree: float) -> None:
+    """Do it for `seconds`; `degree`, 0 to 1, is how bad a delay or a limit is."""
+    victim.num_faults += 1
+    try:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended by itself
+            await _done(victim, kind, seconds, degree)
+    finally:
+        victim.num_faults -= 1
+
+
+async def _done(victim: Replica, kind: FaultKind, seconds: float, degree: float) -> None:
+    if kind is FaultKind.KILL:
+        victim.send(signal.SIGKILL)
+    elif kind is FaultKind.CUT:
+        victim.proxy.cut()
+    elif kind is FaultKind.STALL:
+        await victim.proxy.stall(seconds)
+    elif kind is FaultKind.DELAY:
+        await victim.proxy.delay(seconds, degree * _LONGEST_DELAY_S)
+    elif kind is FaultKind.MEMORY:
+        with full_memory(victim.process.pid, int(degree * _MOST_SPARE_BYTES)):
+            await asyncio.sleep(seconds)
+    elif kind is FaultKind.DISK:
+        with full_disk(victim.process.pid):
+            await asyncio.sleep(seconds)
+    else:
+        victim.send(signal.SIGSTOP)
         try:
-            if kind is FaultKind.KILL:
-                victim.send(signal.SIGKILL)
-            elif kind is FaultKind.CUT:
-                victim.proxy.cut()
-            elif kind is FaultKind.STALL:
-                await victim.proxy.stall(seconds)
-            else:
-                victim.send(signal.SIGSTOP)
-                await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds)
         finally:
-            if kind is FaultKind.STOP:
-                victim.send(signal.SIGCONT)
-            victim.num_faults -= 1
+            victim.send(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""A TCP proxy between two roles that can cut its connections, or hold back what goes through them."""
+"""A TCP proxy between two roles that can cut its connections, and delay or hold back what goes through them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class FaultyProxy:
         self._pumps: set[asyncio.Task[None]] = set()
         self._is_flowing = asyncio.Event()
         self._is_flowing.set()
+        self._delay_s = 0.0
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
@@ -51,6 +52,14 @@ class FaultyProxy:
         finally:
             self._is_flowing.set()
 
+    async def delay(self, seconds: float, delay_s: float) -> None:
+        """For a while, keep everything that comes for `delay_s` seconds."""
+        self._delay_s = delay_s
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._delay_s = 0.0
+
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
@@ -78,6 +87,7 @@ class FaultyProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(_CHUNK_BYTES):
+                await asyncio.sleep(self._delay_s)
                 await self._is_flowing.wait()
                 writer.write(data)
                 await writer.drain()

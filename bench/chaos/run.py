@@ -8,29 +8,36 @@ import contextlib
 import itertools
 import json
 import random
+import shlex
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.chaos.answers import Answer, Verdict
-from bench.chaos.clients import Kind, ask, gateway_at, kinds, undisturbed
+from bench.chaos.clients import Held, Kind, ask, gateway_at, kinds, undisturbed
 from bench.chaos.faults import Injector
+from bench.chaos.limits import footprint
 from bench.chaos.stack import ChaosStack
+from bench.provenance import provenance
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.cli.signals import run_until_signal
 
 MAX_STALL_S = 35.0
 _SETTLE_S = 30.0
+_NOTHING = Held(num_sessions=0, num_slots=0)
 _REFUSED_PAUSE_S = 0.5
 
 
 @dataclass
 class Report:
-    """What was done, and what clients saw of it. `leftovers` are sessions that no request holds any more."""
+    """What was done, and what clients saw of it. `leftovers` are sessions and slots that no request holds any more;
+    `memory_mib` is each process's own before and after, as far as it is the same process.
+    """
 
     seed: int
     duration_s: float = 0.0
@@ -41,8 +48,8 @@ class Report:
     bad_answers: list[str] = field(default_factory=list)
     longest_stall_s: float = 0.0
     longest_stall_of: str = ""
-    leftovers: dict[str, int | None] = field(default_factory=dict)
-    gateway_mib: tuple[float, float] = (0.0, 0.0)
+    leftovers: dict[str, Held | None] = field(default_factory=dict)
+    memory_mib: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, kind: Kind, answer: Answer, verdict: Verdict, request_id: str) -> None:
         self.answers[verdict.value] += 1
@@ -63,11 +70,18 @@ class Report:
         found = [*self.bad_answers, *self.improper_errors]
         if self.longest_stall_s > MAX_STALL_S:
             found.append(f"a stream stood still for {self.longest_stall_s:.1f} s")
-        found += [f"{name} holds {number} sessions" for name, number in self.leftovers.items() if number != 0]
+        found += [f"{name} does not answer" for name, held in self.leftovers.items() if held is None]
+        found += [f"{name} holds {held}" for name, held in self.leftovers.items() if held not in (None, _NOTHING)]
         return found
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "num_faults": sum(self.faults.values()), "failures": self.failures}
+        leftovers = {name: held and asdict(held) for name, held in self.leftovers.items()}
+        return {
+            **self.__dict__,
+            "leftovers": leftovers,
+            "num_faults": sum(self.faults.values()),
+            "failures": self.failures,
+        }
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +97,15 @@ def main(argv: list[str]) -> int:
     interrupted = run_until_signal(run())
     if interrupted:
         return interrupted
-    print(json.dumps(reports[0].as_json(), indent=2))
+    report = {
+        "command": shlex.join(["easyspec", "chaos", *argv]),
+        **provenance((arguments.base, arguments.draft)),
+        **reports[0].as_json(),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
     return 1 if reports[0].failures else 0
 
 
@@ -91,14 +113,10 @@ async def run_chaos(arguments: argparse.Namespace, seed: int) -> Report:
     """Start the stack, learn the answers, inject faults under load until they are all done or the time is up."""
     report = Report(seed)
     wanted = kinds(arguments.tokens)
-    with contextlib.ExitStack() as files:
-        log = files.enter_context(arguments.log.open("w")) if arguments.log is not None else None
-
-        def on_log(role: str, line: str) -> None:
-            if log is not None:
-                print(role, line, file=log, flush=True)
-
-        stack = ChaosStack(arguments.base, arguments.draft, ("--num-threads", "1"), on_log)
+    with contextlib.ExitStack() as folders:
+        logs = arguments.logs or Path(folders.enter_context(tempfile.TemporaryDirectory()))
+        logs.mkdir(parents=True, exist_ok=True)
+        stack = ChaosStack(arguments.base, arguments.draft, ("--num-threads", "1"), logs)
         return await _run_on(stack, arguments, report, wanted)
 
 
@@ -106,7 +124,7 @@ async def _run_on(stack: ChaosStack, arguments: argparse.Namespace, report: Repo
     seed = report.seed
     async with stack, gateway_at(stack.address) as stub:
         whole = await undisturbed(stub, wanted)
-        before_mib, started_s = _resident_mib(stack), time.monotonic()
+        before, started_s = _memory_mib(stack), time.monotonic()
         injector = Injector(stack, arguments.faults, arguments.pause_s, seed)
         injecting = asyncio.create_task(injector.run())
         clients = [
@@ -119,7 +137,10 @@ async def _run_on(stack: ChaosStack, arguments: argparse.Namespace, report: Repo
         await asyncio.gather(*clients)
         report.faults, report.duration_s = dict(injector.counts), time.monotonic() - started_s
         report.leftovers = await _leftovers(stack)
-        report.gateway_mib = before_mib, _resident_mib(stack)
+        after = _memory_mib(stack)
+        report.memory_mib = {
+            name: (before[pid, name], mib) for (pid, name), mib in after.items() if (pid, name) in before
+        }
     return report
 
 
@@ -144,25 +165,24 @@ async def _client(
             await asyncio.sleep(_REFUSED_PAUSE_S)
 
 
-async def _leftovers(stack: ChaosStack) -> dict[str, int | None]:
-    """Sessions that are left once nothing runs, by replica; waits for those that are being started again."""
+async def _leftovers(stack: ChaosStack) -> dict[str, Held | None]:
+    """What sessions hold once nothing runs, by replica; waits for those that are being started again."""
     deadline_s = time.monotonic() + _SETTLE_S
     while True:
         names = [f"{replica.role} {index}" for index, replica in enumerate(stack.replicas)]
-        numbers = await asyncio.gather(*(replica.num_sessions() for replica in stack.replicas))
-        if not any(number != 0 for number in numbers) or time.monotonic() > deadline_s:
-            return dict(zip(names, numbers, strict=True))
+        all_held = await asyncio.gather(*(replica.held() for replica in stack.replicas))
+        if all(held == _NOTHING for held in all_held) or time.monotonic() > deadline_s:
+            return dict(zip(names, all_held, strict=True))
         await asyncio.sleep(1.0)
 
 
-def _resident_mib(stack: ChaosStack) -> float:
-    """The gateway's resident memory; 0 where the system does not tell."""
+def _memory_mib(stack: ChaosStack) -> dict[tuple[int, str], float]:
+    """Memory by process id and name."""
     assert stack.gateway is not None, "it runs"
-    status = Path(f"/proc/{stack.gateway.pid}/status")
-    if not status.exists():
-        return 0.0
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return round(int(fields["VmRSS"].split()[0]) / 1024, 1)
+    processes = {f"{replica.role} {index}": replica.process for index, replica in enumerate(stack.replicas)}
+    processes["gateway"] = stack.gateway
+    found = {(process.pid, name): footprint(process.pid) for name, process in processes.items()}
+    return {key: each.memory_mib for key, each in found.items() if each is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pause-s", type=float, default=1.0, help="mean pause between two faults (default 1)")
     parser.add_argument("--clients", type=int, default=6, help="requests at the same time (default 6)")
     parser.add_argument("--tokens", type=int, default=120, help="longest answers (default 120 tokens)")
-    parser.add_argument("--log", type=Path, default=None, help="file for what the services log")
+    parser.add_argument("--logs", type=Path, default=None, help="folder for what the services log; else it is dropped")
+    parser.add_argument("--json", type=Path, default=None, help="file for the report, which is printed too")
     parser.add_argument("--seed", type=int, default=None, help="of faults and load; drawn and printed if not given")
     return parser

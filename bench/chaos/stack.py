@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bench.chaos.clients import num_sessions
+from bench.chaos.clients import Held, held_memory
 from bench.chaos.proxy import FaultyProxy
 from easyspec.cli.clients import is_serving
 from easyspec.cli.free_ports import free_port
-from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, LogSink, ServiceProcess
+from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceProcess
 
 _RESTART_PAUSE_S = 0.5
 _READY_TIMEOUT_S = 180.0
@@ -38,16 +38,19 @@ class Replica:
         if self.process.is_running:
             os.kill(self.process.pid, number)
 
-    async def num_sessions(self) -> int | None:
-        """Sessions that the process holds; None if it does not answer."""
-        return await num_sessions(self.process.address, is_verifier=self.role == VERIFIER)
+    async def held(self) -> Held | None:
+        """What sessions hold of the process; None if it does not answer."""
+        return await held_memory(self.process.address, is_verifier=self.role == VERIFIER)
 
 
 class ChaosStack:
-    """Started by `async with`, which returns when all serve; whatever was started is stopped again."""
+    """Started by `async with`, which returns when all serve; whatever was started is stopped again.
 
-    def __init__(self, base: Path, draft: Path, engine_flags: tuple[str, ...], on_log: LogSink) -> None:
-        self._on_log = on_log
+    Each process logs to a file of its own in the folder `logs`.
+    """
+
+    def __init__(self, base: Path, draft: Path, engine_flags: tuple[str, ...], logs: Path) -> None:
+        self._logs = logs
         self._models = {VERIFIER: base, DRAFTER: draft}
         self._tokenizer = base
         self._engine_flags = engine_flags
@@ -63,15 +66,15 @@ class ChaosStack:
     async def __aenter__(self) -> Self:
         try:
             for role, model in self._models.items():
-                for _ in range(_NUM_REPLICAS):
-                    await self._start_replica(role, model)
+                for number in range(_NUM_REPLICAS):
+                    await self._start_replica(role, model, f"{role}-{number}.log")
             addresses = {
                 role: ",".join(each.proxy.address for each in self.replicas if each.role == role)
                 for role in self._models
             }
             wiring = ["--verifier-address", addresses[VERIFIER], "--drafter-address", addresses[DRAFTER]]
             wiring += ["--tokenizer", str(self._tokenizer), "--http-address", "off"]
-            self.gateway = self._process(GATEWAY, "gateway", wiring)
+            self.gateway = self._process(GATEWAY, "gateway", wiring, "gateway.log")
             await self._run(self.gateway)
             for process in (*(each.process for each in self.replicas), self.gateway):
                 await process.wait_serving(_READY_TIMEOUT_S)
@@ -90,15 +93,16 @@ class ChaosStack:
         """Whether it serves and no fault of ours is at work."""
         return replica.num_faults == 0 and replica.process.is_running and await is_serving(replica.process.address)
 
-    async def _start_replica(self, role: str, model: Path) -> None:
-        process = self._process(role, f"{role}_service", ["--model", str(model), *self._engine_flags])
+    async def _start_replica(self, role: str, model: Path, log: str) -> None:
+        process = self._process(role, f"{role}_service", ["--model", str(model), *self._engine_flags], log)
         proxy = await self._cleanup.enter_async_context(FaultyProxy(process.address))
         await self._run(process)
         self.replicas.append(Replica(process, proxy))
 
-    def _process(self, role: str, module: str, arguments: list[str]) -> ServiceProcess:
+    def _process(self, role: str, module: str, arguments: list[str], log: str) -> ServiceProcess:
         address = f"127.0.0.1:{free_port('127.0.0.1')}"
-        return ServiceProcess(role, ["-m", module, "--address", address, *arguments], address, self._on_log)
+        command = ["-m", module, "--address", address, *arguments]
+        return ServiceProcess(role, command, address, lambda _role, _line: None, self._logs / log)
 
     async def _run(self, process: ServiceProcess) -> None:
         await process.start()

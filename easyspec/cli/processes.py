@@ -114,16 +114,20 @@ class StackSettings:
 
 
 class ServiceProcess:
-    """One child process with a health service at `address`. Its output goes line by line to `on_log(role, line)`.
+    """One child process with a health service at `address`. Its output goes line by line to `on_log(role, line)`, or
+    behind what is in the file `output`.
 
     The verifier of a further model has its name behind its role: "verifier NAME".
     """
 
-    def __init__(self, role: str, arguments: Sequence[str], address: str, on_log: LogSink) -> None:
+    def __init__(
+        self, role: str, arguments: Sequence[str], address: str, on_log: LogSink, output: Path | None = None
+    ) -> None:
         self.role = role
         self.address = address
         self._arguments = tuple(arguments)
         self._on_log = on_log
+        self._output = output
         self._process: asyncio.subprocess.Process | None = None
         self._pump: asyncio.Task[None] | None = None
         self._readiness: ReadinessSocket | None = None
@@ -143,20 +147,25 @@ class ServiceProcess:
         self._close_readiness()
         self._readiness = readiness = ReadinessSocket()
         python_path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "easyspec.cli.child",
-            str(os.getpid()),
-            *self._arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **readiness.environment},
-            limit=_MAX_LINE_BYTES,
-            process_group=0,  # Ctrl-C in the terminal reaches us alone; we drain the children in order
-        )
-        self._pump = asyncio.create_task(self._pump_log(self._process))
+        with contextlib.ExitStack() as files:
+            output = asyncio.subprocess.PIPE
+            if self._output is not None:
+                output = files.enter_context(self._output.open("ab")).fileno()
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "easyspec.cli.child",
+                str(os.getpid()),
+                *self._arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **readiness.environment},
+                limit=_MAX_LINE_BYTES,
+                process_group=0,  # Ctrl-C in the terminal reaches us alone; we drain the children in order
+            )
+        if self._output is None:
+            self._pump = asyncio.create_task(self._pump_log(self._process))
 
     async def wait_serving(self, timeout_s: float) -> None:
         """Return when healthy; ServiceFailedError if the process ends first or `timeout_s` seconds pass.
@@ -190,6 +199,8 @@ class ServiceProcess:
         """Why the role says that it ended, whatever a launcher says after it; else the last line."""
         own_lines = [line for line in self._last_lines if line.startswith(f"{self.role}: ")]
         lines = own_lines or self._last_lines
+        if self._output is not None:
+            return f"see {self._output}"
         return lines[-1] if lines else "it said nothing"
 
     def kill(self) -> None:

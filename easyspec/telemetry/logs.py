@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import sys
-from typing import Literal, TextIO, TypeAlias
+from typing import Literal, TextIO, TypeAlias, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -38,7 +38,7 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
     structlog.configure(
         processors=[*before, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(_LossyStream(stream)),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _LossyStream(stream))),
     )
     handler = logging.StreamHandler(_LossyStream(stream))
     handler.setFormatter(

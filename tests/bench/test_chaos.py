@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.chaos.answers import Answer, Verdict
-from bench.chaos.clients import kinds
+from bench.chaos.clients import Held, kinds
+from bench.chaos.limits import footprint, full_disk, full_memory
 from bench.chaos.proxy import FaultyProxy
 from bench.chaos.run import MAX_STALL_S, Report, main
 from easyspec.errors import CapacityError, EasyspecError, UnavailableError
@@ -60,11 +64,17 @@ def test_answers_are_compared_choice_by_choice(
 )
 def test_what_makes_a_run_fail(error: EasyspecError | None, verdict: Verdict, num_failures: int) -> None:
     report = Report(seed=1)
-    report.add(kinds(8)[0], Answer(error=error, longest_pause_s=1.0), verdict, "r1")
+    report.add(kinds(8)[0], Answer(error=error, says_when=True, longest_pause_s=1.0), verdict, "r1")
     assert len(report.failures) == num_failures
-    report.leftovers = {"verifier 0": 0, "verifier 1": 2, "drafter 2": None}
+    report.leftovers = {"verifier 0": Held(0, 0), "verifier 1": Held(0, 2), "drafter 2": None}
     report.longest_stall_s = MAX_STALL_S + 1
     assert len(report.failures) == num_failures + 3
+
+
+def test_an_error_that_does_not_say_when_to_come_again_makes_a_run_fail() -> None:
+    report = Report(seed=1)
+    report.add(kinds(8)[0], Answer(error=CapacityError("full")), Verdict.CUT, "r1")
+    assert len(report.failures) == 1
 
 
 async def test_the_proxy_passes_on_stalls_and_cuts() -> None:
@@ -86,11 +96,54 @@ async def test_the_proxy_passes_on_stalls_and_cuts() -> None:
         assert await reader.read(1) == b"b"
         assert time.monotonic() - started_s > 0.25
         await stalling
+        delaying = asyncio.create_task(proxy.delay(0.5, 0.2))
+        await asyncio.sleep(0)
+        started_s = time.monotonic()
+        writer.write(b"c")
+        assert await reader.read(1) == b"c"
+        assert time.monotonic() - started_s > 0.35  # there and back
+        await delaying
         proxy.cut()
         with contextlib.suppress(ConnectionResetError):
             assert await asyncio.wait_for(reader.read(1), 5) == b""
         assert reader.at_eof() or reader.exception() is not None
         writer.close()
+
+
+def test_limits_are_felt_and_taken_back(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        exec(line)\n"
+        "        print('done', flush=True)\n"
+        "    except (MemoryError, OSError) as error: print(type(error).__name__, flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def did(line: str) -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        write = f"import os; os.write(os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY), b'x')"
+        before = footprint(process.pid)
+        assert before is not None
+        with full_memory(process.pid, 8 << 20), full_disk(process.pid):
+            assert did("bytearray(100 << 20)") == "MemoryError"
+            assert did("bytearray(1 << 20)") == "done"
+            assert did(write) == "OSError"
+        assert did("kept = bytearray(b'x' * (100 << 20))") == "done"
+        assert did(write) == "done"
+        after = footprint(process.pid)
+        assert after is not None
+        assert after.memory_mib - before.memory_mib > 90
+        process.stdin.close()  # type: ignore[union-attr]
+    assert footprint(process.pid) is None
 
 
 @pytest.mark.slow
