@@ -29,7 +29,7 @@ from easyspec.cli.signals import run_until_signal
 
 MAX_STALL_S = 35.0
 _SETTLE_S = 30.0
-_NOTHING = Held(num_sessions=0, num_slots=0)
+NOTHING = Held(num_sessions=0, num_slots=0)
 _REFUSED_PAUSE_S = 0.5
 
 
@@ -71,7 +71,7 @@ class Report:
         if self.longest_stall_s > MAX_STALL_S:
             found.append(f"a stream stood still for {self.longest_stall_s:.1f} s")
         found += [f"{name} does not answer" for name, held in self.leftovers.items() if held is None]
-        found += [f"{name} holds {held}" for name, held in self.leftovers.items() if held not in (None, _NOTHING)]
+        found += [f"{name} holds {held}" for name, held in self.leftovers.items() if held not in (None, NOTHING)]
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ async def _run_on(stack: ChaosStack, arguments: argparse.Namespace, report: Repo
         await asyncio.gather(injecting, return_exceptions=True)
         await asyncio.gather(*clients)
         report.faults, report.duration_s = dict(injector.counts), time.monotonic() - started_s
-        report.leftovers = await _leftovers(stack)
+        report.leftovers = await leftovers(stack)
         after = _memory_mib(stack)
         report.memory_mib = {
             name: (before[pid, name], mib) for (pid, name), mib in after.items() if (pid, name) in before
@@ -165,23 +165,20 @@ async def _client(
             await asyncio.sleep(_REFUSED_PAUSE_S)
 
 
-async def _leftovers(stack: ChaosStack) -> dict[str, Held | None]:
+async def leftovers(stack: ChaosStack) -> dict[str, Held | None]:
     """What sessions hold once nothing runs, by replica; waits for those that are being started again."""
     deadline_s = time.monotonic() + _SETTLE_S
     while True:
         names = [f"{replica.role} {index}" for index, replica in enumerate(stack.replicas)]
         all_held = await asyncio.gather(*(replica.held() for replica in stack.replicas))
-        if all(held == _NOTHING for held in all_held) or time.monotonic() > deadline_s:
+        if all(held == NOTHING for held in all_held) or time.monotonic() > deadline_s:
             return dict(zip(names, all_held, strict=True))
         await asyncio.sleep(1.0)
 
 
 def _memory_mib(stack: ChaosStack) -> dict[tuple[int, str], float]:
     """Memory by process id and name."""
-    assert stack.gateway is not None, "it runs"
-    processes = {f"{replica.role} {index}": replica.process for index, replica in enumerate(stack.replicas)}
-    processes["gateway"] = stack.gateway
-    found = {(process.pid, name): footprint(process.pid) for name, process in processes.items()}
+    found = {(process.pid, name): footprint(process.pid) for name, process in stack.processes.items()}
     return {key: each.memory_mib for key, each in found.items() if each is not None}
 
 

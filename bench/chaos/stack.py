@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,13 @@ class ChaosStack:
     def address(self) -> str:
         assert self.gateway is not None, "entered"
         return self.gateway.address
+
+    @property
+    def processes(self) -> Mapping[str, ServiceProcess]:
+        """All of them by name."""
+        assert self.gateway is not None, "entered"
+        replicas = {f"{replica.role} {index}": replica.process for index, replica in enumerate(self.replicas)}
+        return {**replicas, GATEWAY: self.gateway}
 
     async def __aenter__(self) -> Self:
         try:

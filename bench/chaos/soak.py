@@ -1,0 +1,170 @@
+"""`python -m bench.chaos.soak`: clients that come, go and give up, for an hour; what the processes have must not grow.
+
+Once a minute the clients rest, so that what is counted then is what was left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.chaos.answers import Answer, Verdict
+from bench.chaos.clients import Kind, ask, gateway_at, kinds, undisturbed
+from bench.chaos.limits import Footprint, footprint
+from bench.chaos.run import NOTHING, leftovers
+from bench.chaos.stack import ChaosStack
+from bench.provenance import provenance
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
+from easyspec.cli.signals import run_until_signal
+
+MOST_GROWTH = 0.02
+_REST_S = 3.0
+
+
+@dataclass
+class SoakReport:
+    """Footprints of the processes at rest, by name, one after each of the `minutes`; answers by how they compare."""
+
+    seed: int
+    warm_up_rests: int
+    answers: Counter[str] = field(default_factory=Counter)
+    bad_answers: list[str] = field(default_factory=list)
+    footprints: dict[str, list[Footprint]] = field(default_factory=dict)
+    left_over: list[str] = field(default_factory=list)
+
+    def growth(self, name: str) -> float:
+        """By what share a process's memory grew after the warm-up, from the first to the last third of the rests."""
+        sizes = [each.memory_mib for each in self.footprints[name][self.warm_up_rests :]]
+        third = max(1, len(sizes) // 3)
+        return statistics.median(sizes[-third:]) / statistics.median(sizes[:third]) - 1.0
+
+    @property
+    def failures(self) -> list[str]:
+        """What did not hold; empty if all did."""
+        found = [*self.bad_answers, *self.left_over]
+        for name, all_rests in self.footprints.items():
+            rests = all_rests[self.warm_up_rests :]
+            if len(rests) < 2:
+                found.append(f"{name}: too few rests after the warm-up")
+                continue
+            if self.growth(name) > MOST_GROWTH:
+                found.append(f"{name}: memory grew by {self.growth(name):.1%}")
+            for what in ("num_descriptors", "num_threads"):
+                counts = [getattr(rest, what) for rest in rests]
+                third = max(1, len(counts) // 3)
+                if max(counts[-third:]) > max(counts[:third]):
+                    found.append(f"{name}: {what} grew from {max(counts[:third])} to {max(counts[-third:])}")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        names = [name for name in self.footprints if len(self.footprints[name]) > self.warm_up_rests]
+        return {
+            "seed": self.seed,
+            "warm_up_rests": self.warm_up_rests,
+            "answers": dict(self.answers),
+            "growth": {name: round(self.growth(name), 4) for name in names},
+            "failures": self.failures,
+            "footprints": {name: [asdict(each) for each in rests] for name, rests in self.footprints.items()},
+        }
+
+
+def main(argv: list[str]) -> int:
+    """Run it; 0 if everything held, 1 if not, 128 + a signal's number if interrupted."""
+    arguments = _parser().parse_args(argv)
+    seed = arguments.seed if arguments.seed is not None else random.randrange(2**32)
+    report = SoakReport(seed, arguments.warm_up_rests)
+    interrupted = run_until_signal(_soak(arguments, report))
+    if interrupted:
+        return interrupted
+    command = shlex.join(["python", "-m", "bench.chaos.soak", *argv])
+    made = {"command": command, **provenance((arguments.base, arguments.draft)), **report.as_json()}
+    text = json.dumps(made, indent=1)
+    if arguments.json is not None:
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    print(json.dumps({**made, "footprints": "..."}, indent=1))
+    return 1 if report.failures else 0
+
+
+async def _soak(arguments: argparse.Namespace, report: SoakReport) -> None:
+    wanted = kinds(arguments.tokens)
+    flags = ("--num-threads", "1", "--num-kv-slots", str(arguments.kv_slots))
+    with tempfile.TemporaryDirectory() as logs:
+        stack = ChaosStack(arguments.base, arguments.draft, flags, Path(logs))
+        async with stack, gateway_at(stack.address) as stub:
+            whole = await undisturbed(stub, wanted)
+            end_s = time.monotonic() + arguments.seconds
+            for rest in itertools.count():
+                if time.monotonic() > end_s:
+                    return
+                until_s = time.monotonic() + arguments.load_s
+                clients = [
+                    _client(stack.address, wanted, whole, report, until_s, f"{report.seed}-{rest}-{number}")
+                    for number in range(arguments.clients)
+                ]
+                await asyncio.gather(*clients)
+                await asyncio.sleep(_REST_S)
+                await _count(stack, report)
+
+
+async def _client(
+    address: str, wanted: list[Kind], whole: Mapping[str, Answer], report: SoakReport, until_s: float, name: str
+) -> None:
+    """One request after the other, each over a connection of its own."""
+    choose = random.Random(name)
+    for number in itertools.count():
+        if time.monotonic() > until_s:
+            return
+        kind = choose.choice(wanted)
+        request_id = f"{name}-{number}"
+        async with gateway_at(address) as stub:
+            answer = await ask(stub, kind, request_id)
+        verdict = answer.compared_with(whole[kind.name])
+        report.answers[verdict.value] += 1
+        if verdict is not Verdict.RIGHT and kind.gives_up_after is None:
+            report.bad_answers.append(f"{request_id} ({kind.name}): {verdict.value}, {answer.error}")
+
+
+async def _count(stack: ChaosStack, report: SoakReport) -> None:
+    for name, held in (await leftovers(stack)).items():
+        if held != NOTHING:
+            report.left_over.append(f"{name} holds {held} at rest {len(report.footprints.get(name, []))}")
+    for name, process in stack.processes.items():
+        found = footprint(process.pid)
+        if found is not None:
+            report.footprints.setdefault(name, []).append(found)
+    latest = {name: asdict(rests[-1]) for name, rests in report.footprints.items()}
+    print(json.dumps({"answers": dict(report.answers), **latest}), file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.chaos.soak", description=__doc__)
+    parser.add_argument("--base", type=Path, default=DEFAULT_BASE, help="checkpoint folder of the verifiers")
+    parser.add_argument("--draft", type=Path, default=DEFAULT_DRAFT, help="checkpoint folder of the drafters")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="how long (default 3600)")
+    parser.add_argument("--load-s", type=float, default=57.0, help="seconds of load between two rests (default 57)")
+    parser.add_argument("--warm-up-rests", type=int, default=10, help="rests before what counts (default 10)")
+    parser.add_argument("--clients", type=int, default=8, help="requests at the same time (default 8)")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answers (default 64 tokens)")
+    parser.add_argument(
+        "--kv-slots", type=int, default=8192, help="slots of each KV pool, which fill up (default 8192)"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="file for the report, which is printed too")
+    parser.add_argument("--seed", type=int, default=None, help="of the load; drawn if not given")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
