@@ -21,6 +21,14 @@ NUM_KV_SLOTS = 8192
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_packaged_model_unless_asked_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a command starts without a name must not depend on what this machine has fetched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASYSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_rest_unless_asked_for() -> Iterator[None]:
     """Its port is a fixed one by default: tests of REST ask for a free one."""
     with pytest.MonkeyPatch.context() as patch:

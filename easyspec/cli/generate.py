@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TextIO
 
@@ -18,19 +21,38 @@ _ACCEPTED_STYLE = Style(color="green")
 _BONUS_STYLE = Style(color="yellow", bold=True)
 
 
+@dataclass(frozen=True)
+class Display:
+    """How a completion is shown: `is_coloured` tells guesses and bonus tokens apart, `compares` decodes it once more
+    without speculation, silently, and prints that speed too."""
+
+    is_coloured: bool = False
+    compares: bool = False
+
+
 async def stream_completion(
-    gateway_address: str, flags: GenerateFlags, is_coloured: bool, access: GatewayAccess
+    gateway_address: str, flags: GenerateFlags, display: Display, access: GatewayAccess
 ) -> None:
     """Print the completion as it comes, then a table of statistics on stderr; raises EasyspecError."""
     rounds: list[GenerateResponse] = []
-    async with GatewayClient(gateway_address, access) as client, aclosing(client.generate(flags)) as responses:
-        async for response in responses:
-            _write(coloured(response) if is_coloured else response.text, sys.stdout)
-            rounds.append(response)
-    is_line_open = not (rounds and rounds[-1].text.endswith("\n"))
-    _write("\n" if is_line_open and sys.stdout.isatty() else "", sys.stderr)
+    plain: list[GenerateResponse] = []
+    async with GatewayClient(gateway_address, access) as client:
+        async with aclosing(client.generate(flags)) as responses:
+            async for response in responses:
+                _write(coloured(response) if display.is_coloured else response.text, sys.stdout)
+                rounds.append(response)
+        is_line_open = not (rounds and rounds[-1].text.endswith("\n"))
+        _write("\n" if is_line_open and sys.stdout.isatty() else "", sys.stderr)
+        if display.compares and rounds:
+            seeded = dataclasses.replace(flags.sampling, seed=rounds[-1].completion.seed)
+            request = dataclasses.replace(flags, is_drafting=False, sampling=seeded)
+            async with aclosing(client.generate(request)) as responses:
+                plain = [response async for response in responses]
     if rounds and rounds[-1].HasField("completion"):
-        Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion))
+        if display.is_coloured:
+            legend = f"{_ACCEPTED_STYLE.render('guessed and accepted')}, {_BONUS_STYLE.render('its own tokens')}"
+            _write(f"\nthe model's words: {legend}\n", sys.stderr)
+        Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion, plain))
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -49,15 +71,18 @@ def coloured(response: GenerateResponse) -> str:
     return "".join(style.render(text) for style, text in zip(styles, token_texts, strict=True))
 
 
-def statistics_table(rounds: list[GenerateResponse], completion: Completion) -> Table:
+def statistics_table(
+    rounds: list[GenerateResponse], completion: Completion, plain: Sequence[GenerateResponse] = ()
+) -> Table:
+    """What a completion came to; `plain` is the same one without speculation."""
     statistics = completion.speculation
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
     rows = {
         "finish reason": finish_reason_name(completion),
         "tokens": f"{completion.usage.num_prompt_tokens} in, {completion.usage.num_output_tokens} out",
         "time to first token": f"{statistics.time_to_first_token_ns / 1e6:.1f} ms",
-        "tokens/s after it": _ratio(num_later_tokens * 1e9, statistics.total_ns, "{:.1f}"),
+        "tokens/s after it": _number(_speed(rounds)),
+        **_comparison(rounds, plain),
         "rounds": f"{statistics.num_rounds}, {statistics.num_draft_rounds} of them drafted",
         "acceptance rate": _ratio(statistics.num_accepted_tokens, statistics.num_draft_tokens, "{:.1%}")
         + f" ({statistics.num_accepted_tokens} of {statistics.num_draft_tokens} draft tokens)",
@@ -70,6 +95,29 @@ def statistics_table(rounds: list[GenerateResponse], completion: Completion) -> 
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _speed(rounds: Sequence[GenerateResponse]) -> float | None:
+    """Tokens a second after the first round, which holds the prompt; None if there is no other."""
+    completion = rounds[-1].completion
+    num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
+    total_ns = completion.speculation.total_ns
+    return num_later_tokens * 1e9 / total_ns if total_ns and num_later_tokens else None
+
+
+def _comparison(rounds: Sequence[GenerateResponse], plain: Sequence[GenerateResponse]) -> dict[str, str]:
+    """The row about the same completion without speculation; none where there was none."""
+    if not plain:
+        return {}
+    is_same = [t for one in rounds for t in one.token_ids] == [t for one in plain for t in one.token_ids]
+    speed, plain_speed = _speed(rounds), _speed(plain)
+    times = f"{speed / plain_speed:.2f} times as fast with it" if speed and plain_speed else "too short to compare"
+    tokens = "the same tokens" if is_same else "OTHER TOKENS, which is a bug"
+    return {"without speculation": f"{_number(plain_speed)}: {times}, {tokens}"}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _by_level(completion: Completion) -> str:

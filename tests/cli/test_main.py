@@ -129,6 +129,17 @@ async def test_colours_only_when_asked_and_the_same_text(
     assert bare == expected_text(checkpoint, 40, "def f(n):")
 
 
+async def test_the_speed_without_speculation_is_shown_beside(
+    easyspec_command: Command, gateway: str, checkpoint: Path
+) -> None:
+    flags = ("generate", "def f(n):", "--gateway", gateway, "--temperature", "0", "--max-tokens", "40")
+    ended = await easyspec_command(*flags, "--compare")
+    assert ended.stdout == expected_text(checkpoint, 40, "def f(n):")
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("without speculation")]
+    assert "times as fast with it, the same tokens" in line
+    assert "without speculation" not in (await easyspec_command(*flags)).stderr
+
+
 async def test_stop_strings_and_a_gateways_refusal(easyspec_command: Command, gateway: str) -> None:
     flags = ("generate", "x", "--gateway", gateway, "--temperature", "0")
     ended = await easyspec_command(*flags, "--stop", "STOP")

