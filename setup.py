@@ -28,7 +28,12 @@ _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-ffunc
 _LINK_FLAGS = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections"]
 _EXPORTS = f"-Wl,--version-script={_FOLDER / 'exports.map'}"
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16"))]
+_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+_FLAGS_OF_SOURCE = {
+    "kernels_avx2": _AVX2,
+    "kernels_avx512": _AVX512,
+    "kernels_avx512_bf16": [*_AVX512, "-mavx512bf16"],
+}
 _GLIBC_VERSION = re.compile(rb"\0GLIBC_(\d+)\.(\d+)(?:\.\d+)?(?=\0)")
 
 
@@ -65,7 +70,7 @@ def _warn(reason: str) -> None:
 
 def _compile(compiler: str, source: Path, objects: Path, extra: list[str]) -> Path:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    own = {"kernels_avx2": _AVX2, "kernels_avx512": _AVX512}.get(source.stem, []) if is_x86 else []
+    own = _FLAGS_OF_SOURCE.get(source.stem, []) if is_x86 else []
     built = objects / f"{source.stem}.o"
     subprocess.run([compiler, *_FLAGS, *own, *extra, "-c", str(source), "-o", str(built)], check=True)
     return built

@@ -22,6 +22,7 @@ class CodePath(enum.IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_BF16 = 3
 
 
 class Packed(Structure):

@@ -9,6 +9,7 @@
 namespace easyspec {
 
 inline const Kernels& kernels_of(Path path) {
+  if (path == Path::AVX512_BF16 && avx512_bf16_kernels()) return *avx512_bf16_kernels();
   if (path == Path::AVX512 && avx512_kernels()) return *avx512_kernels();
   if (path == Path::AVX2 && avx2_kernels()) return *avx2_kernels();
   return portable_kernels();

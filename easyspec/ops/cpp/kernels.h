@@ -6,7 +6,7 @@
 
 namespace easyspec {
 
-enum class Path : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum class Path : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 enum class Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 
@@ -94,5 +94,6 @@ struct Kernels {
 const Kernels& portable_kernels();
 const Kernels* avx2_kernels();    // null where not compiled in
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace easyspec

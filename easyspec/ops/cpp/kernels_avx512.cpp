@@ -1,9 +1,9 @@
-// Code path of x86 processors with AVX512 F, BW, VL, DQ, VNNI and BF16; compiled with these switched on.
+// Code path of x86 processors with AVX512 F, BW, VL, DQ and VNNI; compiled with these switched on.
 #include <vector>
 
 #include "kernels.h"
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #include "simd_avx512.h"
 #include "kernels.inc"
 

@@ -550,7 +550,8 @@ int32_t easyspec_best_path() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                          __builtin_cpu_supports("avx512vnni");
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && avx512_bf16_kernels()) return int32_t(Path::AVX512_BF16);
   if (has_avx512 && avx512_kernels()) return int32_t(Path::AVX512);
   if (has_avx2 && avx2_kernels()) return int32_t(Path::AVX2);
 #endif

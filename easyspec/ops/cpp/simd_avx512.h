@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX512 F, BW, VL, DQ, VNNI, BF16.
+// Vectors of 16 floats: AVX512 F, BW, VL, DQ, VNNI.
 #pragma once
 
 #include <immintrin.h>

@@ -48,4 +48,4 @@ inline __m512 cvtph_ps(__m256i v) {
 #define __AVX512DQ__ 1
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
-#include "kernels_avx512.cpp"
+#include "kernels_avx512_bf16.cpp"
