@@ -46,7 +46,7 @@ class _Session:
     verifier_id: int
     drafter_id: int
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
         verdict, timings = await self.verifier.verify(self.verifier_id, base_length, tree)
         return TimedVerdict(verdict, timings, elapsed_ns=0)
 

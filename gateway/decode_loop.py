@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from easyspec.speculation.messages import Calibration, DraftTimings, Verdict, Ve
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+
+# Turns of the event loop until a round that has begun has written its first message.
+_TURNS_TO_ASK = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class Round:
 class VerifierSession(Protocol):
     """Decides: its verdicts are the output. Raises EasyspecError, which ends the request."""
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict: ...
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int) -> TimedVerdict:
+        """The verdict on `tree`. So many calls with the empty tree are sure to follow, and are told to the verifier at
+        once: it goes on by itself meanwhile."""
 
 
 class DraftSession(Protocol):
@@ -64,6 +70,9 @@ class BudgetPolicy(Protocol):
 
     def next_budget(self) -> TreeBudget | None:
         """The size of the next tree; None if a draft would cost more than it brings."""
+
+    def plain_rounds(self) -> int:
+        """After a budget of None: how many rounds are to do without a draft as well, before it is asked again."""
 
 
 NOTHING_DRAFTED = TimedDraft(EMPTY_TREE)
@@ -86,21 +95,54 @@ async def decode(
 
     The first tree is empty, so that the first token leaves as soon as the prompt is in the verifier's cache; the
     drafter reads the prompt at the same time. Every verdict extends the committed tokens and teaches the policy what
-    guessing earns; if that is enough, it calibrates the drafter with what was really said and asks for the next tree.
+    guessing earns; if that is enough, the drafter is calibrated with what was really said and asked for the next tree.
+    A round begins before the one before is yielded: it goes on while the reader works.
     """
-    committed_length = prompt_length
-    draft = NOTHING_DRAFTED
-    while True:
-        answer = await verifier.verify(committed_length, draft.tree)
-        round_ = Round(draft, answer)
-        policy.learn(round_)
-        yield round_
-        if answer.verdict.finish_reason is not None:
-            return
-        token_ids, budget = answer.verdict.token_ids, policy.next_budget()
-        if budget is None:
-            drafter.skip(token_ids)
-            draft = NOTHING_DRAFTED
-        else:
-            draft = await drafter.draft(Calibration(committed_length, token_ids, budget))
-        committed_length += len(token_ids)
+    committed_length, num_plain_rounds = prompt_length, 0
+    coming = await _begun(_verified(NOTHING_DRAFTED, verifier, committed_length, num_plain_rounds))
+    try:
+        while True:
+            round_ = await coming
+            verdict = round_.answer.verdict
+            policy.learn(round_)
+            if verdict.finish_reason is not None:
+                yield round_
+                return
+            calibration = None
+            if num_plain_rounds > 0:
+                num_plain_rounds -= 1
+            elif (budget := policy.next_budget()) is not None:
+                calibration = Calibration(committed_length, verdict.token_ids, budget)
+            else:
+                num_plain_rounds = policy.plain_rounds()
+            committed_length += len(verdict.token_ids)
+            if calibration is not None:
+                coming = await _begun(_speculated(calibration, drafter, verifier, committed_length))
+            else:
+                drafter.skip(verdict.token_ids)
+                coming = await _begun(_verified(NOTHING_DRAFTED, verifier, committed_length, num_plain_rounds))
+            yield round_
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _speculated(
+    calibration: Calibration, drafter: DraftSession, verifier: VerifierSession, committed_length: int
+) -> Round:
+    draft = await drafter.draft(calibration)
+    return await _verified(draft, verifier, committed_length, num_plain_rounds=0)
+
+
+async def _verified(
+    draft: TimedDraft, verifier: VerifierSession, committed_length: int, num_plain_rounds: int
+) -> Round:
+    return Round(draft, await verifier.verify(committed_length, draft.tree, num_plain_rounds))
+
+
+async def _begun(round_: Coroutine[None, None, Round]) -> asyncio.Task[Round]:
+    """The round under way, its first message written."""
+    task = asyncio.create_task(round_)
+    for _ in range(_TURNS_TO_ASK):
+        await asyncio.sleep(0)
+    return task

@@ -29,7 +29,7 @@ class Progress:
         self._moving.clear()
 
     def resume(self) -> None:
-        """A choice has its verifier again, or is given up."""
+        """A choice has its verifier again. One that is given up ends the request, which does not move until then."""
         self._num_stalled -= 1
         if not self._num_stalled:
             self._moving.set()

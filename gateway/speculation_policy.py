@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -21,6 +22,8 @@ _FIRST_REST_ROUNDS, _MAX_REST_ROUNDS = 64, 1024
 _RETRY_ROUNDS = 2
 # Share of the levels accepted above which a request gets deeper trees.
 _EAGER_SHARE = 0.85
+# Plain rounds are asked for ahead, up to so many and as many as fit so long a time, after which the policy may change.
+_MAX_PLAIN_ROUNDS, _PLAIN_ROUNDS_S = 16, 0.1
 # Of what a round takes besides draft and verdict, this much and as long as these counts.
 _MOST_OTHER_S = 0.02
 
@@ -56,6 +59,13 @@ class SpeculationPolicy:
         self._arm = self._controller.arm
         self._asked = self._refined(self._arm)
         return self._asked
+
+    def plain_rounds(self) -> int:
+        num_rounds = self._rounds.num_ahead
+        if self._rest_left > 0:
+            num_rounds = min(num_rounds, self._rest_left)
+            self._rest_left -= num_rounds
+        return num_rounds
 
     def learn(self, round_: Round) -> None:
         other_s = self._rounds.other_s(round_, self._controller.clock())
@@ -126,10 +136,14 @@ class FixedPolicy:
     def next_budget(self) -> TreeBudget | None:
         return self._budget
 
+    def plain_rounds(self) -> int:
+        return self._rounds.num_ahead
+
     def learn(self, round_: Round) -> None:
+        clock = self._controller.clock if self._controller is not None else time.monotonic
+        other_s = self._rounds.other_s(round_, clock())
         if self._controller is None:
             return
-        other_s = self._rounds.other_s(round_, self._controller.clock())
         if self._is_first:
             self._is_first = False
             return
@@ -155,10 +169,18 @@ def following(policy: Policy) -> Iterator[None]:
 
 
 class _RoundClock:
-    """When the rounds of a request end."""
+    """When the rounds of a request end, and how many plain ones are worth asking for ahead."""
 
     def __init__(self) -> None:
         self._last_s: float | None = None
+        self._plain_s: float | None = None
+
+    @property
+    def num_ahead(self) -> int:
+        """0 until it is known what a plain round takes."""
+        if self._plain_s is None:
+            return 0
+        return min(_MAX_PLAIN_ROUNDS, int(_PLAIN_ROUNDS_S / self._plain_s))
 
     def other_s(self, round_: Round, now_s: float) -> float:
         """What a round that ends now took besides draft and verdict. A client that reads slowly adds to it, hence the
@@ -166,6 +188,9 @@ class _RoundClock:
         last_s, self._last_s = self._last_s, now_s
         if last_s is None:
             return 0.0
+        if not round_.draft.tree:
+            elapsed_s = max(now_s - last_s, 1e-6)
+            self._plain_s = elapsed_s if self._plain_s is None else self._plain_s + _RATE * (elapsed_s - self._plain_s)
         asked_s = (round_.draft.elapsed_ns + round_.answer.elapsed_ns) / 1e9
         return min(max(0.0, now_s - last_s - asked_s), asked_s + _MOST_OTHER_S)
 

@@ -124,38 +124,38 @@ class ResilientVerifySession:
         self._replica: Replica[VerifyConnection] | None = None
         self.num_failures = 0
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
         started_ns = time.monotonic_ns()
         outage: _Outage | None = None
-        try:
-            while True:
-                try:
-                    stream = self._stream or await self._open(outage)
-                    answer = await self._ask(stream, base_length, tree)
-                    break
-                except InvalidRequestError:  # the client's own mistake
-                    raise
-                except EasyspecError as error:
-                    outage = outage or self._begin_outage()
-                    await self._blame(outage, error)
-                    await self._lose(outage, error)
-                    await self._wait_for_next_try(outage, error)
-        finally:
-            if outage is not None:
-                self._progress.resume()
+        while True:
+            try:
+                stream = self._stream or await self._open(outage)
+                answer = await self._ask(stream, base_length, tree, num_plain_rounds)
+                break
+            except InvalidRequestError:  # the client's own mistake
+                raise
+            except EasyspecError as error:
+                outage = outage or self._begin_outage()
+                await self._blame(outage, error)
+                await self._lose(outage, error)
+                await self._wait_for_next_try(outage, error)
         self._commit(answer)
-        if outage is not None:
-            self._report_recovery(outage)
+        if outage is None:
+            return answer
+        self._progress.resume()
+        self._report_recovery(outage)
         return replace(answer, elapsed_ns=time.monotonic_ns() - started_ns)
 
-    async def _ask(self, stream: VerifierSession, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def _ask(
+        self, stream: VerifierSession, base_length: int, tree: TokenTree, num_plain_rounds: int
+    ) -> TimedVerdict:
         """The verdict; ConnectionLostError if the verifier hangs and there is another one."""
         replica = self._replica
         assert replica is not None, "a stream is at a replica"
         # The first round reads the prompt, however long that is.
         has_other = self._has_read and self._replicas.has_other(self._opening.model_fingerprint, {replica})
         async with replica.waiting(self._round_time.bound_s if has_other else None):
-            answer = await stream.verify(base_length, tree)
+            answer = await stream.verify(base_length, tree, num_plain_rounds)
         if self._has_read:
             self._round_time.learn(answer.elapsed_ns / 1e9)
         self._has_read = True

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from drafter_service.engine import DrafterEngine
 from drafter_service.text_engine import TextDrafterEngine
-from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification, TokenLogprobs
+from easyspec.speculation.messages import (
+    Calibration,
+    OpenSpeculation,
+    OpenVerification,
+    TokenLogprobs,
+    Verdict,
+    VerifyTimings,
+)
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
@@ -20,15 +27,20 @@ from verifier_service.engine import VerifierEngine
 BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=16)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineVerifierSession:
-    """A session of the engine, as the decode loop wants it."""
+    """A session of the engine, as the decode loop wants it; `coming` are verdicts asked for before their turn."""
 
     engine: VerifierEngine
     session_id: int
+    coming: AsyncIterator[tuple[Verdict, VerifyTimings]] | None = None
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
-        verdict, timings = await self.engine.verify(self.session_id, base_length, tree)
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int) -> TimedVerdict:
+        self.coming = self.coming or self.engine.verdicts(self.session_id, base_length, tree, num_plain_rounds)
+        verdict, timings = await anext(self.coming)
+        assert verdict.base_length == base_length
+        if num_plain_rounds == 0:
+            self.coming = None
         return TimedVerdict(verdict, timings, elapsed_ns=0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 import torch
 
@@ -85,6 +85,16 @@ class VerifierEngine:
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         """The verdict on a tree; raises StalePositionError or InvalidTreeError and then changes nothing."""
         return await self._thread.submit(VerifyTask(session_id, base_length, tree))
+
+    async def verdicts(
+        self, session_id: int, base_length: int, tree: TokenTree, num_plain_rounds: int
+    ) -> AsyncIterator[tuple[Verdict, VerifyTimings]]:
+        """The verdict on a tree, and those of the plain rounds behind it; raises what `verify` raises."""
+        task = VerifyTask(session_id, base_length, tree, num_plain_rounds)
+        yield await self._thread.submit(task)
+        while task.following is not None:
+            task = task.following
+            yield await asyncio.wrap_future(task.future)
 
     def close(self, session_id: int) -> None:
         """Free a session; idempotent, returns at once."""

@@ -53,11 +53,16 @@ class VerifierEngine(Protocol):
     async def open(self, request: OpenVerification) -> int:
         """A new session's id; raises EasyspecError subclasses, and then, as when cancelled, nothing is held."""
 
-    async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
-        """The verdict on `tree`; raises EasyspecError subclasses, and then nothing has changed."""
+    def verdicts(
+        self, session_id: int, base_length: int, tree: TokenTree, num_plain_rounds: int
+    ) -> AsyncIterator[tuple[Verdict, VerifyTimings]]:
+        """The verdict on `tree`, and those of so many plain rounds behind it, fewer if one ends the output.
+
+        Raises EasyspecError subclasses, and then nothing has changed since the verdict before.
+        """
 
     def close(self, session_id: int) -> None:
-        """Free the session; idempotent, returns at once, also while `verify` of this session is under way."""
+        """Free the session; idempotent, returns at once, also while verdicts of this session are under way."""
 
 
 class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
@@ -103,12 +108,11 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
         check_fingerprint(request.model_fingerprint, self._engine.model_info.fingerprint)
         async with open_session(self._engine.open(request), self._engine.close) as session_id:
             async for message in messages:
-                base_length, tree = _tree(message)
-                verdict, timings = await self._engine.verify(session_id, base_length, tree)
-                self.metrics.verdict(timings)
-                yield verifier_pb2.VerifyResponse(
-                    verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
-                )
+                async for verdict, timings in self._engine.verdicts(session_id, *_tree(message)):
+                    self.metrics.verdict(timings)
+                    yield verifier_pb2.VerifyResponse(
+                        verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
+                    )
 
     async def GetVerifierVocabulary(  # noqa: N802
         self, request: verifier_pb2.GetVerifierVocabularyRequest, context: Any
@@ -140,7 +144,7 @@ async def _opening(messages: AsyncIterator[verifier_pb2.VerifyRequest]) -> OpenV
     raise InvalidRequestError("message", None, "open, as the first message")
 
 
-def _tree(message: verifier_pb2.VerifyRequest) -> tuple[int, TokenTree]:
+def _tree(message: verifier_pb2.VerifyRequest) -> tuple[int, TokenTree, int]:
     if not message.HasField("tree"):
         raise InvalidRequestError("message", message.WhichOneof("message"), "tree, as every message after the first")
     return convert.verify_tree_from_pb(message.tree)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ from easyspec.speculation.checks import check_logprobs, check_model, check_promp
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
 from verifier_service.scheduler import ScheduledSession, Scheduler, SchedulerLimits, Work
@@ -45,11 +45,13 @@ class OpenTask(Task[int]):
 
 @dataclass(eq=False)
 class VerifyTask(Task[tuple[Verdict, VerifyTimings]]):
-    """Judge a tree."""
+    """Judge a tree, and go on with plain rounds unasked; `following`, set before the answer, is the next of them."""
 
     session_id: int
     base_length: int
     tree: TokenTree
+    num_plain_rounds: int = 0
+    following: VerifyTask | None = field(default=None, init=False)
 
 
 @dataclass(eq=False)
@@ -269,6 +271,7 @@ class Verifier:
         compute_ns = time.monotonic_ns() - started_ns
         num_rows = sum(layout.num_rows)
         self._on_step(StepReport("verify" if judged else "prefill", compute_ns, num_rows, len(works)))
+        following: list[VerifyTask] = []
         for session, outcome in zip(judged, outcomes, strict=True):
             task, session.waiting = session.waiting, None
             assert task is not None, "still the same task"
@@ -278,8 +281,15 @@ class Verifier:
                 continue
             self._commit(session, outcome)
             timings = VerifyTimings(started_ns - task.arrived_ns, compute_ns, num_rows, len(works))
-            task.finish((session.with_first_news(outcome), timings))
+            if task.num_plain_rounds > 0 and not session.is_finished:
+                task.following = VerifyTask(
+                    session.session_id, len(session.token_ids), EMPTY_TREE, task.num_plain_rounds - 1
+                )
+            if task.finish((session.with_first_news(outcome), timings)) and task.following is not None:
+                following.append(task.following)
         self._scheduler.computed(works, compute_ns)
+        for task in following:
+            self._enqueue(task)
 
     def _read_piece(self) -> bool:
         """Some layers of the prompts that are read on the side, at least one; False if there are none."""

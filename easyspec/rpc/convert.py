@@ -26,6 +26,7 @@ from easyspec.speculation.messages import (
     VerifyTimings,
 )
 from easyspec.speculation.parameters import (
+    MAX_PLAIN_ROUNDS,
     MAX_SEED,
     FinishReason,
     Grammar,
@@ -242,15 +243,17 @@ def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerif
     )
 
 
-def verify_tree_from_pb(message: verifier_pb2.VerifyTree) -> tuple[int, TokenTree]:
-    """(base length, tree); an unset tree is an InvalidRequestError, the empty one is a request for one token."""
+def verify_tree_from_pb(message: verifier_pb2.VerifyTree) -> tuple[int, TokenTree, int]:
+    """(base length, tree, plain rounds behind it); raises InvalidRequestError for an unset tree, which is not empty."""
     if not message.HasField("tree"):
         raise InvalidRequestError("tree.tree", None, "a tree, which may be empty but must be set")
-    return message.base_length, tree_from_pb(message.tree)
+    if message.num_plain_rounds > MAX_PLAIN_ROUNDS:
+        raise InvalidRequestError("tree.num_plain_rounds", message.num_plain_rounds, f"at most {MAX_PLAIN_ROUNDS}")
+    return message.base_length, tree_from_pb(message.tree), message.num_plain_rounds
 
 
-def verify_tree_to_pb(base_length: int, tree: TokenTree) -> verifier_pb2.VerifyTree:
-    return verifier_pb2.VerifyTree(base_length=base_length, tree=tree_to_pb(tree))
+def verify_tree_to_pb(base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> verifier_pb2.VerifyTree:
+    return verifier_pb2.VerifyTree(base_length=base_length, tree=tree_to_pb(tree), num_plain_rounds=num_plain_rounds)
 
 
 def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:

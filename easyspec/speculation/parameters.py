@@ -12,6 +12,8 @@ MAX_SEED = 2**64 - 1
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_TOP_LOGPROBS = 20
 MAX_MARK_CHARS = 64
+# Rounds that a verifier goes on with unasked behind a tree.
+MAX_PLAIN_ROUNDS = 64
 
 
 class GrammarKind(enum.Enum):

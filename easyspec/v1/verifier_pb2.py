@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from easyspec.v1 import types_pb2 as easyspec_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x61syspec/v1/verifier.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"r\n\rVerifyRequest\x12-\n\x04open\x18\x01 \x01(\x0b\x32\x1d.easyspec.v1.OpenVerificationH\x00\x12\'\n\x04tree\x18\x02 \x01(\x0b\x32\x17.easyspec.v1.VerifyTreeH\x00\x42\t\n\x07message\"\xaf\x02\n\x10OpenVerification\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12)\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.easyspec.v1.StopConditions\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x1d\n\x10num_top_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x08 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\t \x01(\tB\x13\n\x11_num_top_logprobs\"G\n\nVerifyTree\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12$\n\x04tree\x18\x02 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\"d\n\x0eVerifyResponse\x12%\n\x07verdict\x18\x01 \x01(\x0b\x32\x14.easyspec.v1.Verdict\x12+\n\x07timings\x18\x02 \x01(\x0b\x32\x1a.easyspec.v1.VerifyTimings\"\xcc\x02\n\x07Verdict\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.easyspec.v1.FinishReason\x12\"\n\x15matched_stop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\raccepted_rows\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12\x19\n\x11num_cached_tokens\x18\t \x01(\rB\x18\n\x16_matched_stop_token_id\"i\n\rVerifyTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x16\n\x0enum_batch_rows\x18\x03 \x01(\r\x12\x1a\n\x12num_batch_sessions\x18\x04 \x01(\r\"\x1e\n\x1cGetVerifierVocabularyRequest\"L\n\x1dGetVerifierVocabularyResponse\x12+\n\nvocabulary\x18\x01 \x01(\x0b\x32\x17.easyspec.v1.Vocabulary\"\x18\n\x16GetVerifierInfoRequest\"\xb7\x01\n\x17GetVerifierInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.ModelInfo\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.easyspec.v1.KvUsage\x12\x16\n\x0emax_tree_nodes\x18\x03 \x01(\r\x12\x15\n\rrow_invariant\x18\x04 \x01(\x08\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t2\xa6\x02\n\x0fVerifierService\x12\x45\n\x06Verify\x12\x1a.easyspec.v1.VerifyRequest\x1a\x1b.easyspec.v1.VerifyResponse(\x01\x30\x01\x12\\\n\x0fGetVerifierInfo\x12#.easyspec.v1.GetVerifierInfoRequest\x1a$.easyspec.v1.GetVerifierInfoResponse\x12n\n\x15GetVerifierVocabulary\x12).easyspec.v1.GetVerifierVocabularyRequest\x1a*.easyspec.v1.GetVerifierVocabularyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x61syspec/v1/verifier.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"r\n\rVerifyRequest\x12-\n\x04open\x18\x01 \x01(\x0b\x32\x1d.easyspec.v1.OpenVerificationH\x00\x12\'\n\x04tree\x18\x02 \x01(\x0b\x32\x17.easyspec.v1.VerifyTreeH\x00\x42\t\n\x07message\"\xaf\x02\n\x10OpenVerification\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12)\n\x04stop\x18\x05 \x01(\x0b\x32\x1b.easyspec.v1.StopConditions\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x1d\n\x10num_top_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x08 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\t \x01(\tB\x13\n\x11_num_top_logprobs\"a\n\nVerifyTree\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12$\n\x04tree\x18\x02 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\x12\x18\n\x10num_plain_rounds\x18\x03 \x01(\r\"d\n\x0eVerifyResponse\x12%\n\x07verdict\x18\x01 \x01(\x0b\x32\x14.easyspec.v1.Verdict\x12+\n\x07timings\x18\x02 \x01(\x0b\x32\x1a.easyspec.v1.VerifyTimings\"\xcc\x02\n\x07Verdict\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.easyspec.v1.FinishReason\x12\"\n\x15matched_stop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\raccepted_rows\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1a.easyspec.v1.TokenLogprobs\x12\x19\n\x11num_cached_tokens\x18\t \x01(\rB\x18\n\x16_matched_stop_token_id\"i\n\rVerifyTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x16\n\x0enum_batch_rows\x18\x03 \x01(\r\x12\x1a\n\x12num_batch_sessions\x18\x04 \x01(\r\"\x1e\n\x1cGetVerifierVocabularyRequest\"L\n\x1dGetVerifierVocabularyResponse\x12+\n\nvocabulary\x18\x01 \x01(\x0b\x32\x17.easyspec.v1.Vocabulary\"\x18\n\x16GetVerifierInfoRequest\"\xb7\x01\n\x17GetVerifierInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.ModelInfo\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.easyspec.v1.KvUsage\x12\x16\n\x0emax_tree_nodes\x18\x03 \x01(\r\x12\x15\n\rrow_invariant\x18\x04 \x01(\x08\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t2\xa6\x02\n\x0fVerifierService\x12\x45\n\x06Verify\x12\x1a.easyspec.v1.VerifyRequest\x1a\x1b.easyspec.v1.VerifyResponse(\x01\x30\x01\x12\\\n\x0fGetVerifierInfo\x12#.easyspec.v1.GetVerifierInfoRequest\x1a$.easyspec.v1.GetVerifierInfoResponse\x12n\n\x15GetVerifierVocabulary\x12).easyspec.v1.GetVerifierVocabularyRequest\x1a*.easyspec.v1.GetVerifierVocabularyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENVERIFICATION']._serialized_start=185
   _globals['_OPENVERIFICATION']._serialized_end=488
   _globals['_VERIFYTREE']._serialized_start=490
-  _globals['_VERIFYTREE']._serialized_end=561
-  _globals['_VERIFYRESPONSE']._serialized_start=563
-  _globals['_VERIFYRESPONSE']._serialized_end=663
-  _globals['_VERDICT']._serialized_start=666
-  _globals['_VERDICT']._serialized_end=998
-  _globals['_VERIFYTIMINGS']._serialized_start=1000
-  _globals['_VERIFYTIMINGS']._serialized_end=1105
-  _globals['_GETVERIFIERVOCABULARYREQUEST']._serialized_start=1107
-  _globals['_GETVERIFIERVOCABULARYREQUEST']._serialized_end=1137
-  _globals['_GETVERIFIERVOCABULARYRESPONSE']._serialized_start=1139
-  _globals['_GETVERIFIERVOCABULARYRESPONSE']._serialized_end=1215
-  _globals['_GETVERIFIERINFOREQUEST']._serialized_start=1217
-  _globals['_GETVERIFIERINFOREQUEST']._serialized_end=1241
-  _globals['_GETVERIFIERINFORESPONSE']._serialized_start=1244
-  _globals['_GETVERIFIERINFORESPONSE']._serialized_end=1427
-  _globals['_VERIFIERSERVICE']._serialized_start=1430
-  _globals['_VERIFIERSERVICE']._serialized_end=1724
+  _globals['_VERIFYTREE']._serialized_end=587
+  _globals['_VERIFYRESPONSE']._serialized_start=589
+  _globals['_VERIFYRESPONSE']._serialized_end=689
+  _globals['_VERDICT']._serialized_start=692
+  _globals['_VERDICT']._serialized_end=1024
+  _globals['_VERIFYTIMINGS']._serialized_start=1026
+  _globals['_VERIFYTIMINGS']._serialized_end=1131
+  _globals['_GETVERIFIERVOCABULARYREQUEST']._serialized_start=1133
+  _globals['_GETVERIFIERVOCABULARYREQUEST']._serialized_end=1163
+  _globals['_GETVERIFIERVOCABULARYRESPONSE']._serialized_start=1165
+  _globals['_GETVERIFIERVOCABULARYRESPONSE']._serialized_end=1241
+  _globals['_GETVERIFIERINFOREQUEST']._serialized_start=1243
+  _globals['_GETVERIFIERINFOREQUEST']._serialized_end=1267
+  _globals['_GETVERIFIERINFORESPONSE']._serialized_start=1270
+  _globals['_GETVERIFIERINFORESPONSE']._serialized_end=1453
+  _globals['_VERIFIERSERVICE']._serialized_start=1456
+  _globals['_VERIFIERSERVICE']._serialized_end=1750
 # @@protoc_insertion_point(module_scope)

@@ -127,8 +127,13 @@ class VerifyTree(_message.Message):
 
     BASE_LENGTH_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
+    NUM_PLAIN_ROUNDS_FIELD_NUMBER: _builtins.int
     base_length: _builtins.int
     """Committed tokens (prompt and output) the tree stands on; must equal the session's."""
+    num_plain_rounds: _builtins.int
+    """Rounds of the empty tree that the verifier goes on with by itself, at most 64; each is answered by a verdict of its
+    own, and none follows a finish.
+    """
     @_builtins.property
     def tree(self) -> _types_pb2.TokenTree:
         """The guesses."""
@@ -138,10 +143,11 @@ class VerifyTree(_message.Message):
         *,
         base_length: _builtins.int = ...,
         tree: _types_pb2.TokenTree | None = ...,
+        num_plain_rounds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_length", b"base_length", "num_plain_rounds", b"num_plain_rounds", "tree", b"tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,7 +155,7 @@ Global___VerifyTree: _TypeAlias = VerifyTree  # noqa: Y015
 
 @_typing.final
 class VerifyResponse(_message.Message):
-    """The answer to one VerifyTree."""
+    """The answer to a VerifyTree, or to a plain round behind it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

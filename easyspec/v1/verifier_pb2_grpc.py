@@ -58,7 +58,7 @@ class VerifierServiceServicer:
 
     def Verify(self, request_iterator, context):
         """One stream is one session: the first message opens it, every later one is a tree, and each tree is
-        answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
+        answered by one verdict, or by several if it asks for plain rounds behind it, in order. When the stream ends, for whatever reason, its KV memory is freed.
         Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
         based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
         context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the

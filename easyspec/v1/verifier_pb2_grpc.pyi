@@ -35,7 +35,7 @@ class VerifierServiceStub:
     def __new__(cls, channel: _aio.Channel) -> VerifierServiceAsyncStub: ...
     Verify: _grpc.StreamStreamMultiCallable[_verifier_pb2.VerifyRequest, _verifier_pb2.VerifyResponse]
     """One stream is one session: the first message opens it, every later one is a tree, and each tree is
-    answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
+    answered by one verdict, or by several if it asks for plain rounds behind it, in order. When the stream ends, for whatever reason, its KV memory is freed.
     Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
     based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
     context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
@@ -53,7 +53,7 @@ class VerifierServiceAsyncStub(VerifierServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Verify: _aio.StreamStreamMultiCallable[_verifier_pb2.VerifyRequest, _verifier_pb2.VerifyResponse]  # type: ignore[assignment]
     """One stream is one session: the first message opens it, every later one is a tree, and each tree is
-    answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
+    answered by one verdict, or by several if it asks for plain rounds behind it, in order. When the stream ends, for whatever reason, its KV memory is freed.
     Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
     based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
     context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the
@@ -74,7 +74,7 @@ class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_verifier_pb2.VerifyResponse], _abc.AsyncIterator[_verifier_pb2.VerifyResponse]]:
         """One stream is one session: the first message opens it, every later one is a tree, and each tree is
-        answered by one verdict, in order. When the stream ends, for whatever reason, its KV memory is freed.
+        answered by one verdict, or by several if it asks for plain rounds behind it, in order. When the stream ends, for whatever reason, its KV memory is freed.
         Errors: INVALID_ARGUMENT (parameters, token ids, a tree that is not a tree), FAILED_PRECONDITION (a tree
         based on another length than the committed one; nothing changes), OUT_OF_RANGE (prompt longer than the
         context), RESOURCE_EXHAUSTED (no KV memory), NOT_FOUND (unknown model), UNAVAILABLE (also: another model than the

@@ -6,7 +6,7 @@ Each has gates (events that hold an operation up) and faults (exceptions that it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from easyspec.errors import PromptTooLongError, StalePositionError, UnknownModelError
@@ -23,7 +23,7 @@ from easyspec.speculation.messages import (
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, StopConditions
 from easyspec.speculation.sources import DraftSources
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 
 NUM_SLOTS = 1024
 
@@ -133,6 +133,16 @@ class FakeVerifierEngine(FakeEngine):
         request.sampling.check(self.model_info.vocab_size)
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         return await self._open(request.model, FakeSession(token_ids, request.stop, len(request.prompt_token_ids)))
+
+    async def verdicts(
+        self, session_id: int, base_length: int, tree: TokenTree, num_plain_rounds: int
+    ) -> AsyncIterator[tuple[Verdict, VerifyTimings]]:
+        for index in range(num_plain_rounds + 1):
+            verdict, timings = await self.verify(session_id, base_length, tree if index == 0 else EMPTY_TREE)
+            yield verdict, timings
+            if verdict.finish_reason is not None:
+                return
+            base_length += len(verdict.token_ids)
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         tree.check(self.model_info.vocab_size, self.max_tree_nodes)

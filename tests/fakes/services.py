@@ -37,7 +37,7 @@ from easyspec.speculation.messages import (
 )
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, SamplingParameters
 from easyspec.speculation.sources import DraftSources
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer
@@ -160,6 +160,16 @@ class FakeVerifierEngine(FakeEngine):
         session_id = self._open(request)
         self.sessions[session_id].committed.extend(request.output_token_ids)
         return session_id
+
+    async def verdicts(
+        self, session_id: int, base_length: int, tree: TokenTree, num_plain_rounds: int
+    ) -> AsyncIterator[tuple[Verdict, VerifyTimings]]:
+        for index in range(num_plain_rounds + 1):
+            verdict, timings = await self.verify(session_id, base_length, tree if index == 0 else EMPTY_TREE)
+            yield verdict, timings
+            if verdict.finish_reason is not None:
+                return
+            base_length += len(verdict.token_ids)
 
     async def verify(self, session_id: int, base_length: int, tree: TokenTree) -> tuple[Verdict, VerifyTimings]:
         await asyncio.sleep(self.delay_s)

@@ -54,7 +54,6 @@ async def test_a_drafter_late_once_is_taken_up_again_in_the_same_stream(client: 
     statistics = chunks[-1].completion.speculation
     assert statistics.num_drafter_failures == 1
     assert statistics.num_draft_rounds > 10
-    assert chunks[-2].timings.num_draft_tokens > 0
 
 
 async def test_a_drafter_that_dies_in_mid_stream_and_comes_back(client: Client) -> None:
@@ -70,7 +69,7 @@ async def test_a_drafter_that_dies_in_mid_stream_and_comes_back(client: Client) 
     await client.pair.drafter_service.start()
     chunks += [chunk async for chunk in rounds]
     assert tokens(chunks) == expected(client, 600)
-    assert chunks[-2].timings.num_draft_tokens > 0
+    assert any(chunk.timings.num_draft_tokens for chunk in chunks[-60:])
     assert chunks[-1].completion.speculation.num_drafter_failures >= 1
 
 

@@ -51,6 +51,7 @@ class FakeConnection:
     openings: list[OpenVerification] = field(default_factory=list)
     timeouts_s: list[float] = field(default_factory=list)
     num_open: int = 0
+    ahead: list[int] = field(default_factory=list)
 
     @asynccontextmanager
     async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[FakeConnection]:
@@ -62,7 +63,8 @@ class FakeConnection:
         finally:
             self.num_open -= 1
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
+        self.ahead.append(num_plain_rounds)
         fault = self.faults.pop(0) if self.faults else self.lasting
         if fault is not None:
             raise fault
@@ -104,6 +106,16 @@ async def test_nothing_lost_is_one_stream_for_the_model_in_force() -> None:
     (opening,) = connection.openings
     assert opening.model_fingerprint == FINGERPRINT
     assert pool.replicas.replicas[0].num_sessions == 0
+
+
+async def test_plain_rounds_lost_on_the_way_are_asked_for_anew() -> None:
+    connection = FakeConnection([None, UnavailableError("lost")])
+    pool = await pool_of(connection)
+    async with pool.open(OPENING, 10) as session:
+        said = [(await session.verify(3 + index, EMPTY_TREE, 2 - index)).verdict.token_ids[0] for index in range(3)]
+    assert said == [3, 4, 5]
+    assert connection.ahead == [2, 1, 1, 0]
+    assert connection.openings[1].output_token_ids == (3,)
 
 
 @pytest.mark.parametrize("fault", [UnavailableError("lost"), EasyspecError("a bug"), StalePositionError(3, 4)], ids=str)
@@ -245,10 +257,10 @@ class HangingConnection(FakeConnection):
         async with super().open(opening, timeout_s):
             yield self
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
         if self.hangs:
             await asyncio.Event().wait()
-        return await super().verify(base_length, tree)
+        return await super().verify(base_length, tree, num_plain_rounds)
 
 
 @pytest.mark.parametrize("num_before", [0, 2])
@@ -395,13 +407,13 @@ class MortalStream:
     opening: OpenVerification
     num_deaths: int
 
-    async def verify(self, base_length: int, tree: TokenTree) -> TimedVerdict:
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
         if base_length > 3 and self.opening.sampling.seed == POISON_SEED:
             self.connection.num_deaths += 1
         await asyncio.sleep(0.02)
         if self.connection.num_deaths > self.num_deaths:
             raise DEATH
-        return await self.connection.verify(base_length, tree)
+        return await self.connection.verify(base_length, tree, num_plain_rounds)
 
 
 async def test_a_stream_that_ends_verifiers_ends_alone() -> None:

@@ -25,6 +25,7 @@ from easyspec.speculation.messages import (
     VerifyTimings,
 )
 from easyspec.speculation.parameters import (
+    MAX_PLAIN_ROUNDS,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -35,7 +36,7 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from easyspec.speculation.sources import ALL_SOURCES, DraftSources
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -121,9 +122,15 @@ def test_open_speculation(request: OpenSpeculation) -> None:
     assert convert.open_speculation_from_pb(sent(convert.open_speculation_to_pb(request))) == request
 
 
-@given(uint32s, trees)
-def test_verify_tree(base_length: int, tree: TokenTree) -> None:
-    assert convert.verify_tree_from_pb(sent(convert.verify_tree_to_pb(base_length, tree))) == (base_length, tree)
+@given(uint32s, trees, st.integers(0, MAX_PLAIN_ROUNDS))
+def test_verify_tree(base_length: int, tree: TokenTree, num_plain_rounds: int) -> None:
+    message = sent(convert.verify_tree_to_pb(base_length, tree, num_plain_rounds))
+    assert convert.verify_tree_from_pb(message) == (base_length, tree, num_plain_rounds)
+
+
+def test_plain_rounds_ahead_are_bounded() -> None:
+    with pytest.raises(InvalidRequestError, match=r"num_plain_rounds.*at most 64"):
+        convert.verify_tree_from_pb(convert.verify_tree_to_pb(1, EMPTY_TREE, MAX_PLAIN_ROUNDS + 1))
 
 
 @given(

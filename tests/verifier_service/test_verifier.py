@@ -20,6 +20,7 @@ from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.conftest import started
 from tests.engine_driver import GarbageDraftSession, Output, generate
 from tests.fakes.checkpoints import VOCAB_SIZE, reference_model, write_checkpoint
+from tests.gateway.gateway_client import eventually
 from tests.speculation.reference import reference_choice, reference_processed
 from verifier_service.config import VerifierSettings
 from verifier_service.engine import VerifierEngine
@@ -78,6 +79,29 @@ async def test_a_right_tree_is_accepted_whole_in_one_verdict(verifier: VerifierE
     verdict, _ = await verifier.verify(session_id, len(PROMPT) + 6, EMPTY_TREE)
     assert verdict.token_ids == plain.token_ids[6:7]
     verifier.close(session_id)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
+async def test_plain_rounds_unasked_say_what_asked_ones_do(
+    verifier: VerifierEngine, sampling: SamplingParameters
+) -> None:
+    plain = await generate(verifier, request(sampling))
+    session_id = await verifier.open(request(sampling))
+    tree = TokenTree((plain.token_ids[0],), (0,))
+    said = [one async for one, _ in verifier.verdicts(session_id, len(PROMPT), tree, 5)]
+    assert [len(one.token_ids) for one in said] == [2, 1, 1, 1, 1, 1]
+    said += [one async for one, _ in verifier.verdicts(session_id, len(PROMPT) + 7, EMPTY_TREE, 60)]
+    assert tuple(token for one in said for token in one.token_ids) == plain.token_ids
+    assert said[-1].finish_reason is FinishReason.LENGTH, "none follows a finish"
+    verifier.close(session_id)
+
+
+async def test_closing_ends_plain_rounds(verifier: VerifierEngine) -> None:
+    session_id = await verifier.open(request(max_tokens=None))
+    verdicts = verifier.verdicts(session_id, len(PROMPT), EMPTY_TREE, 60)
+    await anext(verdicts)
+    verifier.close(session_id)
+    await eventually(lambda: verifier.kv_usage().num_sessions == 0)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED])
