@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -65,6 +65,7 @@ class ModelConfig:
     `early_exits`: numbers of layers, rising, all below `num_layers`, after which the final norm and the head may be
     applied because the checkpoint was trained that way (S2D, arXiv 2407.01955). Empty for ordinary checkpoints.
     `layer_windows`: for each layer the tokens that a row attends to, itself included, or None for all before it.
+    `draft_vocabulary`: the only tokens that a draft model names, rising; its head has rows for them alone. None: all.
     """
 
     vocab_size: int
@@ -83,6 +84,7 @@ class ModelConfig:
     hf_config: Any
     early_exits: tuple[int, ...] = ()
     layer_windows: tuple[int | None, ...] = ()
+    draft_vocabulary: tuple[int, ...] | None = None
 
     def window_of_layer(self, layer: int) -> int | None:
         """How many positions a row sees in a layer, its own included; None: all."""
@@ -131,6 +133,7 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         hf_config=hf,
         early_exits=_early_exits(folder, hf),
         layer_windows=_layer_windows(folder, hf),
+        draft_vocabulary=_draft_vocabulary(folder, hf),
     )
 
 
@@ -243,6 +246,22 @@ def _early_exits(folder: Path, hf: Any) -> tuple[int, ...]:
             f"exit_layers is {exits!r} in {folder}; allowed: rising numbers of layers, 1 to {hf.num_hidden_layers}"
         )
     return tuple(layers for layers in exits if layers < hf.num_hidden_layers)
+
+
+def _draft_vocabulary(folder: Path, hf: Any) -> tuple[int, ...] | None:
+    token_ids = getattr(hf, "draft_vocabulary", None)
+    if token_ids is None:
+        return None
+    is_list = isinstance(token_ids, list | tuple) and all(type(token_id) is int for token_id in token_ids)
+    if not is_list or not token_ids or list(token_ids) != sorted(set(token_ids)) or not _are_tokens(token_ids, hf):
+        raise ConfigurationError(
+            f"draft_vocabulary in {folder} is not allowed; allowed: rising token ids from 0 to {hf.vocab_size - 1}"
+        )
+    return tuple(token_ids)
+
+
+def _are_tokens(rising_ids: Sequence[int], hf: Any) -> bool:
+    return rising_ids[0] >= 0 and rising_ids[-1] < hf.vocab_size
 
 
 def _dtype(dtype: str, hf: Any) -> torch.dtype:

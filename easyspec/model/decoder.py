@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
+from easyspec.model.draft_vocabulary import DraftVocabulary
 from easyspec.model.kv_cache import kv_dtype
 from easyspec.model.layers import GroupWriter, Layer, load_layer
 from easyspec.model.pass_orders import HeadOrder, Order, PassOrder, decode_order, encode_order
@@ -94,6 +96,9 @@ class Decoder:
         self.sequential_plan = sequential_plan(config.num_layers)
         self._ranks = ranks
         self._rotary = rotary_tables(config, executor.device)
+        self._vocabulary = DraftVocabulary.of(config, executor.device)
+        if self._vocabulary is not None and self._tensor_shard.size > 1:
+            raise ConfigurationError(f"{folder} has a draft_vocabulary: its head cannot be split over ranks")
         with open_tensors(folder) as checkpoint:
             reader = WeightReader(checkpoint, executor, config.dtype, weights)
             self._load_ends(reader)
@@ -107,12 +112,16 @@ class Decoder:
         c = self.config
         shape, token_ids = (c.vocab_size, c.hidden_size), self._tensor_shard.vocabulary(c.vocab_size)
         self._final_norm = reader.vector("model.norm.weight", c.hidden_size)
-        self._embeddings: PackedWeight = reader.pack(reader.head("model.embed_tokens.weight", shape))
-        if c.tie_word_embeddings and len(token_ids) == c.vocab_size:
-            self._head = self._embeddings
-            return
         name = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-        self._head = reader.pack(reader.head(name, shape, token_ids))
+        table = reader.head("model.embed_tokens.weight", shape)
+        self._embeddings: PackedWeight = reader.pack(table)
+        if self._vocabulary is not None:
+            table = table if c.tie_word_embeddings else reader.head(name, shape)
+            self._head = reader.pack(table.outputs(self._vocabulary.token_ids))
+        elif c.tie_word_embeddings and len(token_ids) == c.vocab_size:
+            self._head = self._embeddings
+        else:
+            self._head = reader.pack(reader.head(name, shape, token_ids))
 
     @property
     def device(self) -> torch.device:
@@ -174,6 +183,8 @@ class Decoder:
         return PassResult(logits, choices, hidden.clone() if keeps_hidden else None)
 
     def _gathered(self, share: torch.Tensor) -> torch.Tensor:
+        if self._vocabulary is not None:
+            return self._vocabulary.spread(share)
         if self._tensor_shard.size == 1:
             return share
         missing = self._tensor_shard.vocabulary_share(self.config.vocab_size) - share.shape[1]

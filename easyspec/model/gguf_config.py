@@ -19,6 +19,8 @@ from easyspec.model.families import GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name
 
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
+# Our own key; other readers of the format ignore it, and have rows of the head that were not trained.
+DRAFT_VOCABULARY = "easyspec.draft_vocabulary"
 _HANDED_ON: Mapping[str, str] = MappingProxyType(
     {
         "attention.sliding_window": "sliding_window",
@@ -86,6 +88,8 @@ def _count(header: GgufHeader, key: str) -> int:
 
 def _handed_on(header: GgufHeader, head_dim: int) -> dict[str, Any]:
     found = {name: value for key, name in _HANDED_ON.items() if (value := header.of_model(key)) is not None}
+    if (token_ids := header.metadata.get(DRAFT_VOCABULARY)) is not None:
+        found["draft_vocabulary"] = list(token_ids)
     num_rotated = header.of_model("rope.dimension_count", head_dim)
     return found if num_rotated == head_dim else found | {"partial_rotary_factor": num_rotated / head_dim}
 

@@ -33,6 +33,10 @@ class DenseWeight:
         """float32 [O, I]."""
         return self.values.float()
 
+    def outputs(self, rows: torch.Tensor) -> DenseWeight:
+        """Some of the outputs, int64 [R]."""
+        return DenseWeight(self.values[rows])
+
 
 @dataclass(frozen=True)
 class QuantisedWeight:
@@ -75,6 +79,11 @@ class QuantisedWeight:
             None if self.minima is None else self.minima[:, groups],
             self.has_wide_scales,
         )
+
+    def outputs(self, rows: torch.Tensor) -> QuantisedWeight:
+        """Some of the outputs, int64 [R]."""
+        minima = None if self.minima is None else self.minima[rows]
+        return QuantisedWeight(self.bits, self.codes[rows], self.scales[rows], minima, self.has_wide_scales)
 
     def dense(self) -> torch.Tensor:
         """float32 [O, I]."""
