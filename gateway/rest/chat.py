@@ -9,17 +9,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from easyspec.speculation.parameters import SamplingParameters
 from gateway.output import GenerationChunk
 from gateway.progress import Progress
-from gateway.request import GenerationRequest
+from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
-from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
-from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.sse import DONE, openai_last_words
 from gateway.rest.trace import trace_fields
 from gateway.tool_parser import ToolCallDelta, joined
 
@@ -30,55 +28,33 @@ router = APIRouter(route_class=JsonRoute)
 async def create_chat_completion(body: ChatRequest, caller: InCaller, request: Request) -> Response:
     """Answer a conversation."""
     body.check_stream_options()
-    caller = caller.for_model(body.model)
-    generation = _request(body, caller)
-    answer = _Answer(body, caller, generation.sampling)
-    made = caller.generator.generate(generation, caller.timeout_s, answer.progress)
-    chunks = with_names(made, body.param_names)
-    if body.stream:
-        return EventStream(answer.events(chunks), answer.progress)
-    return Response(
-        json_bytes(await while_connected(request.receive, answer.collected(chunks))), media_type="application/json"
-    )
-
-
-def _request(body: ChatRequest, caller: Caller) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=body.prompt(),
-        sampling=body.sampling(caller.generator.sampling_defaults),
-        stop=body.stop_conditions(body.most_tokens),
-        stop_strings=body.stop_strings,
-        includes_stop=bool(body.include_stop_str_in_output),
-        is_strict=body.is_strict,
-        speculation=body.speculation_wish(caller.generator.default_budget),
-        model=body.model or "",
-        request_id=caller.request_id,
-        client=caller.client,
-        num_choices=body.num_choices,
-        num_top_logprobs=body.num_top_logprobs,
-    )
+    return await answered(body, request, _Answer(body, caller.for_model(body.model)))
 
 
 class _Answer:
     """The answer to one request, as a stream or as a whole."""
 
-    def __init__(self, body: ChatRequest, caller: Caller, sampling: SamplingParameters) -> None:
+    failed = staticmethod(openai_last_words)
+
+    def __init__(self, body: ChatRequest, caller: Caller) -> None:
+        generated, progress = Generated(body, caller), Progress()
         self._body = body
+        self._chunks = generated.chunks(body.prompt(), body.most_tokens, progress)
+        self.progress = (progress,)
         self._model = caller.model.name
         self._format = LogprobFormat(caller.generator.tokenizer)
         self._tracks = body.logprob_tracks(caller.generator.tokenizer, body.num_choices) if body.logprobs else []
-        self._tally = Tally(body.reported(sampling))
-        self.progress = Progress()
+        self._tally = Tally(body.reported(generated.sampling))
 
-    async def events(self, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """SSE events, those of a round in one piece."""
         body = self._body
         writer = EventWriter(ReplyHead.new("chatcmpl", "chat.completion.chunk", self._model), body.includes_usage)
         begun: set[int] = set()
-        async with aclosing(chunks):
+        async with aclosing(self._chunks) as chunks:
             async for chunk in chunks:
                 index = chunk.choice_index
-                self._tally.round(0, self.progress.num_prompt_tokens, len(chunk.token_ids))
+                self._tally.round(0, self.progress[0].num_prompt_tokens, len(chunk.token_ids))
                 usage = self._tally.usage_so_far if body.tells_usage_so_far else None
                 deltas: list[bytes] = []
                 if index not in begun:
@@ -105,10 +81,10 @@ class _Answer:
             yield writer.usage(self._tally.usage, self._tally.metrics)
         yield DONE
 
-    async def collected(self, chunks: AsyncGenerator[GenerationChunk, None]) -> dict[str, Any]:
+    async def collected(self) -> dict[str, Any]:
         """The whole reply."""
         choices = [_Choice(index) for index in range(self._body.num_choices)]
-        async with aclosing(chunks):
+        async with aclosing(self._chunks) as chunks:
             async for chunk in chunks:
                 choices[chunk.choice_index].add(chunk, self._entries(chunk))
                 if chunk.completion is not None:

@@ -16,15 +16,15 @@ from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
 from gateway.output import GenerationChunk
 from gateway.progress import Progress
-from gateway.request import GenerationRequest, TokenIds
+from gateway.request import TokenIds
+from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
-from gateway.rest.errors import json_bytes, with_names
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
-from gateway.rest.sse import DONE, EventStream, while_connected
+from gateway.rest.sse import DONE, openai_last_words
 from gateway.rest.trace import trace_fields
 
 router = APIRouter(route_class=JsonRoute)
@@ -64,6 +64,19 @@ class CompletionRequest(GenerationFields):
             return [TokenIds(tuple(prompt))]
         return [one if isinstance(one, str) else TokenIds(tuple(one)) for one in prompt]
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def most_tokens(self) -> int:
+        """One token is decoded where none is wanted: none cannot be."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
+
     def check(self) -> None:
         """Raise InvalidRequestError for what can be told without a model."""
         self.check_stream_options()
@@ -79,12 +92,7 @@ class CompletionRequest(GenerationFields):
 async def create_completion(body: CompletionRequest, caller: InCaller, request: Request) -> Response:
     """Continue one or more prompts."""
     body.check()
-    answer = _Answer(body, caller.for_model(body.model))
-    if body.stream:
-        return EventStream(answer.events(), *answer.progress)
-    return Response(
-        json_bytes(await while_connected(request.receive, answer.collected())), media_type="application/json"
-    )
+    return await answered(body, request, _Answer(body, caller.for_model(body.model)))
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,13 @@ class _Piece:
 
 
 class _Answer:
-    """The answer to one request, as a stream or as a whole. Choices are numbered through all prompts."""
+    """The answer to one request. Choices are numbered through all prompts."""
+
+    failed = staticmethod(openai_last_words)
 
     def __init__(self, body: CompletionRequest, caller: Caller) -> None:
         self._body = body
-        self._caller = caller
+        self._generated = Generated(body, caller)
         self._head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
         self._format = LogprobFormat(caller.generator.tokenizer)
         self._num_choices = len(body.prompts) * body.num_choices
@@ -111,8 +121,7 @@ class _Answer:
             body.logprob_tracks(caller.generator.tokenizer, self._num_choices) if body.logprobs is not None else []
         )
         self._awaits_prompt = [bool(body.echo)] * self._num_choices
-        self._sampling = body.sampling(caller.generator.sampling_defaults)
-        self._tally = Tally(body.reported(self._sampling))
+        self._tally = Tally(body.reported(self._generated.sampling))
         self.progress = [Progress() for _ in body.prompts]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -155,9 +164,7 @@ class _Answer:
                 yield index, self._piece(index, chunk)
 
     def _chunks(self, prompt_index: int, prompt: str | TokenIds) -> AsyncGenerator[GenerationChunk, None]:
-        request, progress = self._request(prompt), self.progress[prompt_index]
-        chunks = self._caller.generator.generate(request, self._caller.timeout_s, progress)
-        return with_names(chunks, self._body.param_names)
+        return self._generated.chunks(prompt, self._body.most_tokens, self.progress[prompt_index])
 
     def _piece(self, index: int, chunk: GenerationChunk) -> _Piece:
         track = self._tracks[index] if self._tracks else None
@@ -171,25 +178,6 @@ class _Answer:
         entries = track.push(chunk) if track is not None else ()
         checked = schema_fields(chunk.completion) if chunk.completion is not None else {}
         return _Piece(chunk.text, entries, reason, trace_fields(chunk), checked)
-
-    def _request(self, prompt: str | TokenIds) -> GenerationRequest:
-        body, caller = self._body, self._caller
-        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        return GenerationRequest(
-            prompt=prompt,
-            sampling=self._sampling,
-            stop=body.stop_conditions(1 if max_tokens == 0 else max_tokens),
-            stop_strings=body.stop_strings,
-            includes_stop=bool(body.include_stop_str_in_output),
-            is_strict=body.is_strict,
-            speculation=body.speculation_wish(caller.generator.default_budget),
-            model=body.model or "",
-            request_id=caller.request_id,
-            client=caller.client,
-            num_choices=body.num_choices,
-            num_top_logprobs=body.logprobs,
-            echo=bool(body.echo),
-        )
 
 
 def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,9 @@ from pydantic import Field, Strict
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_SEED, SamplingParameters, StopConditions, TreeBudget
-from gateway.request import SpeculationWish
+from gateway.conversation import Conversation
+from gateway.request import GenerationRequest, SpeculationWish, TokenIds
+from gateway.rest.backend import Caller
 from gateway.rest.fields import (
     Boolean,
     Count,
@@ -41,7 +44,7 @@ class StreamOptions(RestModel):
 
 
 class GenerationFields(StructuredFields):
-    """What `/v1/chat/completions` and `/v1/completions` have in common."""
+    """What all requests for text have in common."""
 
     model: Text | None = Field(None, description="Name of the model; unset: the first one served.")
     stream: Boolean | None = Field(None, description="Answer with server-sent events.")
@@ -92,8 +95,23 @@ class GenerationFields(StructuredFields):
     use_beam_search: Unsupported = None
 
     @property
+    def param_names(self) -> Mapping[str, str]:
+        """What the gateway's own fields are called in this request."""
+        return {}
+
+    @property
     def num_choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """This many of the likeliest at each output token; None: no log-probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the output begins with the prompt."""
+        return False
 
     @property
     def includes_usage(self) -> bool:
@@ -118,6 +136,30 @@ class GenerationFields(StructuredFields):
         """Raise InvalidRequestError if they are set for an answer that is not streamed."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options", "set", "only together with stream")
+
+    def generation(
+        self,
+        caller: Caller,
+        prompt: str | TokenIds | Conversation,
+        sampling: SamplingParameters,
+        max_tokens: int | None,
+    ) -> GenerationRequest:
+        """The request as the gateway has it, for one prompt."""
+        return GenerationRequest(
+            prompt=prompt,
+            sampling=sampling,
+            stop=self.stop_conditions(max_tokens),
+            stop_strings=self.stop_strings,
+            speculation=self.speculation_wish(caller.generator.default_budget),
+            model=self.model or "",
+            request_id=caller.request_id,
+            client=caller.client,
+            num_choices=self.num_choices,
+            num_top_logprobs=self.num_top_logprobs,
+            echo=self.echoes,
+            includes_stop=bool(self.include_stop_str_in_output),
+            is_strict=self.is_strict,
+        )
 
     def stop_conditions(self, max_tokens: int | None) -> StopConditions:
         return StopConditions(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,13 +13,13 @@ from starlette.responses import Response
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
 from gateway.output import Completion, GenerationChunk
 from gateway.progress import Progress
-from gateway.request import GenerationRequest
-from gateway.rest.backend import Caller, InCaller
-from gateway.rest.errors import Failure, json_bytes, with_names
+from gateway.rest.answering import Generated, NamedEventsAnswer, answered
+from gateway.rest.backend import InCaller
+from gateway.rest.errors import Failure
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.messages_request import MessagesFields, MessagesRequest
 from gateway.rest.reply import Tally, schema_fields
-from gateway.rest.sse import EventStream, named_event, while_connected
+from gateway.rest.sse import named_event
 from gateway.rest.tokenize import NUM_CONTEXTS
 
 router = APIRouter(route_class=JsonRoute)
@@ -30,15 +29,10 @@ router = APIRouter(route_class=JsonRoute)
 async def create_message(body: MessagesRequest, caller: InCaller, request: Request) -> Response:
     """Answer a conversation."""
     caller = caller.for_model(body.model)
-    generation = _request(body, caller)
-    progress = Progress()
-    writer = _MessageWriter(caller.model.name, body.reported(generation.sampling), progress)
-    chunks = with_names(caller.generator.generate(generation, caller.timeout_s, progress), body.param_names)
-    if body.stream:
-        return EventStream(_events(writer, chunks), progress, last_words=_failed)
-    return Response(
-        json_bytes(await while_connected(request.receive, _collected(writer, chunks))), media_type="application/json"
-    )
+    generated, progress = Generated(body, caller), Progress()
+    writer = _MessageWriter(caller.model.name, body.reported(generated.sampling), progress)
+    chunks = generated.chunks(body.conversation(), body.max_tokens, progress)
+    return await answered(body, request, NamedEventsAnswer(writer, chunks, progress))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -49,43 +43,6 @@ async def count_tokens(body: MessagesFields, caller: InCaller) -> dict[str, int]
     caller.generator.check_size(conversation)
     token_ids = await caller.generator.encode(conversation, NUM_CONTEXTS * caller.model.max_model_len)
     return {"input_tokens": len(token_ids)}
-
-
-def _request(body: MessagesRequest, caller: Caller) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=body.conversation(),
-        sampling=body.sampling(caller.generator.sampling_defaults),
-        stop=body.stop_conditions(body.max_tokens),
-        stop_strings=body.stop_strings,
-        includes_stop=bool(body.include_stop_str_in_output),
-        is_strict=body.is_strict,
-        speculation=body.speculation_wish(caller.generator.default_budget),
-        model=body.model or "",
-        request_id=caller.request_id,
-        client=caller.client,
-    )
-
-
-async def _events(writer: _MessageWriter, chunks: AsyncGenerator[GenerationChunk, None]) -> AsyncGenerator[bytes, None]:
-    """SSE events, those of a round in one piece."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            events = [named_event(event["type"], event) for event in writer.push(chunk)]
-            if events:
-                yield b"".join(events)
-
-
-async def _collected(writer: _MessageWriter, chunks: AsyncGenerator[GenerationChunk, None]) -> dict[str, Any]:
-    """The whole message."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            for _ in writer.push(chunk):
-                pass
-    return writer.message()
-
-
-def _failed(failure: Failure) -> bytes:
-    return named_event("error", failure.anthropic_body)
 
 
 class _MessageWriter:
@@ -106,7 +63,7 @@ class _MessageWriter:
         """The events of a round."""
         if not self._has_begun:
             self._has_begun = True
-            yield {"type": "message_start", "message": self.message()}
+            yield {"type": "message_start", "message": self.reply()}
         for kind, text in (("thinking", chunk.reasoning), ("text", chunk.text)):
             if text:
                 yield from self._opened(kind)
@@ -124,11 +81,15 @@ class _MessageWriter:
             yield from self._closed()
             self._tally.add(0, chunk.completion)
             self._completion = chunk.completion
-            delta = {name: self.message()[name] for name in ("stop_reason", "stop_sequence")}
+            delta = {name: self.reply()[name] for name in ("stop_reason", "stop_sequence")}
             yield {"type": "message_delta", "delta": delta, "usage": self._usage()}
             yield {"type": "message_stop"}
 
-    def message(self) -> dict[str, Any]:
+    def failed(self, failure: Failure) -> bytes:
+        """The last event of a stream that fails."""
+        return named_event("error", failure.anthropic_body)
+
+    def reply(self) -> dict[str, Any]:
         """The message as far as it goes."""
         completion = self._completion
         reply: dict[str, Any] = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,14 +13,14 @@ from starlette.responses import Response
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
 from gateway.output import Completion, GenerationChunk
 from gateway.progress import Progress
-from gateway.request import GenerationRequest
+from gateway.rest.answering import Generated, NamedEventsAnswer, answered
 from gateway.rest.backend import Caller, InCaller
-from gateway.rest.errors import Failure, json_bytes, with_names
+from gateway.rest.errors import Failure
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.responses_request import ResponsesRequest
-from gateway.rest.sse import EventStream, named_event, while_connected
+from gateway.rest.sse import named_event
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -30,51 +29,10 @@ router = APIRouter(route_class=JsonRoute)
 async def create_response(body: ResponsesRequest, caller: InCaller, request: Request) -> Response:
     """Answer an input."""
     caller = caller.for_model(body.model)
-    generation = _request(body, caller)
-    writer = _ResponseWriter(body, caller, generation.sampling)
-    progress = Progress()
-    chunks = with_names(caller.generator.generate(generation, caller.timeout_s, progress), body.param_names)
-    if body.stream:
-        return EventStream(_events(writer, chunks), progress, last_words=writer.failed)
-    return Response(
-        json_bytes(await while_connected(request.receive, _collected(writer, chunks))), media_type="application/json"
-    )
-
-
-def _request(body: ResponsesRequest, caller: Caller) -> GenerationRequest:
-    return GenerationRequest(
-        prompt=body.prompt_conversation(),
-        sampling=body.sampling(caller.generator.sampling_defaults),
-        stop=body.stop_conditions(body.max_output_tokens),
-        stop_strings=body.stop_strings,
-        includes_stop=bool(body.include_stop_str_in_output),
-        is_strict=body.is_strict,
-        speculation=body.speculation_wish(caller.generator.default_budget),
-        model=body.model or "",
-        request_id=caller.request_id,
-        client=caller.client,
-        num_top_logprobs=body.num_top_logprobs,
-    )
-
-
-async def _events(
-    writer: _ResponseWriter, chunks: AsyncGenerator[GenerationChunk, None]
-) -> AsyncGenerator[bytes, None]:
-    """SSE events, those of a round in one piece."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            events = [named_event(event["type"], event) for event in writer.push(chunk)]
-            if events:
-                yield b"".join(events)
-
-
-async def _collected(writer: _ResponseWriter, chunks: AsyncGenerator[GenerationChunk, None]) -> dict[str, Any]:
-    """The whole response."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            for _ in writer.push(chunk):
-                pass
-    return writer.response()
+    generated, progress = Generated(body, caller), Progress()
+    writer = _ResponseWriter(body, caller, generated.sampling)
+    chunks = generated.chunks(body.prompt_conversation(), body.max_output_tokens, progress)
+    return await answered(body, request, NamedEventsAnswer(writer, chunks, progress))
 
 
 class _ResponseWriter:
@@ -97,8 +55,8 @@ class _ResponseWriter:
     def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
         """The events of a round."""
         if self._num_events == 0:
-            yield self._event("response.created", response=self.response())
-            yield self._event("response.in_progress", response=self.response())
+            yield self._event("response.created", response=self.reply())
+            yield self._event("response.in_progress", response=self.reply())
         entries = self._track.push(chunk) if self._track is not None else ()
         logprobs = self._format.chat(entries)["content"] if entries else []
         if chunk.reasoning:
@@ -129,17 +87,17 @@ class _ResponseWriter:
         self._tally.add(0, completion)
         self._completion = completion
         kind = "response.incomplete" if is_cut else "response.completed"
-        yield self._event(kind, response=self.response())
+        yield self._event(kind, response=self.reply())
 
     def failed(self, failure: Failure) -> bytes:
         """The last events of a stream that fails."""
         told = {"code": failure.code, "message": failure.message, "param": failure.param}
         error = {"code": "server_error" if failure.status >= 500 else failure.code, "message": failure.message}
-        response = self.response() | {"status": "failed", "error": error}
+        response = self.reply() | {"status": "failed", "error": error}
         events = [self._event("error", **told), self._event("response.failed", response=response)]
         return b"".join(named_event(event["type"], event) for event in events)
 
-    def response(self) -> dict[str, Any]:
+    def reply(self) -> dict[str, Any]:
         """The response as far as it goes."""
         body, completion = self._body, self._completion
         is_cut = completion is not None and completion.finish_reason is FinishReason.LENGTH

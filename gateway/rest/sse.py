@@ -46,15 +46,13 @@ class EventStream(Response):
     What fails before the first event is raised, so that it gets its HTTP status. But once all of `progress` is
     admitted, the status does not wait for long: a prompt may take minutes to be read, and proxies take a silent server
     for a dead one. Hence comments, too, where nothing else is said. What fails later ends the stream with
-    `last_words`: unless given, an error event and `[DONE]`. The generator is iterated and closed in one task.
+    `last_words`. The generator is iterated and closed in one task.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], *progress: Progress, last_words: LastWords | None = None
-    ) -> None:
-        self._last_words = last_words or _openai_last_words
+    def __init__(self, events: AsyncGenerator[bytes, None], *progress: Progress, last_words: LastWords) -> None:
+        self._last_words = last_words
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -148,5 +146,6 @@ def _failure(error: Exception) -> Failure:
     return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))
 
 
-def _openai_last_words(failure: Failure) -> bytes:
+def openai_last_words(failure: Failure) -> bytes:
+    """An error event and `[DONE]`."""
     return event(failure.body) + DONE
