@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from easyspec.speculation.parameters import Thinking
 from gateway.conversation import Tools
 from gateway.detokenizer import Detokenizer
+from gateway.harmony import MARKS as HARMONY_MARKS
 from gateway.harmony import HarmonyParser
 from gateway.reasoning import ReasoningSplitter
 from gateway.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class AnswerText:
         marks = marks_of(form.dialect) if self._parser is not None else ()
         if form.thinking is not None:
             marks = (*marks, form.thinking.opening, form.thinking.closing)
+            marks += HARMONY_MARKS if form.thinking.answer else ()
         visible = tokenizer.special_ids_of(marks)
         self._detokenizer = Detokenizer(tokenizer, form.stop_strings, visible, form.includes_stop, form.min_tokens)
 

@@ -112,7 +112,9 @@ class Tokenizer:
         rendered = hidden.with_raws(template.render(conversation, hidden))
         text = hidden.with_tokens(rendered)
         self._check_length(text, max_tokens)
-        marks = marks_in(template.source) if self._chat.knows_reasoning else None
+        marks = marks_in(template.source)
+        if marks is not None and not (self._chat.knows_reasoning or marks.answer):
+            marks = None
         begun_answer = conversation.turns[-1].content if conversation.continues_last_turn else ""
         thinking = thinking_after(rendered, begun_answer, marks)
         if hidden.has_tokens:

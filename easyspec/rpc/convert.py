@@ -117,7 +117,7 @@ def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
     thinking = None
     if message.HasField("thinking"):
         marks = message.thinking
-        thinking = Thinking(marks.opening, marks.closing, marks.is_open)
+        thinking = Thinking(marks.opening, marks.closing, marks.is_open, marks.answer)
     return Grammar(GrammarKind(kind), getattr(message, kind), thinking)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,23 +143,36 @@ def _source(grammar: Grammar) -> str:
 def _after_thinking(source: str, thinking: Thinking, special_ids: Mapping[str, int]) -> str:
     """A grammar in the library's form for an output that may begin with thinking.
 
-    Its text is free, special tokens apart; the closing mark ends it wherever it falls, also within a token. A mark that
-    is a special token is that token alone.
+    Its text is free, special tokens apart; the closing mark ends it wherever it falls, also within a token. Special
+    tokens in marks are these tokens alone.
     """
-    opening, closing = (special_ids.get(mark) for mark in (thinking.opening, thinking.closing))
-    if closing is None:
-        thoughts = f"thoughts[suffix={json.dumps(thinking.closing)}]: /(.|\\n)*/"
-        thought = "thoughts"
-    else:
+    opening, closing, beginning = (
+        _in_lark(mark, special_ids) for mark in (thinking.opening, thinking.closing, thinking.answer)
+    )
+    if closing[0].startswith("<"):
         thoughts = "thoughts: /(.|\\n)*/"
-        thought = f"thoughts <[{closing}]>"
-    begun = json.dumps(thinking.opening) if opening is None else f"<[{opening}]>"
-    first = thought if thinking.is_open else f"({begun} {thought} blank)?"
-    start = f"start: {first} {'blank ' if thinking.is_open else ''}@answer"
-    lark = f"{start}\nblank: /{_BLANK}/\n{thoughts}"
+    else:
+        thoughts = f"thoughts[suffix={closing.pop(0)}]: /(.|\\n)*/"
+    between = beginning or ["blank"]
+    thought = ["thoughts", *closing]
+    if thinking.is_open:
+        start = [*thought, *between]
+    else:
+        before = [*opening, *thought] if beginning else [*opening, *thought, *between]
+        start = ["(", *before, ")?", *beginning]
+    lark = f"start: {' '.join(start)} @answer\nblank: /{_BLANK}/\n{thoughts}"
     try:
         answer = json.loads(source)["grammars"][0]
     except ValueError:
         answer = {"lark_grammar": source}
     answer["name"] = "answer"
     return json.dumps({"grammars": [{"name": "thinking", "lark_grammar": lark}, answer]})
+
+
+def _in_lark(mark: str, special_ids: Mapping[str, int]) -> list[str]:
+    """A mark as terms of Lark, one after the other: its special tokens, and the texts between them."""
+    names = [name for name in special_ids if name and name in mark]
+    pieces = (
+        re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", mark) if names else [mark]
+    )
+    return [f"<[{special_ids[piece]}]>" if piece in special_ids else json.dumps(piece) for piece in pieces if piece]

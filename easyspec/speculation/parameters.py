@@ -27,11 +27,23 @@ class GrammarKind(enum.Enum):
 @dataclass(frozen=True)
 class Thinking:
     """What may stand before an answer: free text between two marks. `is_open`: the prompt has begun it already, and it
-    must come to its end."""
+    must come to its end. `answer` is a mark that begins every answer, "" if there is none."""
 
     opening: str
     closing: str
     is_open: bool
+    answer: str = ""
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for the first mark that is too short or too long."""
+        for name, mark, least in (
+            ("opening", self.opening, 1),
+            ("closing", self.closing, 1),
+            ("answer", self.answer, 0),
+        ):
+            if not least <= len(mark) <= MAX_MARK_CHARS:
+                field_name = f"sampling.grammar.thinking.{name}"
+                raise InvalidRequestError(field_name, mark, f"{least} to {MAX_MARK_CHARS} characters")
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,7 @@ class SamplingParameters:
             name = f"sampling.grammar.{self.grammar.kind.value}"
             raise InvalidRequestError(name, f"{num_bytes} bytes", f"1 to {MAX_GRAMMAR_BYTES} bytes")
         if self.grammar is not None and self.grammar.thinking is not None:
-            for name, mark in (("opening", self.grammar.thinking.opening), ("closing", self.grammar.thinking.closing)):
-                if not 1 <= len(mark) <= MAX_MARK_CHARS:
-                    field_name = f"sampling.grammar.thinking.{name}"
-                    raise InvalidRequestError(field_name, mark, f"1 to {MAX_MARK_CHARS} characters")
+            self.grammar.thinking.check()
         for token_id, bias in self.logit_bias.items():
             _check_range("sampling.logit_bias token id", token_id, 0, vocab_size - 1)
             _check_range(f"sampling.logit_bias[{token_id}]", bias, -100.0, 100.0)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x61syspec/v1/types.proto\x12\x0b\x65\x61syspec.v1\"\x84\x04\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x08 \x03(\x0b\x32..easyspec.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12*\n\x07grammar\x18\n \x01(\x0b\x32\x14.easyspec.v1.GrammarH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\n\n\x08_grammar\"\x84\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12,\n\x08thinking\x18\x04 \x01(\x0b\x32\x15.easyspec.v1.ThinkingH\x01\x88\x01\x01\x42\x06\n\x04kindB\x0b\n\t_thinking\"=\n\x08Thinking\x12\x0f\n\x07opening\x18\x01 \x01(\t\x12\x0f\n\x07\x63losing\x18\x02 \x01(\t\x12\x0f\n\x07is_open\x18\x03 \x01(\x08\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\x8c\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x17\n\nignore_eos\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x04 \x01(\rB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"B\n\nTreeBudget\x12\x12\n\nnum_levels\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x11\n\tnum_nodes\x18\x03 \x01(\r\"3\n\tTokenTree\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bparent_rows\x18\x02 \x03(\r\"\x88\x02\n\tLayerPlan\x12 \n\x13layer_parallel_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x30\n\x03mlp\x18\x02 \x01(\x0e\x32#.easyspec.v1.LayerPlan.MlpPlacement\x12\x18\n\x0b\x63\x61libration\x18\x03 \x01(\x08H\x01\x88\x01\x01\"e\n\x0cMlpPlacement\x12\x1d\n\x19MLP_PLACEMENT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MLP_PLACEMENT_SEQUENTIAL\x10\x01\x12\x18\n\x14MLP_PLACEMENT_STAGED\x10\x02\x42\x16\n\x14_layer_parallel_sizeB\x0e\n\x0c_calibration\"\xf3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x10\n\x08\x65xecutor\x18\n \x01(\t\x12\x15\n\rweight_format\x18\x0b \x01(\t\"/\n\nVocabulary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\xbd\x01\n\x07KvUsage\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x16\n\x0enum_used_slots\x18\x02 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x18\n\x10num_cached_slots\x18\x04 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x05 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03*\x94\x01\n\x0b\x44raftSource\x12\x1c\n\x18\x44RAFT_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44RAFT_SOURCE_MODEL\x10\x01\x12\x1a\n\x16\x44RAFT_SOURCE_RETRIEVAL\x10\x02\x12\x16\n\x12\x44RAFT_SOURCE_NGRAM\x10\x03\x12\x1b\n\x17\x44RAFT_SOURCE_EARLY_EXIT\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x61syspec/v1/types.proto\x12\x0b\x65\x61syspec.v1\"\x84\x04\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x08 \x03(\x0b\x32..easyspec.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12*\n\x07grammar\x18\n \x01(\x0b\x32\x14.easyspec.v1.GrammarH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\n\n\x08_grammar\"\x84\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12,\n\x08thinking\x18\x04 \x01(\x0b\x32\x15.easyspec.v1.ThinkingH\x01\x88\x01\x01\x42\x06\n\x04kindB\x0b\n\t_thinking\"M\n\x08Thinking\x12\x0f\n\x07opening\x18\x01 \x01(\t\x12\x0f\n\x07\x63losing\x18\x02 \x01(\t\x12\x0f\n\x07is_open\x18\x03 \x01(\x08\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\x8c\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x17\n\nignore_eos\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x04 \x01(\rB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"B\n\nTreeBudget\x12\x12\n\nnum_levels\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x11\n\tnum_nodes\x18\x03 \x01(\r\"3\n\tTokenTree\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bparent_rows\x18\x02 \x03(\r\"\x88\x02\n\tLayerPlan\x12 \n\x13layer_parallel_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x30\n\x03mlp\x18\x02 \x01(\x0e\x32#.easyspec.v1.LayerPlan.MlpPlacement\x12\x18\n\x0b\x63\x61libration\x18\x03 \x01(\x08H\x01\x88\x01\x01\"e\n\x0cMlpPlacement\x12\x1d\n\x19MLP_PLACEMENT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MLP_PLACEMENT_SEQUENTIAL\x10\x01\x12\x18\n\x14MLP_PLACEMENT_STAGED\x10\x02\x42\x16\n\x14_layer_parallel_sizeB\x0e\n\x0c_calibration\"\xf3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x10\n\x08\x65xecutor\x18\n \x01(\t\x12\x15\n\rweight_format\x18\x0b \x01(\t\"/\n\nVocabulary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\xbd\x01\n\x07KvUsage\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x16\n\x0enum_used_slots\x18\x02 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x18\n\x10num_cached_slots\x18\x04 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x05 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03*\x94\x01\n\x0b\x44raftSource\x12\x1c\n\x18\x44RAFT_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44RAFT_SOURCE_MODEL\x10\x01\x12\x1a\n\x16\x44RAFT_SOURCE_RETRIEVAL\x10\x02\x12\x16\n\x12\x44RAFT_SOURCE_NGRAM\x10\x03\x12\x1b\n\x17\x44RAFT_SOURCE_EARLY_EXIT\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1854
-  _globals['_FINISHREASON']._serialized_end=1979
-  _globals['_DRAFTSOURCE']._serialized_start=1982
-  _globals['_DRAFTSOURCE']._serialized_end=2130
+  _globals['_FINISHREASON']._serialized_start=1870
+  _globals['_FINISHREASON']._serialized_end=1995
+  _globals['_DRAFTSOURCE']._serialized_start=1998
+  _globals['_DRAFTSOURCE']._serialized_end=2146
   _globals['_SAMPLINGPARAMETERS']._serialized_start=41
   _globals['_SAMPLINGPARAMETERS']._serialized_end=557
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=376
@@ -44,23 +44,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GRAMMAR']._serialized_start=560
   _globals['_GRAMMAR']._serialized_end=692
   _globals['_THINKING']._serialized_start=694
-  _globals['_THINKING']._serialized_end=755
-  _globals['_TOKENLOGPROBS']._serialized_start=757
-  _globals['_TOKENLOGPROBS']._serialized_end=834
-  _globals['_STOPCONDITIONS']._serialized_start=837
-  _globals['_STOPCONDITIONS']._serialized_end=977
-  _globals['_TREEBUDGET']._serialized_start=979
-  _globals['_TREEBUDGET']._serialized_end=1045
-  _globals['_TOKENTREE']._serialized_start=1047
-  _globals['_TOKENTREE']._serialized_end=1098
-  _globals['_LAYERPLAN']._serialized_start=1101
-  _globals['_LAYERPLAN']._serialized_end=1365
-  _globals['_LAYERPLAN_MLPPLACEMENT']._serialized_start=1224
-  _globals['_LAYERPLAN_MLPPLACEMENT']._serialized_end=1325
-  _globals['_MODELINFO']._serialized_start=1368
-  _globals['_MODELINFO']._serialized_end=1611
-  _globals['_VOCABULARY']._serialized_start=1613
-  _globals['_VOCABULARY']._serialized_end=1660
-  _globals['_KVUSAGE']._serialized_start=1663
-  _globals['_KVUSAGE']._serialized_end=1852
+  _globals['_THINKING']._serialized_end=771
+  _globals['_TOKENLOGPROBS']._serialized_start=773
+  _globals['_TOKENLOGPROBS']._serialized_end=850
+  _globals['_STOPCONDITIONS']._serialized_start=853
+  _globals['_STOPCONDITIONS']._serialized_end=993
+  _globals['_TREEBUDGET']._serialized_start=995
+  _globals['_TREEBUDGET']._serialized_end=1061
+  _globals['_TOKENTREE']._serialized_start=1063
+  _globals['_TOKENTREE']._serialized_end=1114
+  _globals['_LAYERPLAN']._serialized_start=1117
+  _globals['_LAYERPLAN']._serialized_end=1381
+  _globals['_LAYERPLAN_MLPPLACEMENT']._serialized_start=1240
+  _globals['_LAYERPLAN_MLPPLACEMENT']._serialized_end=1341
+  _globals['_MODELINFO']._serialized_start=1384
+  _globals['_MODELINFO']._serialized_end=1627
+  _globals['_VOCABULARY']._serialized_start=1629
+  _globals['_VOCABULARY']._serialized_end=1676
+  _globals['_KVUSAGE']._serialized_start=1679
+  _globals['_KVUSAGE']._serialized_end=1868
 # @@protoc_insertion_point(module_scope)

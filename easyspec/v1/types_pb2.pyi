@@ -265,22 +265,28 @@ class Thinking(_message.Message):
     OPENING_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
     IS_OPEN_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     opening: _builtins.str
-    """The mark that begins it, 1 to 64 characters; the output may also do without any thinking."""
+    """The mark that begins it, 1 to 64 characters; the output may also do without any thinking. Special tokens within a
+    mark are these tokens.
+    """
     closing: _builtins.str
     """The mark that ends it, 1 to 64 characters."""
     is_open: _builtins.bool
     """The prompt has begun it already: there is no opening mark, and it must come to its end."""
+    answer: _builtins.str
+    """The mark that begins the answer, also where nothing is thought before; at most 64 characters. Empty: there is none."""
     def __init__(
         self,
         *,
         opening: _builtins.str = ...,
         closing: _builtins.str = ...,
         is_open: _builtins.bool = ...,
+        answer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "is_open", b"is_open", "opening", b"opening"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "closing", b"closing", "is_open", b"is_open", "opening", b"opening"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

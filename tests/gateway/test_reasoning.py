@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from easyspec.speculation.parameters import Thinking
 from gateway.answer import AnswerForm, AnswerText
-from gateway.reasoning import ReasoningSplitter, marks_in, thinking_after
+from gateway.reasoning import HARMONY, Marks, ReasoningSplitter, marks_in, thinking_after
 from gateway.tokenizer import Tokenizer
 
-MARKS = ("<think>", "</think>")
-EXPECTED, OPEN = Thinking(*MARKS, is_open=False), Thinking(*MARKS, is_open=True)
+MARKS = Marks("<think>", "</think>")
+EXPECTED, OPEN = (Thinking(MARKS.opening, MARKS.closing, is_open) for is_open in (False, True))
+CHANNELS = Thinking(HARMONY.opening, HARMONY.closing, False, HARMONY.answer)
+CHANNEL_FRAGMENTS = [*HARMONY, "<|channel|>", "final", "<|message|>", "hm", "<|", " "]
 FRAGMENTS = ["<think>", "</think>", "<th", "</", "ink>", "hm", " ", "\n", "<", "answer"]
 
 
@@ -35,15 +37,21 @@ def split(thinking: Thinking, pieces: list[str]) -> tuple[str, str]:
         (OPEN, "\nhm</think>\nyes\n", ("hm", "yes\n")),
         (OPEN, "hm <think> </thin </think>a</think>", ("hm <think> </thin", "a</think>")),
         (OPEN, "hm", ("hm", "")),
+        (CHANNELS, f"{HARMONY.opening}hm{HARMONY.closing}{HARMONY.answer}{{1}}", ("hm", "{1}")),
+        (CHANNELS, f"{HARMONY.answer} {{1}}", ("", "{1}")),
+        (CHANNELS, "{1}", ("", "{1}")),
+        (CHANNELS, f"{HARMONY.opening}hm{HARMONY.closing}<|channel|>fin", ("hm", "")),
+        (CHANNELS, "<|channel|>", ("", "")),
     ],
 )
 def test_what_is_thought_and_what_is_said(thinking: Thinking, text: str, expected: tuple[str, str]) -> None:
     assert split(thinking, [text]) == split(thinking, list(text)) == expected
 
 
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12), st.sampled_from([EXPECTED, OPEN]), st.data())
-def test_every_cut_reads_the_same(fragments: list[str], thinking: Thinking, data: st.DataObject) -> None:
-    text = "".join(fragments)
+@given(st.sampled_from([EXPECTED, OPEN, CHANNELS]), st.data())
+def test_every_cut_reads_the_same(thinking: Thinking, data: st.DataObject) -> None:
+    known = CHANNEL_FRAGMENTS if thinking is CHANNELS else FRAGMENTS
+    text = "".join(data.draw(st.lists(st.sampled_from(known), max_size=12)))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert split(thinking, pieces) == split(thinking, [text])
@@ -78,6 +86,9 @@ def test_what_a_prompt_says_about_thinking() -> None:
     assert thinking_after("<|assistant|>\n", "", MARKS) == EXPECTED
     assert thinking_after("<|assistant|><think>\n\n</think>\n\n", "", MARKS) is None
     assert thinking_after("<|user|><think>\n<|assistant|>", "", MARKS) == EXPECTED
+    assert marks_in("{{ '<|start|>assistant<|channel|>final' }}") == HARMONY
+    assert thinking_after("<|end|><|start|>assistant", "", HARMONY) == CHANNELS
+    assert thinking_after(f"<|start|>assistant{HARMONY.answer}", "", HARMONY) is None
     assert thinking_after("...<think>hm", "<think>hm", MARKS) == OPEN
     assert thinking_after("...<think>hm</think>so", "<think>hm</think>so", MARKS) is None
     assert thinking_after("x", "", None) is None

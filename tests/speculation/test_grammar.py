@@ -367,6 +367,30 @@ async def test_marks_of_thinking_may_be_special_tokens(folder: Path, tmp_path: P
             assert allowed(state) == {EOS}
 
 
+async def test_an_answer_may_have_a_channel_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Harmony's: the grammar is for the final channel, which begins wherever the thinking ends."""
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    channel, message, _, _ = (backend.token_to_id(name) for name in names)
+    final = "<|channel|>final<|message|>"
+    thinking = Thinking("<|channel|>analysis<|message|>", "<|end|><|start|>assistant", False, final)
+    with closing(GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,))) as compiler:
+        compiled = await compiler.compile(Grammar(GrammarKind.REGEX, "ab", thinking))
+    for before in ("", f"{thinking.opening}so: {{ab}}\n{thinking.closing}"):
+        state = GrammarState(compiled, ignore_eos=False)
+        assert allowed(state) == {channel}
+        for token_id in backend.encode(f"{before}{final}").ids:
+            assert token_id in allowed(state)
+            assert EOS not in allowed(state)
+            assert state.advance(token_id)
+        assert message not in allowed(state)
+        for token_id in backend.encode("ab").ids:
+            assert state.advance(token_id)
+        assert allowed(state) == {EOS}
+
+
 @pytest.mark.parametrize("grammar", [regex("ab"), schema({"type": "integer"}), lark('start: "a" "b"')])
 async def test_any_grammar_may_come_after_thinking(
     compiler: GrammarCompiler, backend: Tokenizer, grammar: Grammar
