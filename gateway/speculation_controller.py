@@ -20,6 +20,7 @@ from easyspec.speculation.parameters import TreeBudget
 from gateway.busy_clock import BusyClock
 from gateway.speculation_arms import OFF, Arm, arms_within
 from gateway.speculation_estimates import AcceptanceCurve, CostCurve, Throughput
+from gateway.verifier_load import VerifierLoad
 
 # Trials may cost this share of the throughput.
 _EXPLORATION_SHARE = 0.015
@@ -51,6 +52,7 @@ class RoundSample:
 
     `verify_s` and `draft_s` are as the gateway waited for them, queueing included; `other_s` is the rest of the round:
     the gateway's own work, and its turn among the other streams. Plain rounds are many, and pay it for every token.
+    `num_batch_sessions` shared the verifier's step, those of other gateways included.
     """
 
     arm: Arm | None
@@ -61,6 +63,7 @@ class RoundSample:
     draft_s: float
     verify_s: float
     other_s: float = 0.0
+    num_batch_sessions: int = 1
 
     @property
     def seconds(self) -> float:
@@ -132,6 +135,7 @@ class SpeculationController:
         self._load_seen_s = 0.0
         self._counts: dict[Arm | None, int] = {}
         self._num_counted = 0
+        self._verifier_load = VerifierLoad()
         self._uniform: Arm | None = None
         self._uniform_since_s = 0.0
         self._trial: _Trial | None = None
@@ -149,6 +153,7 @@ class SpeculationController:
         """Learn from a round that has just ended, and decide anew if it is time to."""
         now_s = self._busy_s()
         self._count(participant, sample.arm, now_s)
+        self._verifier_load.add(sample.num_batch_sessions, now_s)
         if self._trial is not None:
             self._trial.num_tokens += sample.num_tokens
         if sample.num_levels:
@@ -199,6 +204,11 @@ class SpeculationController:
             acceptance_by_level=self.acceptance.rates,
         )
 
+    @property
+    def _num_running(self) -> int:
+        """Requests that share the verifier, as far as they are known: its steps hold other gateways' as well."""
+        return max(self._num_counted, self._verifier_load.num_sessions)
+
     def _busy_s(self) -> float:
         return self._busy_clock.read(was_busy=self._num_counted > 0)
 
@@ -222,7 +232,7 @@ class SpeculationController:
             self._uniform, self._uniform_since_s = uniform, now_s
 
     def _learn(self, sample: RoundSample) -> None:
-        num_running = self._num_counted
+        num_running = self._num_running
         self._verify.add(num_running * sample.num_rows, sample.verify_s)
         if sample.num_levels:
             self._draft_level.add(num_running, sample.draft_s / sample.num_levels)
@@ -279,7 +289,7 @@ class SpeculationController:
 
     def _enter_load(self, now_s: float) -> _Load:
         """The load of the present number of running requests; a trial does not outlive a change of it."""
-        number = _octave(self._num_counted)
+        number = _octave(self._num_running)
         if number == self._load:
             self._load_seen_s = now_s
         elif now_s - self._load_seen_s >= _LOAD_PATIENCE_S:
@@ -355,7 +365,7 @@ class SpeculationController:
 
     def _predicted(self, arm: Arm) -> float | None:
         """Tokens a second of one request by the cost curves and acceptance; None before enough is known."""
-        num_running = max(1, self._num_counted)
+        num_running = max(1, self._num_running)
         verify_s = self._verify.predict(num_running * arm.num_rows)
         level_s = self._draft_level.predict(num_running) if arm.num_levels else 0.0
         if verify_s is None or level_s is None:

@@ -206,4 +206,5 @@ def _sample(arm: Arm | None, round_: Round, other_s: float) -> RoundSample:
         draft_s=round_.draft.elapsed_ns / 1e9,
         verify_s=round_.answer.elapsed_ns / 1e9,
         other_s=other_s,
+        num_batch_sessions=round_.answer.timings.num_batch_sessions,
     )

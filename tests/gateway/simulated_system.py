@@ -123,8 +123,9 @@ class SimulatedSystem:
         while num_accepted < draft.tree.num_levels and self._random.random() < acceptance:
             num_accepted += 1
         request.num_tokens += num_accepted + 1
+        num_sessions = sum(not one.is_gone for one in self.requests)
         verdict = Verdict(0, tuple(range(num_accepted + 1)), tuple(range(1, num_accepted + 1)))
-        answer = TimedVerdict(verdict, VerifyTimings(0, 0, 1, 1), int(request.verify_s * 1e9))
+        answer = TimedVerdict(verdict, VerifyTimings(0, 0, self._num_rows, num_sessions), int(request.verify_s * 1e9))
         request.policy.learn(Round(draft, answer))
 
 

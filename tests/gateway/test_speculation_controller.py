@@ -11,6 +11,7 @@ from gateway.speculation_arms import OFF, Arm, arms_within, deepened, within
 from gateway.speculation_controller import SpeculationController
 from gateway.speculation_estimates import AcceptanceCurve, CostCurve, Throughput
 from gateway.speculation_policy import FixedPolicy, SpeculationPolicy
+from gateway.verifier_load import VerifierLoad
 from tests.gateway.simulated_system import Costs, SimulatedSystem, fixed_throughputs, throughput_of
 
 BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=15)
@@ -154,7 +155,7 @@ def test_load_that_rises_and_falls_needs_no_new_search() -> None:
     assert running.choice() is OFF
     for request in crowd:
         running.system.remove(request)
-    running.system.run(2.0)
+    running.system.run(5.0)
     assert running.choice() is not OFF
 
 
@@ -207,6 +208,37 @@ def test_a_request_that_leaves_is_no_load_any_more() -> None:
         request.policy.leave()
         request.policy.leave()  # harmless
     assert running.controller.state().num_running == 0
+
+
+def test_requests_of_another_gateway_are_load_as_well() -> None:
+    """What this gateway's only request does follows from all that the verifier serves, and from nothing older."""
+    crowd = 15
+    best = max(fixed_throughputs([None, BUDGET], crowd + 1, cliff(), BUDGET))
+    running = Running(1, cliff())
+    running.system.run(20.0)
+    alone = running.choice()
+    assert alone is not OFF
+    other = SpeculationController(BUDGET, running.system.clock)
+    others = [running.system.add(auto(other)) for _ in range(crowd)]
+    running.system.run(20.0)
+    assert running.controller.state().num_running == 1
+    assert running.controller.state().load == other.state().load == 16
+    assert running.system.run(20.0) >= MIN_SHARE * best
+    for request in others:
+        running.system.remove(request)
+    running.system.run(5.0)
+    assert (running.controller.state().load, running.choice()) == (1, alone)
+
+
+def test_the_load_that_verdicts_tell_does_not_flicker() -> None:
+    load = VerifierLoad()
+    told = []
+    for step in range(200):
+        load.add(7 + step % 3, step * 0.02)
+        told.append(load.num_sessions)
+    assert len(set(told[100:])) == 1
+    load.add(1, 60.0)
+    assert load.num_sessions == 1
 
 
 # --- the parts --------------------------------------------------------------------------------------------------
