@@ -183,7 +183,8 @@ class Generator:
             request = _after_thinking(request, thinking)
             prepared = _Prepared(prompt, thinking, schema)
             _check_prompt(prompt, peer_info.model)
-            check_logprobs(request.num_top_logprobs, has_prompt=_wants_prompt(request), num_prompt_tokens=len(prompt))
+            has_prompt = request.wants_prompt_logprobs
+            check_logprobs(request.most_logprobs, has_prompt=has_prompt, num_prompt_tokens=len(prompt))
             observer.started(len(prompt), waited_ns)
             progress.admit(len(prompt))
             choices = [
@@ -224,7 +225,7 @@ class Generator:
             )
             answer = AnswerText(self._tokenizer, form)
             output = Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
-            is_prompt_due = request.echo
+            is_prompt_due = request.has_prompt_chunk
             async for round_ in rounds:
                 if is_prompt_due:
                     is_prompt_due = False
@@ -277,7 +278,9 @@ class Generator:
         return replace(request, sampling=sampling), unenforced
 
     def _echoed(self, request: GenerationRequest, prompt: tuple[int, ...], first: Round) -> GenerationChunk:
-        text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
+        text = ""
+        if request.echo:
+            text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
         logprobs = first.answer.verdict.prompt_logprobs
         return GenerationChunk(
             text=text,
@@ -399,14 +402,9 @@ def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerific
         request.sampling,
         request.stop,
         request_id=request.request_id,
-        num_top_logprobs=request.num_top_logprobs,
-        prompt_logprobs=_wants_prompt(request),
+        num_top_logprobs=request.most_logprobs,
+        prompt_logprobs=request.wants_prompt_logprobs,
     )
-
-
-def _wants_prompt(request: GenerationRequest) -> bool:
-    """Whether the prompt's own log-probabilities are part of the output."""
-    return request.echo and request.num_top_logprobs is not None
 
 
 def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:

@@ -49,7 +49,8 @@ class GenerationRequest:
     """What a client asks for; nothing is checked yet.
 
     `client` tells clients apart for fairness and limits: the name of an API key, or the network peer.
-    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo`, `includes_stop` and `is_strict`.
+    `generation.proto` states `num_choices`, `num_top_logprobs`, `echo`, `includes_stop` and `is_strict`;
+    `num_prompt_logprobs` is `num_top_logprobs` for the prompt's tokens, echoed or not.
     """
 
     prompt: str | TokenIds | Conversation
@@ -62,6 +63,24 @@ class GenerationRequest:
     client: str = ""
     num_choices: int = 1
     num_top_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     echo: bool = False
     includes_stop: bool = False
     is_strict: bool = False
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """Of the likeliest tokens that are asked for anywhere, the most; None: no log-probabilities."""
+        return max(
+            (wanted for wanted in (self.num_top_logprobs, self.num_prompt_logprobs) if wanted is not None), default=None
+        )
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's own log-probabilities are part of the output."""
+        return self.num_prompt_logprobs is not None or (self.echo and self.num_top_logprobs is not None)
+
+    @property
+    def has_prompt_chunk(self) -> bool:
+        """Whether a choice begins with a chunk of the prompt's tokens."""
+        return self.echo or self.wants_prompt_logprobs

@@ -28,6 +28,7 @@ router = APIRouter(route_class=JsonRoute)
 async def create_chat_completion(body: ChatRequest, caller: InCaller, request: Request) -> Response:
     """Answer a conversation."""
     body.check_stream_options()
+    body.check_prompt_logprobs(body.stream)
     return await answered(body, request, _Answer(body, caller.for_model(body.model)))
 
 
@@ -42,7 +43,8 @@ class _Answer:
         self._chunks = generated.chunks(body.prompt(), body.most_tokens, progress)
         self.progress = (progress,)
         self._model = caller.model.name
-        self._format = LogprobFormat(caller.generator.tokenizer)
+        self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
+        self._prompt_format = LogprobFormat(caller.generator.tokenizer, body.num_prompt_logprobs)
         self._tracks = body.logprob_tracks(caller.generator.tokenizer, body.num_choices) if body.logprobs else []
         self._tally = Tally(body.reported(generated.sampling))
 
@@ -84,14 +86,20 @@ class _Answer:
     async def collected(self) -> dict[str, Any]:
         """The whole reply."""
         choices = [_Choice(index) for index in range(self._body.num_choices)]
+        awaits_prompt = [self._body.num_prompt_logprobs is not None] * len(choices)
+        prompt_fields: dict[str, Any] = {}
         async with aclosing(self._chunks) as chunks:
             async for chunk in chunks:
+                if awaits_prompt[chunk.choice_index]:
+                    awaits_prompt[chunk.choice_index] = False
+                    prompt_fields = prompt_fields or {"prompt_logprobs": self._prompt_format.prompt(chunk)}
+                    continue
                 choices[chunk.choice_index].add(chunk, self._entries(chunk))
                 if chunk.completion is not None:
                     self._tally.add(0, chunk.completion)
         head = ReplyHead.new("chatcmpl", "chat.completion", self._model)
         rendered = [choice.body(self._format if self._body.logprobs else None) for choice in choices]
-        return head.body(choices=rendered, usage=self._tally.usage, metrics=self._tally.metrics)
+        return head.body(choices=rendered, usage=self._tally.usage, metrics=self._tally.metrics, **prompt_fields)
 
     def _entries(self, chunk: GenerationChunk) -> Sequence[TokenEntry]:
         return self._tracks[chunk.choice_index].push(chunk) if self._tracks else ()

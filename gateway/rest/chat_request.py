@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported, known_kinds
-from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
 from gateway.rest.unknown_fields import ignores_unknown
 
 MAX_MESSAGES = 4096
@@ -174,7 +174,7 @@ class ConversationFields(RestModel):
         )
 
 
-class ChatRequest(ConversationFields, GenerationFields):
+class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
     """Body of `/v1/chat/completions`."""
 
     max_completion_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
@@ -203,6 +203,10 @@ class ChatRequest(ConversationFields, GenerationFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs", self.top_logprobs, "only together with logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
 
     @property
     def most_tokens(self) -> int | None:

@@ -20,7 +20,7 @@ from gateway.request import TokenIds
 from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
-from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
@@ -36,7 +36,7 @@ Prompts: TypeAlias = Annotated[ListOf[_PromptT], Field(max_length=MAX_PROMPTS)]
 DEFAULT_MAX_TOKENS = 16
 
 
-class CompletionRequest(GenerationFields):
+class CompletionRequest(PromptLogprobsFields, GenerationFields):
     """Body of `/v1/completions`."""
 
     prompt: Text | Prompts[Text] | ListOf[TokenId] | Prompts[ListOf[TokenId]] = Field(
@@ -69,6 +69,10 @@ class CompletionRequest(GenerationFields):
         return self.logprobs
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    @property
     def echoes(self) -> bool:
         return bool(self.echo)
 
@@ -80,6 +84,7 @@ class CompletionRequest(GenerationFields):
     def check(self) -> None:
         """Raise InvalidRequestError for what can be told without a model."""
         self.check_stream_options()
+        self.check_prompt_logprobs(self.stream)
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError("prompt", f"{len(self.prompts)} prompts", f"1 to {MAX_PROMPTS}")
         if self.best_of not in (None, self.num_choices):
@@ -115,12 +120,14 @@ class _Answer:
         self._body = body
         self._generated = Generated(body, caller)
         self._head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
-        self._format = LogprobFormat(caller.generator.tokenizer)
+        self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
+        self._prompt_format = LogprobFormat(caller.generator.tokenizer, body.num_prompt_logprobs)
         self._num_choices = len(body.prompts) * body.num_choices
         self._tracks = (
             body.logprob_tracks(caller.generator.tokenizer, self._num_choices) if body.logprobs is not None else []
         )
-        self._awaits_prompt = [bool(body.echo)] * self._num_choices
+        self._awaits_prompt = [body.echoes or body.num_prompt_logprobs is not None] * self._num_choices
+        self._prompt_fields: list[dict[str, Any]] = [{} for _ in range(self._num_choices)]
         self._tally = Tally(body.reported(self._generated.sampling))
         self.progress = [Progress() for _ in body.prompts]
 
@@ -149,7 +156,8 @@ class _Answer:
             entries = [entry for piece in pieces_of_one for entry in piece.entries]
             logprobs = self._format.completion(entries) if self._tracks else None
             last = pieces_of_one[-1]
-            choices.append(_choice(index, text, logprobs, last.finish_reason) | last.schema_fields)
+            choice = _choice(index, text, logprobs, last.finish_reason)
+            choices.append(choice | last.schema_fields | self._prompt_fields[index])
         return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
@@ -171,7 +179,10 @@ class _Answer:
         reason = chunk.completion.finish_reason.value if chunk.completion is not None else None
         if self._awaits_prompt[index]:
             self._awaits_prompt[index] = False
-            return _Piece(chunk.text, track.push_prompt(chunk) if track is not None else (), reason)
+            if self._body.num_prompt_logprobs is not None:
+                self._prompt_fields[index] = {"prompt_logprobs": self._prompt_format.prompt(chunk)}
+            entries = track.push_prompt(chunk) if track is not None and self._body.echoes else ()
+            return _Piece(chunk.text, entries, reason)
         if self._body.max_tokens == 0:  # one token was decoded because none cannot be
             self._tally.drop_output(len(chunk.token_ids))
             return _Piece("", (), "length")

@@ -61,7 +61,7 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "moderation": "there is no moderation here",
         "prediction": "the drafter predicts; no hint is needed",
         "prompt_cache_options": "there is no cache that a client could steer",
-        "prompt_logprobs": "use echo with logprobs on /v1/completions",
+        "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
         "structural_tag": "use tools",
         "suffix": "the model cannot fill in the middle",
         "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",

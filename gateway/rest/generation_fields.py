@@ -11,7 +11,7 @@ from pydantic import Field, Strict
 
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import MAX_SEED, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.parameters import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParameters, StopConditions, TreeBudget
 from gateway.conversation import Conversation
 from gateway.request import GenerationRequest, SpeculationWish, TokenIds
 from gateway.rest.backend import Caller
@@ -41,6 +41,20 @@ class StreamOptions(RestModel):
     include_usage: Boolean | None = Field(None, description="A last chunk with the usage, and no choices.")
     continuous_usage_stats: Boolean | None = Field(None, description="The usage so far in every chunk.")
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
+
+
+class PromptLogprobsFields(RestModel):
+    """What vLLM's clients ask about the prompt."""
+
+    prompt_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None,
+        description="Log-probabilities of the prompt's tokens, and this many of the likeliest, 0 to 20; no streams.",
+    )
+
+    def check_prompt_logprobs(self, is_streamed: bool | None) -> None:
+        """Raise InvalidRequestError if they are asked for in a stream."""
+        if self.prompt_logprobs is not None and is_streamed:
+            raise InvalidRequestError("prompt_logprobs", self.prompt_logprobs, "unset in a stream")
 
 
 class GenerationFields(StructuredFields):
@@ -90,7 +104,6 @@ class GenerationFields(StructuredFields):
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
     length_penalty: Unsupported = None
-    prompt_logprobs: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
     use_beam_search: Unsupported = None
 
@@ -106,6 +119,11 @@ class GenerationFields(StructuredFields):
     @property
     def num_top_logprobs(self) -> int | None:
         """This many of the likeliest at each output token; None: no log-probabilities."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same at each token of the prompt."""
         return None
 
     @property
@@ -156,6 +174,7 @@ class GenerationFields(StructuredFields):
             client=caller.client,
             num_choices=self.num_choices,
             num_top_logprobs=self.num_top_logprobs,
+            num_prompt_logprobs=self.num_prompt_logprobs,
             echo=self.echoes,
             includes_stop=bool(self.include_stop_str_in_output),
             is_strict=self.is_strict,

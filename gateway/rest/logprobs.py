@@ -77,10 +77,11 @@ class LogprobTrack:
 
 
 class LogprobFormat:
-    """Renders entries; `tokenizer` tells the bytes of a token."""
+    """Renders entries with `num_top` of the likeliest tokens each; `tokenizer` tells the bytes of a token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int | None) -> None:
         self._tokenizer = tokenizer
+        self._num_top = num_top or 0
 
     def chat(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         """As in chat completions: one object a token, with its bytes."""
@@ -95,9 +96,28 @@ class LogprobFormat:
             "text_offset": [entry.text_offset for entry in entries],
         }
 
+    def prompt(self, chunk: GenerationChunk) -> list[dict[str, Any] | None]:
+        """As vLLM tells them of a prompt: by token id, the token itself among the likeliest. None for the first one,
+        which nothing precedes; no rank for a token that is not among the likeliest."""
+        return [
+            self._prompt_token(token_id, logprobs)
+            for token_id, logprobs in zip(chunk.token_ids, chunk.logprobs, strict=True)
+        ]
+
+    def _prompt_token(self, token_id: int, logprobs: TokenLogprobs | None) -> dict[str, Any] | None:
+        if logprobs is None:
+            return None
+        likeliest = logprobs.top[: self._num_top]
+        ranked = {one: (logprob, rank) for rank, (one, logprob) in enumerate(likeliest, 1)}
+        told = {token_id: (logprobs.logprob, None)} | ranked
+        return {
+            str(one): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._text(one)}
+            for one, (logprob, rank) in told.items()
+        }
+
     def _chat_entry(self, entry: TokenEntry) -> dict[str, Any]:
         logprobs = entry.logprobs or TokenLogprobs(0.0)
-        top = [self._chat_token(token_id, logprob) for token_id, logprob in logprobs.top]
+        top = [self._chat_token(token_id, logprob) for token_id, logprob in logprobs.top[: self._num_top]]
         return {**self._chat_token(entry.token_id, logprobs.logprob), "top_logprobs": top}
 
     def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
@@ -111,7 +131,7 @@ class LogprobFormat:
         if entry.logprobs is None:
             return None
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.logprobs.top, (entry.token_id, entry.logprobs.logprob)):
+        for token_id, logprob in (*entry.logprobs.top[: self._num_top], (entry.token_id, entry.logprobs.logprob)):
             top.setdefault(self._text(token_id), _finite(logprob))
         return top
 

@@ -12,7 +12,7 @@ from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.chat_request import MAX_MESSAGES, ToolName
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, known_kinds
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.unknown_fields import ignores_unknown
 
@@ -102,6 +102,7 @@ class MessagesFields(GenerationFields):
     thinking: ThinkingFields | None = Field(None, description="disabled: where the model's template has a switch.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
     output_config: OutputConfig | None = Field(None, description="`format`: a JSON Schema of the answer.")
+    prompt_logprobs: Unsupported = None
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:

@@ -44,7 +44,7 @@ class _ResponseWriter:
         self._id = _new_id("resp")
         self._created_s = int(time.time())
         self._tally = Tally(body.reported(sampling))
-        self._format = LogprobFormat(caller.generator.tokenizer)
+        self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
         tokenizer = caller.generator.tokenizer
         self._track = body.logprob_tracks(tokenizer, 1)[0] if body.num_top_logprobs is not None else None
         self._output: list[dict[str, Any]] = []

@@ -134,6 +134,7 @@ class ResponsesRequest(GenerationFields):
     previous_response_id: Unsupported = None
     prompt: Unsupported = None
     prompt_cache_options: Unsupported = None
+    prompt_logprobs: Unsupported = None
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -122,3 +122,35 @@ async def test_after_an_echo_the_end_token_has_an_entry_but_no_text(rest: Rest, 
 async def test_too_many_or_unasked_for_are_refused(rest: Rest, fields: dict[str, Any]) -> None:
     error = refused(await rest.http.post("/v1/chat/completions", json=chat_body(**fields)), 400)
     assert error["param"] == "top_logprobs"
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 2])
+async def test_a_prompts_log_probabilities_are_told_by_token_id(rest: Rest, tokenizer: Tokenizer, num_top: int) -> None:
+    """In vLLM's shape, whatever is asked about the output, and without an echo."""
+    token_ids = tokenizer.encode(PROMPT)
+    for logprobs in (None, 1):
+        reply = await rest.completion(prompt_logprobs=num_top, logprobs=logprobs, n=2, max_tokens=4)
+        for choice in reply["choices"]:
+            first, *others = choice["prompt_logprobs"]
+            assert first is None
+            assert len(others) == len(token_ids) - 1
+            for token_id, told in zip(token_ids[1:], others, strict=True):
+                assert told[str(token_id)]["logprob"] == -0.5
+                assert told[str(token_id)]["decoded_token"] == tokenizer.token_text(token_id)
+                assert [one["rank"] for one in told.values()] == ([*range(1, num_top + 1)] or [None])
+            assert not choice["text"].startswith(PROMPT)
+            assert (choice["logprobs"] is None) == (logprobs is None)
+            if logprobs is not None:
+                assert {len(top) for top in choice["logprobs"]["top_logprobs"]} == {1}
+        assert reply["usage"]["completion_tokens"] == 8
+    chat = await rest.chat(prompt_logprobs=num_top, n=2)
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+    assert chat["choices"][0]["message"]["content"] == (await rest.chat())["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("body", [chat_body, completion_body])
+async def test_a_stream_has_no_prompt_to_tell_about(rest: Rest, body: Any) -> None:
+    path = "/v1/chat/completions" if body is chat_body else "/v1/completions"
+    for fields in ({"prompt_logprobs": 1, "stream": True}, {"prompt_logprobs": 21}, {"prompt_logprobs": -1}):
+        error = refused(await rest.http.post(path, json=body(**fields)), 400)
+        assert error["param"] == "prompt_logprobs"
