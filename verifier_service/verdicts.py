@@ -27,7 +27,7 @@ from easyspec.speculation.messages import Verdict
 from easyspec.speculation.sampling import ChoiceRow
 from easyspec.speculation.split_choice import can_split
 from easyspec.speculation.token_tree import TokenTree
-from easyspec.speculation.transfer import is_remote, to_device
+from easyspec.speculation.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TokenChooser(Protocol):
 
     @property
     def chooses_lazily(self) -> bool: ...
-    def choose_tokens(self, base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]: ...
+    def choose_tokens(self, base_logits: Tensor, rows: Sequence[ChoiceRow], places: Sequence[int]) -> list[int]: ...
 
 
 def decide(
@@ -83,17 +83,12 @@ def decide(
         if choices is not None:
             walker.take(choices)
     while active := [walker for walker in walkers if walker.rows]:
-        rows = [walker.case.first_row + row for walker in active for row in walker.rows]
-        logits = _selected(base_logits, rows)
-        is_broken = [False] * len(rows) if is_remote(logits) else [*~np.isfinite(logits.sum(dim=-1).numpy())]
-        if any(is_broken):  # executors choose among numbers only; what they choose there is not used
-            logits = logits.clone()
-            logits[[index for index, is_one in enumerate(is_broken) if is_one]] = 0.0
-        choices = chooser.choose_tokens(logits, [row for walker in active for row in walker.choice_rows])
+        places = [walker.case.first_row + row for walker in active for row in walker.rows]
+        choices = chooser.choose_tokens(base_logits, [row for walker in active for row in walker.choice_rows], places)
         for walker in active:
             num_rows = len(walker.rows)
-            walker.take(choices[:num_rows], is_broken[:num_rows])
-            choices, is_broken = choices[num_rows:], is_broken[num_rows:]
+            walker.take(choices[:num_rows])
+            choices = choices[num_rows:]
     return _with_logprobs(base_logits, walkers, [walker.outcome() for walker in walkers])
 
 
@@ -112,22 +107,23 @@ class _Walker:
         self.choice_rows = case.choice_rows
         self._await_choice()
 
-    def take(self, choices: Sequence[int], is_broken: Sequence[bool] = ()) -> None:
-        """Go on with the choices made at `rows`, some of which may have logits that are no numbers."""
-        if not self._is_stepwise:
+    def take(self, choices: Sequence[int]) -> None:
+        """Go on with the choices made at `rows`; -1 where the logits are no numbers."""
+        if self._is_stepwise:
+            (token_id,) = choices
+            self._step(token_id)
+            if self.case.grammar is not None and self._error is None and self._walk.finish_reason is None:
+                self._follow(self.case.grammar, token_id)
+        else:
             while self._walk.row is not None and self._error is None:
-                if is_broken and is_broken[self._walk.row]:
-                    self._error = _broken()
-                else:
-                    self._walk.step(choices[self._walk.row])
-        elif any(is_broken):
+                self._step(choices[self._walk.row])
+        self._await_choice()
+
+    def _step(self, token_id: int) -> None:
+        if token_id < 0:
             self._error = _broken()
         else:
-            (token_id,) = choices
             self._walk.step(token_id)
-            if self.case.grammar is not None and self._walk.finish_reason is None:
-                self._follow(self.case.grammar, token_id)
-        self._await_choice()
 
     def _follow(self, grammar: GrammarState, token_id: int) -> None:
         try:

@@ -57,8 +57,11 @@ class Executor(Protocol):
     def chooses_lazily(self) -> bool:
         """Whether choosing at one row at a time, along a walk, costs less than choosing at all rows at once."""
 
-    def choose_tokens(self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
-        """The token chosen at each row of `base_logits` float32 [R, V], of which none is NaN."""
+    def choose_tokens(
+        self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow], places: Sequence[int] | None = None
+    ) -> list[int]:
+        """The token chosen at each of `rows`, whose logits are those of `base_logits` float32 [R, V] at `places`, by
+        default all in order. -1 where some are NaN or infinite; an accelerator does not look for these."""
 
     def rank_tokens(
         self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int

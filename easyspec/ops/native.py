@@ -133,9 +133,12 @@ class NativeExecutor:
         """See Executor."""
         return True
 
-    def choose_tokens(self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
+    def choose_tokens(
+        self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow], places: Sequence[int] | None = None
+    ) -> list[int]:
         """See Executor."""
-        return [choose(self._engine, logits, row) for logits, row in zip(base_logits, rows, strict=True)]
+        places = range(len(base_logits)) if places is None else places
+        return [choose(self._engine, base_logits, place, row) for place, row in zip(places, rows, strict=True)]
 
     def rank_tokens(
         self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int

@@ -17,12 +17,16 @@ from easyspec.speculation.ranking import NUM_NOISED_TOKENS, RankedTokens
 from easyspec.speculation.sampling import ChoiceRow
 
 
-def choose(engine: int, logits: torch.Tensor, row: ChoiceRow) -> int:
-    """The token chosen at a row with `logits` float32 [V], which are changed during the call and put back."""
-    sampling = row.sampling
+def choose(engine: int, logits: torch.Tensor, place: int, row: ChoiceRow) -> int:
+    """The token chosen at `row`, or -1 where some of its logits are no numbers.
+
+    Its logits are those of `logits` float32 [R, V] at `place`; they are changed during the call and put back.
+    """
+    sampling, vocab_size = row.sampling, logits.shape[1]
+    assert 0 <= place < logits.shape[0], f"row {place} of {logits.shape[0]}"
     choice = Choice(
-        logits=logits.data_ptr(),
-        vocab_size=len(logits),
+        logits=logits.data_ptr() + place * logits.stride(0) * logits.itemsize,
+        vocab_size=vocab_size,
         seed=sampling.seed,
         position=row.position,
         top_p=sampling.top_p,
@@ -31,7 +35,7 @@ def choose(engine: int, logits: torch.Tensor, row: ChoiceRow) -> int:
         repetition=sampling.repetition_penalty,
         presence=sampling.presence_penalty,
         frequency=sampling.frequency_penalty,
-        top_k=min(sampling.top_k or 0, len(logits)),
+        top_k=min(sampling.top_k or 0, vocab_size),
     )
     kept: list[object] = []
     if sampling.logit_bias:
@@ -44,7 +48,7 @@ def choose(engine: int, logits: torch.Tensor, row: ChoiceRow) -> int:
         history = row.history
         path_ids = np.asarray(row.path_token_ids, dtype=np.int64)
         path_slots = np.asarray([history.slots.get(token_id, -1) for token_id in row.path_token_ids], dtype=np.int64)
-        choice.seen_ids, choice.counts = history.token_ids.data_ptr(), history.output_counts.data_ptr()
+        choice.seen_ids, choice.counts = history.token_ids.ctypes.data, history.output_counts.ctypes.data
         choice.num_seen, choice.num_path = len(history.token_ids), len(path_ids)
         choice.path_ids, choice.path_slots = path_ids.ctypes.data, path_slots.ctypes.data
         kept += [path_ids, path_slots]
@@ -53,7 +57,6 @@ def choose(engine: int, logits: torch.Tensor, row: ChoiceRow) -> int:
         choice.allowed_bits = allowed_bits.ctypes.data
         kept.append(allowed_bits)
     token_id: int = load().easyspec_choose(engine, ctypes.byref(choice))
-    assert token_id >= 0, "some token is allowed and its logit is a number"
     return token_id
 
 

@@ -40,6 +40,7 @@ from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.ranking import RankedTokens, rank_tokens
 from easyspec.speculation.sampling import ChoiceRow, choose_tokens
+from easyspec.speculation.transfer import is_remote, to_device
 
 # A library's product of another number of rows may have other bits; products of one number of rows have not.
 TILE_ROWS = 16
@@ -90,9 +91,17 @@ class ReferenceExecutor:
         """See Executor."""
         return False
 
-    def choose_tokens(self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
+    def choose_tokens(
+        self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow], places: Sequence[int] | None = None
+    ) -> list[int]:
         """See Executor."""
-        return choose_tokens(base_logits, rows)
+        if places is not None:
+            base_logits = base_logits[to_device(places, torch.int64, base_logits.device)]
+        if is_remote(base_logits):
+            return choose_tokens(base_logits, rows)
+        are_numbers = base_logits.isfinite().all(dim=-1)
+        choices = choose_tokens(base_logits.where(are_numbers[:, None], 0.0), rows)
+        return [choice if is_one else -1 for choice, is_one in zip(choices, are_numbers.tolist(), strict=True)]
 
     def rank_tokens(
         self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int

@@ -43,27 +43,26 @@ _MIN_TEMPERATURE = 2.0**-126
 class TokenHistory:
     """The committed tokens of a session, counted: what penalties look at.
 
-    `token_ids` (int64 [U], each token once) and `output_counts` (float32 [U], occurrences in the output) live on
-    the CPU.
+    `token_ids` (int64 [U], each token once) and `output_counts` (float32 [U], occurrences in the output).
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int] = ()) -> None:
         self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_token_ids))}
-        self._token_ids = torch.tensor(list(self._slots), dtype=torch.int64)
-        self._output_counts = torch.zeros(len(self._slots))
+        self._token_ids = np.fromiter(self._slots, dtype=np.int64, count=len(self._slots))
+        self._output_counts = np.zeros(len(self._slots), dtype=np.float32)
         self.commit(output_token_ids)
 
     @property
-    def token_ids(self) -> Tensor:
+    def token_ids(self) -> NDArray[np.int64]:
         return self._token_ids[: len(self._slots)]
 
     @property
-    def output_counts(self) -> Tensor:
+    def output_counts(self) -> NDArray[np.float32]:
         return self._output_counts[: len(self._slots)]
 
     @property
     def slots(self) -> dict[int, int]:
-        """Index into the tensors by token id."""
+        """Index into the arrays by token id."""
         return self._slots
 
     def commit(self, token_ids: Sequence[int]) -> None:
@@ -78,8 +77,8 @@ class TokenHistory:
         missing = num_slots - len(self._token_ids)
         if missing > 0:
             spare = max(missing, len(self._token_ids))
-            self._token_ids = torch.cat([self._token_ids, self._token_ids.new_zeros(spare)])
-            self._output_counts = torch.cat([self._output_counts, self._output_counts.new_zeros(spare)])
+            self._token_ids = np.pad(self._token_ids, (0, spare))
+            self._output_counts = np.pad(self._output_counts, (0, spare))
 
 
 @dataclass(frozen=True)
@@ -178,10 +177,10 @@ def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> N
     column = {token_id: num_committed + extra for extra, token_id in enumerate(path_only)}
     num_columns = num_committed + len(column)
     device = logits.device
-    token_ids = torch.cat([history.token_ids, torch.tensor(list(column), dtype=torch.int64)])
+    token_ids = torch.cat([torch.from_numpy(history.token_ids), torch.tensor(list(column), dtype=torch.int64)])
     token_ids = moved(token_ids, device)  # [U]
     counts = torch.zeros(len(rows), num_columns, device=device)
-    counts[:, :num_committed] = moved(history.output_counts, device)
+    counts[:, :num_committed] = moved(torch.from_numpy(history.output_counts), device)
     on_path = [
         num_columns * index + slots.get(token_id, column.get(token_id, 0))
         for index, row in enumerate(rows)

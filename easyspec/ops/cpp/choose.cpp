@@ -267,8 +267,9 @@ const float* allowed_only(const EasyspecChoice& c, std::vector<float>& masked) {
 }  // namespace
 
 int64_t easyspec_choose(void* engine, const EasyspecChoice* choice) {
-  const Adjusted adjusted(*choice);
   Engine& e = *(Engine*)engine;
+  if (!e.kernels.are_finite(choice->logits, choice->vocab_size)) return -1;
+  const Adjusted adjusted(*choice);
   const float* logits = choice->allowed_bits ? allowed_only(*choice, e.scratch.masked) : choice->logits;
   return Chooser(e.kernels, *choice, logits, e.scratch).choose();
 }

@@ -84,6 +84,8 @@ struct Kernels {
   // into[i] = a[i] + b[i]
   void (*add)(const float* a, const float* b, float* into, int64_t size);
   float (*largest)(const float* x, int64_t size);
+  // Whether none is NaN or infinite.
+  bool (*are_finite)(const float* x, int64_t size);
   // Sum of exp((x - top) * factor).
   double (*sum_exponentials)(const float* x, int64_t size, float top, float factor);
   void (*exponentials)(const float* x, int64_t size, float* out);
