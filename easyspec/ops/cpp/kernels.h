@@ -18,9 +18,10 @@ enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, WORDS = 2 };
 struct WordGroup {
   int16_t codes[GROUP];
   float scale;
-  float sum;         // scale * code_sum
-  int32_t code_sum;
-  int32_t half_sum;  // of the first 16
+  float sum;             // scale * sum of the codes
+  int32_t small_excess;  // -8 * sum of the codes: what 4-bit weights that are codes + 8 come to too much
+  int32_t excess;        // -128 * sum of the codes: likewise, for 8 bits
+  int32_t first_excess;  // of the first 16 codes
 };
 
 constexpr float MAX_CODE = 32767.0f;
