@@ -46,10 +46,28 @@ inline float largest(vf v) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
-inline void store_sums(float* out, const vf* v) {
-  __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(folded(v[0]), folded(v[1])), _mm256_hadd_ps(folded(v[2]), folded(v[3])));
-  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(folded(v[4]), folded(v[5])), _mm256_hadd_ps(folded(v[6]), folded(v[7])));
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+// out[i] becomes lane i of each of the 16 vectors.
+inline void turn(const vf* rows, float* out) {
+  vf pairs[16], quads[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + 2 + j]);
+      quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int j = 0; j < 4; j++) {
+    const vf even = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0x88), odd = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0xdd);
+    const vf even_behind = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
+    const vf odd_behind = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0xdd);
+    store(out + j * W, _mm512_shuffle_f32x4(even, even_behind, 0x88));
+    store(out + (4 + j) * W, _mm512_shuffle_f32x4(odd, odd_behind, 0x88));
+    store(out + (8 + j) * W, _mm512_shuffle_f32x4(even, even_behind, 0xdd));
+    store(out + (12 + j) * W, _mm512_shuffle_f32x4(odd, odd_behind, 0xdd));
+  }
 }
 inline vf load_bfloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

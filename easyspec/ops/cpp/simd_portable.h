@@ -48,8 +48,9 @@ inline float largest(vf v) {
   for (int i = 1; i < W; i++) m = v.v[i] > m ? v.v[i] : m;
   return m;
 }
-inline void store_sums(float* out, const vf* v) {
-  for (int j = 0; j < 8; j++) out[j] = sum(v[j]);
+inline void turn(const vf* rows, float* out) {
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < W; j++) out[i * W + j] = rows[j].v[i];
 }
 inline vf load_bfloat16(const uint16_t* p) { EASYSPEC_EACH(easyspec::from_bfloat16(p[i])); }
 inline vf load_float16(const uint16_t* p) { EASYSPEC_EACH(easyspec::from_float16(p[i])); }
