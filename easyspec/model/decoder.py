@@ -173,14 +173,13 @@ class Decoder:
         rows = layout.select([*logit_rows, *choice_rows.rows])
         compiled = self._compiled(plan, range(self.config.num_layers), has_head=len(rows.selected) > 0)
         wanted = [] if compiled.logits is None else [compiled.logits]
-        *shares, hidden = compiled.program.run(rows, pool, outputs=[*wanted, compiled.hidden])
-        share = shares[0] if shares else torch.empty(0, self._head.num_outputs, device=self.device)
+        outputs = [*wanted, compiled.hidden] if keeps_hidden else wanted
+        results = compiled.program.run(rows, pool, outputs=outputs)
+        share = results[0] if wanted else torch.empty(0, self._head.num_outputs, device=self.device)
         num_logits = len(logit_rows)
         logits = self._gathered(share[:num_logits]) if num_logits else share[:0]
-        choices = torch.empty(0, dtype=torch.int64, device=self.device)
-        if choice_rows.rows:
-            choices = self._chosen(share[num_logits:], choice_rows)
-        return PassResult(logits, choices, hidden.clone() if keeps_hidden else None)
+        choices = self._chosen(share[num_logits:], choice_rows) if choice_rows.rows else _NO_CHOICES
+        return PassResult(logits, choices, results[-1].clone() if keeps_hidden else None)
 
     def _gathered(self, share: torch.Tensor) -> torch.Tensor:
         if self._vocabulary is not None:
@@ -318,6 +317,7 @@ class Decoder:
         return logits
 
 
+_NO_CHOICES = torch.empty(0, dtype=torch.int64)
 _NO_POOL = KVPool(1, 1, 16, 0, torch.float32, torch.device("cpu"))
 
 

@@ -19,6 +19,7 @@ from easyspec.ops.rows import Int32Array, Int64Array, PassRows
 
 BoolArray = npt.NDArray[np.bool_]
 _NO_EXTRA = np.zeros(0, dtype=np.int64)
+_NONE_SELECTED = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -75,34 +76,44 @@ def lay_out(segments: Sequence[Segment]) -> RowLayout:
     """The rows of a pass over `segments`."""
     num_rows = tuple(len(segment) for segment in segments)
     first_rows = (0, *itertools.accumulate(num_rows))[:-1]
-    extra, num_extra = _extra_slots(segments)
+    extra, first_extra = _extra_slots(segments)
     rows = PassRows(
         token_ids=_joined([segment.token_ids for segment in segments]),
         positions=_joined([segment.positions for segment in segments]),
-        slots=np.concatenate([np.asarray(segment.slots, dtype=np.int64) for segment in segments]),
+        slots=_joined_slots(segments),
         segment_of_row=np.repeat(np.arange(len(segments), dtype=np.int32), num_rows),
         num_committed=_joined([segment.num_visible for segment in segments]),
         committed=[segment.slots_by_position for segment in segments],
         extra=extra,
-        first_extra=np.concatenate([[0], np.cumsum(num_extra)]).astype(np.int32),
-        selected=np.zeros(0, dtype=np.int32),
+        first_extra=first_extra,
+        selected=_NONE_SELECTED,
     )
     return RowLayout(rows, num_rows, first_rows, tuple(segments))
 
 
+def _joined_slots(segments: Sequence[Segment]) -> Int64Array:
+    if len(segments) == 1:
+        return np.asarray(segments[0].slots, dtype=np.int64)
+    return np.concatenate([np.asarray(segment.slots, dtype=np.int64) for segment in segments])
+
+
 def _joined(parts: Sequence[Sequence[int]]) -> Int32Array:
+    if len(parts) == 1:
+        return np.asarray(parts[0], dtype=np.int32)
     return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
 
 def _extra_slots(segments: Sequence[Segment]) -> tuple[Int64Array, Int32Array]:
-    """The tree slots that rows see, in the order of the rows, and how many each sees."""
+    """The tree slots that rows see, in the order of the rows, and where each row's begin: [rows + 1]."""
     slots: list[Int64Array] = [_NO_EXTRA]
-    counts: list[Int32Array] = []
+    first = np.zeros(sum(map(len, segments)) + 1, dtype=np.int32)
+    row = 1
     for segment in segments:
-        if segment.tree is None or len(segment.tree.slots) == 0:
-            counts.append(np.zeros(len(segment), dtype=np.int32))
-            continue
-        visible = segment.tree.visible
-        slots.append(np.asarray(segment.tree.slots, dtype=np.int64)[np.nonzero(visible)[1]])
-        counts.append(visible.sum(axis=1, dtype=np.int32))
-    return np.concatenate(slots), np.concatenate(counts)
+        if segment.tree is not None and len(segment.tree.slots) > 0:
+            visible = segment.tree.visible
+            slots.append(np.asarray(segment.tree.slots, dtype=np.int64)[np.nonzero(visible)[1]])
+            first[row : row + len(segment)] = visible.sum(axis=1)
+        row += len(segment)
+    if len(slots) == 1:
+        return _NO_EXTRA, first
+    return np.concatenate(slots), np.cumsum(first, dtype=np.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ _PANEL = 16
 _ALIGNMENT = 64
 # Of the library (easyspec/ops/cpp/kernels.h), whose buffers for attention are of fixed size.
 _MAX_QUERIES, _MAX_HEAD_DIM = 64, 512
+# What the library looks at before it computes (easyspec/ops/cpp/api.h).
+_CHECKED = ("", "token_ids", "positions", "slots", "extra slots", "selected rows")
+_MAX_PLACEMENTS = 256
 _KINDS: dict[type, int] = {
     Embed: 0,
     Norm: 1,
@@ -151,6 +155,15 @@ class NativeExecutor:
         return NativeProgram(self, self._engine, program, ranks, self._workspace)
 
 
+@dataclass(frozen=True)
+class _Placement:
+    """Where a program's buffers begin in the workspace, which was at `address` then."""
+
+    address: int
+    starts: Sequence[int]
+    pointers: ctypes.Array[ctypes.c_void_p]
+
+
 class NativeProgram:
     """A program that the library has prepared: one call for each stretch between collectives."""
 
@@ -165,13 +178,14 @@ class NativeProgram:
         operations = [step for step in program.steps if isinstance(step, Embed | Rotate)]
         tables = [op.rotary.cosines for op in operations if isinstance(op, Rotate) and op.rotary is not None]
         embedded = [op.table.num_outputs for op in operations if isinstance(op, Embed)]
-        self._num_positions = min(map(len, tables), default=None)
-        self._num_tokens = min(embedded, default=None)
+        self._num_positions = min(map(len, tables), default=0)
+        self._num_tokens = min(embedded, default=0)
         self._has_attention = any(isinstance(step, Rotate | Attend) for step in program.steps)
         self._steps = [
             self._prepare(engine, stretch) if isinstance(stretch, list) else stretch for stretch in program.stretches()
         ]
-        self._pointers = (ctypes.c_void_p * max(1, len(program.buffers)))()
+        self._placements: dict[tuple[int, int], _Placement] = {}
+        self._run_stretch = load().easyspec_program_run
 
     def _prepare(self, engine: int, operations: Sequence[Operation]) -> int:
         widths = np.asarray([padded_width(buffer.width) for buffer in self._buffers], dtype=np.int64)
@@ -272,54 +286,56 @@ class NativeProgram:
         outputs: Sequence[Buffer] = (),
     ) -> list[torch.Tensor]:
         """See Program."""
-        self._check_bounds(rows, pool)
         num_rows, num_selected = len(rows), len(rows.selected)
-        starts = self._workspace.place(self._buffers, num_rows, num_selected)
-        address = self._workspace.address
-        for index in range(len(self._buffers)):
-            self._pointers[index] = address + 4 * starts[index]
+        place = self._placed(num_rows, num_selected)
         for buffer, value in (inputs or {}).items():
-            self._view(buffer, starts, num_rows, num_selected).copy_(value)
+            self._view(buffer, place.starts, num_rows, num_selected).copy_(value)
         committed = (ctypes.c_void_p * len(rows.committed))(*(slots.ctypes.data for slots in rows.committed))
         described = Pass(
-            num_rows=num_rows,
-            num_selected=num_selected,
-            token_ids=rows.token_ids.ctypes.data,
-            positions=rows.positions.ctypes.data,
-            slots=rows.slots.ctypes.data,
-            selected_rows=rows.selected.ctypes.data,
-            segment_of_row=rows.segment_of_row.ctypes.data,
-            committed=ctypes.addressof(committed),
-            num_committed=rows.num_committed.ctypes.data,
-            extra=rows.extra.ctypes.data,
-            first_extra=rows.first_extra.ctypes.data,
-            buffers=ctypes.addressof(self._pointers),
-            keys=pool.keys.data_ptr(),
-            values=pool.values.data_ptr(),
-            num_slots=pool.keys.shape[2],
-            slot_bytes=pool.keys.shape[3] * pool.keys.itemsize,
-            kv_format=_DENSE_FORMATS[pool.keys.dtype],
+            num_rows,
+            num_selected,
+            rows.token_ids.ctypes.data,
+            rows.positions.ctypes.data,
+            rows.slots.ctypes.data,
+            rows.selected.ctypes.data,
+            rows.segment_of_row.ctypes.data,
+            ctypes.addressof(committed),
+            rows.num_committed.ctypes.data,
+            rows.extra.ctypes.data,
+            rows.first_extra.ctypes.data,
+            ctypes.addressof(place.pointers),
+            pool.keys.data_ptr(),
+            pool.values.data_ptr(),
+            pool.keys.shape[2],
+            pool.keys.shape[3] * pool.keys.itemsize,
+            _DENSE_FORMATS[pool.keys.dtype],
+            self._num_tokens,
+            self._num_positions,
+            pool.num_slots + 1 if self._has_attention else 0,
         )
         for step in self._steps:
             if isinstance(step, int):
-                load().easyspec_program_run(step, ctypes.byref(described))
+                wrong = self._run_stretch(step, ctypes.byref(described))
+                assert wrong == 0, f"{_CHECKED[wrong]} are out of range"
                 continue
-            views = [self._view(buffer, starts, num_rows, num_selected) for buffer in self._buffers]
+            views = [self._view(buffer, place.starts, num_rows, num_selected) for buffer in self._buffers]
             run_collective(step, views, self._ranks)
-        return [self._view(buffer, starts, num_rows, num_selected) for buffer in outputs]
+        return [self._view(buffer, place.starts, num_rows, num_selected) for buffer in outputs]
 
-    def _check_bounds(self, rows: PassRows, pool: KVPool) -> None:
-        """The library reads memory where it is told to: what is out of range must not reach it."""
-        num_slots = pool.num_slots + 1 if self._has_attention else None
-        for name, values, size in (
-            ("token_ids", rows.token_ids, self._num_tokens),
-            ("positions", rows.positions, self._num_positions),
-            ("slots", rows.slots, num_slots),
-            ("extra", rows.extra, num_slots),
-            ("selected", rows.selected, len(rows) or len(rows.selected)),
-        ):
-            is_inside = len(values) == 0 or (int(values.min()) >= 0 and (size is None or int(values.max()) < size))
-            assert is_inside, f"{name} from 0 to {size}"
+    def _placed(self, num_rows: int, num_selected: int) -> _Placement:
+        """Where the buffers are in a pass of that size: found once, as long as the workspace stays where it is."""
+        place = self._placements.get((num_rows, num_selected))
+        if place is None or place.address != self._workspace.address:
+            starts = self._workspace.place(self._buffers, num_rows, num_selected)
+            address = self._workspace.address
+            pointers = (ctypes.c_void_p * max(1, len(self._buffers)))(
+                *(address + 4 * start for start in starts[: len(self._buffers)])
+            )
+            place = _Placement(address, starts, pointers)
+            if len(self._placements) >= _MAX_PLACEMENTS:
+                self._placements.clear()
+            self._placements[num_rows, num_selected] = place
+        return place
 
     def _view(self, buffer: Buffer, starts: Sequence[int], num_rows: int, num_selected: int) -> torch.Tensor:
         return self._workspace.view(buffer, starts[buffer.index], num_selected if buffer.is_selected else num_rows)

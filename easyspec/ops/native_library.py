@@ -63,6 +63,7 @@ class Pass(Structure):
         *((name, c_void_p) for name in ("committed", "num_committed", "extra", "first_extra")),
         *((name, c_void_p) for name in ("buffers", "keys", "values")),
         *((name, c_int64) for name in ("num_slots", "slot_bytes", "kv_format")),
+        *((name, c_int64) for name in ("num_tokens", "num_positions", "num_written_slots")),
     ]
 
 
@@ -101,7 +102,7 @@ def load() -> ctypes.CDLL:
         "easyspec_engine_free": (None, (c_void_p,)),
         "easyspec_program_new": (c_void_p, (c_void_p, POINTER(Op), c_int64, c_void_p, c_void_p, c_int64)),
         "easyspec_program_free": (None, (c_void_p,)),
-        "easyspec_program_run": (None, (c_void_p, POINTER(Pass))),
+        "easyspec_program_run": (c_int32, (c_void_p, POINTER(Pass))),
         "easyspec_choose": (c_int64, (c_void_p, POINTER(Choice))),
         "easyspec_log_sum": (c_double, (c_void_p, c_void_p, c_int64)),
         "easyspec_rank": (

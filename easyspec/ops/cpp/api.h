@@ -70,6 +70,9 @@ struct EasyspecPass {
   int64_t num_slots;
   int64_t slot_bytes;
   int64_t kv_format;
+  int64_t num_tokens;     // what token_ids, positions and slots stay below; 0: not looked at
+  int64_t num_positions;
+  int64_t num_written_slots;
 };
 
 // Where a token is to be chosen, and how (easyspec/speculation/sampling.py says what the numbers mean).
@@ -125,7 +128,9 @@ double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size);
 void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
                    const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
                    int64_t count, int32_t* token_ids, float* scores);
-void easyspec_program_run(void* program, const EasyspecPass* pass);
+// 0, or which of the pass's arrays has a value out of range, and then nothing was computed: 1 token_ids, 2 positions,
+// 3 slots, 4 extra, 5 selected_rows.
+int32_t easyspec_program_run(void* program, const EasyspecPass* pass);
 int64_t easyspec_program_num_phases(void* program);
 }
 #pragma GCC visibility pop

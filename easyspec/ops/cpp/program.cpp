@@ -569,6 +569,31 @@ void* easyspec_program_new(void* engine, const EasyspecOp* ops, int64_t num_ops,
 
 void easyspec_program_free(void* program) { delete (Program*)program; }
 
-void easyspec_program_run(void* program, const EasyspecPass* pass) { ((Program*)program)->execute(*pass); }
+namespace {
+
+template <class Integer>
+bool are_inside(const Integer* values, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; i++)
+    if (values[i] < 0 || (size > 0 && int64_t(values[i]) >= size)) return false;
+  return true;
+}
+
+int32_t first_out_of_range(const EasyspecPass& p) {
+  if (!are_inside(p.token_ids, p.num_rows, p.num_tokens)) return 1;
+  if (!are_inside(p.positions, p.num_rows, p.num_positions)) return 2;
+  if (!are_inside(p.slots, p.num_rows, p.num_written_slots)) return 3;
+  if (p.num_rows > 0 && !are_inside(p.extra, p.first_extra[p.num_rows], p.num_written_slots)) return 4;
+  // Without rows it is a pass over hidden states, which are all selected.
+  if (!are_inside(p.selected_rows, p.num_selected, p.num_rows > 0 ? p.num_rows : p.num_selected)) return 5;
+  return 0;
+}
+
+}  // namespace
+
+int32_t easyspec_program_run(void* program, const EasyspecPass* pass) {
+  if (const int32_t wrong = first_out_of_range(*pass)) return wrong;
+  ((Program*)program)->execute(*pass);
+  return 0;
+}
 
 int64_t easyspec_program_num_phases(void* program) { return ((Program*)program)->num_phases(); }
