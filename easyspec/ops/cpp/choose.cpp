@@ -1,6 +1,8 @@
 // The choice rule at one row (easyspec/speculation/sampling.py): bias, penalties, grammar mask, temperature, top-k,
 // top-p, min-p, then the largest of score + noise, or of the logits alone.
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -282,22 +284,68 @@ double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size) {
 
 namespace {
 
-// The best `count` of a row, best first, in `found`; at least as many if all are to be had.
+// The best `count` of a row, in any order, in `found`; fewer only where fewer are numbers.
 void find_best(const Kernels& kernels, const float* scores, int64_t size, int64_t count, std::vector<int32_t>& found) {
   found.resize(size_t(size));
-  const float top = kernels.largest(scores, size);
-  int64_t num_found = 0;
-  for (float below = 4.0f; num_found < count; below *= 2.0f) {
-    const bool is_last = below > 1e4f || count == size;
-    const float low = is_last ? -std::numeric_limits<float>::max() : top - below;
-    num_found = kernels.collect(scores, size, low, INFINITE, found.data());
-    if (is_last) break;
+  const float top = kernels.largest(scores, size), least = -std::numeric_limits<float>::max();
+  // From `low` on there are enough, from `high` on too few.
+  float low = top, high = INFINITE;
+  int64_t num_found = kernels.count(scores, size, low);
+  for (float below = 4.0f; num_found < count && low > least; below *= 2.0f) {
+    high = low;
+    low = below > 1e4f || count == size ? least : top - below;
+    num_found = kernels.count(scores, size, low);
   }
-  const auto is_better = [&](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); };
+  for (int step = 0; step < 16 && num_found > 2 * count && high < INFINITE; step++) {
+    const float middle = low + (high - low) / 2;
+    const int64_t num_above = kernels.count(scores, size, middle);
+    (num_above >= count ? low : high) = middle;
+    if (num_above >= count) num_found = num_above;
+  }
+  num_found = kernels.collect(scores, size, low, INFINITE, found.data());
   count = std::min(count, num_found);
+  const auto is_better = [&](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); };
   std::nth_element(found.begin(), found.begin() + count, found.begin() + num_found, is_better);
   found.resize(size_t(count));
-  std::sort(found.begin(), found.end(), is_better);
+}
+
+struct Ranked {
+  float score;
+  int32_t token;
+  bool operator<(const Ranked& other) const {
+    return score > other.score || (score == other.score && token < other.token);
+  }
+};
+
+// The best so far, best first, of offers that come in any order.
+class Leaders {
+ public:
+  explicit Leaders(int64_t count) : count_(size_t(count)) {}
+
+  bool can_lead(float score) const { return best_.size() < count_ || score >= best_.back().score; }
+
+  void offer(Ranked each) {
+    if (!can_lead(each.score)) return;
+    best_.insert(std::upper_bound(best_.begin(), best_.end(), each), each);
+    if (best_.size() > count_) best_.pop_back();
+  }
+
+  const std::vector<Ranked>& best() const { return best_; }
+
+ private:
+  size_t count_;
+  std::vector<Ranked> best_;
+};
+
+// The largest noise of bits that begin with so many ones.
+float most_noise(int num_ones) {
+  static const auto most = [] {
+    std::array<float, 33> noise;
+    for (int ones = 0; ones < 32; ones++) noise[size_t(ones)] = Noise::of_bits(~uint32_t(0) - (uint32_t(1) << (31 - ones)));
+    noise[32] = Noise::of_bits(~uint32_t(0));
+    return noise;
+  }();
+  return most[size_t(num_ones)];
 }
 
 }  // namespace
@@ -307,37 +355,26 @@ void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t nu
                    int64_t count, int32_t* token_ids, float* scores) {
   const Kernels& kernels = ((Engine*)engine)->kernels;
   std::vector<int32_t>& found = ((Engine*)engine)->scratch.found;
-  std::vector<float>& noisy = ((Engine*)engine)->scratch.scores;
-  std::vector<int32_t> best;
   for (int64_t r = 0; r < num_rows; r++) {
     const float* row = logits + r * stride;
     const bool is_greedy = temperatures[r] == 0.0f;
     find_best(kernels, row, vocab_size, is_greedy ? count : std::max(num_noised, count), found);
-    if (!is_greedy) {
-      const Noise noise(seeds[r], positions[r]);
-      const float top = row[found.front()], temperature = std::max(temperatures[r], MIN_TEMPERATURE);
-      noisy.resize(found.size());
-      std::vector<float> leaders;  // the best so far, falling
-      for (size_t begin = 0; begin < found.size(); begin += 32) {
-        // Scores fall: what the first of a block cannot reach, none of them can.
-        const float first = std::max((row[found[begin]] - top) / temperature, -1e30f);
-        const bool is_open = int64_t(leaders.size()) < count;
-        const uint64_t least_bits = is_open ? 0 : Noise::least_bits(leaders[size_t(count) - 1] - first);
-        for (size_t i = begin; i < std::min(begin + 32, found.size()); i++) {
-          const uint32_t bits = noise.bits(found[i]);
-          const float score = std::max((row[found[i]] - top) / temperature, -1e30f);
-          noisy[i] = bits < least_bits ? -INFINITE : score + Noise::of_bits(bits);
-          if (bits >= least_bits) leaders.push_back(noisy[i]);
-        }
-        std::sort(leaders.begin(), leaders.end(), std::greater<float>());
+    Leaders leaders(count);
+    const Noise noise(seeds[r], positions[r]);
+    const float top = kernels.largest(row, vocab_size), temperature = std::max(temperatures[r], MIN_TEMPERATURE);
+    for (const int32_t token : found) {
+      if (is_greedy) {
+        leaders.offer({row[token], token});
+        continue;
       }
-      find_best(kernels, noisy.data(), int64_t(noisy.size()), std::min<int64_t>(count, int64_t(noisy.size())), best);
+      const uint32_t bits = noise.bits(token);
+      const float score = std::max((row[token] - top) / temperature, -1e30f);
+      if (leaders.can_lead(score + most_noise(std::countl_one(bits)))) leaders.offer({score + Noise::of_bits(bits), token});
     }
     for (int64_t i = 0; i < count; i++) {
-      const bool is_there = i < int64_t(is_greedy ? found.size() : best.size());
-      const int32_t token = !is_there ? -1 : is_greedy ? found[size_t(i)] : found[size_t(best[size_t(i)])];
-      token_ids[r * count + i] = token;
-      scores[r * count + i] = !is_there ? -INFINITE : is_greedy ? row[token] : noisy[size_t(best[size_t(i)])];
+      const bool is_there = i < int64_t(leaders.best().size());
+      token_ids[r * count + i] = is_there ? leaders.best()[size_t(i)].token : -1;
+      scores[r * count + i] = is_there ? leaders.best()[size_t(i)].score : -INFINITE;
     }
   }
 }

@@ -90,6 +90,8 @@ struct Kernels {
   // Sum of exp((x - top) * factor).
   double (*sum_exponentials)(const float* x, int64_t size, float top, float factor);
   void (*exponentials)(const float* x, int64_t size, float* out);
+  // How many are at least `low`.
+  int64_t (*count)(const float* x, int64_t size, float low);
   // Indices, rising, of what is at least `low` and below `high`; returns how many. `indices` has room for `size`.
   int64_t (*collect)(const float* x, int64_t size, float low, float high, int32_t* indices);
 };
