@@ -16,7 +16,7 @@ from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.fusing import FusingSource
 from drafter_service.model.growth import RankingSettings
 from drafter_service.model.layer_parallel import LayerParallelSource
-from drafter_service.model.plan_choice import candidate_plans, fastest_plan, time_plans
+from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.text_engine import open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
@@ -184,10 +184,13 @@ def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:
     except InvalidRequestError as error:
         raise ConfigurationError(str(error)) from error
     with torch.inference_mode():
+        settle_threads(loaded.decoder, loaded.memory)
         timed = time_plans(loaded.decoder, loaded.memory, candidate_plans(num_layers, mlp))
     plan = fastest_plan(timed)
     step_ms = {str(each.plan): round(each.step_ms, 3) for each in timed}
-    structlog.get_logger().info("layer_plan_chosen", layer_groups=str(plan), step_ms=step_ms)
+    structlog.get_logger().info(
+        "layer_plan_chosen", layer_groups=str(plan), step_ms=step_ms, num_threads=loaded.decoder.executor.num_threads
+    )
     return plan
 
 

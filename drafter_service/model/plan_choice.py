@@ -1,8 +1,10 @@
-"""The default layer plan of a draft model: the fastest of a few, timed when the drafter starts.
+"""How a draft model runs by default: on how many threads, and by which layer plan. Timed when the drafter starts.
 
 Layer groups save what an engine spends between layers. How much that is depends on the draft model, the executor and
 the number of threads, and a fuzzy step costs acceptance: a plan with groups must be clearly faster than the exact step.
-step.
+
+Threads meet at every operation. A step of a small draft model takes less time on one thread, and leaves the others to
+the rest of the machine.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ _GROUP_SIZES = (2, 3, 4, 6)
 # Groups of four layers lost up to 2 % of the hits of a level and 3 to 9 % of the agreement with the exact model in the
 # prototype behind docs/decisions/0004; over a tree of five levels that is about what a step 1.15 times as fast wins.
 MIN_SPEED_UP = 1.15
+# What further threads must gain.
+_MIN_THREADS_GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ def time_plans(
     slots.release()
     # The first time compiles the plan's program.
     return [TimedPlan(plan, 1e3 * statistics.median(taken[1:])) for plan, taken in zip(plans, times, strict=True)]
+
+
+def settle_threads(decoder: Decoder, memory: KvMemory, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Let passes run on one thread, or on all that the executor has where that is clearly faster."""
+    executor, plans = decoder.executor, [decoder.sequential_plan]
+    num_threads = executor.num_threads
+    if num_threads == 1:
+        return
+    (together,) = time_plans(decoder, memory, plans, clock)
+    executor.use_threads(1)
+    (alone,) = time_plans(decoder, memory, plans, clock)
+    if together.step_ms * _MIN_THREADS_GAIN < alone.step_ms:
+        executor.use_threads(num_threads)
 
 
 def fastest_plan(timed: Sequence[TimedPlan]) -> LayerPlan:

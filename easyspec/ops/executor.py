@@ -50,6 +50,13 @@ class Executor(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def num_threads(self) -> int:
+        """Threads of its own that compute a pass."""
+
+    def use_threads(self, num_threads: int) -> None:
+        """Compute passes on so many of its threads, 1 to all, from now on: no bit depends on it."""
+
     def pack(self, weight: Weight) -> PackedWeight:
         """The weight in this executor's layout; the caller may forget its own."""
 

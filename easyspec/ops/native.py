@@ -128,6 +128,11 @@ class NativeExecutor:
         """See Executor."""
         return f"native-{self.path.name.lower()}"
 
+    def use_threads(self, num_threads: int) -> None:
+        """See Executor."""
+        self.num_threads = num_threads
+        load().easyspec_engine_use_threads(self._engine, num_threads)
+
     def pack(self, weight: Weight) -> NativeWeight:
         """See Executor."""
         return NativeWeight(weight)

@@ -99,6 +99,7 @@ def load() -> ctypes.CDLL:
         "easyspec_pack_codes": (None, (POINTER(Packed), c_void_p, c_void_p, c_void_p)),
         "easyspec_unpack_row": (None, (POINTER(Packed), c_int64, c_void_p)),
         "easyspec_engine_new": (c_void_p, (c_int32, c_int32)),
+        "easyspec_engine_use_threads": (None, (c_void_p, c_int32)),
         "easyspec_engine_free": (None, (c_void_p,)),
         "easyspec_program_new": (c_void_p, (c_void_p, POINTER(Op), c_int64, c_void_p, c_void_p, c_int64)),
         "easyspec_program_free": (None, (c_void_p,)),

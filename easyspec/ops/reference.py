@@ -81,6 +81,14 @@ class ReferenceExecutor:
         self.device = device
         self._workspace = Workspace(device)
 
+    @property
+    def num_threads(self) -> int:
+        """See Executor: torch's threads are not its own."""
+        return 1
+
+    def use_threads(self, num_threads: int) -> None:
+        """See Executor."""
+
     def pack(self, weight: Weight) -> ReferenceWeight:
         """See Executor."""
         values = weight.values if isinstance(weight, DenseWeight) else weight.dense()

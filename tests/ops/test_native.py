@@ -475,6 +475,22 @@ def test_views_are_overwritten_by_the_next_program(native: NativeExecutor) -> No
     assert not first.any()
 
 
+def test_fewer_threads_give_the_same_bits() -> None:
+    executor = NativeExecutor(3)
+    writer = ProgramWriter()
+    source, target = writer.buffer(64), writer.buffer(4096)
+    writer.add(Product(source, target, executor.pack(DenseWeight(torch.randn(4096, 64)))))
+    program = executor.compile(writer)
+    pool = KVPool(1, 1, 16, 0, torch.float32, CPU)
+    rows = torch.randn(5, 64)
+    results = []
+    for num_threads in (3, 1, 2, 3):
+        executor.use_threads(num_threads)
+        (result,) = program.run(plain_rows(5), pool, {source: rows}, [target])
+        results.append(result.clone())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_rows_out_of_range_do_not_reach_the_library() -> None:
     """The library has no bounds of its own: a token beyond its table would read foreign memory."""
     executor = NativeExecutor(1)

@@ -114,6 +114,8 @@ void easyspec_pack_codes(const easyspec::Packed* weight, const int8_t* codes, co
 void easyspec_unpack_row(const easyspec::Packed* weight, int64_t row, float* out);
 
 void* easyspec_engine_new(int32_t path, int32_t num_threads);
+// Passes run on so many of its threads from now on, 1 to all.
+void easyspec_engine_use_threads(void* engine, int32_t num_threads);
 void easyspec_engine_free(void* engine);
 // `rows_of_buffer`: 0 all rows of a pass, 1 the selected ones. `widths` are multiples of 32.
 void* easyspec_program_new(void* engine, const EasyspecOp* ops, int64_t num_ops, const int64_t* widths,

@@ -560,6 +560,8 @@ int32_t easyspec_best_path() {
 
 void* easyspec_engine_new(int32_t path, int32_t num_threads) { return new Engine(Path(path), num_threads); }
 
+void easyspec_engine_use_threads(void* engine, int32_t num_threads) { ((Engine*)engine)->threads.use(num_threads); }
+
 void easyspec_engine_free(void* engine) { delete (Engine*)engine; }
 
 void* easyspec_program_new(void* engine, const EasyspecOp* ops, int64_t num_ops, const int64_t* widths,

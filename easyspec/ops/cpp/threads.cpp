@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -31,9 +32,9 @@ void pause_briefly(int& num_spins) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
+ThreadPool::ThreadPool(int num_threads) : num_active_(num_threads < 1 ? 1 : num_threads) {
   ticket_ = ticket(0, END, 0);
-  for (int thread = 1; thread < num_threads_; thread++) threads_.emplace_back([this, thread] { live(thread); });
+  for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { live(thread); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -43,18 +44,22 @@ ThreadPool::~ThreadPool() {
   for (auto& thread : threads_) thread.join();
 }
 
+void ThreadPool::use(int num_threads) {
+  num_active_ = std::clamp(num_threads, 1, int(threads_.size()) + 1);
+}
+
 void ThreadPool::live(int thread) {
   uint32_t seen = 0;
   while (true) {
     num_passes_.wait(seen);
     seen = num_passes_.load();
     if (is_over_) return;
-    take_part(thread);
+    if (thread < num_active_) take_part(thread);
   }
 }
 
 void ThreadPool::run(Work& work) {
-  if (num_threads_ == 1) {
+  if (num_active_ == 1) {
     for (int64_t phase = 0; phase < work.num_phases(); phase++)
       for (int64_t piece = 0; piece < work.num_pieces(phase); piece++) work.run(phase, piece, 0);
     return;

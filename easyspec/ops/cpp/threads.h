@@ -26,7 +26,9 @@ class ThreadPool {
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
 
-  int num_threads() const { return num_threads_; }
+  // Those that take part.
+  int num_threads() const { return num_active_; }
+  void use(int num_threads);
 
   // Runs all phases, one after the other, on the calling thread and the others. One call at a time.
   void run(Work& work);
@@ -36,7 +38,7 @@ class ThreadPool {
   void live(int thread);
   void publish(int64_t phase, int thread);
 
-  const int num_threads_;
+  std::atomic<int> num_active_;
   std::vector<std::thread> threads_;
   Work* work_ = nullptr;
   // Pass number, phase and next piece in one word: a thread learns all three by one addition.
