@@ -15,29 +15,35 @@ using namespace easyspec;
 
 namespace {
 
-constexpr uint64_t INCREMENT = 0x9E3779B97F4A7C15ull;
 constexpr float MAX_NOISE = 22.873857f;
 constexpr float MIN_TEMPERATURE = 1.17549435e-38f;  // the smallest normal number
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-uint64_t mixed(uint64_t bits) {  // splitmix64's finaliser
-  bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9ull;
-  bits = (bits ^ bits >> 27) * 0x94D049BB133111EBull;
-  return bits ^ bits >> 31;
-}
-
-uint64_t element(uint64_t index, uint64_t state) { return (index + 1) * INCREMENT + state; }
+uint64_t element(uint64_t index, uint64_t state) { return (index + 1) * uint64_t(NOISE_STEP) + state; }
 
 // The noise of all tokens at one position of one request (easyspec/speculation/coupling.py).
 class Noise {
  public:
   Noise(uint64_t seed, int64_t position) : stream_(mixed(element(uint64_t(position), mixed(element(seed, 0))))) {}
 
-  uint32_t bits(int64_t token) const { return uint32_t(mixed(element(uint64_t(token), stream_)) >> 32); }
+  uint64_t state(int64_t token) const { return element(uint64_t(token), stream_); }
+
+  uint32_t bits(int64_t token) const { return noise_bits(state(token)); }
 
   static float of_bits(uint32_t bits) {
     const double uniform = (double(bits) + 0.5) * 0x1p-32;
     return float(-std::log(-std::log(uniform)));
+  }
+
+  // The largest noise of bits that begin with so many ones.
+  static float most(int num_ones) {
+    static const auto largest = [] {
+      std::array<float, 33> noise;
+      for (int ones = 0; ones < 32; ones++) noise[size_t(ones)] = of_bits(~uint32_t(0) - (uint32_t(1) << (31 - ones)));
+      noise[32] = of_bits(~uint32_t(0));
+      return noise;
+    }();
+    return largest[size_t(num_ones)];
   }
 
   // The least bits whose noise may reach `noise`.
@@ -54,15 +60,22 @@ class Noise {
 // A row's logits as bias and penalties make them, for as long as this lives.
 class Adjusted {
  public:
-  explicit Adjusted(const EasyspecChoice& c) : logits_(c.logits) {
+  Adjusted(const EasyspecChoice& c, std::vector<std::pair<int64_t, float>>& before) : logits_(c.logits), before_(before) {
+    before_.clear();
     for (int64_t i = 0; i < c.num_biased; i++) set(c.bias_ids[i], logits_[c.bias_ids[i]] + c.bias_values[i]);
     if (c.repetition == 1.0f && c.presence == 0.0f && c.frequency == 0.0f) return;
-    path_.assign(c.path_ids, c.path_ids + c.num_path);
-    std::sort(path_.begin(), path_.end());
-    for (int64_t i = 0; i < c.num_seen; i++) penalise(c, c.seen_ids[i], c.counts[i] + on_path(c.seen_ids[i]));
+    std::vector<int64_t> slots(c.path_slots, c.path_slots + c.num_path);
+    std::sort(slots.begin(), slots.end());
+    auto slot = std::lower_bound(slots.begin(), slots.end(), int64_t(0));
+    for (int64_t i = 0; i < c.num_seen; i++) {
+      float count = c.counts[i];
+      for (; slot != slots.end() && *slot == i; ++slot) count += 1.0f;
+      penalise(c, c.seen_ids[i], count);
+    }
     for (int64_t i = 0; i < c.num_path; i++) {
+      const int64_t* end = c.path_ids + c.num_path;
       const bool is_first = std::find(c.path_ids, c.path_ids + i, c.path_ids[i]) == c.path_ids + i;
-      if (c.path_slots[i] < 0 && is_first) penalise(c, c.path_ids[i], on_path(c.path_ids[i]));
+      if (c.path_slots[i] < 0 && is_first) penalise(c, c.path_ids[i], float(std::count(c.path_ids, end, c.path_ids[i])));
     }
   }
 
@@ -71,12 +84,6 @@ class Adjusted {
   }
 
  private:
-  float on_path(int64_t token) const {
-    if (path_.empty()) return 0.0f;
-    const auto range = std::equal_range(path_.begin(), path_.end(), token);
-    return float(range.second - range.first);
-  }
-
   void penalise(const EasyspecChoice& c, int64_t token, float count) {
     float value = logits_[token];
     value = value > 0.0f ? value / c.repetition : value * c.repetition;
@@ -91,8 +98,7 @@ class Adjusted {
   }
 
   float* logits_;
-  std::vector<int64_t> path_;
-  std::vector<std::pair<int64_t, float>> before_;
+  std::vector<std::pair<int64_t, float>>& before_;
 };
 
 class Chooser {
@@ -111,7 +117,10 @@ class Chooser {
 
   int64_t choose() {
     if (!(top_ > -INFINITE)) return -1;
-    if (c_.temperature == 0.0f) return std::find(logits_, logits_ + size_, top_) - logits_;
+    if (c_.temperature == 0.0f) {
+      k_.collect(logits_, size_, top_, INFINITE, found_.data());
+      return found_.front();
+    }
     temperature_ = std::max(c_.temperature, MIN_TEMPERATURE);
     float least = -INFINITE;
     if (c_.top_k > 0 && c_.top_k < size_) least = top_k_cutoff();
@@ -133,9 +142,26 @@ class Chooser {
 
   // Tokens with scores from `low` on and below `high`, which may be infinite, at the front of `found_`.
   int64_t collect(float low, float high) {
-    const float begin = low == -INFINITE ? -std::numeric_limits<float>::max() : logit_near(low, -1.0f);
-    const float end = high == INFINITE ? INFINITE : logit_near(high, 1.0f);
-    const int64_t near = k_.collect(logits_, size_, begin, end, found_.data());
+    return kept(k_.collect(logits_, size_, logit_below(low), logit_above(high), found_.data()), low, high);
+  }
+
+  // The same of those whose noise may lift them to `best`.
+  int64_t collect_lucky(float low, float high, const Noise& noise, float best) {
+    const uint64_t least = Noise::least_bits(best - high);
+    if (least > 0xffffffffull) return 0;
+    return kept(k_.collect_lucky(logits_, size_, logit_below(low), logit_above(high), noise.state(0), uint32_t(least),
+                                 found_.data()),
+                low, high);
+  }
+
+  float logit_below(float low) const {
+    return low == -INFINITE ? -std::numeric_limits<float>::max() : logit_near(low, -1.0f);
+  }
+
+  float logit_above(float high) const { return high == INFINITE ? INFINITE : logit_near(high, 1.0f); }
+
+  // How many of the first `near` tokens of `found_`, at its front, have scores in that range after all.
+  int64_t kept(int64_t near, float low, float high) {
     int64_t count = 0;
     for (int64_t i = 0; i < near; i++) {
       const float s = score(found_[size_t(i)]);
@@ -225,8 +251,11 @@ class Chooser {
     const Noise noise(c_.seed, c_.position);
     float best = -INFINITE;
     int64_t chosen = -1;
-    const auto offer = [&](int64_t token, uint32_t bits) {
-      const float value = score(token) + Noise::of_bits(bits);
+    const auto offer = [&](int64_t token) {
+      const uint32_t bits = noise.bits(token);
+      const float its_score = score(token);
+      if (its_score + Noise::most(std::countl_one(bits)) < best) return;
+      const float value = its_score + Noise::of_bits(bits);
       if (value > best || (value == best && token < chosen)) {
         best = value;
         chosen = token;
@@ -236,12 +265,8 @@ class Chooser {
     float high = INFINITE;
     for (float step = -4.0f;; step = next_step(step)) {
       const float low = std::max(step, least);
-      const int64_t count = collect(low, high);
-      const uint64_t least_bits = high == INFINITE ? 0 : Noise::least_bits(best - high);
-      for (int64_t i = 0; i < count; i++) {
-        const uint32_t bits = noise.bits(found_[size_t(i)]);
-        if (bits >= least_bits) offer(found_[size_t(i)], bits);
-      }
+      const int64_t count = high == INFINITE ? collect(low, high) : collect_lucky(low, high, noise, best);
+      for (int64_t i = 0; i < count; i++) offer(found_[size_t(i)]);
       if (low <= least || best - low > MAX_NOISE + 1e-3f) return chosen;
       high = low;
     }
@@ -271,7 +296,7 @@ const float* allowed_only(const EasyspecChoice& c, std::vector<float>& masked) {
 int64_t easyspec_choose(void* engine, const EasyspecChoice* choice) {
   Engine& e = *(Engine*)engine;
   if (!e.kernels.are_finite(choice->logits, choice->vocab_size)) return -1;
-  const Adjusted adjusted(*choice);
+  const Adjusted adjusted(*choice, e.scratch.before);
   const float* logits = choice->allowed_bits ? allowed_only(*choice, e.scratch.masked) : choice->logits;
   return Chooser(e.kernels, *choice, logits, e.scratch).choose();
 }
@@ -337,17 +362,6 @@ class Leaders {
   std::vector<Ranked> best_;
 };
 
-// The largest noise of bits that begin with so many ones.
-float most_noise(int num_ones) {
-  static const auto most = [] {
-    std::array<float, 33> noise;
-    for (int ones = 0; ones < 32; ones++) noise[size_t(ones)] = Noise::of_bits(~uint32_t(0) - (uint32_t(1) << (31 - ones)));
-    noise[32] = Noise::of_bits(~uint32_t(0));
-    return noise;
-  }();
-  return most[size_t(num_ones)];
-}
-
 }  // namespace
 
 void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
@@ -369,7 +383,7 @@ void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t nu
       }
       const uint32_t bits = noise.bits(token);
       const float score = std::max((row[token] - top) / temperature, -1e30f);
-      if (leaders.can_lead(score + most_noise(std::countl_one(bits)))) leaders.offer({score + Noise::of_bits(bits), token});
+      if (leaders.can_lead(score + Noise::most(std::countl_one(bits)))) leaders.offer({score + Noise::of_bits(bits), token});
     }
     for (int64_t i = 0; i < count; i++) {
       const bool is_there = i < int64_t(leaders.best().size());

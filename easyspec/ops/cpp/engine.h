@@ -1,6 +1,7 @@
 // A code path and the threads that run it.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -19,6 +20,7 @@ inline const Kernels& kernels_of(Path path) {
 struct ChoiceScratch {
   std::vector<int32_t> found;
   std::vector<float> scores, masses, masked;
+  std::vector<std::pair<int64_t, float>> before;
 };
 
 struct Engine {

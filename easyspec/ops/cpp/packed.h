@@ -97,4 +97,17 @@ inline uint16_t to_float16(float value) {  // nearest, ties to even
   return uint16_t(sign | (rounded - 0x38000000u) >> 13);
 }
 
+// The noise of tokens (easyspec/speculation/coupling.py): SplitMix64, a state that goes on by a step for each token, and
+// the upper half of its mixed bits.
+constexpr int64_t NOISE_STEP = int64_t(0x9E3779B97F4A7C15ull);
+constexpr int64_t NOISE_FACTORS[] = {int64_t(0xBF58476D1CE4E5B9ull), int64_t(0x94D049BB133111EBull)};
+
+inline uint64_t mixed(uint64_t bits) {
+  bits = (bits ^ bits >> 30) * uint64_t(NOISE_FACTORS[0]);
+  bits = (bits ^ bits >> 27) * uint64_t(NOISE_FACTORS[1]);
+  return bits ^ bits >> 31;
+}
+
+inline uint32_t noise_bits(uint64_t state) { return uint32_t(mixed(state) >> 32); }
+
 }  // namespace easyspec

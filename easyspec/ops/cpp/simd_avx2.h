@@ -7,6 +7,8 @@
 
 namespace {
 
+using easyspec::NOISE_STEP;
+
 using vf = __m256;
 using vi = __m256i;
 constexpr int W = 8;
@@ -74,6 +76,12 @@ inline vf load_second_of_pairs(const uint16_t* p) {
 inline uint32_t lanes_between(vf v, float low, float high) {
   vf inside = _mm256_and_ps(_mm256_cmp_ps(v, set1(low), _CMP_GE_OQ), _mm256_cmp_ps(v, set1(high), _CMP_LT_OQ));
   return uint32_t(_mm256_movemask_ps(inside));
+}
+// Bit i: the noise of token i behind the one with `state` has at least `least` for its bits.
+inline uint32_t lucky_lanes(uint64_t state, uint32_t least) {
+  uint32_t lucky = 0;
+  for (int i = 0; i < W; i++, state += uint64_t(NOISE_STEP)) lucky |= uint32_t(easyspec::noise_bits(state) >= least) << i;
+  return lucky;
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

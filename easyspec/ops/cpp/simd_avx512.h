@@ -7,6 +7,9 @@
 
 namespace {
 
+using easyspec::NOISE_FACTORS;
+using easyspec::NOISE_STEP;
+
 using vf = __m512;
 using vi = __m512i;
 constexpr int W = 16;
@@ -82,6 +85,19 @@ inline vf load_second_of_pairs(const uint16_t* p) {
 }
 inline uint32_t lanes_between(vf v, float low, float high) {
   return uint32_t(_mm512_cmp_ps_mask(v, set1(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, set1(high), _CMP_LT_OQ));
+}
+inline __m256i noise_bits_of_8(uint64_t state) {
+  const __m512i lanes = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(NOISE_STEP));
+  __m512i bits = _mm512_add_epi64(_mm512_set1_epi64(int64_t(state)), lanes);
+  bits = _mm512_mullo_epi64(_mm512_xor_si512(bits, _mm512_srli_epi64(bits, 30)), _mm512_set1_epi64(NOISE_FACTORS[0]));
+  bits = _mm512_mullo_epi64(_mm512_xor_si512(bits, _mm512_srli_epi64(bits, 27)), _mm512_set1_epi64(NOISE_FACTORS[1]));
+  return _mm512_cvtepi64_epi32(_mm512_srli_epi64(_mm512_xor_si512(bits, _mm512_srli_epi64(bits, 31)), 32));
+}
+// Bit i: the noise of token i behind the one with `state` has at least `least` for its bits.
+inline uint32_t lucky_lanes(uint64_t state, uint32_t least) {
+  const __m256i low = noise_bits_of_8(state), high = noise_bits_of_8(state + 8 * uint64_t(NOISE_STEP));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return uint32_t(_mm512_cmpge_epu32_mask(both, _mm512_set1_epi32(int32_t(least))));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -9,6 +9,7 @@ namespace {
 
 using easyspec::bits_of_float;
 using easyspec::float_of_bits;
+using easyspec::NOISE_STEP;
 
 constexpr int W = 8;
 struct vf {
@@ -60,6 +61,12 @@ inline uint32_t lanes_between(vf v, float low, float high) {
   uint32_t inside = 0;
   for (int i = 0; i < W; i++) inside |= uint32_t(v.v[i] >= low && v.v[i] < high) << i;
   return inside;
+}
+// Bit i: the noise of token i behind the one with `state` has at least `least` for its bits.
+inline uint32_t lucky_lanes(uint64_t state, uint32_t least) {
+  uint32_t lucky = 0;
+  for (int i = 0; i < W; i++, state += uint64_t(NOISE_STEP)) lucky |= uint32_t(easyspec::noise_bits(state) >= least) << i;
+  return lucky;
 }
 inline void prefetch(const void*) {}
 
