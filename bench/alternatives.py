@@ -19,19 +19,19 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer
 
 from bench.alternatives_report import OURS, AlternativeResult, print_alternatives, summarize_alternatives
 from bench.decode import write_report
-from bench.pairs import PAIRS, ModelPair, start_services
+from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts
+from bench.pairs import PAIR_HELP, PAIRS, ModelPair, start_services
 from bench.provenance import provenance
 from bench.server_generation import ServerGeneration
 from bench.serving.clients import LoadClient
 from bench.serving.streams import Outcome, Stream
 from bench.serving.workload import Speculation, Task
-from bench.source_tasks import TASK_NAMES, source_tasks
 from bench.timed_completion import Answer, DecodePhase, Maker, TimedCompletion
 from bench.transformers_generation import TransformersGeneration
+from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError, UnavailableError
 
@@ -106,19 +106,20 @@ def main(argv: list[str]) -> int:
     return 1 if num_differing else 0
 
 
-def interleaved(makers: Sequence[Maker], settings: AlternativesSettings) -> Iterator[tuple[Maker, str, int, Task]]:
+def interleaved(
+    makers: Sequence[Maker], settings: AlternativesSettings, source: PairPrompts = HELD_OUT_TEXT
+) -> Iterator[tuple[Maker, str, int, Task]]:
     """Yield (who, kind of task, prompt index, task): every prompt by everybody before the next prompt.
 
     Kinds take turns, and so does who is first. Raises ConfigurationError if there are too few prompts.
     """
     try:
-        tasks = [source_tasks(kind, settings.num_prompts, settings.seed) for kind in TASK_NAMES]
+        prompts = [source.of_kind(kind, settings.num_prompts, settings.seed) for kind in source.kinds]
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    prompts = [[task.prompt for task in same_kind] for same_kind in tasks]
     for index, same_index in enumerate(zip(*prompts, strict=True)):
         shift = index % len(makers)
-        for kind, prompt in zip(TASK_NAMES, same_index, strict=True):
+        for kind, prompt in zip(source.kinds, same_index, strict=True):
             for temperature in settings.temperatures:
                 task = Task(prompt, settings.max_tokens, temperature, settings.seed + index, Speculation.OFF)
                 for maker in (*makers[shift:], *makers[:shift]):
@@ -126,11 +127,14 @@ def interleaved(makers: Sequence[Maker], settings: AlternativesSettings) -> Iter
 
 
 async def measure(
-    alternatives: Sequence[Alternative], settings: AlternativesSettings, progress: Progress
+    alternatives: Sequence[Alternative],
+    settings: AlternativesSettings,
+    progress: Progress,
+    source: PairPrompts = HELD_OUT_TEXT,
 ) -> list[TimedCompletion]:
     """Complete every prompt by every alternative, one at a time, after a short unmeasured one by each."""
     by_maker = {alternative.maker: alternative for alternative in alternatives}
-    planned = list(interleaved(list(by_maker), settings))
+    planned = list(interleaved(list(by_maker), settings, source))
     bar = progress.add_task("warming up", total=len(planned))
     for maker, _, _, task in planned[: len(by_maker) * len(settings.temperatures)]:
         await by_maker[maker].complete(dataclasses.replace(task, max_tokens=_WARM_UP_TOKENS))
@@ -150,7 +154,7 @@ async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Con
     others: list[Alternative] = []
     if settings.has_transformers:
         others += await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
-    encode = partial(AutoTokenizer.from_pretrained(pair.base).encode, add_special_tokens=False)
+    encode = partial(load_tokenizer(pair.base).encode, add_special_tokens=False)
     others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
     async with start_services(pair) as address, LoadClient(address, _TIMEOUT_S) as client:
         easyspec = [
@@ -158,7 +162,7 @@ async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Con
             EasyspecServices(Maker(OURS), client, Speculation.OFF),
         ]
         with Progress(console=console) as progress:
-            return await measure([*others, *easyspec], settings, progress)
+            return await measure([*others, *easyspec], settings, progress, pair.prompts)
 
 
 def _report(
@@ -168,7 +172,7 @@ def _report(
 
     return {
         "command": command,
-        **provenance([pair.base, pair.draft]),
+        **provenance(pair.checkpoints),
         "transformers": transformers.__version__ if settings.has_transformers else None,
         "servers": [server.partition("=")[0] for server in settings.servers],
         "pair": pair.name,
@@ -192,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="easyspec bench alternatives", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write results to FILE")
-    add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure (bench: see make bench-pair)")
+    add("--pair", choices=sorted(PAIRS), default="bundled", help=PAIR_HELP)
     add(
         "--server",
         action="append",

@@ -16,14 +16,13 @@ from rich.progress import Progress
 
 from bench.clients import GatewayClient, ServedModels, Task
 from bench.measurement import Mode, Sample, select_modes
-from bench.pairs import PAIRS, ModelPair, cosine_rows, start_services
+from bench.pairs import PAIR_HELP, PAIRS, ModelPair, cosine_rows, start_services
 from bench.provenance import provenance
 from bench.summary import Result, summarize
 from bench.tables import print_results
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import TreeBudget
-from models.heldout import held_out_prompts
 
 _WARM_UP_TOKENS = 24
 
@@ -86,7 +85,7 @@ def report(
     budget = settings.budget or models.default_budget
     return {
         "command": command,
-        **provenance([pair.base, pair.draft]),
+        **provenance(pair.checkpoints),
         "pair": {"name": pair.name, "base": models.base, "draft": models.draft},
         "settings": {
             "num_prompts": settings.num_prompts,
@@ -138,8 +137,9 @@ async def measure(
 
 
 async def _measure(pair: ModelPair, settings: DecodeSettings, console: Console) -> tuple[ServedModels, list[Sample]]:
+    pair.check()
     try:
-        prompts = held_out_prompts(settings.num_prompts, settings.seed, settings.max_prompt_chars)
+        prompts = pair.prompts.some(settings.num_prompts, settings.seed, settings.max_prompt_chars)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     async with start_services(pair) as address, GatewayClient(address, timeout_s=600.0) as client:
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="easyspec bench decode", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write results and the cosine table to FILE")
-    add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure (bench: see make bench-pair)")
+    add("--pair", choices=sorted(PAIRS), default="bundled", help=PAIR_HELP)
     add("--quick", action="store_true", help="few prompts and modes: does it run, roughly how fast")
     add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")
     add("--num-prompts", type=_positive, metavar="N", help="held-out prompts (default: 8, quick 3)")

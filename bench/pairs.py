@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,12 @@ from pathlib import Path
 from bench.cosine import CosineRow, cosine_table
 from bench.machine import REPOSITORY
 from bench.measurement import LAYER_PARALLEL_SIZES
+from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts, Questions
+from easyspec.checkpoint.location import is_gguf
+from easyspec.cli.models import BUNDLED_DRAFTS
+from easyspec.cli.packaged_models import SMOLLM2
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, DRAFTER, GATEWAY, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
-from models.heldout import held_out_prompts
 
 _COSINE_PROMPTS = 16
 _COSINE_PROMPT_CHARS = 800
@@ -23,36 +26,64 @@ _GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A base and a draft checkpoint folder; `remedy` says how to make a missing one."""
+    """A base and a draft checkpoint, and what they are asked; `remedy` says how to come by a missing one.
+
+    Without a draft model the guesses come from the text.
+    """
 
     name: str
     base: Path
-    draft: Path
+    draft: Path | None
     remedy: str
+    prompts: PairPrompts = HELD_OUT_TEXT
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """What figures depend on."""
+        return [self.base] if self.draft is None else [self.base, self.draft]
 
     def check(self) -> None:
-        """Raise ConfigurationError naming the missing folder and the remedy."""
-        for folder in (self.base, self.draft):
-            if not (folder / "config.json").is_file():
-                raise ConfigurationError(f"no checkpoint in {str(folder)!r}; make it with `{self.remedy}`")
+        """Raise ConfigurationError naming the missing checkpoint and the remedy."""
+        for path in self.checkpoints:
+            if not (path if is_gguf(path) else path / "config.json").is_file():
+                raise ConfigurationError(f"no checkpoint in {str(path)!r}; get it with `{self.remedy}`")
+
+    def settings(self, flags: Mapping[str, Sequence[str]]) -> StackSettings:
+        """The services that run it."""
+        return StackSettings(base=self.base, draft=self.draft, drafts_from_text=self.draft is None, flags=flags)
+
+
+_SMOLLM2_DRAFT = BUNDLED_DRAFTS[1]
 
 
 PAIRS = {
     "bundled": ModelPair("bundled", DEFAULT_BASE, DEFAULT_DRAFT, "make train-models"),
+    "smollm2": ModelPair(
+        "smollm2",
+        SMOLLM2.path,
+        _SMOLLM2_DRAFT if _SMOLLM2_DRAFT.exists() else None,
+        "easyspec fetch smollm2",
+        Questions(SMOLLM2.path),
+    ),
     "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", DEFAULT_DRAFT, "make bench-pair"),
 }
+
+
+PAIR_HELP = "models to measure: smollm2 needs `easyspec fetch smollm2`, bench `make bench-pair` (default: bundled)"
 
 
 @asynccontextmanager
 async def start_services(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> AsyncIterator[str]:
     """Run drafter, verifier and gateway as real processes and yield the gateway's address."""
     pair.check()
-    settings = StackSettings(base=pair.base, draft=pair.draft, flags={GATEWAY: _GATEWAY_FLAGS, DRAFTER: drafter_flags})
+    settings = pair.settings({GATEWAY: _GATEWAY_FLAGS, DRAFTER: drafter_flags})
     async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
         yield stack.gateway_address
 
 
 def cosine_rows(pair: ModelPair) -> list[CosineRow]:
     """Cosine table of the pair's draft model at the last positions of held-out texts."""
-    texts = held_out_prompts(_COSINE_PROMPTS, seed=0, max_chars=_COSINE_PROMPT_CHARS)
+    if pair.draft is None:
+        return []
+    texts = pair.prompts.some(_COSINE_PROMPTS, seed=0, max_chars=_COSINE_PROMPT_CHARS)
     return cosine_table(pair.draft, texts, LAYER_PARALLEL_SIZES, _COSINE_POSITIONS)

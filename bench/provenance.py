@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import REPOSITORY, current_commit, describe_machine
+from easyspec.checkpoint.location import is_gguf
 from models.recipe.settings import MODELS
 
 BUNDLED = tuple(MODELS / name for name in ("base", "draft", "base-small"))
@@ -33,9 +34,9 @@ def provenance(checkpoints: Sequence[Path]) -> dict[str, Any]:
 
 @functools.cache
 def weights_digest(folder: Path) -> str:
-    """The beginning of the SHA-256 of the folder's safetensors files, which are not expected to change meanwhile."""
+    """The beginning of the SHA-256 of a folder's safetensors files, or of a GGUF file; neither changes meanwhile."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [folder] if is_gguf(folder) else sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.decode import write_report
-from bench.pairs import PAIRS, ModelPair
+from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts
+from bench.pairs import PAIR_HELP, PAIRS, ModelPair
 from bench.provenance import provenance
 from bench.serving.clients import LoadClient, VerifierProbe
 from bench.serving.load import LoadGenerator, Window, WindowSettings
@@ -24,7 +25,7 @@ from bench.serving.overload import OverloadReport, OverloadSettings, run_overloa
 from bench.serving.summary import ServeResult, summarize
 from bench.serving.workload import MIXES, Speculation, Workload
 from bench.tables import print_serve_results
-from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
+from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError
 
@@ -88,10 +89,14 @@ def main(argv: list[str]) -> int:
 
 
 async def measure(
-    client: LoadClient, probe: VerifierProbe, settings: ServeSettings, progress: Progress
+    client: LoadClient,
+    probe: VerifierProbe,
+    settings: ServeSettings,
+    progress: Progress,
+    source: PairPrompts = HELD_OUT_TEXT,
 ) -> list[ServeResult]:
     """All concurrencies one after the other, their settings interleaved."""
-    generator = LoadGenerator(client, probe, Workload(settings.mix, settings.seed))
+    generator = LoadGenerator(client, probe, Workload(settings.mix, settings.seed, source))
     num_windows = 1 + settings.num_turns * len(settings.speculations)
     bar = progress.add_task("starting", total=len(settings.concurrencies) * num_windows)
     results: list[ServeResult] = []
@@ -132,12 +137,14 @@ async def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any
         results: list[ServeResult] = []
         with Progress(*columns, console=console) as progress:
             if arguments.overload_s is None:
-                results = await measure(client, probe, settings, progress)
+                results = await measure(client, probe, settings, progress, pair.prompts)
             else:
                 wanted = OverloadSettings(arguments.overload_s, concurrency=max(settings.concurrencies))
-                overload = await run_overload(client, Workload(settings.mix, settings.seed), wanted, progress)
+                overload = await run_overload(
+                    client, Workload(settings.mix, settings.seed, pair.prompts), wanted, progress
+                )
     return {
-        **provenance([pair.base, pair.draft] if arguments.gateway is None else []),
+        **provenance(pair.checkpoints if arguments.gateway is None else []),
         "pair": {"name": pair.name if arguments.gateway is None else arguments.gateway, **_models(info)},
         "settings": {
             **dataclasses.asdict(settings),
@@ -163,8 +170,7 @@ async def _services(arguments: argparse.Namespace, pair: ModelPair) -> AsyncIter
         return
     pair.check()
     flags = {GATEWAY: _GATEWAY_FLAGS, VERIFIER: _ENGINE_FLAGS, DRAFTER: _ENGINE_FLAGS}
-    settings = StackSettings(base=pair.base, draft=pair.draft, flags=flags)
-    async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
+    async with ServiceStack(pair.settings(flags), on_log=lambda role, line: None) as stack:
         yield stack.gateway_address, stack.verifier.address
 
 
@@ -194,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE", help="draw throughput and latencies to FILE (PNG; needs the extra bench)")
     add("--gateway", metavar="ADDRESS", help="host:port of a running gateway (default: start services on --pair)")
     add("--verifier", metavar="ADDRESS", help="host:port of its verifier, which is asked how full its KV pool is")
-    add("--pair", choices=sorted(PAIRS), default="bundled", help="models to start (bench: see make bench-pair)")
+    add("--pair", choices=sorted(PAIRS), default="bundled", help=PAIR_HELP)
     add("--quick", action="store_true", help="few short windows, done within 5 minutes")
     add("--concurrency", type=_positive, nargs="+", metavar="N", help="streams at a time (default: 1 2 4 8 16 32 64)")
     add("--speculation", choices=[item.value for item in Speculation], nargs="+", help="(default: off on auto)")

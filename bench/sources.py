@@ -21,11 +21,11 @@ from rich.progress import Progress
 from bench.clients import GatewayClient, Task
 from bench.decode import write_report
 from bench.measurement import PLAIN, Mode, Sample
-from bench.pairs import PAIRS, ModelPair, start_services
+from bench.pairs import PAIR_HELP, PAIRS, ModelPair, start_services
 from bench.provenance import provenance
 from bench.source_datastore import ensure_datastore
 from bench.source_lengths import LengthGain, length_gains
-from bench.source_tasks import TASK_NAMES, SourceTask, source_tasks
+from bench.source_tasks import SourceTask
 from easyspec.cli.signals import run_until_signal
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
@@ -183,10 +183,14 @@ async def _measure(pair: ModelPair, settings: SourcesSettings, console: Console)
     pair.check()
     try:
         # The kinds take turns, so that what is learned about guessers does not favour the last one.
-        by_name = [source_tasks(name, settings.num_prompts, settings.seed) for name in TASK_NAMES]
+        prompts = [pair.prompts.of_kind(kind, settings.num_prompts, settings.seed) for kind in pair.prompts.kinds]
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    tasks = [task for group in zip(*by_name, strict=True) for task in group]
+    tasks = [
+        SourceTask(kind, prompt)
+        for group in zip(*prompts, strict=True)
+        for kind, prompt in zip(pair.prompts.kinds, group, strict=True)
+    ]
     console.print("preparing the index (made once)")
     flags = [*ensure_datastore(pair.base), "--ask", settings.ask]
     measured = []
@@ -210,7 +214,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "command": command,
-        **provenance([pair.base, pair.draft]),
+        **provenance(pair.checkpoints),
         "pair": pair.name,
         "settings": dataclasses.asdict(settings)
         | {
@@ -255,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="easyspec bench sources", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write results to FILE")
-    add("--pair", choices=sorted(PAIRS), default="bundled", help="models to measure")
+    add("--pair", choices=sorted(PAIRS), default="bundled", help=PAIR_HELP)
     add("--quick", action="store_true", help="16 nodes, 2 prompts of a kind, 48 tokens: minutes instead of an hour")
     add(
         "--sources",

@@ -196,7 +196,7 @@ async def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any
         for result in results_of(model.name, model.num_layers, settings.num_streams, turns_of)
     ]
     return {
-        **provenance([PAIRS[arguments.pair].base, SECOND_BASES[arguments.pair], PAIRS[arguments.pair].draft]),
+        **provenance([*PAIRS[arguments.pair].checkpoints, SECOND_BASES[arguments.pair]]),
         "pair": arguments.pair,
         "settings": {
             **dataclasses.asdict(settings),

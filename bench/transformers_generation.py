@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
 from bench.serving.workload import Task
 from bench.timed_completion import Answer, Maker
+from easyspec.checkpoint.location import is_gguf
+from easyspec.checkpoint.tokenizer_files import load_tokenizer
 
 PROGRAM = "transformers"
 # The number of its documentation's example; every other setting is transformers' default.
@@ -28,13 +30,17 @@ class TransformersGeneration:
         self._config_fields = config
 
     @classmethod
-    def all_ways(cls, base: Path, draft: Path) -> list[Self]:
-        """All of them, sharing the loaded models. Weights keep the checkpoint's type, as easyspec's do."""
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model, assistant = (AutoModelForCausalLM.from_pretrained(each, dtype="auto").eval() for each in (base, draft))
+    def all_ways(cls, base: Path, draft: Path | None) -> list[Self]:
+        """All of them, sharing the loaded models; without a draft model nothing assists.
+
+        Weights keep the checkpoint's type, as easyspec's do; those of a GGUF file it can only compute in bfloat16.
+        """
+        tokenizer = load_tokenizer(base)
+        model = _model(base)
+        assisted = [] if draft is None else [cls(Maker(PROGRAM, "assisted"), model, tokenizer, _model(draft))]
         return [
             cls(Maker(PROGRAM), model, tokenizer),
-            cls(Maker(PROGRAM, "assisted"), model, tokenizer, assistant),
+            *assisted,
             cls(Maker(PROGRAM, "prompt lookup"), model, tokenizer, prompt_lookup_num_tokens=_PROMPT_LOOKUP_TOKENS),
         ]
 
@@ -62,3 +68,13 @@ class TransformersGeneration:
             **sampling,
             **self._config_fields,
         )
+
+
+def _model(path: Path) -> Any:
+    if not is_gguf(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    packed = GgufConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=packed, dtype=torch.bfloat16
+    )
+    return found.eval()

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts
 from models.heldout import held_out_prompts
 
-_POOL_SIZE = 256
 _SHARED_PREFIX_CHARS = 1500
 _SHARED_TAIL_CHARS = 200
 
@@ -58,12 +58,11 @@ class Workload:
     Half of the tasks are greedy, half have temperature 0.8.
     """
 
-    def __init__(self, mix: str, seed: int) -> None:
+    def __init__(self, mix: str, seed: int, source: PairPrompts = HELD_OUT_TEXT) -> None:
         self._classes = MIXES[mix]
         self._seed = seed
         self._prompts: dict[int, Sequence[str]] = {
-            length.max_prompt_chars: held_out_prompts(_POOL_SIZE, seed, length.max_prompt_chars)
-            for length in self._classes
+            length.max_prompt_chars: source.pool(seed, length.max_prompt_chars) for length in self._classes
         }
         is_shared = mix == "shared-prefix"
         self._prefix = held_out_prompts(1, seed + 1, _SHARED_PREFIX_CHARS)[0] + "\n\n" if is_shared else ""
