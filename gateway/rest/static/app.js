@@ -1,114 +1,162 @@
-// The page: runs requests and shows what they do.
+// The page: asks, shows what comes, and says what to do when nothing does.
 
 import { ApiError, apiKey, getJson, streamCompletion } from "./api.js";
-import { drawLane, drawLevels, drawStages, drawTotals, raceResult } from "./charts.js";
-import { kind, markRefused, offerModels, plainOf, requestOf, unmarkAll } from "./request.js";
+import { Answer, Conversation } from "./conversation.js";
+import { Inside } from "./inside.js";
+import { chatRequest, completionRequest, isChat, markRefused, offerModels, plainOf, unmarkAll } from "./request.js";
 import { Run } from "./run.js";
-import { drawTree, inWords } from "./tree.js";
 
 const POLL_MS = 5000;
-const REPLAY_MS = 1100;
-const TITLES = { 400: "The request was refused", 401: "An API key is needed", 403: "This key may not do that", 404: "Not found here", 413: "The request is too large", 429: "Too many requests at present", 503: "The gateway cannot answer now", 504: "Not done in time" };
-
-// What stands here until the first run: a round as any other.
-const EXAMPLE = {
-  lastToken: "The",
-  token_texts: [" cat", " sat", " on", " a"],
-  accepted_rows: [1, 3, 5],
-  tree: {
-    token_texts: [" cat", " dog", " sat", " is", " on", " down", " ran", " the"],
-    parent_rows: [0, 0, 1, 1, 3, 3, 2, 5],
-  },
+const THEME_NAME = "easyspec.theme";
+const THEMES = { "": "as the system has them", light: "light", dark: "dark" };
+const PROBLEMS = {
+  400: ["The request was refused", "Change what it names, and send again."],
+  401: ["An API key is needed", ""],
+  403: ["This key may not do that", "Another key may, or another model."],
+  404: ["Not found here", "The model may be gone: reload the page to see what is served."],
+  413: ["The message is too large", "Shorten it, or start a new chat."],
+  429: ["Too many requests at present", "Wait a moment, then try again."],
+  503: ["The model cannot answer now", "It may still be loading: wait until the dot above is green. “easyspec doctor” says what is missing."],
+  504: ["Not done in time", "Try again, or lower max tokens in the settings."],
+};
+const UNREACHABLE = ["The gateway cannot be reached", "Is “easyspec up” (or “make serve”) still running in its terminal? Start it again, then try again."];
+const LOST = ["The answer broke off", "Try again: what had come stays until then."];
+const TOO_LONG = "The conversation no longer fits the model: start a new chat, or shorten the message.";
+const IDEAS = {
+  chat: ["What is the capital of France?", "Explain why the sky is blue, in three sentences.", "Write a Python function that checks whether a word is a palindrome.", "Give me a recipe for pancakes as a numbered list."],
+  completion: ['class Stack:\n    """A stack of items."""\n\n    def push(self, item):', "The history of the lighthouse begins"],
 };
 
 const byId = (id) => document.getElementById(id);
-const state = { run: null, plain: null, seed: null, shown: -1, isFollowing: true, abort: null, replay: null, isDrawDue: false };
+const conversation = new Conversation(byId("turns"));
+const inside = new Inside();
+const state = { abort: null, isDrawDue: false, running: null };
 
-// --- running ---------------------------------------------------------------------------------------------------
+// --- asking ----------------------------------------------------------------------------------------------------
 
-async function start() {
-  if (state.abort) return;
-  stopReplay();
-  hideError();
-  unmarkAll();
-  const request = requestOf();
-  const race = request.body.speculation.mode === "off" ? "none" : byId("race").value;
-  Object.assign(state, { run: new Run(), plain: null, seed: request.body.seed, shown: -1, isFollowing: true, abort: new AbortController() });
-  clearResults(kind() === "completion" ? request.body.prompt : "");
+/** Send what stands in the message box. */
+function send() {
+  const text = byId("message").value;
+  if (state.abort || !text.trim()) return;
+  byId("message").value = "";
+  grow();
+  ask(text);
+}
+
+/** Ask, and put the message back into its box if no answer comes. */
+async function ask(text) {
+  const before = isChat() ? conversation.messages() : [];
+  const request = isChat() ? chatRequest([...before, { role: "user", content: text }]) : completionRequest(text);
+  const answer = new Answer(request, new Run(), isChat() ? null : text);
+  connect(answer);
+  conversation.add(text, answer);
+  byId("welcome").hidden = true;
+  inside.follow(answer);
+  scrollDown();
+  await run(answer, request, answer.run);
+  if (answer.run.numTokens || answer.run.text) return;
+  conversation.drop();
+  byId("welcome").hidden = conversation.last !== null;
+  if (conversation.last) inside.follow(conversation.last.answer);
+  else inside.clear();
+  if (!byId("message").value) byId("message").value = text;
+  grow();
+}
+
+/** Answer the last message once more. */
+function askAgain() {
+  if (state.abort || !conversation.last) return;
+  const { question } = conversation.drop();
+  ask(question);
+}
+
+async function race() {
+  const { answer } = inside;
+  if (state.abort || !answer) return;
+  answer.plain = new Run();
+  await run(answer, plainOf(answer.request), answer.plain);
+  if (!answer.plain.finishReason) answer.plain = null;
+  inside.draw(false);
+}
+
+/** Stream a request into a run; what goes wrong is told. */
+async function run(answer, { path, body }, into) {
+  hideProblem();
+  state.abort = new AbortController();
+  state.running = answer;
   setRunning(true);
-  say("Generating.");
+  say(into === answer.run ? "Answering." : "Decoding the same without speculation.");
   try {
-    const plain = race === "beside" ? follow(plainOf(request), startPlain()) : null;
-    await Promise.all([follow(request, state.run), plain]);
-    if (race === "after") {
-      byId("verdict").textContent = "Now the same request without speculation…";
-      await follow(plainOf(request), startPlain());
+    for await (const chunk of streamCompletion(path, body, state.abort.signal)) {
+      into.take(chunk);
+      drawSoon();
     }
-    say(`Done: ${state.run.numTokens} tokens. ${byId("verdict").textContent}`);
+    say(into === answer.run ? answer.run.text || "No text came." : byId("verdict").textContent);
   } catch (error) {
-    const wasStopped = state.abort.signal.aborted && !(error instanceof ApiError);
-    state.abort.abort(); // whichever of the two still runs
-    if (wasStopped) say("Stopped.");
-    else showError(error);
+    if (state.abort.signal.aborted && !(error instanceof ApiError)) say("Stopped.");
+    else showProblem(error, into.numTokens > 0);
   } finally {
+    const isAtEnd = isScrolledDown();
+    state.abort = state.running = null;
     setRunning(false);
-    draw();
-  }
-}
-
-function startPlain() {
-  state.plain = new Run();
-  return state.plain;
-}
-
-async function follow({ path, body }, run) {
-  for await (const chunk of streamCompletion(path, body, state.abort.signal)) {
-    const round = run.take(chunk);
-    if (round && run === state.run) appendRound(round);
-    drawSoon();
+    answer.draw(false);
+    inside.draw(false);
+    if (isAtEnd) scrollDown();
   }
 }
 
 function setRunning(isRunning) {
-  if (!isRunning) state.abort = null;
-  byId("run").disabled = isRunning;
-  byId("stop").disabled = !isRunning;
-  byId("answer").setAttribute("aria-busy", String(isRunning));
+  byId("send").hidden = isRunning;
+  byId("stop").hidden = !isRunning;
+  byId("new-chat").disabled = isRunning || !conversation.last;
+  for (const { answer } of conversation.turns) answer.again.disabled = isRunning;
 }
 
 function say(text) {
   byId("status").textContent = text;
 }
 
-// --- showing ---------------------------------------------------------------------------------------------------
-
-function clearResults(prompt) {
-  const before = document.createElement("span");
-  before.className = "prompt";
-  before.textContent = prompt;
-  byId("answer").replaceChildren(before);
-  byId("verdict").textContent = "Running…";
-  byId("tree").replaceChildren();
-  byId("totals").replaceChildren();
-  byId("round-name").textContent = "";
-  byId("tree-words").textContent = "The first round reads the prompt.";
-  for (const id of ["round", "previous", "next", "replay"]) byId(id).disabled = true;
+function newChat() {
+  if (state.abort) return;
+  conversation.clear();
+  inside.clear();
+  hideProblem();
+  byId("welcome").hidden = false;
+  byId("new-chat").disabled = true;
+  byId("message").focus();
 }
 
-function appendRound(round) {
-  const answer = byId("answer");
-  const isAtEnd = answer.scrollTop + answer.clientHeight >= answer.scrollHeight - 40;
-  // Tokens that hold parts of characters have no text of their own: then the round's text is shown as one.
-  const isOneToOne = round.token_texts.join("") === round.text;
-  const texts = isOneToOne ? round.token_texts : [round.text];
-  texts.forEach((text, i) => {
-    const token = document.createElement("span");
-    token.className = `t ${i < round.accepted_rows.length ? "accepted" : "bonus"}`;
-    token.dataset.round = round.index;
-    token.textContent = text;
-    answer.append(token);
+// --- showing ---------------------------------------------------------------------------------------------------
+
+function connect(answer) {
+  answer.copy.addEventListener("click", () => copy(answer.run.text, answer.copy));
+  answer.again.addEventListener("click", askAgain);
+  answer.look.addEventListener("click", () => lookInto(answer));
+  answer.body.addEventListener("click", (event) => {
+    const code = event.target.closest?.(".copy-code");
+    if (code) copy(code.closest(".code").querySelector("code").textContent, code);
+    const round = event.target.dataset?.round;
+    if (round === undefined || !document.body.classList.contains("coloured")) return;
+    lookInto(answer);
+    inside.choose(Number(round));
   });
-  if (isAtEnd) answer.scrollTop = answer.scrollHeight;
+}
+
+function lookInto(answer) {
+  if (inside.answer !== answer) inside.follow(answer);
+  inside.setOpen(true);
+  inside.draw(state.running === answer);
+  byId("inside-title").focus({ preventScroll: true });
+}
+
+function toggleInside() {
+  inside.setOpen(!inside.isOpen);
+  if (inside.isOpen) byId("inside-title").focus({ preventScroll: true });
+}
+
+function closeInside() {
+  inside.setOpen(false);
+  byId("message").focus();
 }
 
 function drawSoon() {
@@ -116,135 +164,86 @@ function drawSoon() {
   state.isDrawDue = true;
   requestAnimationFrame(() => {
     state.isDrawDue = false;
-    draw();
+    if (!state.running) return;
+    const isAtEnd = isScrolledDown();
+    state.running.draw(state.running.plain === null);
+    inside.draw(true);
+    if (isAtEnd) scrollDown();
   });
 }
 
-function draw() {
-  const { run, plain } = state;
-  if (!run) return;
-  const fastest = Math.max(run.speed ?? 0, plain?.speed ?? 0);
-  const isPlainOnly = byId("mode").value === "off" && !plain && run.numDraftRounds === 0;
-  drawLane(byId("lane-drafted"), isPlainOnly ? null : run, fastest);
-  drawLane(byId("lane-plain"), isPlainOnly ? run : plain, fastest);
-  drawVerdict();
-  drawLevels(byId("levels"), run);
-  drawStages(byId("stages"), byId("stage-means"), run);
-  if (!run.rounds.length) return;
-  drawTotals(byId("totals"), run, state.seed);
-  if (state.isFollowing) showRound(state.abort ? run.rounds.length - 1 : lastTelling(run.rounds), false);
+function isScrolledDown() {
+  const thread = byId("thread");
+  return thread.scrollTop + thread.clientHeight >= thread.scrollHeight - 60;
 }
 
-/** The round to leave on show at the end: the latest that has everything, as the very last one may be cut short. */
-function lastTelling(rounds) {
-  const hasAll = (round) => round.accepted_rows.length > 1 && round.token_texts.length > round.accepted_rows.length;
-  const index = rounds.findLastIndex(hasAll);
-  return index < 0 ? rounds.length - 1 : index;
+function scrollDown() {
+  byId("thread").scrollTop = byId("thread").scrollHeight;
 }
 
-function drawVerdict() {
-  if (state.abort && !(state.plain?.speed > 0)) return;
-  const result = raceResult(state.run, state.plain);
-  const verdict = byId("verdict");
-  if (!result) {
-    if (!state.abort) verdict.textContent = state.run.numTokens ? "No race this time." : "";
-    return;
+async function copy(text, button) {
+  const label = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "Not allowed here"; // a page from elsewhere over plain HTTP may not
   }
-  const times = document.createElement("b");
-  times.textContent = `${result.factor.toFixed(2)}×`;
-  if (state.abort || !state.plain.finishReason || !state.run.finishReason) {
-    verdict.replaceChildren(times, " the speed of plain decoding so far");
-    return;
-  }
-  const badge = document.createElement("span");
-  badge.className = result.isSame ? "same" : "differs";
-  badge.textContent = result.isSame ? "✓ identical text" : "✗ the texts differ";
-  const passes = ` the speed of plain decoding: ${state.run.rounds.length} passes of the base model instead of ${state.plain.rounds.length}, `;
-  verdict.replaceChildren(times, passes, badge);
+  say(button.textContent);
+  setTimeout(() => (button.textContent = label), 1500);
 }
 
-/** Show a round's tree and mark its tokens; `isChosen` if a person asked for it. */
-function showRound(index, isChosen) {
-  const rounds = state.run?.rounds ?? [];
-  const round = rounds[index];
-  if (!round) return;
-  if (isChosen) state.isFollowing = index === rounds.length - 1;
-  if (state.shown !== index) {
-    state.shown = index;
-    drawTree(byId("tree"), round);
-    byId("tree-words").textContent = inWords(round);
-    markTokens(index);
-  }
-  byId("round-name").textContent = `round ${index + 1} of ${rounds.length}`;
-  const slider = byId("round");
-  slider.max = rounds.length - 1;
-  slider.value = index;
-  slider.setAttribute("aria-valuetext", `round ${index + 1} of ${rounds.length}: ${inWords(round)}`);
-  slider.disabled = rounds.length < 2;
-  byId("previous").disabled = index === 0;
-  byId("next").disabled = index === rounds.length - 1;
-  byId("replay").disabled = rounds.length < 2 || state.abort !== null;
+function grow() {
+  const box = byId("message");
+  box.style.height = "auto";
+  box.style.height = `${Math.min(box.scrollHeight + 2, window.innerHeight * 0.4)}px`;
 }
 
-function markTokens(index) {
-  for (const token of byId("answer").querySelectorAll(".now")) token.classList.remove("now");
-  for (const token of byId("answer").querySelectorAll(`[data-round="${index}"]`)) token.classList.add("now");
-}
+// --- problems and the service ----------------------------------------------------------------------------------
 
-function choose(index) {
-  stopReplay();
-  showRound(index, true);
-}
-
-function toggleReplay() {
-  if (state.replay) {
-    stopReplay();
-    return;
-  }
-  const last = state.run.rounds.length - 1;
-  showRound(state.shown >= last ? Math.min(1, last) : state.shown, true);
-  byId("replay").textContent = "Pause";
-  state.replay = setInterval(() => {
-    if (state.shown >= last) stopReplay();
-    else showRound(state.shown + 1, true);
-  }, REPLAY_MS);
-}
-
-function stopReplay() {
-  clearInterval(state.replay);
-  state.replay = null;
-  byId("replay").textContent = "Replay slowly";
-}
-
-// --- errors and the service ------------------------------------------------------------------------------------
-
-function showError(error) {
+function showProblem(error, hasTokens) {
+  const isLost = !(error instanceof ApiError) || error.status === 200;
+  const [title, advice] = isLost ? (hasTokens ? LOST : UNREACHABLE) : (PROBLEMS[error.status] ?? ["It did not work", "Try again; “easyspec doctor” may say why."]);
   const needsKey = error.status === 401;
-  byId("error-title").textContent = TITLES[error.status] ?? (error instanceof ApiError ? "It did not work" : "The gateway cannot be reached");
-  byId("error-message").textContent = error.message;
+  byId("problem-title").textContent = title;
+  byId("problem-message").textContent = error.message;
+  byId("problem-advice").textContent = error.code === "context_length_exceeded" ? TOO_LONG : advice;
   byId("key-form").hidden = !needsKey;
-  byId("error").hidden = false;
-  byId("verdict").textContent = "";
-  if (!state.run.rounds.length) byId("tree-words").textContent = "";
-  if (needsKey) byId("api-key").focus();
-  else if (!markRefused(error.param)) byId("error").scrollIntoView({ block: "nearest" });
+  byId("retry").hidden = needsKey;
+  byId("problem").hidden = false;
+  const refused = markRefused(error.param);
+  if (refused) {
+    byId("refused").textContent = error.message;
+    byId("refused").hidden = false;
+    byId("settings").showModal();
+    refused.focus();
+  } else if (needsKey) byId("api-key").focus();
+  scrollDown();
 }
 
-function hideError() {
-  byId("error").hidden = true;
-  byId("key-form").hidden = true;
+function hideProblem() {
+  byId("problem").hidden = true;
+  byId("refused").hidden = true;
+  unmarkAll();
+}
+
+/** What failed, once more: a message that got no answer is back in its box, a half answer is the last one. */
+function retry() {
+  if (byId("message").value.trim()) send();
+  else askAgain();
 }
 
 async function lookAtService() {
   try {
     const health = await getJson("/health");
-    const hasDrafter = health.drafter === "ready";
     const isReady = health.verifier === "ready";
-    const drafter = health.drafter === "none" ? "no drafter: plain decoding only" : `drafter ${health.drafter}`;
-    const models = isReady ? await modelNames() : "";
-    showService(isReady ? (hasDrafter ? "ready" : "part") : "down", `${models}verifier ${health.verifier}, ${drafter}`);
+    const isWhole = isReady && health.drafter === "ready";
+    const drafter = { ready: "", none: ", plain decoding" }[health.drafter] ?? `, drafter ${health.drafter}`;
+    const names = isReady ? await modelNames() : null;
+    const model = names?.length === 1 ? names[0] : "";
+    showService(isWhole ? "ready" : isReady ? "part" : "down", isReady ? `${model}${drafter}` : `model ${health.verifier}`);
   } catch (error) {
-    showService("down", error instanceof ApiError ? error.message : "the gateway cannot be reached");
+    showService("down", error instanceof ApiError ? error.message : "gateway not reached");
   }
 }
 
@@ -253,65 +252,111 @@ async function modelNames() {
     const { data } = await getJson("/v1/models");
     const names = data.map(({ id }) => id);
     offerModels(names);
-    return `${names.length > 1 ? "models" : "model"} ${names.join(", ")}: `;
+    return names;
   } catch {
-    return ""; // it wants a key, which the first request will ask for
+    return null; // it wants a key, which the first request will ask for
   }
 }
 
 function showService(name, text) {
+  const words = { ready: "ready", part: "ready, but not all of it", down: "not ready", unknown: "" };
   document.querySelector(".dot").dataset.state = name;
   byId("service-text").textContent = text;
+  document.querySelector(".service").title = words[name];
 }
 
+// --- settings --------------------------------------------------------------------------------------------------
+
 function showKind() {
-  const isChat = kind() === "chat";
-  document.querySelector(".chat-only").hidden = !isChat;
-  byId("prompt-label").textContent = isChat ? "Your message" : "Text to continue";
-  byId("ignore_eos").checked = !isChat;
+  document.querySelector(".chat-only").hidden = !isChat();
+  byId("message").placeholder = isChat() ? "Ask something" : "Begin a text";
+  byId("message-label").textContent = isChat() ? "Your message" : "Text to go on with";
+  byId("welcome-title").textContent = isChat() ? "What would you like to know?" : "How does the text begin?";
+  byId("ideas").replaceChildren(
+    ...IDEAS[isChat() ? "chat" : "completion"].map((idea) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: idea });
+      button.addEventListener("click", () => !state.abort && ask(idea));
+      const item = document.createElement("li");
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+function showColours() {
+  document.body.classList.toggle("coloured", byId("show-guesses").checked);
+}
+
+function setTheme(name) {
+  if (name) document.documentElement.dataset.theme = name;
+  else delete document.documentElement.dataset.theme;
+  for (const attribute of ["aria-label", "title"]) byId("theme").setAttribute(attribute, `Colours: ${THEMES[name]}`);
+  try {
+    localStorage.setItem(THEME_NAME, name);
+  } catch {
+    // it lasts as long as the page then
+  }
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  setTheme(names[(names.indexOf(document.documentElement.dataset.theme ?? "") + 1) % names.length]);
+}
+
+function rememberedTheme() {
+  try {
+    const name = localStorage.getItem(THEME_NAME) ?? "";
+    return name in THEMES ? name : "";
+  } catch {
+    return "";
+  }
 }
 
 // --- events ----------------------------------------------------------------------------------------------------
 
-byId("form").addEventListener("submit", (event) => {
+byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  start();
+  send();
 });
-byId("form").addEventListener("change", (event) => {
-  if (event.target.name === "kind") showKind();
+byId("message").addEventListener("input", grow);
+byId("message").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || byId("settings").open) return;
+  if (state.abort) state.abort.abort();
+  else if (inside.isOpen) closeInside();
 });
 byId("stop").addEventListener("click", () => state.abort?.abort());
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") {
-    state.abort?.abort();
-    stopReplay();
-  } else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    event.preventDefault();
-    start();
-  }
+byId("new-chat").addEventListener("click", newChat);
+byId("look-inside").addEventListener("click", toggleInside);
+byId("close-inside").addEventListener("click", closeInside);
+byId("open-settings").addEventListener("click", () => byId("settings").showModal());
+byId("settings").addEventListener("click", (event) => {
+  if (event.target === byId("settings")) byId("settings").close(); // beside it
 });
+byId("settings-form").addEventListener("change", showKind);
+byId("show-guesses").addEventListener("change", showColours);
+byId("theme").addEventListener("click", nextTheme);
+byId("retry").addEventListener("click", retry);
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   apiKey.set(byId("api-key").value.trim());
   byId("api-key").value = "";
   lookAtService();
-  start();
+  retry();
 });
-byId("answer").addEventListener("click", (event) => {
-  const round = event.target.dataset?.round;
-  if (round !== undefined) choose(Number(round));
-});
-byId("round").addEventListener("input", () => choose(Number(byId("round").value)));
-byId("previous").addEventListener("click", () => choose(state.shown - 1));
-byId("next").addEventListener("click", () => choose(state.shown + 1));
-byId("replay").addEventListener("click", toggleReplay);
+byId("race").addEventListener("click", race);
+byId("round").addEventListener("input", () => inside.choose(Number(byId("round").value)));
+byId("previous").addEventListener("click", () => inside.choose(inside.shown - 1));
+byId("next").addEventListener("click", () => inside.choose(inside.shown + 1));
+byId("replay").addEventListener("click", () => inside.toggleReplay());
 
-if (window.matchMedia("(max-width: 860px)").matches) {
-  for (const details of document.querySelectorAll("details")) details.open = false; // what matters is below
-}
-drawTree(byId("tree"), EXAMPLE);
-byId("tree-words").textContent = `For example: ${inWords(EXAMPLE)}`;
+setTheme(rememberedTheme());
 showKind();
+showColours();
 lookAtService();
 setInterval(() => {
   if (!document.hidden) lookAtService();

@@ -17,6 +17,9 @@ function number(value, digits = 1) {
   return value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
 }
 
+/** A speed as it is shown. */
+export const visibleSpeed = (speed) => number(speed, speed < 10 ? 1 : 0);
+
 /** Show a run's speed in its lane; `fastest` is the speed that fills a lane. */
 export function drawLane(lane, run, fastest) {
   lane.querySelector(".speed b").textContent = number(run?.speed ?? null);
@@ -84,7 +87,7 @@ export function drawStages(container, means, run) {
   const means_ms = meanStages(rounds);
   means.replaceChildren(
     ...Object.entries(STAGES).map(([stage, name]) =>
-      node("div", {}, node("i", { className: stage }), node("dt", { textContent: name }), node("dd", { textContent: `${number(means_ms[stage], 2)} ms` })),
+      node("div", {}, node("dt", {}, node("i", { className: stage }), name), node("dd", { textContent: `${number(means_ms[stage], 2)} ms` })),
     ),
   );
 }

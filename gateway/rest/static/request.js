@@ -1,4 +1,4 @@
-// From the form to a request, and from a refused field back to its input.
+// From the settings to a request, and from a refused field back to its input.
 
 const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"];
 const SPECULATION_NUMBERS = ["max_levels", "width", "max_nodes", "layer_parallel_size"];
@@ -17,8 +17,9 @@ function given(ids) {
   return Object.fromEntries(ids.map((id) => [id, numberIn(id)]).filter(([, value]) => value !== undefined));
 }
 
-export function kind() {
-  return document.querySelector("input[name=kind]:checked").value;
+/** Whether a message is a turn of a chat (or a text to go on with). */
+export function isChat() {
+  return document.querySelector("input[name=kind]:checked").value === "chat";
 }
 
 /** The model to ask where there are several; otherwise nothing, and the gateway's only one answers. */
@@ -31,23 +32,32 @@ function model() {
 export function offerModels(names) {
   const select = byId("model");
   const offered = [...select.options].map((option) => option.value);
-  byId("model-field").hidden = names.length < 2;
+  select.hidden = names.length < 2;
   if (names.join("\n") === offered.join("\n")) return;
   const chosen = select.value;
   select.replaceChildren(...names.map((name) => new Option(name)));
   if (names.includes(chosen)) select.value = chosen;
 }
 
-/** Path and body. A seed is drawn here if none is given, for the race runs twice with the same one. */
-export function requestOf() {
+/** What every request says, whatever is asked. A seed is drawn here if none is given: a race runs with the same one. */
+function common() {
   const body = { ...model(), ...given(NUMBERS), seed: numberIn("seed") ?? Math.floor(Math.random() * SEED_LIMIT) };
   if (byId("stop_text").value) body.stop = byId("stop_text").value;
   if (byId("ignore_eos").checked) body.ignore_eos = true;
   body.speculation = { mode: byId("mode").value, ...given(SPECULATION_NUMBERS), trace: true };
-  if (kind() === "completion") return { path: "/v1/completions", body: { prompt: byId("prompt").value, ...body } };
+  return body;
+}
+
+/** Path and body of a chat's next turn; `turns` are [{role, content}] and end with what the user says. */
+export function chatRequest(turns) {
   const system = byId("system").value;
-  const messages = [...(system ? [{ role: "system", content: system }] : []), { role: "user", content: byId("prompt").value }];
-  return { path: "/v1/chat/completions", body: { messages, ...body } };
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...turns];
+  return { path: "/v1/chat/completions", body: { messages, ...common() } };
+}
+
+/** Path and body for a text to go on with. */
+export function completionRequest(prompt) {
+  return { path: "/v1/completions", body: { prompt, ...common() } };
 }
 
 /** The same request without speculation. */
@@ -55,16 +65,12 @@ export function plainOf({ path, body }) {
   return { path, body: { ...body, speculation: { mode: "off", trace: true } } };
 }
 
-/** Mark the input that a refusal names, and go there; false if it names none of ours. */
+/** Mark the setting that a refusal names, and return it; null if it names none. */
 export function markRefused(param) {
   unmarkAll();
-  const name = param?.startsWith("messages") ? "prompt" : param;
-  const input = name ? document.querySelector(`[name="${CSS.escape(name)}"]`) : null;
-  if (!input) return false;
-  input.setAttribute("aria-invalid", "true");
-  input.closest("details")?.setAttribute("open", "");
-  input.focus();
-  return true;
+  const input = param ? document.querySelector(`#settings [name="${CSS.escape(param)}"]`) : null;
+  input?.setAttribute("aria-invalid", "true");
+  return input;
 }
 
 export function unmarkAll() {

@@ -1,11 +1,5 @@
 // One streamed completion: its rounds, and what can be counted of them.
 
-/** Text of a choice's chunk, of either endpoint. */
-export function textOf(choice) {
-  const { reasoning_content: thought, content } = choice.delta ?? {};
-  return choice.text ?? (thought ?? "") + (content ?? "");
-}
-
 /** Milliseconds of each stage of a round; they add up to the round. */
 export function stagesOf(round) {
   const { draft, calibrate, fuzzy, verify, round: total } = round.timings_ms;
@@ -22,11 +16,12 @@ export function stagesOf(round) {
 export class Run {
   constructor() {
     this.text = "";
-    this.unshown = "";
+    this.thought = "";
+    this.spans = []; // {start, end, kind, round}: whose words a stretch of the text is
+    this.coloured = 0; // characters of the text that have a span
     this.rounds = [];
     this.finishReason = null;
     this.usage = null;
-    this.metrics = null;
     this.numTokens = 0;
     this.numAccepted = 0;
     this.levels = []; // [drafted, accepted] rounds by level
@@ -35,24 +30,34 @@ export class Run {
     this.firstMs = 0;
   }
 
-  /** Take a chunk; returns the round it holds, or null. */
+  /** Take a chunk, of either endpoint; returns the round it holds, or null. */
   take(chunk) {
-    if (chunk.usage) {
-      this.usage = chunk.usage;
-      this.metrics = chunk.metrics ?? null;
-    }
+    if (chunk.usage) this.usage = chunk.usage;
     const choice = chunk.choices[0];
     if (!choice) return null;
-    const text = textOf(choice);
-    this.text += text;
-    this.unshown += text; // thinking comes before its round
+    this.thought += choice.delta?.reasoning_content ?? "";
+    this.text += choice.text ?? choice.delta?.content ?? "";
     this.finishReason = choice.finish_reason ?? this.finishReason;
     if (!chunk.easyspec) return null;
-    const round = { ...chunk.easyspec, text: this.unshown, index: this.rounds.length, lastToken: this.lastToken() };
-    this.unshown = "";
+    const round = { ...chunk.easyspec, index: this.rounds.length, lastToken: this.lastToken() };
     this.rounds.push(round);
+    this.colour(round);
     this.count(round);
     return round;
+  }
+
+  /** Say whose words the new part of the text is. */
+  colour(round) {
+    const fresh = this.text.slice(this.coloured);
+    // Tokens that hold parts of characters, or are no part of the text, have no text of their own: then it is one span.
+    const isOneToOne = round.token_texts.join("") === fresh;
+    const texts = isOneToOne ? round.token_texts : [fresh];
+    const numAccepted = isOneToOne || round.accepted_rows.length === round.token_texts.length ? round.accepted_rows.length : 0;
+    texts.forEach((text, i) => {
+      const start = this.coloured;
+      this.coloured += text.length;
+      if (text) this.spans.push({ start, end: this.coloured, kind: i < numAccepted ? "accepted" : "bonus", round: round.index });
+    });
   }
 
   lastToken() {

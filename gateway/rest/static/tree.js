@@ -7,6 +7,7 @@ const GAP = 34;
 const CHAR = 7.4;
 const MAX_CHARS = 16;
 const TOP = 20;
+const LEVEL_NAME = 42; // its width, above a column
 
 /** A token as it can be seen: blanks, line ends and tabs have signs, and a long one is cut. */
 export function visible(text) {
@@ -59,7 +60,7 @@ function columnsOf(nodes) {
     lefts.push(x);
     x += width + GAP;
   }
-  return { lefts, total: x - GAP + 4 };
+  return { lefts, total: Math.max(x - GAP, lefts.at(-1) + LEVEL_NAME) + 4 };
 }
 
 function element(name, attributes, text) {
