@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +114,8 @@ def named_models() -> Mapping[str, NamedModel]:
     programs keep in their caches: the hub's, llama.cpp's, LM Studio's."""
     found: dict[str, NamedModel] = {}
 
-    def add(paths: Iterable[Path], place: str) -> None:
-        for path in paths:
-            name = model_name(str(path))
+    def add(models: Mapping[str, Path], place: str) -> None:
+        for name, path in models.items():
             found.setdefault(name, NamedModel(name, place, path))
 
     add(_models_in(DEFAULT_BASE.parent), "bundled")
@@ -134,15 +133,22 @@ def named_models() -> Mapping[str, NamedModel]:
     return found
 
 
-def _models_in(folder: Path) -> list[Path]:
-    """Checkpoint folders and GGUF files right in a folder, by name; none if it is no folder."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if (path / "config.json").is_file() or (is_gguf(path) and path.is_file())]
+def _models_in(folder: Path) -> dict[str, Path]:
+    """Checkpoint folders, GGUF files, and folders of one GGUF file, right in a folder, by name."""
+    models: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        files = list(path.glob("*.gguf"))
+        if (path / "config.json").is_file() or (is_gguf(path) and path.is_file()):
+            models[model_name(str(path))] = path
+        elif len(files) == 1:
+            models[path.name] = files[0]
+    return models
 
 
-def _gguf_files_in(folder: Path) -> list[Path]:
-    """GGUF files in a folder and those below it, without the parts of models that read pictures."""
-    return sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
+def _gguf_files_in(folder: Path) -> dict[str, Path]:
+    """GGUF files in a folder and those below it, by name, without the parts of models that read pictures."""
+    paths = sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
+    return {model_name(str(path)): path for path in paths}
 
 
 def _cached_hub_ids() -> list[str]:

@@ -21,6 +21,8 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tokenizer(write_checkpoint(folder / "tiny", num_hidden_layers=1))
     write_gguf(folder / "tiny", folder / "tiny-F32.gguf")
     (folder / "notes").mkdir()
+    (folder / "alone").mkdir()
+    (folder / "alone" / "weights.gguf").touch()
     cache = tmp_path / "hub"
     snapshot = cache / "models--owner--name" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
@@ -37,7 +39,10 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_models_are_found_by_name(own_models: Path) -> None:
     found = named_models()
-    assert [name for name, model in found.items() if model.place == "$EASYSPEC_MODELS"] == ["tiny", "tiny-F32"]
+    assert [name for name, model in found.items() if model.place == "$EASYSPEC_MODELS"] == [
+        *("alone", "tiny", "tiny-F32")
+    ]
+    assert find_model("alone") == own_models / "alone" / "weights.gguf"
     assert {"base", "draft", "owner/name"} <= found.keys()
     assert "owner/gone" not in found
     assert [name for name, model in found.items() if model.place == "llama.cpp's cache"] == ["talk-Q8_0"]
