@@ -72,6 +72,13 @@ inline void turn(const vf* rows, float* out) {
     store(out + (12 + j) * W, _mm512_shuffle_f32x4(odd, odd_behind, 0xdd));
   }
 }
+// 16 whole numbers, quads of them as 0, 2, 1, 3; returns their sum.
+inline int32_t store_codes(const vf* codes, int16_t* out) {
+  const vi whole = _mm512_cvtps_epi32(codes[0]);
+  const __m256i words = _mm512_cvtepi32_epi16(whole);
+  _mm256_storeu_si256((__m256i*)out, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+  return _mm512_reduce_add_epi32(whole);
+}
 inline vf load_bfloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

@@ -53,6 +53,16 @@ inline void turn(const vf* rows, float* out) {
   for (int i = 0; i < W; i++)
     for (int j = 0; j < W; j++) out[i * W + j] = rows[j].v[i];
 }
+// 16 whole numbers, quads of them as 0, 2, 1, 3; returns their sum.
+inline int32_t store_codes(const vf* codes, int16_t* out) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; i++) {
+    const int32_t code = int32_t(codes[i / W].v[i % W]);
+    out[(i & ~3) | ((i & 1) << 1) | ((i & 2) >> 1)] = int16_t(code);
+    total += code;
+  }
+  return total;
+}
 inline vf load_bfloat16(const uint16_t* p) { EASYSPEC_EACH(easyspec::from_bfloat16(p[i])); }
 inline vf load_float16(const uint16_t* p) { EASYSPEC_EACH(easyspec::from_float16(p[i])); }
 inline vf load_first_of_pairs(const uint16_t* p) { EASYSPEC_EACH(easyspec::from_bfloat16(p[2 * i])); }
