@@ -91,6 +91,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     async def start(self) -> None:
         await self._engine.start()
+        self.metrics.serves(self._engine.model_info, self._engine.layer_groups)
         self._is_started = True
 
     async def stop(self) -> None:

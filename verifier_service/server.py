@@ -90,6 +90,7 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
 
     async def start(self) -> None:
         await self._engine.start()
+        self.metrics.serves(self._engine.model_info)
         self._is_started = True
 
     async def stop(self) -> None:

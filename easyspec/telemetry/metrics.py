@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from easyspec import __version__
-from easyspec.speculation.messages import DraftTimings, KvUsage, VerifyTimings
+from easyspec.speculation.messages import DraftTimings, KvUsage, ModelInfo, VerifyTimings
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From a small model's pass on a GPU to a long prompt on a CPU, in seconds.
@@ -77,6 +77,12 @@ class EngineMetrics(RoleMetrics):
     def __init__(self, role: str) -> None:
         super().__init__(role)
         registry = self.registry
+        self._model = Gauge(
+            "easyspec_model_info",
+            "Always 1; the labels tell what an engine computes with, and a drafter's default layer plan.",
+            ("model", "executor", "dtype", "weights", "layer_groups"),
+            registry=registry,
+        )
         self._step_seconds = Histogram(
             "easyspec_engine_step_seconds",
             "Time of one pass of the model; its sum is the time the device was in use.",
@@ -107,6 +113,10 @@ class EngineMetrics(RoleMetrics):
             buckets=STEP_BUCKETS,
             registry=registry,
         )
+
+    def serves(self, model: ModelInfo, layer_groups: str = "") -> None:
+        """Say which model answers, what computes it, and by which layer plan drafts are made; called once."""
+        self._model.labels(model.name, model.executor, model.dtype, model.weight_format, layer_groups).set(1)
 
     def watch_usage(self, read_usage: Callable[[], KvUsage | None]) -> None:
         """Export KV memory and sessions; called once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,14 @@ async def test_it_speaks_tls(metrics: EngineMetrics, tmp_path: Path) -> None:
         assert (await ask(port, get("/health"), context))[0] == "HTTP/1.1 200 OK"
     finally:
         await server.close()
+
+
+def test_metrics_tell_what_a_model_is_computed_with(metrics: EngineMetrics) -> None:
+    info = FakeVerifierEngine("base").model_info
+    metrics.serves(replace(info, executor="native-avx2", weight_format="int4"), "0 | 1-2")
+    line = next(line for line in metrics.render().decode().splitlines() if line.startswith("easyspec_model_info{"))
+    for label in (f'model="{info.name}"', 'executor="native-avx2"', 'weights="int4"', 'layer_groups="0 | 1-2"'):
+        assert label in line
 
 
 async def test_health_follows_the_life_of_the_process() -> None:
