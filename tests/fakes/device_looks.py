@@ -35,7 +35,7 @@ _MODULES = (
     "easyspec.speculation.sampling",
     "easyspec.speculation.filters",
     "easyspec.speculation.logprobs",
-    "verifier_service.verdicts",
+    "easyspec.ops.reference",
 )
 
 
