@@ -20,15 +20,20 @@ from easyspec.ops.native_choice import choose, rank
 from easyspec.ops.native_library import CodePath, Op, Packed, Pass, best_path, library_problem, load
 from easyspec.ops.program import (
     Accumulate,
+    Activate,
     Attend,
     Buffer,
+    Combine,
     Embed,
+    ExpertGated,
+    ExpertProduct,
     Gated,
     Norm,
     Operation,
     Product,
     ProgramWriter,
     Rotate,
+    Route,
     Scale,
     Select,
     padded_width,
@@ -46,6 +51,8 @@ __all__ = ["NativeExecutor", "NativeWeight", "library_problem"]
 
 _DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _QUANTISED_FORMATS = {8: 3, 4: 4}
+_FP4 = 5
+_WIDE_SCALES, _BFLOAT16_SCALES = 1, 2
 _PANEL = 16
 _ALIGNMENT = 64
 # Of the library (easyspec/ops/cpp/kernels.h), whose buffers for attention are of fixed size.
@@ -63,6 +70,11 @@ _KINDS: dict[type, int] = {
     Accumulate: 6,
     Select: 7,
     Scale: 8,
+    Activate: 9,
+    Route: 10,
+    ExpertGated: 11,
+    ExpertProduct: 12,
+    Combine: 13,
 }
 
 
@@ -76,8 +88,9 @@ class NativeWeight:
         if isinstance(weight, DenseWeight):
             self.packed.format = _DENSE_FORMATS[weight.values.dtype]
         else:
-            self.packed.format = _QUANTISED_FORMATS[weight.bits]
-            self.packed.has_wide_scales = weight.has_wide_scales
+            self.packed.format = _FP4 if weight.is_fp4 else _QUANTISED_FORMATS[weight.bits]
+            if weight.has_wide_scales:
+                self.packed.scale_type = _BFLOAT16_SCALES if weight.is_fp4 else _WIDE_SCALES
             self.packed.has_minimum = weight.minima is not None
             self.packed.has_half_scales = weight.has_half_scales
         self.num_bytes = load().easyspec_packed_bytes(ctypes.byref(self.packed))
@@ -194,7 +207,8 @@ class NativeProgram:
 
     def _prepare(self, engine: int, operations: Sequence[Operation]) -> int:
         widths = np.asarray([padded_width(buffer.width) for buffer in self._buffers], dtype=np.int64)
-        rows_of_buffer = np.asarray([buffer.is_selected for buffer in self._buffers], dtype=np.int32)
+        per_row = [0 if buffer.is_selected else buffer.per_row for buffer in self._buffers]
+        rows_of_buffer = np.asarray(per_row, dtype=np.int32)
         ops = (Op * len(operations))(*map(self._translate, operations))
         handle: int = load().easyspec_program_new(
             engine, ops, len(operations), widths.ctypes.data, rows_of_buffer.ctypes.data, len(self._buffers)
@@ -210,7 +224,13 @@ class NativeProgram:
                 op.weight = self._weight(operation.table)
             case Norm():
                 op.input, op.output, op.eps = operation.input.index, operation.output.index, operation.eps
-                op.width, op.norm = operation.input.width, self._vector(operation.weight, 32)
+                op.width, op.norm = operation.width, self._vector(operation.weight, 32)
+                op.bias, op.is_centred, op.column = (
+                    self._vector(operation.bias, 32),
+                    operation.is_centred,
+                    operation.column,
+                )
+                op.is_part = operation.width < operation.input.width
             case Product():
                 assert operation.column % _PANEL == 0, "panels begin at whole 16s"
                 op.input, op.output, op.adds = operation.input.index, operation.output.index, operation.adds
@@ -237,7 +257,47 @@ class NativeProgram:
                 op.input, op.output = operation.input.index, operation.output.index
             case Scale():
                 op.input, op.factor, op.soft_cap = operation.buffer.index, operation.factor, operation.soft_cap or 0.0
+            case Activate():
+                op.input, op.activation = operation.buffer.index, operation.activation
+            case Route():
+                op.input, op.output = operation.logits.index, operation.routes.index
+                op.num_experts, op.num_chosen = operation.logits.width, operation.num_chosen
+                op.is_normalised = operation.is_normalised
+            case ExpertGated() | ExpertProduct() | Combine():
+                self._translate_experts(operation, op)
         return op
+
+    def _translate_experts(self, operation: ExpertGated | ExpertProduct | Combine, op: Op) -> None:
+        op.input, op.output, op.routes = operation.input.index, operation.output.index, operation.routes.index
+        op.num_chosen = operation.routes.width // 2
+        if isinstance(operation, Combine):
+            op.adds = operation.adds
+            return
+        experts = operation.experts
+        op.num_experts = len(experts)
+        if isinstance(operation, ExpertProduct):
+            op.experts = self._weights([expert.down for expert in experts])
+            op.expert_biases = self._vectors([expert.down_bias for expert in experts])
+            return
+        op.activation = operation.activation
+        op.experts = self._weights([expert.gate for expert in experts])
+        op.second_experts = self._weights([expert.up for expert in experts])
+        op.expert_biases = self._vectors([expert.gate_bias for expert in experts])
+        op.second_expert_biases = self._vectors([expert.up_bias for expert in experts])
+
+    def _weights(self, weights: Sequence[object]) -> int:
+        formats = {(weight.num_outputs, weight.packed.format) for weight in weights if isinstance(weight, NativeWeight)}
+        assert len(formats) == 1, "experts alike"
+        return self._kept_addresses([self._weight(weight) for weight in weights])
+
+    def _vectors(self, vectors: Sequence[torch.Tensor | None]) -> int | None:
+        addresses = [self._vector(vector, _PANEL) for vector in vectors]
+        return (
+            self._kept_addresses([address for address in addresses if address is not None]) if all(addresses) else None
+        )
+
+    def _kept_addresses(self, addresses: Sequence[int]) -> int:
+        return self._kept_address(torch.tensor(addresses, dtype=torch.int64))
 
     def _translate_rotate(self, operation: Rotate, op: Op) -> None:
         op.input, op.layer, op.eps, op.factor = (
@@ -251,6 +311,7 @@ class NativeProgram:
             op.rotary_dim = operation.rotary.rotary_dim
             op.cosines = self._kept_address(operation.rotary.cosines)
             op.sines = self._kept_address(operation.rotary.sines)
+        op.is_norm_last = operation.is_norm_last
         self._set_heads(operation, op)
 
     @staticmethod
@@ -343,4 +404,4 @@ class NativeProgram:
         return place
 
     def _view(self, buffer: Buffer, starts: Sequence[int], num_rows: int, num_selected: int) -> torch.Tensor:
-        return self._workspace.view(buffer, starts[buffer.index], num_selected if buffer.is_selected else num_rows)
+        return self._workspace.view(buffer, starts[buffer.index], buffer.num_rows(num_rows, num_selected))

@@ -33,7 +33,7 @@ class Packed(Structure):
         ("num_outputs", c_int64),
         ("num_inputs", c_int64),
         ("format", c_int32),
-        ("has_wide_scales", c_int32),
+        ("scale_type", c_int32),
         ("has_minimum", c_int32),
         ("has_half_scales", c_int32),
     ]
@@ -45,11 +45,12 @@ class Op(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("kind", "layer", "input", "output", "adds", "activation")),
         *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "window")),
-        *((name, c_int32) for name in ("num_parts", "column", "width")),
-        ("padding", c_int32),
+        *((name, c_int32) for name in ("num_parts", "column", "width", "is_part", "is_centred", "is_norm_last")),
+        *((name, c_int32) for name in ("routes", "num_experts", "num_chosen", "is_normalised")),
         *((name, c_float) for name in ("eps", "factor", "soft_cap")),
         *((name, c_void_p) for name in ("weight", "second", "bias", "second_bias", "norm", "second_norm")),
         *((name, c_void_p) for name in ("cosines", "sines", "sinks", "parts", "outputs")),
+        *((name, c_void_p) for name in ("experts", "second_experts", "expert_biases", "second_expert_biases")),
     ]
 
 

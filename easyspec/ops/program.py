@@ -1,7 +1,7 @@
 """A pass as a list of operations on buffers: written once by the decoder, run by any executor.
 
 Dimensions: `T` rows of the pass, `S` selected rows (those that get logits), `E` hidden size, `F` MLP size, `Q` query
-heads, `H` KV heads, `D` head size, `V` vocabulary.
+heads, `H` KV heads, `D` head size, `V` vocabulary, `X` experts.
 
 The contract of every operation: *the bits of a row of its result are a function of that row's inputs and, for
 attention, of the keys and values that the row sees in the order of their positions.* Other rows of the pass, their
@@ -21,19 +21,29 @@ from easyspec.ops.packed import PackedWeight
 
 
 class Activation(enum.IntEnum):
-    """What a gated MLP applies to its gate."""
+    """What an MLP applies to its gate, or to its inner values where it has none.
+
+    CLAMPED_SWIGLU, of gpt-oss, is of gates alone and changes the other factor too: min(gate, 7) * sigmoid(1.702 *
+    min(gate, 7)) * (up, held within 7 of 0, + 1).
+    """
 
     SILU = 0
     GELU_TANH = 1
+    CLAMPED_SWIGLU = 2
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """`index` in the program; `is_selected`: it has the selected rows instead of all."""
+    """`index` in the program; `is_selected`: it has the selected rows instead of all, `per_row` times as many."""
 
     index: int
     width: int
     is_selected: bool = False
+    per_row: int = 1
+
+    def num_rows(self, num_rows: int, num_selected: int) -> int:
+        """Rows of the buffer in a pass."""
+        return num_selected if self.is_selected else num_rows * self.per_row
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,24 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """output = input / sqrt(mean(input ** 2) + eps) * weight, weight float32 [E]; the mean along a row."""
+    """output = input / sqrt(mean(input ** 2) + eps) * weight + bias, weight float32 [E]; the mean along a row.
+
+    `is_centred`: of the input less its mean. A weight that is shorter than a row is of the columns from `column` on;
+    the others keep what `output` has.
+    """
 
     input: Buffer
     output: Buffer
     weight: torch.Tensor
     eps: float
+    bias: torch.Tensor | None = None
+    is_centred: bool = False
+    column: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns that are normed."""
+        return min(len(self.weight), self.input.width)
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,75 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class Activate:
+    """buffer = activation(buffer), of an MLP without a gate."""
+
+    buffer: Buffer
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Route:
+    """Each row's best `num_chosen` experts by its `logits` [T, X], best first, of equals the lower number.
+
+    routes [T, 2 * num_chosen]: their numbers, then their shares: exp(logit) over the sum of that of all experts, or of
+    the chosen ones if `is_normalised`.
+    """
+
+    logits: Buffer
+    routes: Buffer
+    num_chosen: int
+    is_normalised: bool
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrices; gate, up: [F, E], down: [E, F]."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertGated:
+    """`Gated` of each pair of a row and an expert that it chose: [T, E] -> [T * num_chosen, F].
+
+    Rows of `output` are in an order of the executor's, which ExpertProduct keeps and Combine undoes. Of experts that no
+    row chose nothing is read. Weights of all experts have one format.
+    """
+
+    input: Buffer
+    routes: Buffer
+    output: Buffer
+    experts: tuple[Expert, ...]
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """`Product` by `down` of each pair: [T * num_chosen, F] -> [T * num_chosen, E]."""
+
+    input: Buffer
+    routes: Buffer
+    output: Buffer
+    experts: tuple[Expert, ...]
+
+
+@dataclass(frozen=True)
+class Combine:
+    """output [T, E] = sum of share * part over a row's experts, in the order of choice; or output += that."""
+
+    input: Buffer
+    routes: Buffer
+    output: Buffer
+    adds: bool = False
+
+
+@dataclass(frozen=True)
 class HeadShape:
     """Heads of one layer's attention: `num_heads` query heads over `num_kv_heads` keys and values of `head_dim`."""
 
@@ -114,6 +205,8 @@ class Rotary:
 class Rotate:
     """Norm (where there are head norms) and turn queries and keys of `qkv` [T, (Q + 2 H) * D], and scale the queries.
 
+    `is_norm_last`: turned first, then normed.
+
     Writes keys and values to the rows' slots of `layer` in the KV pool, rounded to its type; queries stay in `qkv`.
     """
 
@@ -125,6 +218,7 @@ class Rotate:
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
     eps: float = 0.0
+    is_norm_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +287,22 @@ class GatherFromRanks:
     outputs: tuple[Buffer, ...]
 
 
-Operation: TypeAlias = Embed | Norm | Product | Gated | Rotate | Attend | Accumulate | Select | Scale
+Operation: TypeAlias = (
+    Embed
+    | Norm
+    | Product
+    | Gated
+    | Activate
+    | Rotate
+    | Attend
+    | Accumulate
+    | Select
+    | Scale
+    | Route
+    | ExpertGated
+    | ExpertProduct
+    | Combine
+)
 Collective: TypeAlias = SumOverRanks | GatherFromRanks
 
 
@@ -204,9 +313,9 @@ class ProgramWriter:
         self.steps: list[Operation | Collective] = []
         self.buffers: list[Buffer] = []
 
-    def buffer(self, width: int, *, is_selected: bool = False) -> Buffer:
+    def buffer(self, width: int, *, is_selected: bool = False, per_row: int = 1) -> Buffer:
         """A new buffer."""
-        self.buffers.append(Buffer(len(self.buffers), width, is_selected))
+        self.buffers.append(Buffer(len(self.buffers), width, is_selected, per_row))
         return self.buffers[-1]
 
     def add(self, *steps: Operation | Collective) -> None:
@@ -228,7 +337,7 @@ class ProgramWriter:
 
 def sizes(buffers: Sequence[Buffer], num_rows: int, num_selected: int) -> list[int]:
     """Floats that each buffer takes in a pass; rows are filled up to `padded_width`."""
-    return [padded_width(b.width) * (num_selected if b.is_selected else num_rows) for b in buffers]
+    return [padded_width(b.width) * b.num_rows(num_rows, num_selected) for b in buffers]
 
 
 def padded_width(width: int) -> int:

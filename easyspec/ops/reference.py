@@ -16,11 +16,15 @@ from torch.nn import functional
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.program import (
     Accumulate,
+    Activate,
     Activation,
     Attend,
     Buffer,
     Collective,
+    Combine,
     Embed,
+    ExpertGated,
+    ExpertProduct,
     Gated,
     GatherFromRanks,
     Norm,
@@ -29,6 +33,7 @@ from easyspec.ops.program import (
     ProgramWriter,
     Rotary,
     Rotate,
+    Route,
     Scale,
     Select,
     SumOverRanks,
@@ -44,6 +49,8 @@ from easyspec.speculation.transfer import is_remote, to_device
 
 # A library's product of another number of rows may have other bits; products of one number of rows have not.
 TILE_ROWS = 16
+# Of CLAMPED_SWIGLU.
+_GATE_LIMIT, _GATE_SLOPE = 7.0, 1.702
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class ReferenceProgram:
         num_selected = len(rows.selected)
         starts = self._workspace.place(self._program.buffers, len(rows), num_selected)
         views = [
-            self._workspace.view(buffer, starts[buffer.index], num_selected if buffer.is_selected else len(rows))
+            self._workspace.view(buffer, starts[buffer.index], buffer.num_rows(len(rows), num_selected))
             for buffer in self._program.buffers
         ]
         for buffer, value in (inputs or {}).items():
@@ -191,8 +198,11 @@ class _Machine:
                 token_ids = torch.from_numpy(self._rows.token_ids).to(self._device, torch.int64)
                 views[op.output.index].copy_(table[token_ids].float() * op.factor)
             case Norm():
-                weight = op.weight[: op.input.width]
-                views[op.output.index].copy_(unit_rms(views[op.input.index], op.eps) * weight)
+                columns = slice(op.column, op.column + op.width)
+                values = views[op.input.index][:, columns]
+                values = values - values.mean(dim=-1, keepdim=True) if op.is_centred else values
+                normed = unit_rms(values, op.eps) * op.weight[: op.width]
+                views[op.output.index][:, columns] = _with_bias(normed, op.bias)
             case Product():
                 product = _with_bias(_weight(op.weight)(views[op.input.index]), op.bias)
                 output = views[op.output.index][:, op.column : op.column + op.weight.num_outputs]
@@ -201,7 +211,16 @@ class _Machine:
                 x = views[op.input.index]
                 gate = _with_bias(_weight(op.gate)(x), op.gate_bias)
                 up = _with_bias(_weight(op.up)(x), op.up_bias)
-                views[op.output.index].copy_(_by_row(partial(_activated, op.activation), gate) * up)
+                views[op.output.index].copy_(_gated(op.activation, gate, up))
+            case Activate():
+                values = views[op.buffer.index]
+                values.copy_(_by_row(partial(_activated, op.activation), values))
+            case Route():
+                self._route(op)
+            case ExpertGated() | ExpertProduct():
+                self._multiply_by_experts(op)
+            case Combine():
+                self._combine(op)
             case Rotate():
                 self._rotate(op)
             case Attend():
@@ -228,10 +247,12 @@ class _Machine:
         shape, qkv = op.heads, self._views[op.qkv.index]
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [T, Q + 2 H, D]
         queries, keys, values = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        if op.rotary is not None and op.is_norm_last:
+            queries, keys = self._turned(queries, op.rotary), self._turned(keys, op.rotary)
         if op.query_norm is not None and op.key_norm is not None:
             queries = unit_rms(queries, op.eps) * op.query_norm[: shape.head_dim]
             keys = unit_rms(keys, op.eps) * op.key_norm[: shape.head_dim]
-        if op.rotary is not None:
+        if op.rotary is not None and not op.is_norm_last:
             queries, keys = self._turned(queries, op.rotary), self._turned(keys, op.rotary)
         heads[:, : shape.num_heads] = queries * op.query_scale
         for plane, new in ((self._pool.keys, keys), (self._pool.values, values)):
@@ -241,6 +262,37 @@ class _Machine:
         cosines, sines = (table[self._positions][:, None] for table in (rotary.cosines, rotary.sines))
         first, second, rest = heads.tensor_split([rotary.rotary_dim // 2, rotary.rotary_dim], dim=-1)
         return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], dim=-1)
+
+    def _route(self, op: Route) -> None:
+        logits, count = self._views[op.logits.index], op.num_chosen
+        best, experts = logits.sort(dim=-1, descending=True, stable=True)
+        of_which = best[:, :count] if op.is_normalised else best
+        shares = (best[:, :count] - _by_row(partial(torch.logsumexp, dim=-1, keepdim=True), of_which)).exp()
+        self._views[op.routes.index].copy_(torch.cat([experts[:, :count].float(), shares], dim=-1))
+
+    def _multiply_by_experts(self, op: ExpertGated | ExpertProduct) -> None:
+        """Pairs stand in the order of the rows, and of a row's choice."""
+        routes, values = self._views[op.routes.index], self._views[op.input.index]
+        chosen = routes[:, : op.routes.width // 2].long().flatten()  # [T * K]
+        inputs = values.repeat_interleave(op.routes.width // 2, dim=0) if isinstance(op, ExpertGated) else values
+        for number in chosen.unique().tolist():
+            pairs, expert = (chosen == number).nonzero()[:, 0], op.experts[number]
+            x = inputs[pairs]
+            if isinstance(op, ExpertGated):
+                gate = _with_bias(_weight(expert.gate)(x), expert.gate_bias)
+                up = _with_bias(_weight(expert.up)(x), expert.up_bias)
+                self._views[op.output.index][pairs] = _gated(op.activation, gate, up)
+            else:
+                self._views[op.output.index][pairs] = _with_bias(_weight(expert.down)(x), expert.down_bias)
+
+    def _combine(self, op: Combine) -> None:
+        shares = self._views[op.routes.index][:, op.routes.width // 2 :]  # [T, K]
+        parts, output = self._views[op.input.index], self._views[op.output.index]
+        parts = parts.reshape(*shares.shape, -1)  # [T, K, E]
+        total = torch.zeros_like(output)
+        for choice in range(shares.shape[1]):
+            total = total + shares[:, choice, None] * parts[:, choice]
+        output.copy_(output + total if op.adds else total)
 
     def _attend(self, op: Attend) -> None:
         """One row after the other, so that none depends on what the others see."""
@@ -277,6 +329,13 @@ def _weight(packed: object) -> ReferenceWeight:
 
 def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return product if bias is None else product + bias[: product.shape[1]]
+
+
+def _gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if activation is Activation.CLAMPED_SWIGLU:
+        gate, up = gate.clamp(max=_GATE_LIMIT), up.clamp(-_GATE_LIMIT, _GATE_LIMIT) + 1.0
+        return _by_row(lambda row: row * torch.sigmoid(_GATE_SLOPE * row), gate) * up
+    return _by_row(partial(_activated, activation), gate) * up
 
 
 def _activated(activation: Activation, gate: torch.Tensor) -> torch.Tensor:

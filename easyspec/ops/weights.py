@@ -6,12 +6,14 @@ Dimensions: `O` outputs, `I` inputs of a product; `C` groups of 32 inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 
 GROUP_SIZE = 32
+# Twice the numbers of four bits that MXFP4 has, by their code.
+FP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 DENSE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +36,7 @@ class DenseWeight:
         return self.values.float()
 
     def outputs(self, rows: torch.Tensor) -> DenseWeight:
-        """Some of the outputs, int64 [R]."""
+        """Some of the outputs, or all in another order: int64 [R]."""
         return DenseWeight(self.values[rows])
 
 
@@ -44,7 +46,8 @@ class QuantisedWeight:
 
     codes: int8 [O, I]; 8 bit: -128 to 127; 4 bit: 0 to 15, where value = (code - 8) * scale if there are no minima.
     scales: float32 [O, C], or of 8 bit [O, 2 * C], one for every 16 inputs; minima: float32 [O, C]. `has_wide_scales`
-    says that scales or minima are not exact in float16.
+    says that scales or minima are not exact in float16. `is_fp4`: codes of 4 bits are places in FP4_DOUBLED, where
+    value = FP4_DOUBLED[code] * scale, and wide scales are exact in bfloat16.
     """
 
     bits: int
@@ -52,6 +55,7 @@ class QuantisedWeight:
     scales: torch.Tensor
     minima: torch.Tensor | None = None
     has_wide_scales: bool = False
+    is_fp4: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,8 +67,13 @@ class QuantisedWeight:
         return self.scales.shape[1] > -(-self.codes.shape[1] // GROUP_SIZE)
 
     @property
+    def layout(self) -> tuple[int, bool, bool, bool]:
+        """What must be the same where weights are put together."""
+        return (self.bits, self.minima is None, self.has_half_scales, self.is_fp4)
+
+    @property
     def format_name(self) -> str:
-        return f"int{self.bits}"
+        return "fp4" if self.is_fp4 else f"int{self.bits}"
 
     def columns(self, part: range) -> QuantisedWeight | None:
         """Some of the inputs, or None where they begin or end inside a group."""
@@ -78,18 +87,19 @@ class QuantisedWeight:
             self.scales[:, halves * groups.start : halves * groups.stop],
             None if self.minima is None else self.minima[:, groups],
             self.has_wide_scales,
+            self.is_fp4,
         )
 
     def outputs(self, rows: torch.Tensor) -> QuantisedWeight:
-        """Some of the outputs, int64 [R]."""
+        """Some of the outputs, or all in another order: int64 [R]."""
         minima = None if self.minima is None else self.minima[rows]
-        return QuantisedWeight(self.bits, self.codes[rows], self.scales[rows], minima, self.has_wide_scales)
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], minima=minima)
 
     def dense(self) -> torch.Tensor:
         """float32 [O, I]."""
         num_inputs, scale_size = self.codes.shape[1], GROUP_SIZE // (2 if self.has_half_scales else 1)
-        codes = self.codes.float()
-        if self.bits == 4 and self.minima is None:
+        codes = torch.tensor(FP4_DOUBLED)[self.codes.long()] if self.is_fp4 else self.codes.float()
+        if self.bits == 4 and self.minima is None and not self.is_fp4:
             codes = codes - 8.0
         values = codes * self.scales.repeat_interleave(scale_size, dim=1)[:, :num_inputs]
         if self.minima is not None:
@@ -115,15 +125,13 @@ def stack_outputs(weights: Sequence[Weight]) -> Weight:
         torch.cat([w.scales for w in parts]),
         torch.cat(minima) if minima else None,
         has_wide_scales=any(w.has_wide_scales for w in parts),
+        is_fp4=first.is_fp4,
     )
 
 
 def can_stack(weights: Sequence[Weight]) -> bool:
     """Whether `stack_outputs` takes them: one type, or one number of bits with or without minima."""
-    kinds = {
-        (type(w), w.values.dtype if isinstance(w, DenseWeight) else (w.bits, w.minima is None, w.has_half_scales))
-        for w in weights
-    }
+    kinds = {(type(w), w.values.dtype if isinstance(w, DenseWeight) else w.layout) for w in weights}
     return len(kinds) == 1
 
 

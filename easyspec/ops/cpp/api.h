@@ -16,6 +16,11 @@ enum EasyspecOpKind : int32_t {
   EASYSPEC_ACCUMULATE = 6,
   EASYSPEC_SELECT = 7,
   EASYSPEC_SCALE = 8,
+  EASYSPEC_ACTIVATE = 9,
+  EASYSPEC_ROUTE = 10,
+  EASYSPEC_EXPERT_GATED = 11,
+  EASYSPEC_EXPERT_PRODUCT = 12,
+  EASYSPEC_COMBINE = 13,
 };
 
 // One operation. Fields that its kind does not use are 0.
@@ -24,23 +29,29 @@ struct EasyspecOp {
   int32_t layer;         // whose keys and values ROTATE writes and ATTEND reads
   int32_t input;         // buffer
   int32_t output;        // buffer
-  int32_t adds;          // PRODUCT: output += instead of =
-  int32_t activation;    // GATED
+  int32_t adds;          // PRODUCT, COMBINE: output += instead of =
+  int32_t activation;    // GATED, EXPERT_GATED, ACTIVATE
   int32_t num_heads;     // ROTATE, ATTEND: query heads
   int32_t num_kv_heads;  // likewise
   int32_t head_dim;      // likewise
   int32_t rotary_dim;    // ROTATE: 0 turns nothing
   int32_t window;        // ATTEND
   int32_t num_parts;     // ACCUMULATE
-  int32_t column;        // PRODUCT: where its outputs begin in a row, a multiple of 16
+  int32_t column;        // PRODUCT: where its outputs begin in a row, a multiple of 16; NORM: where its columns begin
   int32_t width;         // NORM: columns
-  int32_t padding;
+  int32_t is_part;       // NORM: of some columns of a row, where it leaves the others alone
+  int32_t is_centred;    // NORM: of what is left without the mean
+  int32_t is_norm_last;  // ROTATE: heads are turned, then normed
+  int32_t routes;        // EXPERT_GATED, EXPERT_PRODUCT, COMBINE: the buffer that ROUTE wrote
+  int32_t num_experts;   // ROUTE, EXPERT_GATED, EXPERT_PRODUCT
+  int32_t num_chosen;    // ROUTE and what follows it: experts of a row
+  int32_t is_normalised; // ROUTE: shares of the chosen ones add up to 1
   float eps;             // NORM, and the head norms of ROTATE
   float factor;          // EMBED, SCALE: a factor; ROTATE: of queries
   float soft_cap;        // ATTEND, SCALE
   const easyspec::Packed* weight;  // EMBED, PRODUCT; GATED: gate
   const easyspec::Packed* second;  // GATED: up
-  const float* bias;               // PRODUCT; GATED: gate. Of whole panels
+  const float* bias;               // PRODUCT; GATED: gate. Of whole panels. NORM: filled up like its weight, or null
   const float* second_bias;        // GATED: up
   const float* norm;               // NORM, filled up to whole groups with zeros; ROTATE: of query heads, or null
   const float* second_norm;        // ROTATE: of key heads
@@ -49,6 +60,10 @@ struct EasyspecOp {
   const float* sinks;              // ATTEND: one a query head, or null
   const int32_t* parts;            // ACCUMULATE: buffers
   const int32_t* outputs;          // ACCUMULATE: buffers, -1 where the sum so far is not wanted
+  const easyspec::Packed* const* experts;         // EXPERT_PRODUCT; EXPERT_GATED: gates. One an expert
+  const easyspec::Packed* const* second_experts;  // EXPERT_GATED: ups
+  const float* const* expert_biases;              // like `bias`, or null
+  const float* const* second_expert_biases;
 };
 
 // The rows of one pass, and where its buffers are.
@@ -117,7 +132,7 @@ void* easyspec_engine_new(int32_t path, int32_t num_threads);
 // Passes run on so many of its threads from now on, 1 to all.
 void easyspec_engine_use_threads(void* engine, int32_t num_threads);
 void easyspec_engine_free(void* engine);
-// `rows_of_buffer`: 0 all rows of a pass, 1 the selected ones. `widths` are multiples of 32.
+// `rows_of_buffer`: how many rows a buffer has for each row of a pass; 0: the selected ones. `widths` are multiples of 32.
 void* easyspec_program_new(void* engine, const EasyspecOp* ops, int64_t num_ops, const int64_t* widths,
                            const int32_t* rows_of_buffer, int64_t num_buffers);
 void easyspec_program_free(void* program);

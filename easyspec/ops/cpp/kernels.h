@@ -8,7 +8,8 @@ namespace easyspec {
 
 enum class Path : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
-enum class Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+// CLAMPED_SWIGLU is of gates alone: min(gate, 7) / (1 + exp(-1.702 gate)) * (up within 7 of 0, + 1).
+enum class Activation : int32_t { SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 
 // What a product reads: rows as they are, or rounded for its weights.
 enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, WORDS = 2 };
@@ -69,12 +70,15 @@ struct Kernels {
   // Columns of panels begin..end: out = x W' + bias, or out += that. `x` rows are in the format's input form.
   void (*product)(const Packed& w, const uint8_t* x, int64_t x_bytes, int64_t num_rows, int64_t begin, int64_t end,
                   const float* bias, float* out, int64_t out_stride, bool adds);
-  // out = activation(x gate') * (x up').
+  // out = activation(x gate') * (x up'); row m of `out` is made of row `row_numbers[m]`, or m if that is null.
   void (*gated)(const Packed& gate, const Packed& up, const uint8_t* gate_x, int64_t gate_bytes, const uint8_t* up_x,
-                int64_t up_bytes, int64_t num_rows, int64_t begin, int64_t end, const float* gate_bias,
-                const float* up_bias, Activation activation, float* out, int64_t out_stride);
-  // out = x / sqrt(mean of squares + eps) * weight over `size` columns; out may be x.
-  void (*norm)(const float* x, const float* weight, float* out, int64_t size, float eps);
+                int64_t up_bytes, const int32_t* row_numbers, int64_t num_rows, int64_t begin, int64_t end,
+                const float* gate_bias, const float* up_bias, Activation activation, float* out, int64_t out_stride);
+  // out = x / sqrt(mean of squares + eps) * weight + bias over `size` columns; `is_centred`: of x less its mean. out may
+  // be x, bias null.
+  void (*norm)(const float* x, const float* weight, const float* bias, float* out, int64_t size, float eps,
+               bool is_centred);
+  void (*activate)(Activation activation, float* row, int64_t size);
   // Dimension i of the first `size` turned against i + size / 2; then all `head_dim` scaled.
   void (*rotate)(float* head, const float* cosines, const float* sines, int64_t size, int64_t head_dim, float scale);
   // One partial sum per row and query head, over the positions of span number `span`; false if a row sees none there.

@@ -18,14 +18,16 @@ int64_t place(int32_t format, int64_t output, int64_t input) {
 }
 
 void store_scale(const Packed& w, uint8_t* at, int64_t output, float scale) {
-  if (w.has_wide_scales)
+  if (w.scale_type == WIDE_SCALES)
     ((float*)at)[output] = scale;
   else
-    ((uint16_t*)at)[output] = to_float16(scale);
+    ((uint16_t*)at)[output] = w.scale_type == BFLOAT16_SCALES ? to_bfloat16(scale) : to_float16(scale);
 }
 
 float scale_at(const Packed& w, const uint8_t* at, int64_t output) {
-  return w.has_wide_scales ? ((const float*)at)[output] : from_float16(((const uint16_t*)at)[output]);
+  if (w.scale_type == WIDE_SCALES) return ((const float*)at)[output];
+  const uint16_t bits = ((const uint16_t*)at)[output];
+  return w.scale_type == BFLOAT16_SCALES ? from_bfloat16(bits) : from_float16(bits);
 }
 
 }  // namespace
@@ -99,6 +101,10 @@ void easyspec_unpack_row(const Packed* w, int64_t row, float* out) {
     const uint8_t both = group[k % 16 / 4 * 64 + o * 4 + k % 4];
     const int code = k < 16 ? both & 15 : both >> 4;
     const float scale = scale_at(*w, group + code_bytes(*w), o);
+    if (w->format == FP4) {
+      out[input] = float(FP4_DOUBLED[code]) * scale;
+      continue;
+    }
     out[input] = w->has_minimum ? float(code) * scale + minimum : float(code - 8) * scale;
   }
 }

@@ -7,8 +7,9 @@
 //                                      [16] minimum if there is one }
 //   4 bit     [N/16][K/32] groups of { [4][16][4] code of quad q in the low and of quad q + 4 in the high half,
 //                                      [16] scale, [16] minimum if there is one, else the minimum is -8 * scale }
+//   FP4       like 4 bit without minimum; a code stands for FP4_DOUBLED[code] * scale
 //
-// N and K are filled up with zero weights to whole panels, pairs and groups. Scales are float16 or float32.
+// N and K are filled up with zero weights to whole panels, pairs and groups. Scales are float16, float32 or bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,14 @@
 
 namespace easyspec {
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4, FP4 = 5 };
+
+enum ScaleType : int32_t { HALF_SCALES = 0, WIDE_SCALES = 1, BFLOAT16_SCALES = 2 };
+
+// Twice the numbers of four bits that MXFP4 has: a sign, two bits of exponent and one of fraction.
+constexpr int8_t FP4_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// Added to them, so that they are unsigned.
+constexpr int32_t FP4_OFFSET = 12;
 
 constexpr int64_t PANEL = 16;
 constexpr int64_t GROUP = 32;
@@ -28,7 +36,7 @@ struct Packed {
   int64_t num_outputs;
   int64_t num_inputs;
   int32_t format;
-  int32_t has_wide_scales;  // float32 instead of float16
+  int32_t scale_type;
   int32_t has_minimum;
   int32_t has_half_scales;  // 8 bit: a scale for 16 inputs instead of 32
 };
@@ -39,7 +47,7 @@ inline int64_t num_panels(const Packed& w) { return (w.num_outputs + PANEL - 1) 
 
 inline int64_t num_groups(const Packed& w) { return (w.num_inputs + GROUP - 1) / GROUP; }
 
-inline int64_t scale_bytes(const Packed& w) { return PANEL * (w.has_wide_scales ? 4 : 2); }
+inline int64_t scale_bytes(const Packed& w) { return PANEL * (w.scale_type == WIDE_SCALES ? 4 : 2); }
 
 inline int64_t code_bytes(const Packed& w) { return PANEL * GROUP / (w.format == INT8 ? 1 : 2); }
 

@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "api.h"
 #include "engine.h"
+#include "experts.h"
 
 using namespace easyspec;
 
@@ -28,6 +30,7 @@ struct Op {
   int32_t rounded = -1, second_rounded = -1;  // what PRODUCT, GATED and CONVERT read or write
   std::vector<int32_t> also_rounds;           // what NORM, GATED and ATTEND round of their result on the side
   int64_t phase = 0, number = 0;
+  size_t dispatch = 0;  // of ROUTE, and of what goes by it
 };
 
 // Rows of one segment that attend together.
@@ -44,7 +47,7 @@ class Program final : public Work {
  public:
   Program(Engine& engine, const EasyspecOp* ops, int64_t num_ops, const int64_t* widths, const int32_t* rows_of_buffer,
           int64_t num_buffers)
-      : engine_(engine), widths_(widths, widths + num_buffers), is_selected_(rows_of_buffer, rows_of_buffer + num_buffers) {
+      : engine_(engine), widths_(widths, widths + num_buffers), per_row_(rows_of_buffer, rows_of_buffer + num_buffers) {
     for (int64_t i = 0; i < num_ops; i++) append(ops[i]);
     sort_into_phases();
   }
@@ -85,6 +88,14 @@ class Program final : public Work {
     }
     if (spec.kind == EASYSPEC_PRODUCT || spec.kind == EASYSPEC_GATED) op->rounded = round_for(spec.input, *spec.weight);
     if (spec.kind == EASYSPEC_GATED) op->second_rounded = round_for(spec.input, *spec.second);
+    if (is_by_expert(spec)) op->rounded = round_for(spec.input, *spec.experts[0]);
+    if (spec.kind == EASYSPEC_EXPERT_GATED) op->second_rounded = round_for(spec.input, *spec.second_experts[0]);
+    if (spec.kind == EASYSPEC_ROUTE) {
+      op->dispatch = dispatches_.size();
+      dispatches_.emplace_back(spec.num_experts, spec.num_chosen);
+      dispatch_of_buffer_[spec.output] = op->dispatch;
+    }
+    if (is_by_expert(spec) || spec.kind == EASYSPEC_COMBINE) op->dispatch = dispatch_of_buffer_.at(spec.routes);
     has_attention_ = has_attention_ || spec.kind == EASYSPEC_ATTEND;
     for (int32_t buffer : written_by(*op)) forget_rounded(buffer);
     ops_.push_back(std::move(op));
@@ -118,7 +129,8 @@ class Program final : public Work {
   // Whether an operation's pieces come to whole groups of columns of `buffer`.
   bool can_round(const Op& op, int32_t buffer) const {
     if (op.spec.output != buffer) return false;
-    if (op.spec.kind == EASYSPEC_NORM || op.spec.kind == EASYSPEC_GATED) return true;
+    if (op.spec.kind == EASYSPEC_NORM) return !op.spec.is_part;
+    if (op.spec.kind == EASYSPEC_GATED || op.spec.kind == EASYSPEC_EXPERT_GATED) return true;
     return op.spec.kind == EASYSPEC_ATTEND &&
            op.spec.num_heads / op.spec.num_kv_heads * op.spec.head_dim % GROUP == 0;
   }
@@ -139,7 +151,8 @@ class Program final : public Work {
           if (buffer >= 0) found.push_back(buffer);
         break;
       case EASYSPEC_ROTATE: found = {op.spec.input, LAYERS + op.spec.layer}; break;
-      case EASYSPEC_SCALE: found = {op.spec.input}; break;
+      case EASYSPEC_SCALE:
+      case EASYSPEC_ACTIVATE: found = {op.spec.input}; break;
       case CONVERT: found = {ROUNDED + op.rounded}; break;
       default: found = {op.spec.output};
     }
@@ -160,6 +173,16 @@ class Program final : public Work {
       case EASYSPEC_GATED:
         found = {op.rounded < 0 ? op.spec.input : ROUNDED + op.rounded};
         if (op.spec.kind == EASYSPEC_GATED) found.push_back(op.second_rounded < 0 ? op.spec.input : ROUNDED + op.second_rounded);
+        if (op.spec.adds) found.push_back(op.spec.output);
+        break;
+      case EASYSPEC_EXPERT_GATED:
+      case EASYSPEC_EXPERT_PRODUCT:
+        found = {op.spec.routes, op.rounded < 0 ? op.spec.input : ROUNDED + op.rounded};
+        if (op.spec.kind == EASYSPEC_EXPERT_GATED)
+          found.push_back(op.second_rounded < 0 ? op.spec.input : ROUNDED + op.second_rounded);
+        break;
+      case EASYSPEC_COMBINE:
+        found = {op.spec.input, op.spec.routes};
         if (op.spec.adds) found.push_back(op.spec.output);
         break;
       default: found = {op.spec.input};
@@ -191,7 +214,9 @@ class Program final : public Work {
 
   // -------------------------------------------------------------------------------------------------- each pass
 
-  int64_t rows_of(int32_t buffer) const { return is_selected_[buffer] ? pass_->num_selected : pass_->num_rows; }
+  int64_t rows_of(int32_t buffer) const {
+    return per_row_[buffer] == 0 ? pass_->num_selected : pass_->num_rows * per_row_[buffer];
+  }
 
   float* row(int32_t buffer, int64_t index) const { return pass_->buffers[buffer] + index * widths_[buffer]; }
 
@@ -285,10 +310,18 @@ class Program final : public Work {
         const int64_t each = panels_per_piece(*op.spec.weight);
         return (num_panels(*op.spec.weight) + each - 1) / each;
       }
+      case EASYSPEC_EXPERT_GATED:
+      case EASYSPEC_EXPERT_PRODUCT: {
+        // Which experts are chosen is not known yet: there is work for at most so many.
+        const int64_t most = std::min<int64_t>(op.spec.num_experts, pass_->num_rows * op.spec.num_chosen);
+        return most * pieces_of_expert(op);
+      }
+      case EASYSPEC_ROUTE: return 1;
       case EASYSPEC_ATTEND: return int64_t(units_.size()) * op.spec.num_kv_heads;
       case EASYSPEC_ACCUMULATE:
       case EASYSPEC_ROTATE:
       case EASYSPEC_SCALE:
+      case EASYSPEC_ACTIVATE:
       case CONVERT: buffer = op.spec.input; break;
       default: break;
     }
@@ -299,8 +332,11 @@ class Program final : public Work {
   void run_piece(Op& op, int64_t piece, int64_t count) {
     if (op.spec.kind == EASYSPEC_PRODUCT || op.spec.kind == EASYSPEC_GATED) return multiply(op, piece);
     if (op.spec.kind == EASYSPEC_ATTEND) return attend(op, piece);
+    if (is_by_expert(op.spec)) return multiply_by_expert(op, piece);
+    if (op.spec.kind == EASYSPEC_ROUTE) return route(op);
     const bool is_by_input = op.spec.kind == EASYSPEC_ACCUMULATE || op.spec.kind == EASYSPEC_ROTATE ||
-                             op.spec.kind == EASYSPEC_SCALE || op.spec.kind == CONVERT;
+                             op.spec.kind == EASYSPEC_SCALE || op.spec.kind == EASYSPEC_ACTIVATE ||
+                             op.spec.kind == CONVERT;
     const int32_t buffer = is_by_input ? op.spec.input : op.spec.output;
     const int64_t rows = rows_of(buffer), each = rows_per_piece(rows, widths_[buffer]);
     const int64_t end = piece + 1 == count ? rows : std::min(rows, (piece + 1) * each);
@@ -320,8 +356,17 @@ class Program final : public Work {
       }
       case EASYSPEC_NORM: {
         float* out = row(s.output, r);
-        engine_.kernels.norm(row(s.input, r), s.norm, out, s.width, s.eps);
+        if (s.is_part) return norm_part(s, r);
+        engine_.kernels.norm(row(s.input, r), s.norm, s.bias, out, s.width, s.eps, s.is_centred);
         for (int32_t index : op.also_rounds) convert(index, r, 0, widths_[s.output]);
+        return;
+      }
+      case EASYSPEC_ACTIVATE:
+        engine_.kernels.activate(Activation(s.activation), row(s.input, r), widths_[s.input]);
+        return;
+      case EASYSPEC_COMBINE: {
+        dispatches_[op.dispatch].combine(r, row(s.input, 0), widths_[s.input], row(s.output, r), widths_[s.output],
+                                         s.adds != 0);
         return;
       }
       case EASYSPEC_SELECT:
@@ -367,11 +412,13 @@ class Program final : public Work {
       const bool is_query = h < s.num_heads;
       const float* weight = is_query ? s.norm : s.second_norm;
       std::copy_n(heads + h * dim, dim, head);
-      if (weight) {
-        std::fill(head + dim, head + padded, 0.0f);
-        k.norm(head, weight, head, dim, s.eps);
+      std::fill(head + dim, head + padded, 0.0f);
+      if (weight && !s.is_norm_last) k.norm(head, weight, nullptr, head, dim, s.eps, false);
+      k.rotate(head, cosines, sines, s.rotary_dim, dim, is_query && !s.is_norm_last ? s.factor : 1.0f);
+      if (weight && s.is_norm_last) {
+        k.norm(head, weight, nullptr, head, dim, s.eps, false);
+        if (is_query) k.rotate(head, cosines, sines, 0, dim, s.factor);
       }
-      k.rotate(head, cosines, sines, s.rotary_dim, dim, is_query ? s.factor : 1.0f);
       if (is_query)
         std::copy_n(head, dim, heads + h * dim);
       else
@@ -391,27 +438,95 @@ class Program final : public Work {
     }
   }
 
+  void norm_part(const EasyspecOp& s, int64_t r) {
+    static thread_local std::vector<float> storage;
+    const size_t padded = size_t(round_up(s.width, ROW_MULTIPLE));
+    if (storage.size() < padded) storage.resize(padded);
+    std::copy_n(row(s.input, r) + s.column, s.width, storage.data());
+    std::fill(storage.begin() + s.width, storage.begin() + padded, 0.0f);
+    engine_.kernels.norm(storage.data(), s.norm, s.bias, storage.data(), s.width, s.eps, s.is_centred);
+    std::copy_n(storage.data(), s.width, row(s.output, r) + s.column);
+  }
+
+  static bool is_by_expert(const EasyspecOp& s) {
+    return s.kind == EASYSPEC_EXPERT_GATED || s.kind == EASYSPEC_EXPERT_PRODUCT;
+  }
+
+  int64_t pieces_of_expert(const Op& op) const {
+    const int64_t each = panels_per_piece(*op.spec.experts[0]);
+    return (num_panels(*op.spec.experts[0]) + each - 1) / each;
+  }
+
+  void route(const Op& op) {
+    const EasyspecOp& s = op.spec;
+    Dispatch& dispatch = dispatches_[op.dispatch];
+    dispatch.begin(pass_->num_rows);
+    for (int64_t r = 0; r < pass_->num_rows; r++)
+      dispatch.choose(r, row(s.input, r), s.is_normalised != 0, row(s.output, r));
+    dispatch.sort();
+  }
+
+  // Some panels of one of the chosen experts, for all rows that chose it.
+  void multiply_by_expert(Op& op, int64_t piece) {
+    const EasyspecOp& s = op.spec;
+    const Dispatch& dispatch = dispatches_[op.dispatch];
+    const int64_t parts = pieces_of_expert(op), place = piece / parts;
+    if (place >= int64_t(dispatch.active.size())) return;
+    const int64_t expert = dispatch.active[size_t(place)], first = dispatch.starts[size_t(expert)];
+    const int64_t rows = dispatch.starts[size_t(expert) + 1] - first;
+    const Packed& weight = *s.experts[expert];
+    const int64_t each = panels_per_piece(weight), begin = piece % parts * each;
+    const int64_t end = std::min(num_panels(weight), begin + each);
+    const int64_t width = widths_[s.output];
+    if (end == num_panels(weight))
+      for (int64_t r = first; r < first + rows; r++) std::fill(row(s.output, r) + end * PANEL, row(s.output, r) + width, 0.0f);
+    const float* bias = s.expert_biases ? s.expert_biases[expert] : nullptr;
+    if (s.kind == EASYSPEC_EXPERT_PRODUCT) {
+      const Input input = input_of(s.input, op.rounded);
+      engine_.kernels.product(weight, input.data + first * input.row_bytes, input.row_bytes, rows, begin, end, bias,
+                              row(s.output, first), width, false);
+      return;
+    }
+    const Input gate = input_of(s.input, op.rounded), up = input_of(s.input, op.second_rounded);
+    engine_.kernels.gated(weight, *s.second_experts[expert], gate.data, gate.row_bytes, up.data, up.row_bytes,
+                          dispatch.row_numbers.data() + first, rows, begin, end, bias,
+                          s.second_expert_biases ? s.second_expert_biases[expert] : nullptr, Activation(s.activation),
+                          row(s.output, first), width);
+    for (int32_t index : op.also_rounds)
+      for (int64_t r = first; r < first + rows; r++)
+        convert(index, r, begin * PANEL, std::min(width, round_up(end * PANEL, GROUP)));
+  }
+
+  struct Input {
+    const uint8_t* data;
+    int64_t row_bytes;
+  };
+
+  // A buffer's rows as they are (`rounded` -1), or rounded for products.
+  Input input_of(int32_t buffer, int32_t rounded) const {
+    if (rounded < 0) return {(const uint8_t*)row(buffer, 0), widths_[buffer] * 4};
+    return {rounded_[rounded].data, rounded_[rounded].row_bytes};
+  }
+
   void multiply(Op& op, int64_t piece) {
     const EasyspecOp& s = op.spec;
     const int64_t each = panels_per_piece(*s.weight), begin = piece * each;
     const int64_t end = std::min(num_panels(*s.weight), begin + each), rows = rows_of(s.input);
-    const uint8_t* input = (const uint8_t*)row(s.input, 0);
-    const int64_t input_bytes = widths_[s.input] * 4;
-    const auto x = [&](int32_t i) { return i < 0 ? input : rounded_[i].data; };
-    const auto bytes = [&](int32_t i) { return i < 0 ? input_bytes : rounded_[i].row_bytes; };
+    const Input input = input_of(s.input, op.rounded);
     // Columns behind the last panel are read as zeros; those behind another product's place are its own.
     const int64_t behind = s.column + end * PANEL;
     if (end == num_panels(*s.weight) && behind > widths_[s.output] - ROW_MULTIPLE)
       for (int64_t r = 0; r < rows; r++)
         std::fill(row(s.output, r) + behind, row(s.output, r) + widths_[s.output], 0.0f);
     if (s.kind == EASYSPEC_PRODUCT) {
-      engine_.kernels.product(*s.weight, x(op.rounded), bytes(op.rounded), rows, begin, end, s.bias,
+      engine_.kernels.product(*s.weight, input.data, input.row_bytes, rows, begin, end, s.bias,
                               row(s.output, 0) + s.column, widths_[s.output], s.adds != 0);
       return;
     }
-    engine_.kernels.gated(*s.weight, *s.second, x(op.rounded), bytes(op.rounded), x(op.second_rounded),
-                          bytes(op.second_rounded), rows, begin, end, s.bias, s.second_bias, Activation(s.activation),
-                          row(s.output, 0), widths_[s.output]);
+    const Input second = input_of(s.input, op.second_rounded);
+    engine_.kernels.gated(*s.weight, *s.second, input.data, input.row_bytes, second.data, second.row_bytes, nullptr, rows,
+                          begin, end, s.bias, s.second_bias, Activation(s.activation), row(s.output, 0),
+                          widths_[s.output]);
     for (int32_t index : op.also_rounds)
       for (int64_t r = 0; r < rows; r++)
         convert(index, r, begin * PANEL, std::min(widths_[s.output], round_up(end * PANEL, GROUP)));
@@ -524,12 +639,14 @@ class Program final : public Work {
 
   Engine& engine_;
   std::vector<int64_t> widths_;
-  std::vector<int32_t> is_selected_;
+  std::vector<int32_t> per_row_;  // rows of a buffer for each row of a pass; 0: the selected rows
+  std::vector<Dispatch> dispatches_;  // of each ROUTE
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<Rounded> rounded_;
   std::vector<bool> is_current_;
   std::vector<std::vector<Op*>> phases_;
   std::vector<int64_t> pieces_;
+  std::unordered_map<int32_t, size_t> dispatch_of_buffer_;
   bool has_attention_ = false;
   const EasyspecPass* pass_ = nullptr;
   std::vector<RowBlock> blocks_;
