@@ -108,7 +108,7 @@ def _exact_pass(decoder: Decoder, way: str, ranks: Ranks) -> tuple[Program, Buff
     hidden, output = (program.buffer(decoder.config.hidden_size) for _ in range(2))
     selected = program.buffer(decoder.config.hidden_size, is_selected=True)
     program.add(Embed(decoder._embeddings, hidden))
-    group = GroupWriter(program, decoder.config, decoder._rotary, hidden)
+    group = GroupWriter(program, decoder.config, decoder._rotaries, hidden)
     for layer in decoder._layers:
         if way == BY_OWNER:
             if ranks.rank == 0:

@@ -1,4 +1,4 @@
-"""Shape of a decoder of the Llama family, read from a Hugging Face checkpoint folder or a GGUF file."""
+"""What a decoder computes and for how long a text, read from a Hugging Face checkpoint folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from easyspec.checkpoint.generation import end_token_ids
 from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
+from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES, TOWER_MODEL_TYPES
 from easyspec.model.gguf_config import config_of
+from easyspec.model.layer_spec import ModelSpec
+from easyspec.model.model_families import FAMILIES, head_dim, model_spec, rope_parameters
 from easyspec.model.quantization.announced import announced_quantization
+from easyspec.model.tensor_names import TensorNames
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +58,7 @@ _FOREIGN_SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Rotary types whose angles at a position do not depend on how long the text is: they go on beyond the context.
-_ENDLESS_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ENDLESS_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class ModelConfig:
 
     `early_exits`: numbers of layers, rising, all below `num_layers`, after which the final norm and the head may be
     applied because the checkpoint was trained that way (S2D, arXiv 2407.01955). Empty for ordinary checkpoints.
-    `layer_windows`: for each layer the tokens that a row attends to, itself included, or None for all before it.
+    `intermediate_size`: of MLPs that are no mixtures of experts; `spec`: what each layer computes.
     `draft_vocabulary`: the only tokens that a draft model names, rising; its head has rows for them alone. None: all.
     """
 
@@ -75,37 +78,23 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    rms_norm_eps: float
     max_model_len: int
     tie_word_embeddings: bool
-    has_qk_norm: bool
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     hf_config: Any
+    spec: ModelSpec
     early_exits: tuple[int, ...] = ()
-    layer_windows: tuple[int | None, ...] = ()
     draft_vocabulary: tuple[int, ...] | None = None
-
-    def window_of_layer(self, layer: int) -> int | None:
-        """How many positions a row sees in a layer, its own included; None: all."""
-        return self.layer_windows[layer] if self.layer_windows else None
 
     @property
     def num_queries_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
 
     @property
-    def has_qkv_bias(self) -> bool:
-        return self.hf_config.model_type == "qwen2" or self.has_output_bias
-
-    @property
-    def has_output_bias(self) -> bool:
-        """Whether attention's output projection has a bias; a tensor that is there in spite of this is not used."""
-        return self.hf_config.model_type in ("llama", "qwen3") and bool(self.hf_config.attention_bias)
-
-    @property
-    def has_mlp_bias(self) -> bool:
-        return self.hf_config.model_type == "llama" and bool(self.hf_config.mlp_bias)
+    def names(self) -> TensorNames:
+        """What the family's tensors are called."""
+        return FAMILIES[self.hf_config.model_type].names
 
 
 def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = None) -> ModelConfig:
@@ -122,17 +111,15 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        head_dim=head_dim(hf),
         intermediate_size=hf.intermediate_size,
-        rms_norm_eps=hf.rms_norm_eps,
         max_model_len=_context(folder, hf, max_model_len),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        has_qk_norm=hf.model_type == "qwen3",
         eos_token_ids=_eos_token_ids(folder, hf),
         dtype=_dtype(dtype, hf),
         hf_config=hf,
+        spec=model_spec(hf, _layer_windows(folder, hf)),
         early_exits=_early_exits(folder, hf),
-        layer_windows=_layer_windows(folder, hf),
         draft_vocabulary=_draft_vocabulary(folder, hf),
     )
 
@@ -150,9 +137,23 @@ def _read_hf_config(folder: Path) -> Any:
             f"model_type is {model_type!r} in {folder}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # a wrong value raises whatever transformers first trips over
         raise ConfigurationError(f"no usable config.json in {folder}: {error}") from error
+    return _text_tower(folder, config) if model_type in TOWER_MODEL_TYPES else config
+
+
+def _text_tower(folder: Path, config: Any) -> Any:
+    """The configuration of the text tower, which inherits what only the whole model has."""
+    tower = config.get_text_config()
+    if tower.model_type not in FAMILIES:
+        raise ConfigurationError(
+            f"text_config's model_type is {tower.model_type!r} in {folder}; supported: {', '.join(FAMILIES)}"
+        )
+    for name in ("dtype", "eos_token_id", "quantization_config"):
+        if getattr(tower, name, None) is None and getattr(config, name, None) is not None:
+            setattr(tower, name, getattr(config, name))
+    return tower
 
 
 def _check_supported(folder: Path, hf: Any) -> None:
@@ -160,11 +161,15 @@ def _check_supported(folder: Path, hf: Any) -> None:
     for field in _COUNTS:
         if getattr(hf, field) < 1:
             raise ConfigurationError(f"{field} is {getattr(hf, field)} in {folder}; allowed: at least 1")
-    if hf.hidden_act not in SUPPORTED_ACTIVATIONS:
-        raise ConfigurationError(f"hidden_act is {hf.hidden_act!r} in {folder}; supported: silu")
+    family = FAMILIES[hf.model_type]
+    activation = getattr(hf, family.activation)
+    if activation not in SUPPORTED_ACTIVATIONS:
+        raise ConfigurationError(
+            f"{family.activation} is {activation!r} in {folder}; supported: {', '.join(SUPPORTED_ACTIVATIONS)}"
+        )
     for name, neutral in _FOREIGN_SETTINGS.items():
-        value = getattr(hf, name, hf.rope_parameters.get(name))
-        if value is not None and value not in neutral:
+        value = getattr(hf, name, rope_parameters(hf).get(name))
+        if name not in family.settings and value is not None and value not in neutral:
             raise ConfigurationError(
                 f"{name} is {value!r} in {folder}; supported for model_type {hf.model_type!r}: "
                 f"{', '.join(map(repr, neutral)) or 'unset'}, as what it asks for is not computed here"
@@ -200,8 +205,8 @@ def _context(folder: Path, hf: Any, asked: int | None) -> int:
     made_for = _made_for(hf)
     if asked is None or asked <= made_for:
         return asked or made_for
-    rope_type = hf.rope_parameters.get("rope_type", "default")
-    if rope_type not in _ENDLESS_ROPE_TYPES:
+    rope_type = rope_parameters(hf).get("rope_type", "default")
+    if rope_type not in _ENDLESS_ROPE_TYPES or rope_parameters(hf).get("llama_4_scaling_beta"):
         raise ConfigurationError(
             f"max_model_len is {asked}; allowed: up to {made_for}, the checkpoint's, as its rope_type is {rope_type}"
         )
@@ -216,9 +221,14 @@ def _made_for(hf: Any) -> int:
 
     `max_position_embeddings` is the length before scaling in some checkpoints and after it in others: the longer of
     the two readings counts. Llama 3's type states the length after scaling, `dynamic` changes its angles beyond it.
+    `longrope` has other angles for texts that may be longer than what the model was first trained for, and is a little
+    worse at short ones by them: who wants longer texts asks for them. Ministral's scores are scaled by the position
+    from there on, which is not computed.
     """
-    parameters, positions = hf.rope_parameters, int(hf.max_position_embeddings)
-    if parameters.get("rope_type") not in ("yarn", "linear"):
+    parameters, positions = rope_parameters(hf), int(hf.max_position_embeddings)
+    if parameters.get("rope_type") == "longrope" or parameters.get("llama_4_scaling_beta"):
+        return min(positions, int(parameters.get("original_max_position_embeddings") or positions))
+    if parameters.get("rope_type") not in ("yarn", "linear") or FAMILIES[hf.model_type].counts_scaled_positions:
         return positions
     original = parameters.get("original_max_position_embeddings") or positions
     factor = parameters.get("factor") or 1.0

@@ -17,7 +17,9 @@ from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
 from easyspec.model.draft_vocabulary import DraftVocabulary
 from easyspec.model.kv_cache import kv_dtype
-from easyspec.model.layers import GroupWriter, Layer, load_layer
+from easyspec.model.layer_spec import NormKind
+from easyspec.model.layer_weights import Layer, load_layer, load_norm
+from easyspec.model.layers import GroupWriter
 from easyspec.model.pass_orders import HeadOrder, Order, PassOrder, decode_order, encode_order
 from easyspec.model.rope import rotary_tables
 from easyspec.model.row_layout import RowLayout, Segment, lay_out
@@ -26,12 +28,12 @@ from easyspec.model.weights import Checkpoint, TensorSource
 from easyspec.ops.executor import Executor, Program
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.packed import PackedWeight
-from easyspec.ops.program import Buffer, Embed, Norm, Product, ProgramWriter, Select
+from easyspec.ops.program import Buffer, Embed, Norm, Product, ProgramWriter, Scale, Select
 from easyspec.ops.rows import PassRows
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
-from easyspec.parallel.shard import WHOLE, Shard
+from easyspec.parallel.shard import WHOLE, Shard, check_splits
 from easyspec.speculation.parameters import MlpPlacement
 from easyspec.speculation.split_choice import NO_ROWS, SplitRows, choose_split
 
@@ -62,7 +64,7 @@ class _CompiledPass:
 
 
 class Decoder:
-    """A model of the Llama family over a KV pool, executed by a layer plan.
+    """A model over a KV pool, executed by a layer plan.
 
     A row's bits depend on its own tokens alone (easyspec/ops/program.py). Not thread-safe: one thread owns the device.
 
@@ -86,6 +88,8 @@ class Decoder:
         self._tensor_shard = own if placement is RankPlacement.TENSOR else WHOLE
         self._layer_shard = WHOLE if placement is RankPlacement.TENSOR else own
         self._tensor_shard.check(config)
+        if ranks.size > 1:
+            check_splits(config, placement)
         mlp_shard = None
         if placement is RankPlacement.LAYERS_SHARDED_MLP and ranks.size > 1:
             own.check_mlp(config)
@@ -95,7 +99,7 @@ class Decoder:
         self.executor = executor
         self.sequential_plan = sequential_plan(config.num_layers)
         self._ranks = ranks
-        self._rotary = rotary_tables(config, executor.device)
+        self._rotaries = rotary_tables(config, executor.device)
         self._vocabulary = DraftVocabulary.of(config, executor.device)
         if self._vocabulary is not None and self._tensor_shard.size > 1:
             raise ConfigurationError(f"{folder} has a draft_vocabulary: its head cannot be split over ranks")
@@ -111,7 +115,7 @@ class Decoder:
     def _load_ends(self, reader: WeightReader) -> None:
         c = self.config
         shape, token_ids = (c.vocab_size, c.hidden_size), self._tensor_shard.vocabulary(c.vocab_size)
-        self._final_norm = reader.vector("model.norm.weight", c.hidden_size)
+        self._final_norm = load_norm(reader, "model.norm", c.spec.final_norm, c.hidden_size)
         name = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
         table = reader.head("model.embed_tokens.weight", shape)
         self._embeddings: PackedWeight = reader.pack(table)
@@ -289,8 +293,8 @@ class Decoder:
         program = ProgramWriter()
         hidden = program.buffer(self.config.hidden_size)
         if layers.start == 0:
-            program.add(Embed(self._embeddings, hidden))
-        groups = GroupWriter(program, self.config, self._rotary, hidden, self._tensor_shard, self._layer_shard)
+            program.add(Embed(self._embeddings, hidden, self.config.spec.embedding_factor))
+        groups = GroupWriter(program, self.config, self._rotaries, hidden, self._tensor_shard, self._layer_shard)
         for group in plan.groups:
             if group.start in layers:
                 members = self._layers[group.start : group.stop]
@@ -311,9 +315,14 @@ class Decoder:
     def _write_head(self, program: ProgramWriter, selected: Buffer) -> Buffer:
         normed = program.buffer(self.config.hidden_size, is_selected=True)
         logits = program.buffer(self._head.num_outputs, is_selected=True)
+        spec, norm = self.config.spec, self._final_norm
+        is_centred = spec.final_norm.kind is NormKind.LAYER
         program.add(
-            Norm(selected, normed, self._final_norm, self.config.rms_norm_eps), Product(normed, logits, self._head)
+            Norm(selected, normed, norm.weight, spec.final_norm.eps, norm.bias, is_centred),
+            Product(normed, logits, self._head),
         )
+        if spec.logit_factor != 1.0 or spec.logit_soft_cap is not None:
+            program.add(Scale(logits, spec.logit_factor, spec.logit_soft_cap))
         return logits
 
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from transformers import AutoConfig
 
 from easyspec.checkpoint.gguf_header import GgufHeader
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name
+from easyspec.model.gguf_families import family_of, read_floats
 
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Our own key; other readers of the format ignore it, and have rows of the head that were not trained.
@@ -30,17 +30,17 @@ _HANDED_ON: Mapping[str, str] = MappingProxyType(
         "residual_scale": "residual_multiplier",
         "attention.scale": "attention_multiplier",
         "logit_scale": "logit_scale",
-        "expert_count": "num_local_experts",
     }
 )
 
 
 def config_of(header: GgufHeader) -> Any:
     """The configuration of the model in the file; raises ConfigurationError for what is missing or unsupported."""
-    architecture = header.architecture
-    if architecture not in GGUF_MODEL_TYPES:
+    family = family_of(header)
+    if family is None:
         raise ConfigurationError(
-            f"general.architecture is {architecture!r} in {header.path}; supported: {', '.join(GGUF_MODEL_TYPES)}"
+            f"general.architecture is {header.architecture!r} in {header.path}; supported: "
+            f"{', '.join(GGUF_MODEL_TYPES)}"
         )
     num_heads, hidden_size = _count(header, "attention.head_count"), _count(header, "embedding_length")
     if _EMBEDDINGS not in header.tensors:
@@ -64,12 +64,12 @@ def config_of(header: GgufHeader) -> Any:
         "bos_token_id": None,
         "eos_token_id": list(header.end_token_ids) or None,
         "dtype": _dtype(header),
+        "rope_parameters": {**_rope_parameters(header), **family.rope},
         **_handed_on(header, head_dim),
+        **family.fields(header, head_dim),
     }
     try:
-        config = AutoConfig.for_model(
-            GGUF_MODEL_TYPES[architecture], rope_parameters=_rope_parameters(header), **fields
-        )
+        config = AutoConfig.for_model(family.model_type, **fields)
     except Exception as error:  # a wrong value raises whatever transformers first trips over
         raise ConfigurationError(f"no usable metadata in {header.path}: {error}") from error
     if _FREQUENCIES in header.tensors:
@@ -112,7 +112,7 @@ def _frequency_factors(header: GgufHeader, head_dim: int) -> list[float]:
             f"{_FREQUENCIES!r} in {header.path} is {format_name(tensor.kind)} of shape {tensor.shape}; "
             f"expected F32 of ({head_dim // 2},)"
         )
-    return [float(factor) for factor in np.fromfile(header.path, np.float32, head_dim // 2, offset=tensor.offset)]
+    return read_floats(header, _FREQUENCIES)
 
 
 def _dtype(header: GgufHeader) -> str:

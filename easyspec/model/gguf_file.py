@@ -6,7 +6,8 @@ Mapped into memory: several processes that read one file share its pages.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -18,33 +19,38 @@ from easyspec.checkpoint.gguf_header import GgufTensor, read_header
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import BLOCK_FORMATS
 from easyspec.model.gguf_blocks import FLOAT_TYPES, dequantized, format_name, row_bytes
+from easyspec.model.gguf_families import family_of
 from easyspec.model.stored_blocks import StoredBlocks
 from easyspec.model.weights import check_finite
 
 _NAMES: Mapping[str, str] = MappingProxyType(
     {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 )
-_LAYER_NAMES: Mapping[str, str] = MappingProxyType(
+# What a tensor of a layer is for, as TensorNames calls it.
+_ROLES: Mapping[str, str] = MappingProxyType(
     {
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_norm",
+        "ffn_norm": "mlp_norm",
+        "attn_q": "query",
+        "attn_k": "key",
+        "attn_v": "value",
+        "attn_qkv": "qkv",
+        "attn_output": "output",
+        "attn_q_norm": "query_norm",
+        "attn_k_norm": "key_norm",
+        "attn_sinks": "sinks",
+        "ffn_gate": "gate",
+        "ffn_up": "up",
+        "ffn_down": "down",
+        "ffn_gate_inp": "router",
     }
+)
+_EXPERT_ROLES: Mapping[str, str] = MappingProxyType(
+    {"ffn_gate_exps": "expert_gate", "ffn_up_exps": "expert_up", "ffn_down_exps": "expert_down"}
 )
 _LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<name>\w+)\.(?P<kind>weight|bias)")
 # Read with the configuration.
-_NEEDLESS = ("rope_freqs.weight",)
-# llama.cpp turns neighbouring dimensions against each other in models of this architecture, Hugging Face
-# dimension i against i + D/2: the converter puts rows of queries and keys in the former's order.
-_PERMUTED_ARCHITECTURES = ("llama",)
+_NEEDLESS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class GgufCheckpoint:
@@ -59,7 +65,11 @@ class GgufCheckpoint:
         self._is_whole = is_whole
         self._header = header = read_header(path)
         self._bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
-        self._tensors = {_name_of(tensor.name): tensor for tensor in header.tensors.values()}
+        family = family_of(header)
+        if family is None:
+            raise ConfigurationError(f"general.architecture is {header.architecture!r} in {path}")
+        self._family = family
+        self._tensors = dict(self._named(header.tensors.values()))
         self._asked: set[str] = set()
         for tensor in header.tensors.values():
             self._check(tensor)
@@ -97,6 +107,8 @@ class GgufCheckpoint:
             values = torch.from_numpy(dequantized(raw, stored.kind))
         if len(shape) == 1:
             values = values.flatten()
+            if self._family.adds_one and name.endswith("norm.weight"):
+                values = values - 1.0
         if columns is not None:
             values = values[:, columns.start : columns.stop]
         check_finite(values, stored.name, self._path)
@@ -113,6 +125,26 @@ class GgufCheckpoint:
             return None
         raw = self._rows(name, stored, rows)
         return StoredBlocks(format_, (len(raw), *shape[1:]), {"blocks": raw})
+
+    def _named(self, tensors: Iterable[GgufTensor]) -> Iterator[tuple[str, GgufTensor]]:
+        """Tensors with their Hugging Face names, or their own where they have none."""
+        names, roles = self._family.names, {**_ROLES, **self._family.roles}
+        for tensor in tensors:
+            found = _LAYER_TENSOR.fullmatch(tensor.name)
+            stem, _, kind = tensor.name.partition(".")
+            if found is None:
+                yield f"{_NAMES[stem]}.{kind}" if stem in _NAMES else tensor.name, tensor
+                continue
+            prefix, name, kind = f"model.layers.{int(found['layer'])}.", found["name"], found["kind"]
+            if name in _EXPERT_ROLES:
+                part = getattr(names, _EXPERT_ROLES[name])
+                for number, expert in enumerate(_experts_of(tensor)):
+                    yield f"{prefix}{names.of_expert(number, part)}.{kind}", expert
+            elif roles.get(name) == "sinks":
+                yield prefix + names.sinks, tensor
+            else:
+                own = getattr(names, roles[name], None) if name in roles else None
+                yield f"{prefix}{own}.{kind}" if own else tensor.name, tensor
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
         if name not in self._tensors:
@@ -137,9 +169,13 @@ class GgufCheckpoint:
         return raw if rows is None else raw[rows.start : rows.stop]
 
     def _order(self, name: str, num_rows: int) -> NDArray[np.int64] | None:
-        """For each row in Hugging Face's order, its place in the file; None where they are the same."""
+        """For each row in Hugging Face's order, its place in the file; None where they are the same.
+
+        llama.cpp turns neighbouring dimensions against each other in models of some architectures, Hugging Face
+        dimension i against i + D/2: the converter puts rows of queries and keys in the former's order.
+        """
         projection = name.rpartition(".")[0].rpartition(".")[2]
-        if self._header.architecture not in _PERMUTED_ARCHITECTURES or projection not in ("q_proj", "k_proj"):
+        if not self._family.has_paired_rows or projection not in ("q_proj", "k_proj"):
             return None
         num_query_heads = int(self._header.of_model("attention.head_count"))
         num_heads = num_query_heads
@@ -166,9 +202,9 @@ class GgufCheckpoint:
             )
 
 
-def _name_of(gguf_name: str) -> str:
-    """The Hugging Face name of a tensor; its own where it has none."""
-    if (found := _LAYER_TENSOR.fullmatch(gguf_name)) is not None and found["name"] in _LAYER_NAMES:
-        return f"model.layers.{int(found['layer'])}.{_LAYER_NAMES[found['name']]}.{found['kind']}"
-    stem, _, kind = gguf_name.partition(".")
-    return f"{_NAMES[stem]}.{kind}" if stem in _NAMES else gguf_name
+def _experts_of(tensor: GgufTensor) -> Iterator[GgufTensor]:
+    """A tensor of all experts as one tensor each."""
+    num_rows = int(np.prod(tensor.shape[1:-1])) if len(tensor.shape) > 2 else 1
+    num_bytes = num_rows * row_bytes(tensor.kind, tensor.shape[-1])
+    for number in range(tensor.shape[0]):
+        yield replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * num_bytes)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from easyspec.model.quantization.mxfp4 import EXPONENT_BIAS
 from easyspec.model.stored_blocks import StoredBlocks
 from easyspec.ops.weights import GROUP_SIZE, QuantisedWeight
 
@@ -21,10 +22,12 @@ Bytes = NDArray[np.uint8]
 
 def quantised_weight(stored: StoredBlocks) -> QuantisedWeight | None:
     """The same numbers in groups of 32 columns, or None where groups are smaller or not in the order of the columns."""
-    if stored.format in _DECODERS:
+    if "blocks" in stored.parts:
         num_bytes = _BLOCK_BYTES[stored.format]
         blocks = stored.parts["blocks"]
         return _DECODERS[stored.format](blocks.reshape(len(blocks), -1, num_bytes))
+    if "exponents" in stored.parts:
+        return _mxfp4(stored.parts["codes"], stored.parts["exponents"])
     if "group_of_column" in stored.parts:
         return None
     return _scaled_codes(stored)
@@ -60,6 +63,16 @@ def _weight(
         None if minima is None else torch.from_numpy(minima.reshape(num_rows, -1).astype(np.float32)),
         has_wide_scales=has_wide_scales,
     )
+
+
+def _mxfp4(codes: Bytes, exponents: Bytes) -> QuantisedWeight:
+    """Places in a table of twice the numbers [R, C], and powers of two of groups of 32 [R, G]."""
+    scales = torch.ldexp(torch.ones(exponents.shape), torch.from_numpy(exponents.astype(np.int32)) - EXPONENT_BIAS - 1)
+    return QuantisedWeight(4, torch.from_numpy(codes.astype(np.int8)), scales, has_wide_scales=True, is_fp4=True)
+
+
+def _mxfp4_blocks(blocks: Bytes) -> QuantisedWeight:
+    return _mxfp4(_nibbles(blocks[..., 1:]).reshape(len(blocks), -1), blocks[..., 0])
 
 
 def _halves(blocks: Bytes, start: int) -> NDArray[np.float32]:
@@ -147,8 +160,9 @@ _DECODERS: Mapping[str, Callable[[Bytes], QuantisedWeight]] = MappingProxyType(
         "Q4_K": _q4_k,
         "Q5_K": _q5_k,
         "Q6_K": _q6_k,
+        "MXFP4": _mxfp4_blocks,
     }
 )
 _BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
-    {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+    {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}
 )

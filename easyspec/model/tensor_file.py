@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,10 @@ class TensorFile:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Call tensors by other names from here on."""
+        self._tensors = {new_name(name): stored for name, stored in self._tensors.items()}
 
     def close(self) -> None:
         self._file.close()

@@ -22,6 +22,13 @@ _SINGLE = "model.safetensors"
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # Tables that the config gives as well, and a head that the config says is the embeddings'.
 _NEEDLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight")
+# Of models of text and pictures: what the text tower's tensors are called, and the other parts.
+_TEXT_TOWERS = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+}
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 # Of what is computed besides, which quantized checkpoints may scale too: here it is not rounded.
 _ACTIVATION_SCALE = re.compile(
     r".*\.(input_scale|output_scale|[kvq]_scale|input_zero_point|output_zero_point|activation_scale)"
@@ -60,10 +67,13 @@ class Checkpoint:
         self._is_whole = is_whole
         self._asked: set[str] = set()
         self._file_of_tensor: dict[str, TensorFile] = {}
+        self._is_text_tower = False
         with ExitStack() as stack:
             for path, listed in _files(folder).items():
                 file = stack.enter_context(closing(TensorFile(path)))
                 _check_listed(path, listed, file)
+                self._is_text_tower = self._is_text_tower or any(name.startswith(tuple(_TEXT_TOWERS)) for name in file)
+                file.rename(_text_name)
                 self._file_of_tensor.update(dict.fromkeys(file, file))
             self._stack = stack.pop_all()
 
@@ -116,9 +126,19 @@ class Checkpoint:
         }
         return StoredBlocks(packed.format, (len(rows), *shape[1:]), cut)
 
-    def stored(self, name: str) -> torch.Tensor:
-        """A whole tensor in the type it is stored in; raises ConfigurationError if it is missing."""
-        return self._file_of(name).read(name)
+    def stored(self, name: str, shape: tuple[int, ...] | None = None, rows: range | None = None) -> torch.Tensor:
+        """A tensor, or some of its rows, in the type it is stored in.
+
+        Raises ConfigurationError if it is missing, or has another `shape` where one is given.
+        """
+        file = self._file_of(name)
+        if shape is not None and file.shape(name) != shape:
+            raise ConfigurationError(f"{name!r} in {self._folder} has shape {file.shape(name)}; expected {shape}")
+        return file.read(name, rows)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return self._file_of_tensor[name].shape(name)
 
     def _file_of(self, name: str) -> TensorFile:
         if name not in self._file_of_tensor:
@@ -145,6 +165,8 @@ class Checkpoint:
 
     def _check_all_asked(self) -> None:
         left = sorted(name for name in self._file_of_tensor.keys() - self._asked if not _NEEDLESS.fullmatch(name))
+        if self._is_text_tower:
+            left = [name for name in left if not _OTHER_PARTS.fullmatch(name)]
         if self._quantization is not None:
             left = [name for name in left if not _ACTIVATION_SCALE.fullmatch(name)]
         if not left:
@@ -156,6 +178,14 @@ class Checkpoint:
             advice = "it describes another model: get the config.json that came with the weights"
         path = self._file_of_tensor[left[0]].path
         raise ConfigurationError(f"{left[0]!r} in {path}{more} not used by the model of config.json; {advice}")
+
+
+def _text_name(name: str) -> str:
+    """What a tensor of a text tower is called in a model of text alone."""
+    for stem, own in _TEXT_TOWERS.items():
+        if name.startswith(stem):
+            return own + name.removeprefix(stem)
+    return name
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
+from easyspec.model.layer_spec import HeadNorm
+from easyspec.parallel.rank_placement import RankPlacement
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,15 @@ class Shard:
             working = [size for size in range(1, config.num_heads + 1) if _splits(config, size)]
             raise ConfigurationError(
                 f"tensor_parallel_size is {self.size}: {config.num_heads} heads, {config.num_kv_heads} KV heads and an "
-                f"MLP of {config.intermediate_size} do not split evenly; allowed: {', '.join(map(str, working))}"
+                f"MLP of {min(_mlp_sizes(config))} do not split evenly; allowed: {', '.join(map(str, working))}"
             )
 
     def check_mlp(self, config: ModelConfig) -> None:
         """The same where the MLPs alone are split."""
-        size = config.intermediate_size
-        if size % self.size != 0:
-            working = [num_ranks for num_ranks in range(1, 2 * self.size) if size % num_ranks == 0]
+        sizes = _mlp_sizes(config)
+        if any(size % self.size != 0 for size in sizes):
+            working = [ranks for ranks in range(1, 2 * self.size) if all(size % ranks == 0 for size in sizes)]
+            size = min(sizes)
             raise ConfigurationError(
                 f"rank_placement is 'layers-sharded-mlp' on {self.size} ranks: an MLP of {size} does not split evenly; "
                 f"allowed: {', '.join(map(str, working))} ranks, or another placement"
@@ -72,6 +75,24 @@ class Shard:
 WHOLE = Shard()
 
 
+def check_splits(config: ModelConfig, placement: RankPlacement) -> None:
+    """Raise ConfigurationError where layers cannot be split over ranks for another reason than their sizes."""
+    if placement is RankPlacement.LAYERS:
+        return
+    layers = config.spec.layers
+    if placement is RankPlacement.TENSOR and any(layer.attention.head_norm is HeadNorm.ROWS for layer in layers):
+        raise ConfigurationError(
+            f"tensor_parallel_size: a {config.hf_config.model_type} model norms all heads of a row together, and no "
+            "rank has them all; allowed: 1, or a draft model's rank_placement layers"
+        )
+
+
 def _splits(config: ModelConfig, size: int) -> bool:
     has_whole_kv_heads = config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
-    return has_whole_kv_heads and config.num_heads % size == 0 and config.intermediate_size % size == 0
+    return (
+        has_whole_kv_heads and config.num_heads % size == 0 and all(inner % size == 0 for inner in _mlp_sizes(config))
+    )
+
+
+def _mlp_sizes(config: ModelConfig) -> set[int]:
+    return {layer.mlp.size for layer in config.spec.layers}

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from easyspec.cli.supported import supported_table
-from easyspec.model.families import QUANTIZATION_METHODS, SUPPORTED_MODEL_TYPES
+from easyspec.model.families import (
+    GGUF_MODEL_TYPES,
+    QUANTIZATION_METHODS,
+    SUPPORTED_MODEL_TYPES,
+    TOWER_MODEL_TYPES,
+)
+from easyspec.model.model_families import FAMILIES
+from tests.fakes.families import FAMILY_OPTIONS
+from tests.model.test_fused_experts import test_experts_in_mxfp4
+from tests.model.test_gguf_families import FAMILIES as GGUF_CASES
 from tests.model.test_quantization import CASES
+from tests.model.test_text_towers import TOWERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
@@ -18,4 +28,12 @@ def test_the_page_has_the_table_that_the_command_prints() -> None:
 
 
 def test_every_way_of_quantizing_has_a_case() -> None:
-    assert {config["quant_method"] for config, _ in CASES.values()} == set(QUANTIZATION_METHODS)
+    assert {config["quant_method"] for config, _ in CASES.values()} | {"mxfp4"} == set(QUANTIZATION_METHODS)
+    assert callable(test_experts_in_mxfp4)
+
+
+def test_every_family_has_a_checkpoint_in_the_tests() -> None:
+    towers = set(TOWER_MODEL_TYPES)
+    assert set(FAMILY_OPTIONS) == set(SUPPORTED_MODEL_TYPES) - towers == set(FAMILIES)
+    assert set(TOWERS) == towers
+    assert set(GGUF_MODEL_TYPES.values()) | {"mixtral"} == set(GGUF_CASES)

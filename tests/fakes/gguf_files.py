@@ -9,38 +9,16 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from tests.fakes.gguf_families import ARCHITECTURES, Renamed, family_metadata, gguf_name, whole_rope
+
+__all__ = ["gguf_name", "write_gguf"]
+
 # Where the scales of formats that the package does not write stand in a block, as numbers of float16.
 _SCALES = {"Q4_K": (0, 1), "Q5_K": (0, 1), "Q6_K": (104,), "Q2_K": (40, 41)}
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a Hugging Face tensor."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        layer, _, part = stem.removeprefix("model.layers.").partition(".")
-        return f"blk.{layer}.{_NAMES[part]}.{kind}"
-    return f"{_NAMES[stem]}.{kind}"
 
 
 def write_gguf(
@@ -56,25 +34,20 @@ def write_gguf(
     `tensors` are further entries.
     """
     config = json.loads((folder / "config.json").read_text())
-    architecture = config["model_type"]
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {**_shape(config), **_vocabulary(folder, config)}.items():
+    for key, value in {**_shape(config), **family_metadata(config), **_vocabulary(folder, config)}.items():
         _add(writer, key.format(arch=architecture), value)
     for key, value in (metadata or {}).items():
         _add(writer, key.format(arch=architecture), value)
     weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue
-        values = tensor.float().numpy()
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        num_heads = heads.get(name.split(".")[-2]) if architecture == "llama" else None
-        stored = _paired(values, num_heads) if num_heads is not None else values
-        ggml_kind = GGMLQuantizationType[kind if stored.ndim > 1 else "F32"]
-        blocks = _blocks(stored, ggml_kind)
-        writer.add_tensor(gguf_name(name), blocks, raw_dtype=ggml_kind)
-        read = gguf.quants.dequantize(blocks, ggml_kind).reshape(stored.shape)
-        weights[name] = torch.from_numpy(_halved(read, num_heads) if num_heads is not None else read).contiguous()
+    named = Renamed(config, weights)
+    for stored_name, values in named.stored.items():
+        is_matrix = values.ndim > 1 and not stored_name.endswith("bias") and "ffn_gate_inp" not in stored_name
+        ggml_kind = GGMLQuantizationType[kind if is_matrix else "F32"]
+        blocks = _blocks(values, ggml_kind)
+        writer.add_tensor(stored_name, blocks, raw_dtype=ggml_kind)
+        named.put_back(stored_name, gguf.quants.dequantize(blocks, ggml_kind).reshape(values.shape))
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -96,8 +69,8 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "{arch}.attention.head_count_kv": config["num_key_value_heads"],
         "{arch}.attention.key_length": head_dim,
         "{arch}.attention.value_length": head_dim,
-        "{arch}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "{arch}.rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+        "{arch}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 0.0)),
+        "{arch}.rope.freq_base": float(whole_rope(config)["rope_theta"]),
         "{arch}.rope.dimension_count": head_dim,
     }
 
@@ -134,18 +107,6 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _paired(rows: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """Rows of a projection as llama.cpp has them: dimension i of a head beside dimension i + D/2."""
-    halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
-
-
-def _halved(rows: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """The way back."""
-    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
 
 
 def _blocks(values: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[np.uint8]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from easyspec.model.config import load_config
+from easyspec.model.config import ModelConfig, load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.rope import rotary_tables
 from easyspec.model.row_layout import Segment, TreeColumns, lay_out
 from easyspec.model.weight_reader import WeightFormat
 from easyspec.model.weight_source import open_weights
 from easyspec.ops.executor import Executor, choose_executor
 from easyspec.ops.kv_pool import KVPool
+from easyspec.ops.program import Rotary
 from easyspec.ops.rows import Int64Array
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.parallel.rank_placement import RankPlacement
@@ -116,6 +118,12 @@ class Passes:
         (logits,) = self.run(session.chain(token_ids), plan=plan)
         session.close()
         return logits
+
+
+def rotary_table(config: ModelConfig) -> Rotary:
+    """The angles of a model whose layers all turn alike."""
+    (table,) = rotary_tables(config, CPU).values()
+    return table
 
 
 def cached(pool: KVPool, slots: Int64Array) -> torch.Tensor:

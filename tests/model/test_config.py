@@ -10,8 +10,9 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
-from easyspec.model.rope import rotary_tables
+from easyspec.model.layer_spec import HeadNorm, MlpSpec
 from tests.fakes.checkpoints import change_config, write_checkpoint
+from tests.model.passes import rotary_table
 
 _CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -35,7 +36,7 @@ def test_the_shape_is_read(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-3))
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (300, 64, 3)
     assert (config.num_heads, config.num_kv_heads, config.num_queries_per_kv, config.head_dim) == (4, 2, 2, 24)
-    assert (config.intermediate_size, config.max_model_len, config.rms_norm_eps) == (96, 512, 1e-3)
+    assert (config.intermediate_size, config.max_model_len, config.spec.final_norm.eps) == (96, 512, 1e-3)
     assert config.tie_word_embeddings
     assert config.dtype == torch.float32
 
@@ -62,8 +63,10 @@ def test_what_a_family_adds(
     mlp_bias: bool,
 ) -> None:
     config = load_config(write_config(tmp_path, model_type=model_type, **fields))
-    assert config.has_qk_norm == qk_norm
-    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (qkv_bias, output_bias, mlp_bias)
+    attention, mlp = config.spec.layers[1].attention, config.spec.layers[1].mlp
+    assert isinstance(mlp, MlpSpec)
+    assert attention.head_norm is (HeadNorm.HEADS if qk_norm else HeadNorm.NONE)
+    assert (attention.has_qkv_bias, attention.has_output_bias, mlp.has_bias) == (qkv_bias, output_bias, mlp_bias)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +134,8 @@ def test_windows_are_those_of_the_layers_and_leave_the_context(
     tmp_path: Path, fields: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
     config = load_config(write_config(tmp_path, **fields))
-    assert (config.layer_windows, config.max_model_len) == (windows, 512)
-    assert tuple(config.window_of_layer(layer) for layer in range(3)) == windows
+    assert tuple(layer.attention.window for layer in config.spec.layers) == windows
+    assert config.max_model_len == 512
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_a_scaled_context_is_as_long_as_the_model_card_says(
 ) -> None:
     config = load_config(write_config(tmp_path, rope_scaling=rope, max_position_embeddings=positions))
     assert config.max_model_len == context
-    assert rotary_tables(config, torch.device("cpu")).cosines.shape == (context, 8)
+    assert rotary_table(config).cosines.shape == (context, 8)
 
 
 def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_max_model_len_shortens_the_context(tmp_path: Path) -> None:
     for length in (1, 100, 512):
         config = load_config(tmp_path, max_model_len=length)
         assert config.max_model_len == length
-        assert rotary_tables(config, torch.device("cpu")).cosines.shape == (length, 8)
+        assert rotary_table(config).cosines.shape == (length, 8)
 
 
 def test_max_model_len_may_go_beyond_the_checkpoint_with_a_warning(tmp_path: Path) -> None:
@@ -248,14 +251,14 @@ def test_a_checkpoint_of_another_type_is_refused(tmp_path: Path, dtype: str) -> 
         load_config(write_config(tmp_path, dtype=dtype))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "never-heard-of", 7, None])
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba", "never-heard-of", 7, None])
 def test_an_unsupported_model_type_lists_the_supported(tmp_path: Path, model_type: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_config(write_config(tmp_path, model_type=model_type))
     message = str(caught.value)
     assert f"model_type is {model_type!r}" in message
     assert str(tmp_path) in message
-    assert "supported: llama, mistral, qwen2, qwen3" in message
+    assert "supported: llama, mistral, mistral3" in message
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"{}", b'"llama"', b"\xff\xfe\x00"])
@@ -314,20 +317,23 @@ def test_a_corrupt_generation_config(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     "scaling",
     [
-        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+        {"rope_type": "proportional", "factor": 2.0},
         {"rope_type": "spiral", "factor": 2.0},
     ],
 )
 def test_an_unsupported_rope_type(tmp_path: Path, scaling: dict[str, Any]) -> None:
     config = load_config(write_config(tmp_path, rope_scaling=scaling))
-    with pytest.raises(ConfigurationError, match="supported: default, llama3, linear, dynamic, yarn") as caught:
-        rotary_tables(config, torch.device("cpu"))
+    with pytest.raises(
+        ConfigurationError, match="supported: default, llama3, linear, dynamic, yarn, longrope"
+    ) as caught:
+        rotary_table(config)
     assert f"rope_type is {scaling['rope_type']!r}" in str(caught.value)
 
 
 def test_a_saved_checkpoint_is_read_as_written(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen3", head_dim=32, dtype=torch.bfloat16)
     config = load_config(tmp_path)
-    assert (config.head_dim, config.dtype, config.has_qk_norm) == (32, torch.bfloat16, True)
+    assert (config.head_dim, config.dtype) == (32, torch.bfloat16)
+    assert config.spec.layers[0].attention.head_norm is HeadNorm.HEADS
     change_config(tmp_path, head_dim=48)
     assert load_config(tmp_path).head_dim == 48

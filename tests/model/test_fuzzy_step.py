@@ -19,6 +19,7 @@ from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan, se
 from easyspec.speculation.parameters import MlpPlacement
 from easyspec.speculation.token_tree import TokenTree
 from tests.fakes.checkpoints import VOCAB_SIZE, reference_model, write_checkpoint
+from tests.fakes.families import FAMILY_OPTIONS
 from tests.model.passes import Passes, cached, random_token_ids
 
 TOLERANCE = 2e-4
@@ -35,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 1},
+    "qwen3_moe": {"model_type": "qwen3_moe", **FAMILY_OPTIONS["qwen3_moe"]},
+    "olmo2": {"model_type": "olmo2"},
+    "glm4": {"model_type": "glm4", **FAMILY_OPTIONS["glm4"]},
+    "cohere2": {"model_type": "cohere2", "pad_token_id": 0, "layer_types": ["full_attention"] * NUM_LAYERS},
 }
 CONTEXT = random_token_ids(126, VOCAB_SIZE)
 GUESSES = random_token_ids(4, VOCAB_SIZE, seed=1)
@@ -83,29 +88,42 @@ class LiteralSteps:
                 hidden = self._staged(layers, entrance, attended)
                 continue
             for layer, output in zip(layers, attended, strict=True):
-                residual = hidden + output
-                hidden = residual + layer.mlp(layer.post_attention_layernorm(residual))
+                hidden = hidden + output + mlp_of(layer, hidden, output)
         self._length += 1
         logits: torch.Tensor = self._model.lm_head(inner.norm(hidden))[0, 0]
-        return logits
+        return logits * getattr(self._model.config, "logit_scale", 1.0)
 
     def _attend(self, layer: Any, entrance: torch.Tensor, rotation: Any) -> torch.Tensor:
+        has_entrance_norm = hasattr(layer, "input_layernorm")
         output, _ = layer.self_attn(
-            layer.input_layernorm(entrance),
+            layer.input_layernorm(entrance) if has_entrance_norm else entrance,
             position_embeddings=rotation,
             attention_mask=None,
             past_key_values=self._cache,
         )
-        attended: torch.Tensor = output
+        exit_norm = getattr(layer, "post_self_attn_layernorm", None)
+        if not has_entrance_norm:
+            exit_norm = layer.post_attention_layernorm
+        attended: torch.Tensor = output if exit_norm is None else exit_norm(output)
         return attended
 
     @staticmethod
     def _staged(layers: Sequence[Any], entrance: torch.Tensor, attended: Sequence[torch.Tensor]) -> torch.Tensor:
         result = entrance + sum(attended)
         for place, layer in enumerate(layers):
-            residual = entrance + sum(attended[: place + 1])
-            result = result + layer.mlp(layer.post_attention_layernorm(residual))
+            result = result + mlp_of(layer, entrance + sum(attended[:place]), attended[place])
         return result
+
+
+def mlp_of(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """What a layer's MLP adds, given what came before its attention and what that came to."""
+    if hasattr(layer, "post_feedforward_layernorm"):  # norms behind attention and MLP alone
+        behind: torch.Tensor = layer.post_feedforward_layernorm(layer.mlp(hidden + attended))
+        return behind
+    if not hasattr(layer, "post_attention_layernorm"):  # parallel
+        return layer.mlp(layer.input_layernorm(hidden))  # type: ignore[no-any-return]
+    output: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden + attended))
+    return layer.post_mlp_layernorm(output) if hasattr(layer, "post_mlp_layernorm") else output
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -19,10 +19,9 @@ from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.gguf_blocks import FLOAT_TYPES
 from easyspec.model.gguf_file import GgufCheckpoint
 from easyspec.model.loading import load_model
-from easyspec.model.rope import rotary_tables
 from tests.fakes.checkpoints import change_config, reference_model, write_checkpoint
 from tests.fakes.gguf_files import gguf_name, write_gguf
-from tests.model.passes import Passes
+from tests.model.passes import Passes, rotary_table
 from tests.model.test_loading import Settings
 
 # Blocks of the larger kind have 256 values.
@@ -97,10 +96,12 @@ def test_logits_are_those_of_the_checkpoint(
 def test_the_configuration_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     path = written(tmp_path, "Q8_0", "qwen3", head_dim=32, has_tokenizer=True, eos_token_id=0)
     ours, theirs = load_config(path), load_config(tmp_path)
-    fields = vars(theirs).keys() - {"hf_config", "rms_norm_eps"}
+    fields = vars(theirs).keys() - {"hf_config", "spec"}
     assert {name: getattr(ours, name) for name in fields} == {name: getattr(theirs, name) for name in fields}
-    assert ours.rms_norm_eps == pytest.approx(theirs.rms_norm_eps)
-    assert torch.equal(*(rotary_tables(config, torch.device("cpu")).cosines for config in (ours, theirs)))
+    assert ours.spec.final_norm.eps == pytest.approx(theirs.spec.final_norm.eps)
+    assert [layer.attention for layer in ours.spec.layers] == [layer.attention for layer in theirs.spec.layers]
+    assert [layer.mlp for layer in ours.spec.layers] == [layer.mlp for layer in theirs.spec.layers]
+    assert torch.equal(*(rotary_table(config).cosines for config in (ours, theirs)))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16), ("Q5_0", torch.float32)])
@@ -112,12 +113,12 @@ def test_frequency_factors_are_llama_3s_scaling(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, max_position_embeddings=4096, head_dim=16)
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
     change_config(tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 10_000.0, **scaling})
-    expected = rotary_tables(load_config(tmp_path), torch.device("cpu"))
+    expected = rotary_table(load_config(tmp_path))
     plain = 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
     factors = (plain / torch.atan2(expected.sines[1], expected.cosines[1])).numpy()
     assert factors.max() == pytest.approx(8.0, rel=1e-3)
     path = write_gguf(tmp_path, tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": factors})
-    table = rotary_tables(load_config(path), torch.device("cpu"))
+    table = rotary_table(load_config(path))
     assert torch.allclose(table.sines[:600], expected.sines[:600], atol=1e-3)
     with GgufCheckpoint(path, is_whole=True) as checkpoint:  # it was read with the configuration
         for name, tensor in load_file(tmp_path / "model.safetensors").items():
@@ -133,7 +134,7 @@ def test_scaled_positions_are_read(tmp_path: Path) -> None:
     }
     config = load_config(write_gguf(tmp_path, tmp_path / "yarn.gguf", metadata=scaling))
     assert config.max_model_len == 2048
-    assert rotary_tables(config, torch.device("cpu")).cosines.shape == (2048, 8)
+    assert rotary_table(config).cosines.shape == (2048, 8)
 
 
 @pytest.mark.parametrize(

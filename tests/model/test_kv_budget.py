@@ -10,6 +10,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.model import kv_budget
 from easyspec.model.config import ModelConfig
 from easyspec.model.kv_budget import context_within, free_bytes, num_pool_slots
+from easyspec.model.layer_spec import ModelSpec, NormSpec
 from easyspec.ops.kv_pool import KVPool
 
 CPU = torch.device("cpu")
@@ -21,13 +22,12 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=4,
     intermediate_size=8,
-    rms_norm_eps=1e-6,
     max_model_len=64,
     tie_word_embeddings=False,
-    has_qk_norm=False,
     eos_token_ids=(),
     dtype=torch.float32,
     hf_config=None,
+    spec=ModelSpec((), NormSpec(1e-6)),
 )
 
 LARGE = replace(CONFIG, num_layers=80, num_kv_heads=8, head_dim=128, max_model_len=4096)

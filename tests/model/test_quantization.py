@@ -18,6 +18,7 @@ from easyspec.model.loading import load_model
 from easyspec.model.quantization.mxfp4 import mxfp4_values
 from easyspec.model.weight_source import open_weights
 from tests.fakes.checkpoints import change_tensor, reference_model, write_checkpoint
+from tests.fakes.families import FAMILY_OPTIONS
 from tests.fakes.quantized import GROUP, Quantize, awq, compressed, fp8_blocks, fp8_tensor, gptq, quantize_checkpoint
 from tests.fakes.tiny_tokenizer import write_tokenizer
 from tests.model.passes import Passes
@@ -119,6 +120,14 @@ def test_codes_scales_and_zeros_are_handed_on(tmp_path: Path, case: str) -> None
 @pytest.mark.parametrize("case", ["gptq act-order", "awq", "fp8 in blocks", "int4 in groups with zeros", "FP8 a row"])
 def test_logits_are_those_of_what_it_stands_for(tmp_path: Path, case: str) -> None:
     checkpoint, reference = written(tmp_path, case, model_type="qwen2")
+    with torch.inference_mode():
+        expected = reference_model(reference)(torch.tensor([TOKENS])).logits[0]
+    assert torch.allclose(Passes(checkpoint, executor="reference").prefill(TOKENS), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS.keys() - {"gpt_oss"}))
+def test_every_family_is_read_quantized(tmp_path: Path, model_type: str) -> None:
+    checkpoint, reference = written(tmp_path, "int8 a row", model_type=model_type, **FAMILY_OPTIONS[model_type])
     with torch.inference_mode():
         expected = reference_model(reference)(torch.tensor([TOKENS])).logits[0]
     assert torch.allclose(Passes(checkpoint, executor="reference").prefill(TOKENS), expected, atol=2e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,22 @@ from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import SINGLE_RANK, GroupRanks, Ranks, SingleRank, join_group
 from easyspec.speculation.parameters import MlpPlacement
 from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.fakes.families import FAMILY_OPTIONS
 from tests.model.passes import CPU, Passes, random_token_ids, random_tree
 from tests.parallel.rank_runner import run_ranks
 
 TOLERANCE = 1e-4
+NUM_LAYERS = 6
+# Families with norms behind a sum over ranks, parallel layers, experts, biases of experts, and sinks.
+PECULIAR = ("gemma2", "cohere2", "qwen3_moe", "gpt_oss", "granite")
+
+
+def _of_layers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for more layers."""
+    types = options.get("layer_types")
+    return {**options, **({} if types is None else {"layer_types": [*types, *types]})}
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama with one KV head": {"num_key_value_heads": 1},
@@ -27,8 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    **{name: {"model_type": name, **_of_layers(FAMILY_OPTIONS[name])} for name in PECULIAR},
 }
-NUM_LAYERS = 6
 EXECUTORS = ("native", "reference")
 TOKEN_IDS = random_token_ids(150, VOCAB_SIZE)
 TREE, _ = random_tree(11, VOCAB_SIZE, seed=5)
@@ -134,7 +147,7 @@ def test_layer_parallel_ranks_compute_what_one_does(folders: dict[str, Path], nu
     """Three ranks share groups of two and three layers: some have nothing to do, and tensor shards do not exist."""
     cases = [
         case
-        for name in ("llama, biases", "qwen3")
+        for name in ("llama, biases", "qwen3", "gemma2", "cohere2", "qwen3_moe")
         for case in layer_cases(folders[name])
         if num_ranks == 2 or case[1] is RankPlacement.LAYERS
     ]
@@ -159,3 +172,10 @@ def test_a_split_that_is_not_even_is_refused_with_those_that_are(
     folder = folders["llama"]
     with pytest.raises(ConfigurationError, match=message):
         Passes(folder, ranks=SingleRank(0, num_ranks), placement=placement)
+
+
+def test_norms_over_all_heads_of_a_row_are_refused_on_tensor_ranks(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "olmo2")
+    with pytest.raises(ConfigurationError, match=r"olmo2 model norms all heads of a row together.* allowed: 1, or"):
+        Passes(tmp_path, ranks=SingleRank(0, 2), placement=RankPlacement.TENSOR)
+    Passes(tmp_path, ranks=SingleRank(0, 2), placement=RankPlacement.LAYERS)

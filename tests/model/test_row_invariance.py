@@ -15,15 +15,19 @@ from easyspec.ops.native import NativeExecutor
 from easyspec.ops.reference import ReferenceWeight
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.fakes.checkpoints import write_checkpoint
+from tests.fakes.families import FAMILY_OPTIONS
 from tests.model.passes import Passes, random_token_ids, random_tree
 from tests.ops.small_model import PATHS
 
 _NUM_TOKENS = 270
+# Families whose operations others lack.
+PECULIAR = ("qwen3_moe", "gpt_oss", "gemma2", "olmo2", "cohere2", "glm4", "starcoder2", "hunyuan_v1_dense")
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "deep": {"hidden_size": 160, "vocab_size": 4096, "num_hidden_layers": 8, "intermediate_size": 432, "std": 0.08},
+    **{f"{name}, small": {"model_type": name, **FAMILY_OPTIONS[name]} for name in PECULIAR},
     "wide": {"hidden_size": 512, "vocab_size": 1100, "num_hidden_layers": 1, "intermediate_size": 1100, "std": 0.05},
 }
 _ROUNDED = [{"weights": WeightFormat.INT8}, {"weights": WeightFormat.INT4}]

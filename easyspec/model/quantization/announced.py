@@ -27,9 +27,14 @@ def read_quantization(folder: Path) -> Quantization | None:
     return None if announced is None else announced_quantization(announced, folder)
 
 
-def announced_quantization(config: Mapping[str, Any], folder: Path) -> Quantization:
-    """The way that `quantization_config` describes; raises ConfigurationError naming what is not supported."""
+def announced_quantization(config: Mapping[str, Any], folder: Path) -> Quantization | None:
+    """The way that `quantization_config` describes; raises ConfigurationError naming what is not supported.
+
+    None for MXFP4, which only experts have: easyspec/model/fused_experts.py reads them.
+    """
     method = config.get("quant_method") or ("compressed-tensors" if "config_groups" in config else None)
+    if method == "mxfp4":
+        return None
     if method == "gptq":
         _check(folder, "bits", config.get("bits"), (4, 8))
         less_one = config.get("checkpoint_format", "gptq") != "gptq_v2"
