@@ -142,7 +142,7 @@ async def test_modes_and_caps(frozen: Served) -> None:
         assert chunks[-1].completion.speculation.num_drafter_failures == 0
         return {chunk.timings.num_draft_tokens for chunk in chunks[1:]}
 
-    full = frozen.controller.arm
+    full = frozen.controller.arm = frozen.controller.arms[-1]
     budget = {"num_levels": 2, "width": 1, "num_nodes": 3}
     assert max(await trees(frozen.request(100))) == 10  # the fake's chain of 5 levels, each with a sibling
     assert max(await trees(frozen.request(100, **budget))) == 3
