@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from drafter_service.grammar_preference import GrammarPreference
 from drafter_service.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
-from easyspec.device_thread import Task
+from easyspec.engine.device_thread import Task
+from easyspec.engine.shell import CloseTask
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
@@ -35,13 +36,6 @@ class DraftTask(Task[Draft]):
     session_id: int
     calibration: Calibration
     begun_ns: int = 0
-
-
-@dataclass(eq=False)
-class CloseTask(Task[None]):
-    """Free a session's memory."""
-
-    session_id: int
 
 
 @dataclass(frozen=True)

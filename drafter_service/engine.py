@@ -1,9 +1,7 @@
-"""The drafter's engine: the event loop's side of the device thread."""
+"""The engine of a drafter with a draft model."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +9,22 @@ import structlog
 import torch
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.drafter import Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.fusing import FusingSource
 from drafter_service.model.growth import RankingSettings
 from drafter_service.model.layer_parallel import LayerParallelSource
 from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
-from drafter_service.text_engine import open_text_resources
+from drafter_service.shell import DrafterShell, open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
-from easyspec.device_thread import DeviceThread
+from easyspec.engine.shell import CloseTask
 from easyspec.errors import ConfigurationError, InvalidRequestError
 from easyspec.model.loading import LoadedModel, load_model
-from easyspec.parallel.launch import group_size
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, parse_plan
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import Calibration, Draft, KvUsage, ModelInfo, OpenSpeculation
+from easyspec.speculation.messages import Calibration, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.telemetry.metrics import StepObserver, ignore_step
@@ -38,45 +35,18 @@ _WARM_UP_TOKENS = 3
 _SIZE_ON_RANKS = 4
 
 
-class DrafterEngine:
-    """Loads the draft model on its own thread and hands sessions' tasks to it."""
+class DrafterEngine(DrafterShell):
+    """Loads the draft model on its own thread."""
 
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
-        self._settings = settings
-        self._on_step = on_step
-        self._thread = DeviceThread("drafter-device", settings.step_timeout_s, is_group=group_size() > 1)
-        self._loaded: LoadedModel | None = None
-        self._info: ModelInfo | None = None
-        self._tokenizer: Path | None = None
-        self._drafter: Drafter | None = None
+        super().__init__("drafter-device", settings, on_step)
         self._plan: LayerPlan | None = None
         self._grammars: GrammarCompiler | None = None
-        self.max_tree_nodes = settings.max_tree_nodes
-
-    async def start(self) -> None:
-        """Load the weights and draft once for warm-up; raises ConfigurationError."""
-        await self._thread.start(self._build)
 
     async def stop(self) -> None:
-        """End after the step in progress; waiting requests fail as unavailable."""
-        await self._thread.stop()
+        await super().stop()
         if self._grammars is not None:
             self._grammars.close()
-
-    async def wait_lost(self) -> None:
-        """Return when the device or another rank is lost; otherwise never."""
-        await self._thread.wait_lost()
-
-    @property
-    def model_info(self) -> ModelInfo:
-        """The draft model, with the tokenizer of the base it guesses for; valid after `start`."""
-        assert self._info is not None, "started"
-        return self._info
-
-    @property
-    def sources(self) -> DraftSources:
-        """Who guesses here."""
-        return self._settings.draft_sources
 
     @property
     def layer_groups(self) -> str:
@@ -90,31 +60,9 @@ class DrafterEngine:
         size = max(len(group) for group in self._plan.groups)
         return LayerPlanRequest(size, self._plan.mlp, calibration=True)
 
-    def kv_usage(self) -> KvUsage:
-        """KV memory as it is now."""
-        assert self._drafter is not None, "started"
-        return self._drafter.usage()
-
-    async def vocabulary(self) -> Mapping[int, str]:
-        """That tokenizer's entries, read from its file: seldom asked for."""
-        assert self._tokenizer is not None, "started"
-        return await asyncio.to_thread(tokens_by_id, self._tokenizer)
-
-    async def open(self, request: OpenSpeculation) -> int:
-        """Open a session and return its id; raises the EasyspecError that the request deserves."""
-        return await self._thread.submit_opening(OpenTask(request), self.close)
-
-    async def draft(self, session_id: int, calibration: Calibration) -> Draft:
-        """The next tree; raises StalePositionError or InvalidRequestError and then changes nothing."""
-        return await self._thread.submit(DraftTask(session_id, calibration))
-
-    def close(self, session_id: int) -> None:
-        """Free a session; idempotent, returns at once."""
-        self._thread.post(CloseTask(session_id))
-
     def _build(self) -> Drafter:
         settings = self._settings
-        self._loaded = loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
+        loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
         self._tokenizer, bridge = _tokenizer_and_bridge(settings, loaded)
         fingerprint = tokenizer_fingerprint(self._tokenizer)
         self._info = replace(loaded.info, tokenizer_fingerprint=fingerprint)
@@ -149,9 +97,9 @@ class DrafterEngine:
         self._grammars.prepare()
         config = loaded.decoder.config
         shape = config if bridge is None else replace(config, vocab_size=bridge.num_ids)
-        self._drafter = Drafter(shape, loaded.memory, source, self._plan, limits, self._on_step, self._grammars)
-        _warm_up(self._drafter, settings.max_tree_nodes)
-        return self._drafter
+        drafter = Drafter(shape, loaded.memory, source, self._plan, limits, self._on_step, self._grammars)
+        _warm_up(drafter, settings.max_tree_nodes)
+        return drafter
 
 
 def follow(settings: DrafterSettings) -> None:

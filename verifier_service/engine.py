@@ -7,58 +7,42 @@ from collections.abc import AsyncIterator, Mapping
 
 import torch
 
-from easyspec.device_thread import DeviceThread
+from easyspec.engine.shell import EngineShell
 from easyspec.errors import CapacityError
 from easyspec.model.loading import LoadedModel, load_model
 from easyspec.model.row_probe import is_row_invariant
-from easyspec.parallel.launch import group_size
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.messages import ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import StepObserver, ignore_step
 from easyspec.tokenizer_fingerprint import tokens_by_id
 from verifier_service.config import VerifierSettings
 from verifier_service.scheduler import SchedulerLimits
-from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
+from verifier_service.verifier import OpenTask, Verifier, VerifierLimits, VerifyTask
 
 
-class VerifierEngine:
+class VerifierEngine(EngineShell[Verifier]):
     """Loads the base model on its own thread and hands sessions' tasks to it."""
 
     def __init__(self, settings: VerifierSettings, on_step: StepObserver = ignore_step) -> None:
+        super().__init__("verifier-device", settings.step_timeout_s)
         self._settings = settings
         self._on_step = on_step
-        self._thread = DeviceThread("verifier-device", settings.step_timeout_s, is_group=group_size() > 1)
         self._loaded: LoadedModel | None = None
-        self._verifier: Verifier | None = None
         self._grammars: GrammarCompiler | None = None
         self.max_tree_nodes = settings.max_tree_nodes
         self.row_invariant = False
 
-    async def start(self) -> None:
-        """Load the weights and run the start-up probe, which also warms the kernels up; raises ConfigurationError."""
-        await self._thread.start(self._build)
-
     async def stop(self) -> None:
-        """End after the step in progress; waiting requests fail as unavailable."""
-        await self._thread.stop()
+        await super().stop()
         if self._grammars is not None:
             self._grammars.close()
-
-    async def wait_lost(self) -> None:
-        """Return when the device or another rank is lost; otherwise never."""
-        await self._thread.wait_lost()
 
     @property
     def model_info(self) -> ModelInfo:
         """The base model; valid after `start`."""
         assert self._loaded is not None, "started"
         return self._loaded.info
-
-    def kv_usage(self) -> KvUsage:
-        """KV memory as it is now."""
-        assert self._verifier is not None, "started"
-        return self._verifier.usage()
 
     async def vocabulary(self) -> Mapping[int, str]:
         """The tokenizer's entries, read from the checkpoint: seldom asked for."""
@@ -96,10 +80,6 @@ class VerifierEngine:
             task = task.following
             yield await asyncio.wrap_future(task.future)
 
-    def close(self, session_id: int) -> None:
-        """Free a session; idempotent, returns at once."""
-        self._thread.post(CloseTask(session_id))
-
     def _build(self) -> Verifier:
         settings = self._settings
         self._loaded = loaded = load_model(settings)
@@ -120,9 +100,9 @@ class VerifierEngine:
             max_prefill_slowdown=settings.max_prefill_slowdown,
             reads_on_the_side=loaded.decoder.can_slice,
         )
-        self._verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
-        self._thread.patience_s = self._verifier.patience_s
-        return self._verifier
+        verifier = Verifier(loaded.decoder, loaded.memory, limits, scheduler_limits, self._on_step)
+        self._thread.patience_s = verifier.patience_s
+        return verifier
 
 
 def follow(settings: VerifierSettings) -> None:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from easyspec.device_thread import Task
+from easyspec.engine.device_thread import Task
+from easyspec.engine.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
+from easyspec.engine.prompt_shares import served_readers, share_out
+from easyspec.engine.room import make_room
 from easyspec.errors import CapacityError
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.token_tree import TokenTree
 from verifier_service.patience import Patience
 
@@ -97,6 +99,10 @@ class _Share(Generic[SessionT]):
     num_tokens: int
     tree: TokenTree | None
     is_on_the_side: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + (len(self.tree) if self.tree is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -345,24 +351,20 @@ class Scheduler(Generic[SessionT]):
         self, prefilling: Sequence[SessionT], num_rows: int, *, is_on_the_side: bool = False
     ) -> list[_Share[SessionT]]:
         """Give the rows to those who waited longest, a fair share each; what short prompts leave goes to the long."""
-        chosen: dict[object, SessionT] = {}
-        for session in prefilling:
-            # Who is about to compute the same as another waits a step, and finds it done.
-            token_id = session.token_ids[session.slots.num_cached]
-            has_twin = self._memory.shares_prefixes and session.takes_prefixes
-            chosen.setdefault((id(session.slots.prefix), token_id) if has_twin else session.session_id, session)
-        served = list(chosen.values())[: max(1, num_rows // MIN_PROMPT_ROWS)]
-        served.sort(key=lambda session: session.num_uncached)
         shares: list[_Share[SessionT]] = []
-        for index, session in enumerate(served):
-            num_tokens = min(session.num_uncached, num_rows // (len(served) - index))
+
+        def give(session: SessionT, num_tokens: int) -> int:
             assert session.tree is not None, "it waits for a verdict"
             tree = session.tree if num_tokens == session.num_uncached else None
-            if tree is not None and (is_on_the_side or num_tokens + len(tree) > num_rows):
+            num_left = num_rows - sum(share.num_rows for share in shares)
+            if tree is not None and (is_on_the_side or num_tokens + len(tree) > num_left):
                 num_tokens, tree = num_tokens - 1, None  # the root comes with its tree, in a later step
-            if num_tokens > 0:
-                num_rows -= num_tokens + (len(tree) if tree is not None else 0)
-                shares.append(_Share(session, num_tokens, tree, is_on_the_side))
+            if num_tokens == 0:
+                return 0
+            shares.append(_Share(session, num_tokens, tree, is_on_the_side))
+            return shares[-1].num_rows
+
+        share_out(served_readers(prefilling, self._memory, num_rows), num_rows, _num_uncached, give)
         return shares
 
     def _with_slots(self, share: _Share[SessionT]) -> Work[SessionT] | None:
@@ -376,16 +378,15 @@ class Scheduler(Generic[SessionT]):
         return Work(session, slots, tree)
 
     def _make_room(self, num_slots: int, session: SessionT) -> bool:
-        if num_slots > self._memory.num_available:
-            stalled_since = self._clock() - _STALLED_AFTER_NS
-            others = [other for other in self._sessions.values() if other is not session and other.is_admitted]
-            stalled = [other for other in others if other.tree is None and other.last_seen_ns < stalled_since]
-            younger = [other for other in reversed(others) if other.session_id > session.session_id]
-            for victim in dict.fromkeys([*stalled, *younger]):
-                if num_slots <= self._memory.num_available:
-                    break
-                self._preempt(victim)
-        return num_slots <= self._memory.num_available
+        return make_room(self._memory, num_slots, self._victims(session), self._preempt)
+
+    def _victims(self, session: SessionT) -> Iterator[SessionT]:
+        """Who gives way to a session: first those that have stalled, then the younger ones, the youngest first."""
+        stalled_since = self._clock() - _STALLED_AFTER_NS
+        others = [other for other in self._sessions.values() if other is not session and other.is_admitted]
+        stalled = [other for other in others if other.tree is None and other.last_seen_ns < stalled_since]
+        younger = [other for other in reversed(others) if other.session_id > session.session_id]
+        yield from dict.fromkeys([*stalled, *younger])
 
     def _preempt(self, victim: SessionT) -> None:
         """Take a session's slots; while nobody needs them, they keep what it had computed."""
@@ -397,3 +398,7 @@ class Scheduler(Generic[SessionT]):
         victim.is_admitted = False
         victim.has_been_preempted = True
         self._memory.num_preemptions += 1
+
+
+def _num_uncached(session: ScheduledSession) -> int:
+    return session.num_uncached

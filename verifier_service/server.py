@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc
-import structlog
 
 from easyspec import __version__
-from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
-from easyspec.rpc.sessions import TimelyMessages, open_session
+from easyspec.rpc.engine_server import Engine, EngineServer, first_message, part
+from easyspec.rpc.sessions import open_session
 from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.checks import check_fingerprint
-from easyspec.speculation.messages import KvUsage, ModelInfo, OpenVerification, Verdict, VerifyTimings
+from easyspec.speculation.messages import OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.telemetry.metrics import EngineMetrics
 from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
 
 
-class VerifierEngine(Protocol):
-    """What the server needs of an engine. Coroutines run in the server's event loop and never block it."""
-
-    @property
-    def model_info(self) -> ModelInfo:
-        """The base model; valid after `start`."""
-
-    @property
-    def max_tree_nodes(self) -> int: ...
+class VerifierEngine(Engine, Protocol):
+    """What the server needs of an engine."""
 
     @property
     def row_invariant(self) -> bool:
         """Whether a token's logits are bit-identical however its row is batched; valid after `start`."""
-
-    async def start(self) -> None:
-        """Load weights and warm up on the engine's thread; raises ConfigurationError."""
-
-    async def stop(self) -> None:
-        """End the engine's thread; also after a `start` that failed or was cancelled."""
-
-    async def wait_lost(self) -> None:
-        """Return when the device or another rank is lost, which no request can mend; otherwise never."""
-
-    def kv_usage(self) -> KvUsage: ...
-
-    async def vocabulary(self) -> Mapping[int, str]:
-        """The tokenizer's entries: token id -> token; valid after `start`."""
 
     async def open(self, request: OpenVerification) -> int:
         """A new session's id; raises EasyspecError subclasses, and then, as when cancelled, nothing is held."""
@@ -61,11 +39,8 @@ class VerifierEngine(Protocol):
         Raises EasyspecError subclasses, and then nothing has changed since the verdict before.
         """
 
-    def close(self, session_id: int) -> None:
-        """Free the session; idempotent, returns at once, also while verdicts of this session are under way."""
 
-
-class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
+class VerifierServer(EngineServer[VerifierEngine], verifier_pb2_grpc.VerifierServiceServicer):
     """VerifierService over an engine; an Application of `easyspec.rpc.lifecycle`."""
 
     service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
@@ -77,39 +52,26 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
         metrics: EngineMetrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._engine = engine
-        self._session_idle_timeout_s = session_idle_timeout_s
-        self._is_started = False
+        super().__init__("verifier", engine, session_idle_timeout_s, metrics, tracing)
         self._instance_id = uuid.uuid4().hex
-        self.rpc_tracing = tracing
-        self.metrics = metrics or EngineMetrics("verifier")
-        self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        await self._engine.start()
+        await super().start()
         self.metrics.serves(self._engine.model_info)
-        self._is_started = True
-
-    async def stop(self) -> None:
-        await self._engine.stop()
-        if self.rpc_tracing is not None:
-            await self.rpc_tracing.close()
-
-    async def wait_lost(self) -> None:
-        await self._engine.wait_lost()
 
     async def Verify(  # noqa: N802
         self, request_iterator: AsyncIterator[verifier_pb2.VerifyRequest], context: Any
     ) -> AsyncIterator[verifier_pb2.VerifyResponse]:
-        messages = TimelyMessages(request_iterator, self._session_idle_timeout_s)
-        request = await _opening(messages)
+        messages = self._messages(request_iterator)
+        request = await first_message(messages, convert.open_verification_from_pb)
         check_fingerprint(request.model_fingerprint, self._engine.model_info.fingerprint)
         async with open_session(self._engine.open(request), self._engine.close) as session_id:
             async for message in messages:
-                async for verdict, timings in self._engine.verdicts(session_id, *_tree(message)):
+                asked = convert.verify_tree_from_pb(part(message, "tree"))
+                async for verdict, timings in self._engine.verdicts(session_id, *asked):
                     self.metrics.verdict(timings)
                     yield verifier_pb2.VerifyResponse(
                         verdict=convert.verdict_to_pb(verdict), timings=convert.verify_timings_to_pb(timings)
@@ -132,20 +94,3 @@ class VerifierServer(verifier_pb2_grpc.VerifierServiceServicer):
             version=__version__,
             instance_id=self._instance_id,
         )
-
-
-async def _opening(messages: AsyncIterator[verifier_pb2.VerifyRequest]) -> OpenVerification:
-    async for message in messages:
-        if not message.HasField("open"):
-            raise InvalidRequestError("message", message.WhichOneof("message"), "open, as the first message")
-        request = convert.open_verification_from_pb(message.open)
-        if request.request_id:
-            structlog.contextvars.bind_contextvars(request_id=request.request_id)
-        return request
-    raise InvalidRequestError("message", None, "open, as the first message")
-
-
-def _tree(message: verifier_pb2.VerifyRequest) -> tuple[int, TokenTree, int]:
-    if not message.HasField("tree"):
-        raise InvalidRequestError("message", message.WhichOneof("message"), "tree, as every message after the first")
-    return convert.verify_tree_from_pb(message.tree)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from easyspec.device_thread import Task
+from easyspec.engine.device_thread import Task
+from easyspec.engine.segments import committed_segment, visible_nodes
+from easyspec.engine.shell import CloseTask
 from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder, PassResult
 from easyspec.model.kv_cache import KvMemory, SessionSlots
@@ -52,13 +54,6 @@ class VerifyTask(Task[tuple[Verdict, VerifyTimings]]):
     tree: TokenTree
     num_plain_rounds: int = 0
     following: VerifyTask | None = field(default=None, init=False)
-
-
-@dataclass(eq=False)
-class CloseTask(Task[None]):
-    """Free a session's memory."""
-
-    session_id: int
 
 
 @dataclass(frozen=True)
@@ -138,9 +133,7 @@ class VerifierSession(ScheduledSession):
     def _chain_segment(self, slots: Sequence[int]) -> Segment:
         """Rows for the last cached tokens, each seeing what comes before it and itself."""
         positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
-        visible = [position + 1 for position in positions]
-        token_ids = self.token_ids[positions.start : positions.stop]
-        return Segment(token_ids, positions, slots, visible, self.slots.by_position)
+        return committed_segment(self.token_ids[positions.start : positions.stop], self.slots, positions)
 
     def _tree_segment(self, chain: Segment, tree: TokenTree) -> Segment:
         """Rows of `chain`, the last one being the root, and of the nodes, which have `tree_slots`."""
@@ -149,10 +142,7 @@ class VerifierSession(ScheduledSession):
         positions = [min(root_position + depth, last_position) for depth in tree.row_depths[1:]]
         num_chain, num_nodes = len(chain), len(tree)
         visible = np.zeros((num_chain + num_nodes, num_nodes), dtype=np.bool_)
-        for node, parent_row in enumerate(tree.parent_rows):
-            if parent_row > 0:
-                visible[num_chain + node] = visible[num_chain + parent_row - 1]
-            visible[num_chain + node, node] = True
+        visible[num_chain:] = visible_nodes([row - 1 if row > 0 else None for row in tree.parent_rows])
         return Segment(
             token_ids=[*chain.token_ids, *tree.token_ids],
             positions=[*chain.positions, *positions],

@@ -9,6 +9,7 @@ prompts, and grows every tree by a level. Who comes late joins at the next level
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from drafter_service.model.level_ranking import rank_level
 from drafter_service.model.rounds import Drafting, SessionState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.source import DraftJob, DraftSession, Progress, Proposal
+from easyspec.engine.prefill_pace import PrefillPace
+from easyspec.engine.prompt_shares import served_readers, share_out
+from easyspec.engine.room import make_room
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.parallel.layer_groups import LayerPlan
-from easyspec.prefill_pace import MIN_PROMPT_ROWS, PrefillPace
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.sources import DraftSources
 
@@ -214,24 +217,17 @@ class LayerParallelSource:
             return []
         is_anyone_drafting = bool(self._draftings()) or time.monotonic_ns() - self._last_job_ns < _DRAFTING_WITHIN_NS
         num_rows = self._pace.num_prompt_rows(num_other_rows, is_anyone_decoding=is_anyone_drafting)
-        served = self._without_twins()[: max(1, num_rows // MIN_PROMPT_ROWS)]
+        served = served_readers(self._unread, self._memory, num_rows)
         self._unread = [state for state in self._unread if state not in served] + served
         shares: list[tuple[SessionState, int]] = []
-        for index, state in enumerate(sorted(served, key=lambda state: state.num_unread)):
-            num_tokens = min(state.num_unread, num_rows // (len(served) - index))
-            num_rows -= num_tokens
+
+        def give(state: SessionState, num_tokens: int) -> int:
             if num_tokens > 0:
                 shares.append((state, num_tokens))
-        return shares
+            return num_tokens
 
-    def _without_twins(self) -> list[SessionState]:
-        """Who has to read a prompt; who would compute the same as another waits a step, and finds it done."""
-        if not self._memory.shares_prefixes:
-            return self._unread
-        first: dict[tuple[int, int], SessionState] = {}
-        for state in self._unread:
-            first.setdefault((id(state.slots.prefix), state.session.token_ids[state.slots.num_cached]), state)
-        return [*first.values()]
+        share_out(served, num_rows, lambda state: state.num_unread, give)
+        return shares
 
     def _plan_of_chain(self, chain: _Chain) -> LayerPlan:
         """Exact, but for the ablation that keeps fuzzy entries."""
@@ -311,15 +307,12 @@ class LayerParallelSource:
         return {row: index + 1 for row, index in state.exits.exit_of_row.items() if depths[index] < num_layers}
 
     def _make_room(self, num_slots: int, state: SessionState) -> bool:
-        """Whether there are so many slots, if need be from younger sessions."""
-        for victim in [*reversed(self._states.values())]:
-            if num_slots <= self._memory.num_available or victim is state:
-                break
-            self._evict(victim)
-        if num_slots > self._memory.num_available:
-            self._evict(state)
-            return False
-        return True
+        """Whether there are so many slots, if need be from younger sessions; else the session gives way itself."""
+        others = itertools.takewhile(lambda other: other is not state, [*reversed(self._states.values())])
+        if make_room(self._memory, num_slots, others, self._evict):
+            return True
+        self._evict(state)
+        return False
 
     def _evict(self, state: SessionState) -> None:
         self._memory.num_preemptions += 1

@@ -6,12 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from drafter_service.early_exit.exit_state import ExitState
 from drafter_service.model.growth import Candidates, GrowingTree, RankingSettings, Sharpness
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.source import DraftJob, DraftSession
+from easyspec.engine.segments import committed_segment, visible_nodes
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, TreeColumns
 
@@ -32,6 +31,7 @@ class SessionState:
         bridge: VocabularyBridge | None = None,
     ) -> None:
         self.session = session
+        self.takes_prefixes = True
         self.bridge = bridge
         self.exits = exits
         self.slots = SessionSlots(memory)
@@ -42,6 +42,11 @@ class SessionState:
         self.tree_slots: dict[int, int] = {}
         self.drafting: Drafting | None = None
         self._memory = memory
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The committed tokens."""
+        return self.session.token_ids
 
     @property
     def num_uncached(self) -> int:
@@ -88,10 +93,8 @@ class SessionState:
 
     def committed_segment(self, positions: range) -> Segment:
         """Rows for cached tokens."""
-        visible = [position + 1 for position in positions]
         token_ids = self.read_token_ids(self.session.token_ids[positions.start : positions.stop])
-        slots = self.slots.by_position[positions.start : positions.stop].tolist()
-        return Segment(token_ids, positions, slots, visible, self.slots.by_position)
+        return committed_segment(token_ids, self.slots, positions)
 
     def read_token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
         """What the draft model reads for these tokens."""
@@ -153,12 +156,7 @@ class Drafting:
         tree, state = self.tree, self.state
         expanded = list(state.tree_slots)  # parents first
         column_of_row = {row: column for column, row in enumerate(expanded)}
-        visible = np.zeros((len(rows), len(expanded)), dtype=np.bool_)
-        for index, row in enumerate(rows):
-            ancestor = row
-            while ancestor > 0:
-                visible[index, column_of_row[ancestor]] = True
-                ancestor = tree.parent_rows[ancestor - 1]
+        visible = visible_nodes([column_of_row.get(tree.parent_rows[row - 1]) for row in expanded])
         root_position = self.base_length - 1
         return Segment(
             token_ids=state.read_token_ids([tree.token_ids[row - 1] for row in rows]),
@@ -169,6 +167,6 @@ class Drafting:
             tree=TreeColumns(
                 [state.tree_slots[row] for row in expanded],
                 [root_position + tree.depths[row] for row in expanded],
-                visible,
+                visible[[column_of_row[row] for row in rows]],
             ),
         )

@@ -13,8 +13,8 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from easyspec.engine.prefill_pace import MIN_PROMPT_ROWS
 from easyspec.errors import ConfigurationError
-from easyspec.prefill_pace import MIN_PROMPT_ROWS
 from easyspec.rpc.tls import ServerTls, is_loopback
 from easyspec.telemetry.logs import LogFormat, LogLevel
 

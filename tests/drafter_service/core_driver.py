@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import CloseTask, Drafter, DrafterLimits, DraftTask, OpenTask
+from drafter_service.drafter import Drafter, DrafterLimits, DraftTask, OpenTask
 from drafter_service.early_exit.gate import ExitGate
 from drafter_service.model.layer_parallel import LayerParallelSource
+from easyspec.engine.shell import CloseTask
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from easyspec.engine.shell import CloseTask
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
@@ -23,7 +24,7 @@ from tests.fakes.checkpoints import VOCAB_SIZE, write_checkpoint
 from tests.parallel.rank_runner import run_ranks
 from verifier_service import tree_batch
 from verifier_service.scheduler import SchedulerLimits
-from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
+from verifier_service.verifier import OpenTask, Verifier, VerifierLimits, VerifyTask
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_ROUNDS = 2, 3

@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
-from easyspec.device_faults import is_sticky
-from easyspec.device_watchdog import DeviceWatchdog
+from easyspec.engine.device_faults import is_sticky
+from easyspec.engine.device_watchdog import DeviceWatchdog
 from easyspec.errors import EngineLostError, UnavailableError
 from easyspec.usual_time import LEAST_BOUND_S
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from easyspec.device_thread import DeviceThread, Task
+from easyspec.engine.device_thread import DeviceThread, Task
 from easyspec.errors import CapacityError, EngineLostError, UnavailableError
 from easyspec.parallel.launch import EXIT_HUNG
 from tests.fakes.servers import eventually

@@ -1,0 +1,1 @@
+"""What the engines of drafter and verifier have in common."""

@@ -1,0 +1,27 @@
+"""A session's rows in a pass: committed tokens, and nodes of a tree behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from easyspec.model.kv_cache import SessionSlots
+from easyspec.model.row_layout import BoolArray, Segment
+
+
+def committed_segment(token_ids: Sequence[int], slots: SessionSlots, positions: range) -> Segment:
+    """Rows for the cached tokens at `positions`, whose ids are `token_ids`: each sees what comes before, and itself."""
+    own = slots.by_position[positions.start : positions.stop].tolist()
+    visible = [position + 1 for position in positions]
+    return Segment(token_ids, positions, own, visible, slots.by_position)
+
+
+def visible_nodes(parents: Sequence[int | None]) -> BoolArray:
+    """Whom each node sees, [nodes, nodes]: its ancestors and itself. `parents` are the nodes' own, parents first."""
+    visible = np.zeros((len(parents), len(parents)), dtype=np.bool_)
+    for node, parent in enumerate(parents):
+        if parent is not None:
+            visible[node] = visible[parent]
+        visible[node, node] = True
+    return visible
