@@ -17,15 +17,15 @@ from bench.provenance import provenance, provenance_lines
 from bench.source_datastore import ensure_datastore
 from bench.source_tasks import TASK_NAMES, source_tasks
 from drafter_service.config import DrafterSettings
-from drafter_service.fusion.text_use import tokens_by
-from drafter_service.model.layer_parallel import LayerParallelSource
-from drafter_service.source import DraftJob, DraftSession
+from drafter_service.model.drafting import ModelDrafting
+from drafter_service.request import DraftRequest
 from drafter_service.text.guessers import TextResources
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan
+from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import MlpPlacement, SamplingParameters, StopConditions, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
@@ -80,7 +80,7 @@ def print_provenance(module: str, argv: Sequence[str]) -> None:
 
 def num_output_tokens(tree: TokenTree, truth: Sequence[int]) -> int:
     """How many tokens of what is left of an output a round yields."""
-    return min(tokens_by(tree, truth), len(truth))
+    return min(num_followed(tree, truth) + 1, len(truth))
 
 
 def _tasks(num_prompts: int, seed: int, temperatures: Sequence[float]) -> list[Recorded]:
@@ -115,32 +115,26 @@ async def _record_outputs(recorded: Sequence[Recorded], max_tokens: int) -> None
 def _record_model_trees(recorded: Sequence[Recorded]) -> None:
     settings = DrafterSettings(model=str(DEFAULT_DRAFT))
     loaded = load_model(settings)
-    source = LayerParallelSource(loaded.decoder, loaded.memory, settings.prefill_chunk, MAX_NODES)
+    drafting = ModelDrafting(loaded.decoder, loaded.memory, settings.prefill_chunk, MAX_NODES)
     plan = paper_plan(loaded.decoder.config.num_layers, _LAYER_PARALLEL_SIZE, MlpPlacement.STAGED)
     budget = TreeBudget(NUM_LEVELS, WIDTH, MAX_NODES)
     for begin in range(0, len(recorded), _NUM_AT_ONCE):
-        batch = {
-            number: (
-                one,
-                DraftSession(
-                    number, [*one.prompt], len(one.prompt) + len(one.output), one.sampling, plan, calibration=True
-                ),
-            )
-            for number, one in enumerate(recorded[begin : begin + _NUM_AT_ONCE])
-        }
-        for _, session in batch.values():
-            source.open(session)
+        batch = recorded[begin : begin + _NUM_AT_ONCE]
+        requests = [DraftRequest(one.sampling, plan, len(one.prompt) + len(one.output)) for one in batch]
+        states = [
+            drafting.open(request, [*one.prompt], is_alone=True) for one, request in zip(batch, requests, strict=True)
+        ]
         for position in range(len(recorded[begin].output) - 1):
-            for one, session in batch.values():
-                session.token_ids.append(one.output[position])
-                source.begin(DraftJob(session, 1, budget))
-            num_waiting = len(batch)
-            while num_waiting:
-                for proposal in source.step().proposals:
-                    batch[proposal.job.session.session_id][0].model_trees.append(proposal.tree)
-                    num_waiting -= 1
-        for _, session in batch.values():
-            source.close(session)
+            for one, state in zip(batch, states, strict=True):
+                state.token_ids.append(one.output[position])
+                drafting.begin(state, budget)
+            while not all(state.is_done for state in states):
+                drafting.step(states)
+            for one, state in zip(batch, states, strict=True):
+                one.model_trees.append(state.growing.scored())
+                state.drafting = None
+        for state in states:
+            state.close()
 
 
 def text_resources() -> TextResources:

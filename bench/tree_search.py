@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, JudgedPlace, RequestBias
-from drafter_service.fusion.union import FusedTree, GrowingUnion, PathGuesser, fuse
+from drafter_service.fusion.union import FusedTree, GrowingUnion, fuse
+from drafter_service.guesser import PathGuesser
 
 _SearchFunction = Callable[[Sequence[PathGuesser], AcceptanceEstimate, RequestBias, int, float], FusedTree]
 # ADED's own number of simulated walks.
@@ -115,7 +116,7 @@ class _Walks:
     def _open(self, row: int, token_id: int) -> int:
         growing, place = self._growing, self._growing.places[row]
         value = growing.values[row] * place.probabilities[token_id]
-        opened = self._row_of[row, token_id] = growing.add(row, token_id, place.cases[token_id], value)
+        opened = self._row_of[row, token_id] = growing.add_named(row, token_id, place.cases[token_id], value)
         self.num_visits.append(0)
         self._rewards.append(0.0)
         growing.expand(opened)
@@ -148,7 +149,7 @@ def _kept(growing: GrowingUnion, rows: Sequence[int]) -> FusedTree:
     new_row = {0: 0} | {row: index for index, row in enumerate(rows, start=1)}
     kept = GrowingUnion((), AcceptanceEstimate(), RequestBias())
     for row in rows:
-        kept.add(new_row[growing.parent_rows[row - 1]], growing.token_ids[row - 1], 0, growing.values[row])
+        kept.add_named(new_row[growing.parent_rows[row - 1]], growing.token_ids[row - 1], 0, growing.values[row])
     kept.places.update({new_row[row]: place for row, place in whole.places.items() if row in new_row})
     return kept.finished()
 

@@ -1,9 +1,8 @@
 """`python -m bench.who_drafts`: tokens a second by who is asked in a round, on a clock that does not jitter.
 
-Recorded rounds go through the drafter's own fusing source. Only time is made up: what the draft model, text and the
+Recorded rounds go through the drafter's own `Rounds`. Only time is made up: what the draft model, text and the
 rest of a round (verifier, gateway, wire) take is said by flags, so that decisions depend on nothing else and two runs
-print the same. For comparing rules in drafter_service/fusion/model_use.py and text_use.py; made the table of
-docs/decisions/0021.
+print the same. For comparing rules in drafter_service/worth.py; made the table of docs/decisions/0021.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
+from typing import Self, cast
 
 from bench.recording import (
     NUM_LEVELS,
@@ -27,11 +25,14 @@ from bench.recording import (
     text_resources,
 )
 from bench.source_tasks import TASK_NAMES
-from drafter_service.fusion import fusing
 from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.fusing import FusingSource
+from drafter_service.fusion.learned import Learned, RoundChoices
+from drafter_service.fusion.model_guesses import ModelGuesser
+from drafter_service.fusion.rounds import Rounds
 from drafter_service.fusion.union import FusedTree
-from drafter_service.source import DraftJob, DraftSession, Progress, Proposal
+from drafter_service.model.state import ModelState
+from drafter_service.request import DraftRequest
+from drafter_service.session import Session
 from drafter_service.text.guessers import TextResources
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.parameters import TreeBudget
@@ -52,12 +53,12 @@ class Durations:
 
 
 class Clock:
-    """Stands in for `time` in the fusing source."""
+    """A clock that stands still but for what it is told."""
 
     def __init__(self) -> None:
         self.now_ns = 0
 
-    def monotonic_ns(self) -> int:
+    def read_ns(self) -> int:
         """The made-up time."""
         return self.now_ns
 
@@ -66,49 +67,39 @@ class Clock:
         self.now_ns += int(milliseconds * 1e6)
 
 
-class _RecordedModel:
-    """A DraftSource that takes its time and answers with the trees that were recorded."""
+class _RecordedState:
+    """What a draft model has grown: the tree that was recorded."""
 
-    def __init__(self, clock: Clock, duration_ms: float) -> None:
-        self._clock, self._duration_ms = clock, duration_ms
-        self._jobs: list[DraftJob] = []
-        self.tree_of: Callable[[DraftSession], ScoredTree]
-        self.num_rounds = 0
+    def __init__(self) -> None:
+        self.tree: ScoredTree | None = None
 
-    def open(self, session: DraftSession) -> None:
-        pass
+    @property
+    def growing(self) -> Self:
+        return self
 
-    def close(self, session: DraftSession) -> None:
-        pass
+    def scored(self) -> ScoredTree:
+        assert self.tree is not None, "a round is under way"
+        return self.tree
 
-    def abandon(self) -> Sequence[DraftSession]:
-        return []
-
-    def begin(self, job: DraftJob) -> None:
-        self._jobs.append(job)
-
-    def step(self) -> Progress:
-        jobs, self._jobs = self._jobs, []
-        if jobs:
-            self._clock.advance(self._duration_ms)
-            self.num_rounds += len(jobs)
-        return Progress([Proposal(job, self.tree_of(job.session)) for job in jobs], (), has_more=False)
+    def early_rows(self, num_layers: int) -> Mapping[int, int]:
+        return {}
 
 
 class _TimedDrafting(FusedDrafting):
     """FusedDrafting whose trees take the time that they are said to."""
 
-    def __init__(self, resources: TextResources, clock: Clock, durations: Durations) -> None:
-        super().__init__(resources)
-        self._clock, self._durations = clock, durations
+    clock: Clock
+    durations: Durations
+    has_own_tree = False
 
-    def draft_text(self, *args: Any, **kwargs: Any) -> FusedTree:
-        self._clock.advance(self._durations.text)
-        return super().draft_text(*args, **kwargs)
+    def begin(self) -> None:
+        self.has_own_tree = False
+        super().begin()
 
-    def finish(self, *args: Any, **kwargs: Any) -> FusedTree:
-        self._clock.advance(self._durations.fuse)
-        return super().finish(*args, **kwargs)
+    def fuse(self, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
+        self.clock.advance(self.durations.fuse if self.has_own_tree else self.durations.text)
+        self.has_own_tree = True
+        return super().fuse(model, num_nodes)
 
 
 @dataclass
@@ -135,48 +126,46 @@ def run(
     is_everybody_asked: bool = False,
 ) -> dict[tuple[str, float], Outcome]:
     """Draft all recorded completions, one after the other, with a drafter that begins knowing nothing."""
-    clock = Clock()
-    model = _RecordedModel(clock, durations.model)
-    source = FusingSource(model, _TimedDrafting(resources, clock, durations), is_everybody_asked=is_everybody_asked)
+    clock, learned = Clock(), Learned()
+    rounds = Rounds(is_everybody_asked=is_everybody_asked, clock_ns=clock.read_ns)
     outcomes: dict[tuple[str, float], Outcome] = defaultdict(Outcome)
     budget = TreeBudget(NUM_LEVELS, WIDTH, num_nodes)
-    with mock.patch.object(fusing, "time", clock):
-        for session_id, one in enumerate(recorded):
-            _decode(one, session_id, source, model, clock, budget, durations.rest, sources, outcomes[one.kind])
+    for number, one in enumerate(recorded):
+        request = DraftRequest(one.sampling, _UNUSED_PLAN, len(one.prompt) + len(one.output), sources=sources)
+        choices = RoundChoices(learned.rounds(is_greedy=one.sampling.is_greedy))
+        session = Session(number, request, [*one.prompt], choices)
+        if request.asks_text:
+            session.text = text = _TimedDrafting(resources, request, session.token_ids, learned.estimate)
+            text.clock, text.durations = clock, durations
+        _decode(one, session, rounds, clock, budget, durations, outcomes[one.kind])
     return outcomes
 
 
 def _decode(
     one: Recorded,
-    session_id: int,
-    source: FusingSource,
-    model: _RecordedModel,
+    session: Session,
+    rounds: Rounds,
     clock: Clock,
     budget: TreeBudget,
-    rest_ms: float,
-    sources: DraftSources,
+    durations: Durations,
     outcome: Outcome,
 ) -> None:
-    prompt, length = [*one.prompt], len(one.prompt) + len(one.output)
-    session = DraftSession(session_id, prompt, length, one.sampling, _UNUSED_PLAN, calibration=True, sources=sources)
-    model.tree_of = lambda drafting: one.model_trees[len(drafting.token_ids) - len(one.prompt) - 1]
-    begun_ns, begun_rounds = clock.now_ns, model.num_rounds
-    source.open(session)
-    position, num_new = 0, 1
+    state = _RecordedState()
+    session.model = cast("ModelState", state) if session.request.asks_model else None
+    begun_ns, position, num_new = clock.now_ns, 0, 1
     while position + num_new < len(one.output):
         session.token_ids += one.output[position : position + num_new]
         position += num_new
-        source.begin(DraftJob(session, num_new, budget))
-        proposals: Sequence[Proposal] = ()
-        while not proposals:
-            proposals = source.step().proposals
-        tree = proposals[0].tree.pruned(budget.num_nodes)
+        round_ = rounds.begin(session, num_new, budget, num_sharing=1)
+        if round_.has_model:
+            clock.advance(durations.model)
+            state.tree = one.model_trees[position - 1]
+            outcome.num_model_rounds += 1
+        tree, _ = rounds.finish(session, num_layers=1)
         num_new = num_output_tokens(tree, one.output[position:])
-        clock.advance(rest_ms)
+        clock.advance(durations.rest)
         outcome.num_rounds += 1
         outcome.num_tokens += num_new
-    source.close(session)
-    outcome.num_model_rounds += model.num_rounds - begun_rounds
     outcome.milliseconds += (clock.now_ns - begun_ns) / 1e6
 
 

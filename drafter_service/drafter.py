@@ -5,44 +5,38 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.fusion.learned import Learned, RoundChoices
+from drafter_service.fusion.rounds import Rounds, read_prompts
 from drafter_service.grammar_preference import GrammarPreference
-from drafter_service.source import DraftJob, DraftSession, DraftSource, Progress, Proposal
+from drafter_service.request import DraftRequest
+from drafter_service.session import Session
+from drafter_service.tasks import DraftTask, OpenTask
+from drafter_service.text.guessers import NO_RESOURCES, TextResources
+from drafter_service.worth import ByTarget
 from easyspec.engine.device_thread import Task
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import Calibration, Draft, KvUsage, OpenSpeculation
+from easyspec.speculation.messages import Draft, DraftTimings, KvUsage, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
-
-@dataclass(eq=False)
-class OpenTask(Task[int]):
-    """Open a session; the result is its id."""
-
-    request: OpenSpeculation
-
-
-@dataclass(eq=False)
-class DraftTask(Task[Draft]):
-    """Commit the verdict's tokens and draft the next tree, which began at `begun_ns`."""
-
-    session_id: int
-    calibration: Calibration
-    begun_ns: int = 0
+if TYPE_CHECKING:  # a drafter without a model has no torch
+    from drafter_service.model.drafting import ModelDrafting
 
 
 @dataclass(frozen=True)
 class DrafterLimits:
     """What one session may ask for; `max_model_len` is what fits the KV memory.
 
-    `sources` guess where a session does not say who shall. `early_exits` are those of the draft model that sessions
+    `sources` guess where a session names none. `early_exits` are those of the draft model that sessions
     may use; there may be none, for the reason `no_exits_because`.
     """
 
@@ -82,24 +76,28 @@ class Drafter:
         self,
         config: DrafterShape,
         memory: MeasuredMemory,
-        source: DraftSource,
+        model: ModelDrafting | None,
+        rounds: Rounds,
         default_plan: LayerPlan,
         limits: DrafterLimits,
+        resources: TextResources = NO_RESOURCES,
         on_step: StepObserver = ignore_step,
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self._config = config
         self._memory = memory
-        self._source = source
+        self._model = model
+        self._rounds = rounds
+        self._resources = resources
         self._default_plan = default_plan
         self._limits = limits
         self._on_step = on_step
         self._grammars = grammars
-        self._sessions: dict[int, DraftSession] = {}
+        self._learned = ByTarget(Learned)
+        self._sessions: dict[int, Session] = {}  # in the order of their age
         self._session_ids = itertools.count(1)
         self._evicted: set[int] = set()
-        self._waiting: dict[int, DraftTask] = {}
-        self._new: list[DraftTask] = []
+        self._new: list[Session] = []  # with a task that no round has begun for
 
     @property
     def max_model_len(self) -> int:
@@ -128,42 +126,70 @@ class Drafter:
         """One piece of work for every session that has some; True if there is more."""
         started_ns = time.monotonic_ns()
         new, self._new = self._new, []
-        for task in new:
-            task.begun_ns = started_ns
-            self._source.begin(self._job(task))
-        progress = self._source.step()
-        self._report(progress, time.monotonic_ns() - started_ns)
-        for proposal in progress.proposals:
-            self._answer(proposal)
-        for session in progress.evicted:
-            self._evict(session)
-        return progress.has_more
-
-    def _report(self, progress: Progress, duration_ns: int) -> None:
-        if progress.proposals:
-            rows = [each.job.num_new_tokens + len(each.tree.tree) for each in progress.proposals]
-            self._on_step(StepReport("draft", duration_ns, sum(rows), len(rows)))
-        elif progress.has_more:
+        for session in new:
+            self._begin(session, started_ns)
+        read_prompts(self._sessions.values())
+        self._step_model()
+        drafted = [session for session in self._sessions.values() if session.is_drafted]
+        num_rows = sum(self._answer(session) for session in drafted)
+        has_more = any(session.is_busy for session in self._sessions.values())
+        duration_ns = time.monotonic_ns() - started_ns
+        if drafted:
+            self._on_step(StepReport("draft", duration_ns, num_rows, len(drafted)))
+        elif has_more:
             self._on_step(StepReport("prefill", duration_ns, 0, 0))
+        return has_more
+
+    def _begin(self, session: Session, started_ns: int) -> None:
+        task = session.task
+        assert task is not None, "it has just come"
+        task.begun_ns = started_ns
+        calibration = task.calibration
+        budget = calibration.budget
+        budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
+        round_ = self._rounds.begin(session, len(calibration.token_ids), budget, len(self._sessions))
+        if self._model is not None and session.model is not None and round_.has_model:
+            self._model.begin(session.model, budget)
+
+    def _step_model(self) -> None:
+        """A step of the draft model; sessions whose slots went to older ones are over."""
+        if self._model is None:
+            return
+        by_state = {id(session.model): session for session in self._sessions.values() if session.model is not None}
+        for state in self._model.step([s.model for s in by_state.values() if s.model is not None]):
+            # It learns so at once, or when it asks for the next tree.
+            session = by_state[id(state)]
+            session.model = None
+            self._break(session, _evicted())
+            self._evicted.add(session.session_id)
+
+    def _answer(self, session: Session) -> int:
+        """Answer the session's task with its tree; returns the rows of the round."""
+        task, session.task = session.task, None
+        assert task is not None, "it is drafted"
+        tree, node_sources = self._rounds.finish(session, self._config.num_layers)
+        timings = DraftTimings()
+        if session.model is not None and session.model.drafting is not None:
+            timings = session.model.drafting.timings()
+            session.model.drafting = None
+        timings = replace(timings, queue_ns=task.begun_ns - task.arrived_ns)
+        task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
+        return len(task.calibration.token_ids) + len(tree)
 
     def abandon(self, error: BaseException) -> None:
-        """End every session that had something to do, and fail those that wait."""
-        for session in self._source.abandon():
-            self._break(session.session_id, error)
-        for session_id in [*self._waiting]:
-            self._break(session_id, error)
+        """End every session that had something to do, and fail those that wait; they may be half written."""
+        for session in [session for session in self._sessions.values() if session.is_busy]:
+            if session.model is not None:
+                session.model.give_up()
+                session.model = None
+            self._break(session, error)
 
-    def _break(self, session_id: int, error: BaseException) -> None:
+    def _break(self, session: Session, error: BaseException) -> None:
         """End a session; fail its task, if it has one."""
-        task = self._waiting.get(session_id)
-        self._close(session_id)
+        task = session.task
+        self._close(session.session_id)
         if task is not None:
             task.fail(error)
-
-    def _evict(self, session: DraftSession) -> None:
-        """The session's memory has gone to older ones. It learns so at once, or when it asks for the next tree."""
-        self._break(session.session_id, _evicted())
-        self._evicted.add(session.session_id)
 
     def _open(self, request: OpenSpeculation) -> int:
         config = self._config
@@ -174,20 +200,31 @@ class Drafter:
             most = len(request.prompt_token_ids)
             raise InvalidRequestError("num_output_tokens", request.num_output_tokens, f"0 to {most}")
         sources = self._sources(request.sources)
-        session = DraftSession(
-            session_id=next(self._session_ids),
-            token_ids=[*request.prompt_token_ids],
-            max_length=self._max_length(request),
+        draft_request = DraftRequest(
             sampling=request.sampling,
             plan=self._plan(request.layer_plan, sources),
+            max_length=self._max_length(request),
             calibration=request.layer_plan.calibration,
             sources=sources,
             preference=self._preference(request),
             target=request.base_fingerprint,
         )
-        self._source.open(session)
+        session = self._session(draft_request, [*request.prompt_token_ids])
         self._sessions[session.session_id] = session
         return session.session_id
+
+    def _session(self, request: DraftRequest, token_ids: list[int]) -> Session:
+        """A session with what it asks for; raises CapacityError."""
+        learned = self._learned.of(request.target)
+        choices = RoundChoices(learned.rounds(is_greedy=request.sampling.is_greedy))
+        session = Session(next(self._session_ids), request, token_ids, choices)
+        if request.asks_model:
+            assert self._model is not None, "sessions ask for sources that are here"
+            is_alone = all(other.model is None for other in self._sessions.values())
+            session.model = self._model.open(request, token_ids, is_alone=is_alone)
+        if request.asks_text:
+            session.text = FusedDrafting(self._resources, request, token_ids, learned.estimate)
+        return session
 
     def _preference(self, request: OpenSpeculation) -> GrammarPreference | None:
         grammar = request.sampling.grammar
@@ -227,21 +264,21 @@ class Drafter:
             raise _evicted()
         if session is None:
             raise InvalidRequestError("session", task.session_id, "an open session")
-        if task.session_id in self._waiting or calibration.base_length != len(session.token_ids):
+        if session.task is not None or calibration.base_length != len(session.token_ids):
             raise StalePositionError(calibration.base_length, len(session.token_ids))
         if not calibration.token_ids:
             raise InvalidRequestError("calibration.token_ids", [], "at least the bonus token")
         check_token_ids("calibration.token_ids", calibration.token_ids, self._config.vocab_size)
-        if len(session.token_ids) + len(calibration.token_ids) > session.max_length:
-            length = len(session.token_ids) + len(calibration.token_ids)
-            raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{session.max_length} in all")
+        length, most = len(session.token_ids) + len(calibration.token_ids), session.request.max_length
+        if length > most:
+            raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{most} in all")
         self._check_budget(calibration.budget)
         session.token_ids.extend(calibration.token_ids)
         if self._max_level(session) < 1:  # the draft model's context is full
             task.finish(Draft(len(session.token_ids), EMPTY_TREE))
             return
-        self._waiting[task.session_id] = task
-        self._new.append(task)
+        session.task = task
+        self._new.append(session)
 
     def _check_budget(self, budget: TreeBudget) -> None:
         most = self._limits.max_tree_nodes
@@ -253,26 +290,12 @@ class Drafter:
         self._evicted.discard(session_id)
         session = self._sessions.pop(session_id, None)
         if session is not None:
-            self._source.close(session)
-            self._waiting.pop(session_id, None)
-            self._new = [task for task in self._new if task.session_id != session_id]
+            session.close()
+            self._new = [other for other in self._new if other is not session]
 
-    def _job(self, task: DraftTask) -> DraftJob:
-        session, budget = self._sessions[task.session_id], task.calibration.budget
-        budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
-        return DraftJob(session, len(task.calibration.token_ids), budget)
-
-    def _max_level(self, session: DraftSession) -> int:
+    def _max_level(self, session: Session) -> int:
         """Deepest level whose expanded nodes still have a position in the draft model's context."""
         return self.max_model_len - len(session.token_ids) + 1
-
-    def _answer(self, proposal: Proposal) -> None:
-        session = proposal.job.session
-        task = self._waiting.pop(session.session_id)
-        tree = proposal.tree.pruned(task.calibration.budget.num_nodes)
-        timings = replace(proposal.timings, queue_ns=task.begun_ns - task.arrived_ns)
-        node_sources = proposal.node_sources or (DraftSources.MODEL,) * len(tree)
-        task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
 
 
 def _evicted() -> CapacityError:

@@ -9,14 +9,16 @@ import structlog
 import torch
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import Drafter, DrafterLimits, DraftTask, OpenTask
-from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.fusing import FusingSource
+from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.early_exit.exits import EarlyExits
+from drafter_service.early_exit.gate import LearnedGate
+from drafter_service.fusion.rounds import Rounds
+from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.growth import RankingSettings
-from drafter_service.model.layer_parallel import LayerParallelSource
 from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.shell import DrafterShell, open_text_resources
+from drafter_service.tasks import DraftTask, OpenTask
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import ConfigurationError, InvalidRequestError
@@ -70,18 +72,19 @@ class DrafterEngine(DrafterShell):
         self._thread.when_stopped = loaded.dismiss_followers
         self._plan = _default_plan(settings, loaded)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
-        model_source = LayerParallelSource(
+        model = ModelDrafting(
             loaded.decoder,
             loaded.memory,
             settings.prefill_chunk,
             settings.max_tree_nodes,
             ranking,
             settings.max_prefill_slowdown,
+            early_exits=EarlyExits(loaded.decoder, loaded.memory.pool, LearnedGate(), settings.max_batch_rows),
             max_batch_rows=settings.max_batch_rows,
             bridge=bridge,
         )
-        fused = FusedDrafting(open_text_resources(settings, fingerprint))
-        source = FusingSource(model_source, fused, is_everybody_asked=settings.ask == "always")
+        rounds = Rounds(is_everybody_asked=settings.ask == "always")
+        resources = open_text_resources(settings, fingerprint)
         no_exits_because = _why_no_exits(loaded)
         if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:
             raise ConfigurationError(f"sources is {settings.sources!r}, but {no_exits_because}")
@@ -97,7 +100,9 @@ class DrafterEngine(DrafterShell):
         self._grammars.prepare()
         config = loaded.decoder.config
         shape = config if bridge is None else replace(config, vocab_size=bridge.num_ids)
-        drafter = Drafter(shape, loaded.memory, source, self._plan, limits, self._on_step, self._grammars)
+        drafter = Drafter(
+            shape, loaded.memory, model, rounds, self._plan, limits, resources, self._on_step, self._grammars
+        )
         _warm_up(drafter, settings.max_tree_nodes)
         return drafter
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import Drafter, DraftTask, OpenTask
+from drafter_service.drafter import Drafter
+from drafter_service.tasks import DraftTask, OpenTask
 from drafter_service.text.guessers import TextResources
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex

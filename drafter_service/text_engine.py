@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter, DrafterLimits
-from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.fusing import FusingSource
+from drafter_service.fusion.rounds import Rounds
 from drafter_service.shell import DrafterShell, open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.parallel.layer_groups import sequential_plan
@@ -70,7 +69,7 @@ class TextDrafterEngine(DrafterShell):
             eos_token_ids=(),
             num_layers=0,
         )
-        source = FusingSource(None, FusedDrafting(open_text_resources(settings, fingerprint)))
+        resources = open_text_resources(settings, fingerprint)
         limits = DrafterLimits(settings.served_model_name, max_len, settings.max_tree_nodes, settings.draft_sources)
         shape, plan = TextShape(_MAX_VOCAB_SIZE), sequential_plan(1)
-        return Drafter(shape, NoMemory(), source, plan, limits, self._on_step)
+        return Drafter(shape, NoMemory(), None, Rounds(), plan, limits, resources, self._on_step)

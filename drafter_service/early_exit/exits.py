@@ -23,16 +23,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drafter_service.early_exit.exit_state import ExitState
-from drafter_service.early_exit.gate import ExitGate, LevelView, Look, Stage
+from drafter_service.early_exit.gate import ExitGate, LevelView, Stage
+from drafter_service.model.exit_state import ExitState, Look
 from drafter_service.model.growth import Candidates
-from drafter_service.model.level_ranking import rank_level
-from drafter_service.model.rounds import Drafting, SessionState
-from drafter_service.source import DraftJob
+from drafter_service.model.ranking import rank_level
+from drafter_service.model.state import ModelState
 from easyspec.model.decoder import Decoder
 from easyspec.model.row_layout import RowLayout, Segment, lay_out
 from easyspec.ops.kv_pool import KVPool
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.speculation.growing_tree import follow
 
 _NS = 1e-9
 # Committed tokens that may wait for the deeper layers. One pass over so many costs less than the passes that they were
@@ -45,7 +45,7 @@ class _Level:
     """One session's next level on its way down: `rows` of the tree to expand ((0,): the last committed token), and the
     hidden states [rows, E] that they have come to. `seen` has what each exit so far said about the rows."""
 
-    drafting: Drafting
+    state: ModelState
     exits: ExitState
     rows: tuple[int, ...]
     hidden: torch.Tensor
@@ -58,15 +58,14 @@ class _Level:
 
     def view(self) -> LevelView:
         """What the gate looks at."""
-        tree = self.drafting.tree
-        reach = 1.0 if self.is_first else sum(math.exp(tree.log_values[row - 1]) for row in self.rows)
-        session = self.drafting.job.session
-        return LevelView(self.confidences[-1], min(1.0, reach), self.drafting.level + 1, session.target)
+        tree = self.state.growing
+        reach = sum(math.exp(tree.log_values[row]) for row in self.rows)
+        return LevelView(self.confidences[-1], min(1.0, reach), tree.level + 1, self.state.request.target)
 
     def look(self, candidates: list[Candidates]) -> None:
         """Take note of what an exit says; confidence is the best candidates' probability, rows weighed by theirs."""
-        tree, sharpness = self.drafting.tree, self.drafting.state.sharpness.value
-        weights = [1.0] if self.is_first else [math.exp(tree.log_values[row - 1]) for row in self.rows]
+        tree, sharpness = self.state.growing, self.state.sharpness.value
+        weights = [math.exp(tree.log_values[row]) for row in self.rows]
         best = [math.exp(c.log_probabilities(sharpness)[0]) if c.scores else 1.0 for c in candidates]
         weighed = sum(weight * value for weight, value in zip(weights, best, strict=True))
         self.seen.append(candidates)
@@ -91,32 +90,23 @@ class EarlyExits:
         self._clock_ns = clock_ns
         self._layouts: dict[tuple[tuple[int, ...], ...], RowLayout] = {}
 
-    def begin(self, state: SessionState, job: DraftJob) -> None:
-        """Learn from the verdict on the last tree; to be called before the session begins the job."""
+    def learn(self, state: ModelState) -> None:
+        """Tell the gate what became of the last tree; to be called before the session begins another."""
         exits = _exits(state)
         now_ns = self._clock_ns()
         if exits.began_ns is not None and exits.looks:
-            num_right = self._learn(state, job.session.token_ids[-job.num_new_tokens :])
+            num_right = 0
+            said = state.said_since
+            for row, token_id, child in follow(state.growing, said):
+                if row not in exits.looks:
+                    break
+                self._gate.observe_choice(state.request.target, exits.looks[row], token_id)
+                num_right += child is not None
             elapsed_s = (now_ns - exits.began_ns) * _NS
-            self._gate.observe_round(job.session.target, elapsed_s, job.num_new_tokens, num_right)
+            self._gate.observe_round(state.request.target, elapsed_s, len(said), num_right)
         exits.began_ns = now_ns
 
-    def _learn(self, state: SessionState, chosen: Sequence[int]) -> int:
-        """Tell the gate about every level that the verdict came to; returns how many of them had the chosen token."""
-        tree, looks = state.tree, _exits(state).looks
-        assert tree is not None, "there was a tree"
-        row: int | None = 0
-        num_right = 0
-        for token_id in chosen:
-            if row not in looks:
-                break
-            self._gate.observe_choice(state.session.target, looks[row], token_id)
-            children = (child for child, parent_row in enumerate(tree.parent_rows) if parent_row == row)
-            row = next((child + 1 for child in children if tree.token_ids[child] == token_id), None)
-            num_right += row is not None
-        return num_right
-
-    def calibrate(self, chains: Sequence[tuple[Drafting, Segment]], plan: LayerPlan) -> None:
+    def calibrate(self, chains: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
         """A pass over new committed tokens, as deep as the first level of each tree goes; adds that level.
 
         `plan` is the sequential one, but for sessions that are to do without calibration.
@@ -124,35 +114,37 @@ class EarlyExits:
         started_ns = self._clock_ns()
         self._layouts.clear()
         segments = [segment for _, segment in chains]
-        hidden = self._run(segments, plan, range(_exits(chains[0][0].state).exits[0]))
+        hidden = self._run(segments, plan, range(_exits(chains[0][0]).exits[0]))
         levels = []
-        for (drafting, _), part in zip(chains, hidden, strict=True):
-            exits = _exits(drafting.state)
+        for (state, _), part in zip(chains, hidden, strict=True):
+            exits = _exits(state)
             exits.arrive(0, part)
-            levels.append(_Level(drafting, exits, (0,), part[-1:]))
+            levels.append(_Level(state, exits, (0,), part[-1:]))
         self._go_down(levels, plan)
-        for drafting, _ in chains:
-            state, exits = drafting.state, _exits(drafting.state)
-            is_exact = drafting.job.session.calibration and plan == self._decoder.sequential_plan
+        for state, _ in chains:
+            exits = _exits(state)
+            is_exact = state.request.calibration and plan == self._decoder.sequential_plan
             if is_exact and exits.exits[-1] == self._decoder.config.num_layers:
                 state.num_exact = state.slots.num_cached - exits.num_waiting
-            drafting.is_calibrated = True
-            drafting.calibrate_ns += self._clock_ns() - started_ns
+            assert state.drafting is not None, "a round is under way"
+            state.drafting.is_calibrated = True
+            state.drafting.calibrate_ns += self._clock_ns() - started_ns
 
-    def grow(self, frontiers: Sequence[tuple[Drafting, Segment]], plan: LayerPlan) -> None:
+    def grow(self, frontiers: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
         """One fuzzy pass over the frontiers, each as deep as its gates say, and the level that it gives."""
         started_ns = self._clock_ns()
         self._layouts.clear()
         segments = [segment for _, segment in frontiers]
-        hidden = self._run(segments, plan, range(_exits(frontiers[0][0].state).exits[0]))
+        hidden = self._run(segments, plan, range(_exits(frontiers[0][0]).exits[0]))
         levels = [
-            _Level(drafting, _exits(drafting.state), tuple(drafting.tree.frontier), part)
-            for (drafting, _), part in zip(frontiers, hidden, strict=True)
+            _Level(state, _exits(state), tuple(state.growing.frontier), part)
+            for (state, _), part in zip(frontiers, hidden, strict=True)
         ]
         self._go_down(levels, plan)
-        for drafting, _ in frontiers:
-            drafting.num_fuzzy_steps += 1
-            drafting.fuzzy_ns += self._clock_ns() - started_ns
+        for state, _ in frontiers:
+            assert state.drafting is not None, "a round is under way"
+            state.drafting.num_fuzzy_steps += 1
+            state.drafting.fuzzy_ns += self._clock_ns() - started_ns
 
     def _go_down(self, levels: Sequence[_Level], plan: LayerPlan) -> None:
         """From exit to exit until all levels have left."""
@@ -168,7 +160,7 @@ class EarlyExits:
 
     def _look(self, levels: Sequence[_Level]) -> None:
         logits = self._decoder.logits(torch.cat([level.hidden for level in levels]))
-        ranked = rank_level(self._decoder.executor, [level.drafting for level in levels], logits)
+        ranked = rank_level(self._decoder.executor, [level.state for level in levels], logits)
         for level, candidates in zip(levels, ranked, strict=True):
             level.look(candidates)
 
@@ -211,7 +203,7 @@ class EarlyExits:
             for level, rows in zip(levels, ancestors, strict=True)
         ]
         segments = [
-            level.drafting.node_segment([*rows, *level.rows]) for level, rows in zip(levels, ancestors, strict=True)
+            level.state.node_segment([*rows, *level.rows]) for level, rows in zip(levels, ancestors, strict=True)
         ]
         arrived = self._run(segments, plan, layers, torch.cat(hidden))
         for level, rows, part in zip(levels, ancestors, arrived, strict=True):
@@ -250,7 +242,7 @@ class EarlyExits:
         return pieces
 
 
-def _exits(state: SessionState) -> ExitState:
+def _exits(state: ModelState) -> ExitState:
     assert state.exits is not None, "a session that may leave early"
     return state.exits
 
@@ -272,12 +264,12 @@ def _leave(level: _Level, exit_index: int) -> None:
             Look(confidence, candidates[index].token_ids[: exits.num_counted])
             for confidence, candidates in zip(level.confidences, level.seen, strict=True)
         ]
-    level.drafting.tree.add_level(level.seen[-1])
+    level.state.growing.add_level(level.seen[-1])
 
 
 def _ancestors(level: _Level) -> list[int]:
     """Rows between the root and the level's rows, parents first."""
-    parent_rows = level.drafting.tree.parent_rows
+    parent_rows = level.state.growing.parent_rows
     found: set[int] = set()
     for row in level.rows:
         above = parent_rows[row - 1]
@@ -289,5 +281,5 @@ def _ancestors(level: _Level) -> list[int]:
 
 def _committed_segment(level: _Level, exit_index: int) -> Segment:
     """Rows for the committed tokens that wait at an exit."""
-    state = level.drafting.state
+    state = level.state
     return state.committed_segment(level.exits.waiting_positions(exit_index, state.slots.num_cached))

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from drafter_service.model.exit_state import Look
+from drafter_service.worth import GAIN_RATE, Average, ByTarget, TokenTime, clock_average
 
 # Confidence classes, by the probability of a level's best candidates.
 _CLASS_BORDERS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
@@ -26,20 +28,6 @@ _CLASS_BORDERS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 _PRIOR_GAIN, _PRIOR_WEIGHT = 0.03, 16.0
 _MAX_WEIGHT = 1000.0
 _EXPLORE_EVERY = 16
-# Far more base models than one drafter serves.
-_MAX_TARGETS = 32
-_CLOCK_RATE = 0.05
-_FOLLOW_RATE = 0.02
-# A measurement counts as at most so many times the average: a pause of the client, or of the machine, is no cost.
-_MAX_OUTLIER = 4.0
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one exit said about one row: the confidence of the row's whole level, and the candidates that count."""
-
-    confidence: float
-    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -85,16 +73,16 @@ class LearnedGate:
     """The gate described above."""
 
     def __init__(self) -> None:
-        self._stage_s: dict[Stage, _Average] = {}
-        self._targets: OrderedDict[str, _Target] = OrderedDict()
+        self._stage_s: dict[Stage, Average] = {}
+        self._targets = ByTarget(_Target)
 
     def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
         price = self._stage_s.get(stage)
-        if price is None or price.value is None:
+        if price is None:
             return [True] * len(levels)  # nothing is known yet
-        gains = [self._target(level.target).gain(stage.exit_index, level.confidence) for level in levels]
+        gains = [self._targets.of(level.target).gain(stage.exit_index, level.confidence) for level in levels]
         worth = [
-            gain.value * level.reach * self._target(level.target).seconds_of(level.depth)
+            gain.value * level.reach * self._targets.of(level.target).seconds_of(level.depth)
             for gain, level in zip(gains, levels, strict=True)
         ]
         wanted = [value > price.value for value in worth]
@@ -104,23 +92,15 @@ class LearnedGate:
         return [is_wanted or gain.is_to_explore() for is_wanted, gain in zip(wanted, gains, strict=True)]
 
     def observe_stage(self, stage: Stage, seconds: float) -> None:
-        self._stage_s.setdefault(stage, _Average(_CLOCK_RATE)).add(seconds)
+        self._stage_s.setdefault(stage, clock_average()).add(seconds)
 
     def observe_choice(self, target: str, looks: Sequence[Look], token_id: int) -> None:
         for exit_index, (look, deeper) in enumerate(itertools.pairwise(looks)):
             helped = (token_id in deeper.token_ids) - (token_id in look.token_ids)
-            self._target(target).gain(exit_index, look.confidence).observe(helped)
+            self._targets.of(target).gain(exit_index, look.confidence).observe(helped)
 
     def observe_round(self, target: str, seconds: float, num_tokens: int, num_right: int) -> None:
-        self._target(target).observe_round(seconds, num_tokens, num_right)
-
-    def _target(self, target: str) -> _Target:
-        """What is known of a base model; the one unheard of for longest is forgotten."""
-        known = self._targets.pop(target, None) or _Target()
-        self._targets[target] = known
-        if len(self._targets) > _MAX_TARGETS:
-            self._targets.popitem(last=False)
-        return known
+        self._targets.of(target).observe_round(seconds, num_tokens, num_right)
 
 
 class _Target:
@@ -128,8 +108,8 @@ class _Target:
 
     def __init__(self) -> None:
         self._gains: dict[tuple[int, int], _Gain] = {}
-        self._token_s = _Average(_CLOCK_RATE)
-        self._following: list[_Average] = []
+        self._token_time = TokenTime()
+        self._following: list[Average] = []
 
     def gain(self, exit_index: int, confidence: float) -> _Gain:
         """Of going on from an exit at such a confidence."""
@@ -138,13 +118,14 @@ class _Target:
 
     def seconds_of(self, depth: int) -> float:
         """What a right token at a level is worth, with those that are accepted below it; no end before any is known."""
-        known = self._following[depth - 1].value if depth <= len(self._following) else None
-        return math.inf if self._token_s.value is None else (1.0 + (known or 0.0)) * self._token_s.value
+        following = self._following[depth - 1].value if depth <= len(self._following) else 0.0
+        token_s = self._token_time.seconds
+        return math.inf if token_s is None else (1.0 + following) * token_s
 
     def observe_round(self, seconds: float, num_tokens: int, num_right: int) -> None:
-        self._token_s.add(seconds / num_tokens)
+        self._token_time.observe(seconds, num_tokens)
         while len(self._following) < num_right:
-            self._following.append(_Average(_FOLLOW_RATE))
+            self._following.append(Average(GAIN_RATE))
         for depth in range(1, num_right + 1):
             self._following[depth - 1].add(num_right - depth)
 
@@ -173,22 +154,3 @@ class _Gain:
         """Count a level that would stop; True for every so many of them."""
         self._num_stops += 1
         return self._num_stops % _EXPLORE_EVERY == 0
-
-
-class _Average:
-    """A running average that outliers cannot carry away; None before the first value."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._count = 0
-        self.value: float | None = None
-
-    def add(self, value: float) -> None:
-        """One value more; the first ones count alike."""
-        self._count += 1
-        if self.value is None:
-            self.value = value
-            return
-        if self._count > 1 / self._rate and self.value > 0.0:
-            value = min(value, _MAX_OUTLIER * self.value)
-        self.value += max(self._rate, 1.0 / self._count) * (value - self.value)

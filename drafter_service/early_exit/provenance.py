@@ -22,7 +22,7 @@ def told_apart(
     named = []
     for token_id, parent_row, sources in zip(tree.token_ids, tree.parent_rows, node_sources, strict=True):
         above = model_rows[parent_row]
-        model_rows.append(model_tree.children[above].get(token_id) if above is not None else None)
+        model_rows.append(model_tree.child(above, token_id) if above is not None else None)
         if DraftSources.MODEL in sources and above in early_rows:
             sources = sources & ~DraftSources.MODEL | DraftSources.EARLY_EXIT
         named.append(sources)

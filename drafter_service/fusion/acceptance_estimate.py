@@ -9,22 +9,11 @@ peculiar to a request is a bias per guesser, kept with the request.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from drafter_service.text.prediction import NUM_EVIDENCE_CLASSES
-
-
-class Guesser(enum.IntEnum):
-    """Who states probabilities."""
-
-    MODEL = 0
-    OWN_TEXT = 1
-    DATASTORE = 2
-    NGRAM = 3
-
+from drafter_service.guesser import NUM_EVIDENCE_CLASSES, Guesser, Stated
 
 NUM_GUESSERS = len(Guesser)
 # A case has a digit of base three per guesser: it was not there (0), named the token (1), or named others (2).
@@ -43,14 +32,6 @@ _MAX_LOG_ODDS = 7.0
 _MIN_STATED, _MAX_STATED = 0.0025, 0.9975
 # A guesser that looked and did not name a token: its curve is read at one place.
 _UNNAMED = -4.0
-
-
-@dataclass(frozen=True)
-class Stated:
-    """What a guesser says comes after a path: token -> its own probability, and its class of evidence."""
-
-    probabilities: Mapping[int, float]
-    evidence: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from drafter_service.fusion.acceptance_estimate import Guesser, Stated
-from drafter_service.text.prediction import NUM_EVIDENCE_CLASSES
+from drafter_service.guesser import NUM_EVIDENCE_CLASSES, Guesser, Stated
 from easyspec.speculation.token_tree import ScoredTree
 
 # A node's evidence is the exit that named it, 0 being all layers: shallow exits are right less often.
@@ -32,7 +31,7 @@ class ModelGuesser:
 
     def step(self, cursor: object, token_id: int) -> object | None:
         assert isinstance(cursor, int)
-        return self._tree.children[cursor].get(token_id)
+        return self._tree.child(cursor, token_id)
 
     def state(self, cursor: object, depth: int) -> Stated | None:
         assert isinstance(cursor, int)

@@ -13,13 +13,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Guesser, JudgedPlace, RequestBias, Stated
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, JudgedPlace, RequestBias
 from drafter_service.grammar_preference import may_follow
+from drafter_service.guesser import Guesser, PathGuesser, Stated
+from easyspec.speculation.growing_tree import GrowingTree, follow
 from easyspec.speculation.sources import NO_SOURCES, DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
@@ -43,22 +45,6 @@ AllowedAfter: TypeAlias = Callable[[Sequence[int]], "NDArray[np.uint8] | None"]
 """Bits of the tokens that may follow a path, as `GrammarPreference.allowed_after` has them."""
 
 
-class PathGuesser(Protocol):
-    """A guesser at work on one round of one request. A cursor is its own idea of a path."""
-
-    @property
-    def kind(self) -> Guesser: ...
-
-    def root(self) -> object | None:
-        """The cursor of the committed text; None if there is nothing to say."""
-
-    def step(self, cursor: object, token_id: int) -> object | None:
-        """The cursor one token further; None if there is nothing to say from there on."""
-
-    def state(self, cursor: object, depth: int) -> Stated | None:
-        """What comes next, at level `depth`; None if it does not know."""
-
-
 @dataclass(frozen=True)
 class FusedTree:
     """The tree of a round, where each node came from, and everything that was looked at, by row."""
@@ -78,7 +64,7 @@ class FusedTree:
         return 1.0 + sum(math.exp(value) for value in self.scored.log_values)
 
 
-class GrowingUnion:
+class GrowingUnion(GrowingTree):
     """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""
 
     def __init__(
@@ -89,25 +75,23 @@ class GrowingUnion:
         min_value: float = 0.0,
         allowed_after: AllowedAfter | None = None,
     ) -> None:
+        super().__init__()
         self._guessers = guessers
         self._allowed_after = allowed_after
         self._estimate = estimate
         self._bias = bias
         self._min_value = min_value
         self._cursors: list[list[object | None]] = []
-        self._depths = [0]
         # Negative value, number (the older wins a tie), row of the parent, token, who named it.
         self._heap: list[tuple[float, int, int, int, int]] = []
         self._num_pushed = 0
         self.values = [1.0]  # by row
-        self.token_ids: list[int] = []
-        self.parent_rows: list[int] = []
         self.node_sources: list[DraftSources] = []
         self.places: dict[int, JudgedPlace] = {}
 
     def expand(self, row: int) -> None:
         """Look at what may follow the path to `row`; rows are expanded in order, each once."""
-        depth = self._depths[row] + 1
+        depth = self.depths[row] + 1
         cursors = self._moved(row)
         self._cursors.append(cursors)
         if depth > MAX_LEVELS:
@@ -118,7 +102,7 @@ class GrowingUnion:
             if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
                 stated[guesser.kind] = said
         if stated and self._allowed_after is not None:
-            stated = _without_forbidden(stated, self._allowed_after(self._path_token_ids(row)))
+            stated = _without_forbidden(stated, self._allowed_after(self.path_token_ids(row)))
         if not stated:
             return
         place = self._estimate.judge(stated, depth, self._bias)
@@ -144,34 +128,22 @@ class GrowingUnion:
             for guesser, cursor in zip(self._guessers, self._cursors[self.parent_rows[row - 1]], strict=True)
         ]
 
-    def _path_token_ids(self, row: int) -> tuple[int, ...]:
-        path: list[int] = []
-        while row > 0:
-            path.append(self.token_ids[row - 1])
-            row = self.parent_rows[row - 1]
-        return tuple(reversed(path))
-
     def add_best(self) -> int | None:
         """Make the most valuable candidate a node and return its row; None if there is none worth it."""
         if not self._heap:
             return None
         negative_value, _, parent_row, token_id, case = heapq.heappop(self._heap)
-        return self.add(parent_row, token_id, case, -negative_value)
+        return self.add_named(parent_row, token_id, case, -negative_value)
 
-    def add(self, parent_row: int, token_id: int, case: int, value: float) -> int:
+    def add_named(self, parent_row: int, token_id: int, case: int, value: float) -> int:
         """Make a candidate a node and return its row."""
-        self.token_ids.append(token_id)
-        self.parent_rows.append(parent_row)
         self.node_sources.append(_sources_of(case))
         self.values.append(value)
-        self._depths.append(self._depths[parent_row] + 1)
-        return len(self.token_ids)
+        return self.add(parent_row, token_id, math.log(max(value, _LEAST_VALUE)))
 
     def finished(self) -> FusedTree:
         """What has grown."""
-        log_values = tuple(math.log(max(value, _LEAST_VALUE)) for value in self.values[1:])
-        tree = TokenTree(tuple(self.token_ids), tuple(self.parent_rows))
-        return FusedTree(ScoredTree(tree, log_values), tuple(self.node_sources), self.places)
+        return FusedTree(self.scored(), tuple(self.node_sources), self.places)
 
 
 def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
@@ -224,13 +196,9 @@ def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate,
 
     Returns how many of them the tree brought, the bonus token among them.
     """
-    row = 0
-    for num_accepted, token_id in enumerate(chosen):
-        place = fused.places.get(row)
-        if place is not None:
-            estimate.observe(place, token_id, bias)
-        child = fused.tree.children[row].get(token_id)
-        if child is None:
-            return num_accepted + 1
-        row = child
-    return len(chosen)
+    num_brought = 0
+    for row, token_id, _ in follow(fused.tree, chosen):
+        num_brought += 1
+        if row in fused.places:
+            estimate.observe(fused.places[row], token_id, bias)
+    return num_brought

@@ -6,8 +6,6 @@ number per session, the sharpness: a candidate is chosen with probability about
 softmax(sharpness x perturbed score), and a node with the product along its path. Sharpness is fitted online
 from what was chosen. Nodes are expanded best first within a level, and the best of all levels are kept (as
 EAGLE-2's dynamic tree does with raw probabilities).
-
-Dimensions: `R` expanded rows, `V` vocabulary, `K` candidates kept per row.
 """
 
 from __future__ import annotations
@@ -16,11 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from easyspec.speculation.parameters import SamplingParameters, TreeBudget
-from easyspec.speculation.ranking import TokenRanker
-from easyspec.speculation.token_tree import ScoredTree, TokenTree
+from easyspec.speculation.growing_tree import GrowingTree
+from easyspec.speculation.parameters import TreeBudget
 
 _SHARPNESS_RANGE = (0.25, 4.0)
 
@@ -74,63 +69,33 @@ class Sharpness:
         self.value = max(low, min(high, self.value + self._learning_rate * gradient))
 
 
-def rank_candidates(
-    ranker: TokenRanker,
-    draft_logits: torch.Tensor,
-    positions: Sequence[int],
-    samplings: Sequence[SamplingParameters],
-    num_candidates: int,
-) -> list[Candidates]:
-    """The best `num_candidates` next tokens of every row of `draft_logits` [R, V] float32; one host sync.
+class LevelTree(GrowingTree):
+    """One session's tree: every candidate so far, and the nodes to expand next.
 
-    `positions` are those of the tokens to be chosen, `samplings` the rows' requests.
-    """
-    ranked = ranker.rank_tokens(draft_logits, positions, samplings, num_candidates)
-    return [Candidates(token_ids, scores) for token_ids, scores in ranked]
-
-
-class GrowingTree:
-    """One session's tree while it grows: every candidate so far, and the nodes to expand next.
-
-    Row 0 is the root. `expanded` maps a row to the candidates seen there; `frontier` holds the rows of
-    the next level's expansion, in order.
+    `expanded` maps a row to the candidates seen there; `frontier` holds the rows of the next level's expansion, in
+    order.
     """
 
     def __init__(self, budget: TreeBudget, sharpness: Sharpness) -> None:
+        super().__init__()
         self._budget = budget
         self._sharpness = sharpness.value
-        self.token_ids: list[int] = []
-        self.parent_rows: list[int] = []
-        self.log_values: list[float] = []
-        self.depths = [0]
         self.expanded: dict[int, Candidates] = {}
         self.frontier: list[int] = [0]
 
+    @property
+    def level(self) -> int:
+        """Depth of the nodes to expand next; the root's is 0."""
+        return self.depths[self.frontier[0]]
+
     def add_level(self, candidates: Sequence[Candidates]) -> None:
         """Attach the candidates of every frontier row and choose the next frontier among them."""
+        is_last = self.level + 1 >= self._budget.num_levels
         added: list[int] = []
         for row, row_candidates in zip(self.frontier, candidates, strict=True):
             self.expanded[row] = row_candidates
-            row_value = self.log_values[row - 1] if row > 0 else 0.0
             log_probabilities = row_candidates.log_probabilities(self._sharpness)
             for token_id, log_probability in zip(row_candidates.token_ids, log_probabilities, strict=True):
-                self.token_ids.append(token_id)
-                self.parent_rows.append(row)
-                self.log_values.append(row_value + log_probability)
-                self.depths.append(self.depths[row] + 1)
-                added.append(len(self.token_ids))
-        added.sort(key=lambda row: (-self.log_values[row - 1], row))
-        is_last = self.depths[self.frontier[0]] + 1 >= self._budget.num_levels
+                added.append(self.add(row, token_id, self.log_values[row] + log_probability))
+        added.sort(key=lambda row: (-self.log_values[row], row))
         self.frontier = [] if is_last else added[: self._budget.width]
-
-    def path_token_ids(self, row: int) -> tuple[int, ...]:
-        """The tokens from the root's child down to `row`; none for the root itself."""
-        path: list[int] = []
-        while row > 0:
-            path.append(self.token_ids[row - 1])
-            row = self.parent_rows[row - 1]
-        return tuple(reversed(path))
-
-    def scored(self) -> ScoredTree:
-        """Everything seen so far, with values."""
-        return ScoredTree(TokenTree(tuple(self.token_ids), tuple(self.parent_rows)), tuple(self.log_values))

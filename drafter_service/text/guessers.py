@@ -8,8 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from drafter_service.fusion.acceptance_estimate import Guesser, Stated
-from drafter_service.fusion.union import PathGuesser
+from drafter_service.guesser import Guesser, PathGuesser, Stated
 from drafter_service.text.common_tokens import CommonTokens, FavouredTokens
 from drafter_service.text.datastore import Datastore, Found, TrieNode, predict_in_trie
 from drafter_service.text.ngram import AdaptiveNgrams
@@ -40,6 +39,9 @@ class TextResources:
         """Of the corpus that the table is of."""
         token_ids, shares = self.prior.commonest(_NUM_COMMON_TOKENS) if self.prior is not None else ((), ())
         return CommonTokens(np.asarray(token_ids), np.asarray(shares)) if len(token_ids) else None
+
+
+NO_RESOURCES = TextResources()
 
 
 class RoundNoise:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from easyspec.speculation.host_noise import PositionNoise
 from easyspec.speculation.parameters import SamplingParameters
 
-NUM_EVIDENCE_CLASSES = 5
-"""Evidence is a class 0 (a hint) to 4 (as good as it gets): how much stands behind a prediction."""
-
 NUM_CANDIDATES = 8
 """Most candidates of one guesser after one path."""
 

@@ -45,6 +45,10 @@ class TokenTree:
             children[parent_row][token_id] = node + 1
         return tuple(children)
 
+    def child(self, row: int, token_id: int) -> int | None:
+        """The row of the child of `row` that carries the token."""
+        return self.children[row].get(token_id)
+
     def path_rows(self, row: int) -> tuple[int, ...]:
         """Rows from the root's child down to `row`; empty for the root itself."""
         path = []

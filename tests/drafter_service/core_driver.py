@@ -10,9 +10,13 @@ from typing import Literal
 import torch
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import Drafter, DrafterLimits, DraftTask, OpenTask
-from drafter_service.early_exit.gate import ExitGate
-from drafter_service.model.layer_parallel import LayerParallelSource
+from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.early_exit.exits import EarlyExits
+from drafter_service.early_exit.gate import ExitGate, LearnedGate
+from drafter_service.fusion.rounds import Rounds
+from drafter_service.model.drafting import ModelDrafting
+from drafter_service.model.state import ModelState
+from drafter_service.tasks import DraftTask, OpenTask
 from easyspec.engine.shell import CloseTask
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
@@ -37,7 +41,8 @@ class CoreDriver:
     """A drafter over a checkpoint, stepped by hand."""
 
     drafter: Drafter
-    source: LayerParallelSource
+    model: ModelDrafting
+    early_exits: EarlyExits
     memory: KvMemory
 
     def open(
@@ -73,9 +78,15 @@ class CoreDriver:
     def close(self, session_id: int) -> None:
         self.drafter.accept(CloseTask(session_id))
 
+    def state(self, session_id: int) -> ModelState:
+        """What the draft model holds of a session."""
+        state = self.drafter._sessions[session_id].model
+        assert state is not None
+        return state
+
     def kv(self, session_id: int, num_tokens: int) -> torch.Tensor:
         """Keys and values of the first `num_tokens` positions, [L * H, num_tokens, D + D]."""
-        slots = self.source._states[session_id].slots
+        slots = self.state(session_id).slots
         assert slots.num_cached == num_tokens
         return cached(self.memory.pool, slots.by_position[:num_tokens])
 
@@ -98,14 +109,21 @@ def build_core(
         executor=executor,
     )
     loaded = load_model(settings)
-    source = LayerParallelSource(
-        loaded.decoder, loaded.memory, prefill_chunk, MAX_TREE_NODES, gate=gate, max_batch_rows=max_batch_rows
+    early_exits = EarlyExits(loaded.decoder, loaded.memory.pool, gate or LearnedGate(), max_batch_rows)
+    model = ModelDrafting(
+        loaded.decoder,
+        loaded.memory,
+        prefill_chunk,
+        MAX_TREE_NODES,
+        early_exits=early_exits,
+        max_batch_rows=max_batch_rows,
     )
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
     limits = DrafterLimits(
         "draft", loaded.info.max_model_len, MAX_TREE_NODES, early_exits=loaded.decoder.config.early_exits
     )
-    return CoreDriver(Drafter(loaded.decoder.config, loaded.memory, source, plan, limits), source, loaded.memory)
+    drafter = Drafter(loaded.decoder.config, loaded.memory, model, Rounds(), plan, limits)
+    return CoreDriver(drafter, model, early_exits, loaded.memory)
 
 
 def deepest_path(tree: TokenTree) -> tuple[int, ...]:

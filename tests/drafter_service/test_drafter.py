@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drafter_service.drafter import OpenTask
+from drafter_service.tasks import OpenTask
 from easyspec.errors import (
     CapacityError,
     EasyspecError,
@@ -327,7 +327,7 @@ def test_a_pass_has_no_more_rows_than_it_may_and_everybody_gets_the_tree_of_a_wi
     for max_batch_rows in (512, 7):
         core = build_core(draft_folder, max_batch_rows=max_batch_rows)
         rows_of_passes: list[int] = []
-        decoder = core.source._decoder
+        decoder = core.model.decoder
         forward = decoder.forward
 
         def counted(layout: RowLayout, *rest: Any, forward: Any = forward, rows: list[int] = rows_of_passes) -> Any:

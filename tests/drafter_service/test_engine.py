@@ -14,8 +14,8 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
-from drafter_service.fusion.model_use import ModelUse
-from drafter_service.model.layer_parallel import LayerParallelSource
+from drafter_service.fusion.learned import RoundChoices
+from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.plan_choice import candidate_plans
 from easyspec.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from easyspec.model.decoder import Decoder
@@ -64,7 +64,7 @@ async def drafted(
 async def test_the_operator_may_have_everybody_asked(
     draft_folder: Path, ask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelUse, "is_worth_it", lambda self, expected_of_text: False)
+    monkeypatch.setattr(RoundChoices, "is_model_worth_it", lambda self, expected_of_text: False)
     engine = DrafterEngine(settings(draft_folder, ask=ask))
     await engine.start()
     session_id = await engine.open(replace(OPENING, sources=None))
@@ -178,7 +178,7 @@ async def test_a_fault_while_answering_leaves_nobody_waiting(
         raise RuntimeError("no idea")
 
     session_ids = [await engine.open(OPENING) for _ in range(3)]
-    monkeypatch.setattr(LayerParallelSource, "step", step)
+    monkeypatch.setattr(ModelDrafting, "step", step)
     drafts = [asyncio.ensure_future(engine.draft(one, Calibration(6, (1,), BUDGET))) for one in session_ids]
     for draft in drafts:
         with pytest.raises(RuntimeError, match="no idea"):

@@ -11,7 +11,7 @@ import pytest
 
 from drafter_service.drafter import Drafter
 from drafter_service.engine import DrafterEngine
-from drafter_service.fusion import fusing
+from drafter_service.fusion.fused_drafting import FusedDrafting
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
@@ -131,7 +131,7 @@ async def test_guesses_from_text_are_those_that_are_allowed(
     preferring, is_allowed = await draft()
     assert is_allowed
     assert any(source & TEXT_SOURCES for round_ in preferring.rounds for source in round_.draft.node_sources)
-    monkeypatch.setattr(fusing, "_allowed_after", lambda session: None)
+    monkeypatch.setattr(FusedDrafting, "_allowed_after", lambda self: None)
     ignorant, is_allowed = await draft()
     assert not is_allowed
     assert ignorant.said == preferring.said

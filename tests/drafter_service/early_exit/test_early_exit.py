@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from drafter_service.early_exit.exits import MAX_WAITING
-from drafter_service.early_exit.gate import LevelView, Look, Stage
+from drafter_service.early_exit.gate import LevelView, Stage
+from drafter_service.model.exit_state import Look
 from easyspec.errors import InvalidRequestError
 from easyspec.model.row_layout import RowLayout
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
@@ -148,7 +149,9 @@ def test_with_gates_that_always_go_on_the_trees_are_the_models(
     gate.decide = always
     early_id, tokens, trees = rounds(exits_core, plan, BOTH)
     model_id = exits_core.open(PROMPT, SAMPLED, plan)
-    exits_core.source._states[model_id].session.plan = exits_core.source._states[early_id].session.plan
+    exits_core.state(model_id).request = replace(
+        exits_core.state(model_id).request, plan=exits_core.state(early_id).request.plan
+    )
     base_length, said = len(PROMPT), [9]
     for index, tree in enumerate(trees):
         assert exits_core.draft(model_id, base_length, said) == tree
@@ -170,7 +173,7 @@ def test_committed_tokens_are_exact_as_deep_as_they_have_come(
     """And after a level that goes all the way, in every layer: then the KV is that of a session that never left."""
     gate.decide = decide
     session_id, tokens, _ = rounds(exits_core, plan, BOTH)
-    exits = exits_core.source._states[session_id].exits
+    exits = exits_core.state(session_id).exits
     assert exits is not None
     kv, expected = exits_core.kv(session_id, len(tokens)), fresh_kv(exits_core, tokens)
     depth_of = [NUM_LAYERS] * len(tokens)
@@ -200,7 +203,7 @@ def test_nodes_that_are_caught_up_are_as_if_they_had_never_left(
     gate.decide = decide
     gate.stages.clear()
     session_id, tokens, _ = rounds(exits_core, SEQUENTIAL, BOTH, num_rounds=3)
-    state = exits_core.source._states[session_id]
+    state = exits_core.state(session_id)
     tree, exits = state.tree, state.exits
     assert tree is not None
     assert exits is not None
@@ -230,7 +233,7 @@ def test_nobody_reads_what_was_never_written(
             plane.copy_(junk * torch.randn(plane.shape, generator=generator))
         gate.decide = by_chance(6)
         session_id, _, trees = rounds(exits_core, plan, sources, num_rounds=8)
-        state = exits_core.source._states[session_id]
+        state = exits_core.state(session_id)
         assert state.tree is not None
         outcomes.append((trees, state.tree.log_values))
         exits_core.close(session_id)
@@ -266,7 +269,7 @@ def test_passes_are_of_bounded_size(
 ) -> None:
     """What waits in many sessions may be many rows; in pieces it comes to the same."""
     counts: list[int] = []
-    early_exits = exits_core.source._early_exits
+    early_exits = exits_core.early_exits
     forward_between = early_exits._decoder.forward_between
 
     def counted(layout: RowLayout, *rest: Any) -> torch.Tensor:
@@ -293,7 +296,7 @@ def test_alone_it_never_goes_deeper_than_the_last_early_exit(exits_core: CoreDri
     gate.stages.clear()
     session_id, _, _ = rounds(exits_core, STAGED, EARLY)
     assert {stage.exit_index for stage in gate.stages} == {0}
-    exits = exits_core.source._states[session_id].exits
+    exits = exits_core.state(session_id).exits
     assert exits is not None
     assert exits.exits == EXITS
     assert exits.num_waiting == 0
@@ -303,7 +306,7 @@ def test_alone_it_never_goes_deeper_than_the_last_early_exit(exits_core: CoreDri
 def test_a_session_does_not_gather_waiting_tokens_without_bound(exits_core: CoreDriver, gate: ScriptedGate) -> None:
     gate.decide = never
     session_id = exits_core.open(PROMPT[:20], GREEDY, STAGED, sources=BOTH)
-    exits = exits_core.source._states[session_id].exits
+    exits = exits_core.state(session_id).exits
     assert exits is not None
     length, most = 20, 0
     for _ in range(30):

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from drafter_service.early_exit.gate import LearnedGate, LevelView, Look, Stage
+from drafter_service.early_exit.gate import LearnedGate, LevelView, Stage
+from drafter_service.model.exit_state import Look
 
 FIRST = Stage(0, is_first=True, catches_up=False)
 LATER = Stage(0, is_first=False, catches_up=False)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_service.model.growth import Candidates, GrowingTree, Sharpness, rank_candidates
+from drafter_service.model.growth import Candidates, LevelTree, Sharpness
+from drafter_service.model.ranking import rank_candidates
 from easyspec.ops.executor import choose_executor
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 from easyspec.speculation.ranking import NUM_NOISED_TOKENS
@@ -87,7 +88,7 @@ def test_extreme_temperatures_give_finite_values_and_the_right_first_candidate(t
         assert all(math.isfinite(value) for value in row.log_probabilities(4.0))
     if temperature < 1.0:
         assert [row.token_ids[0] for row in ranked] == logits.argmax(-1).tolist()
-    tree = GrowingTree(TreeBudget(3, 2, 6), Sharpness())
+    tree = LevelTree(TreeBudget(3, 2, 6), Sharpness())
     tree.add_level(ranked[:1])
     tree.add_level([ranked[0], ranked[1]])
     assert len(tree.scored().pruned(6)) == 6
@@ -138,15 +139,15 @@ def test_sharpness_rises_with_hits_and_falls_with_misses() -> None:
     assert miss.value == unknown.value < Sharpness().value < hit.value
 
 
-def grown(budget: TreeBudget, rows: Sequence[Sequence[Candidates]]) -> GrowingTree:
-    tree = GrowingTree(budget, Sharpness())
+def grown(budget: TreeBudget, rows: Sequence[Sequence[Candidates]]) -> LevelTree:
+    tree = LevelTree(budget, Sharpness())
     for level in rows:
         tree.add_level(level[: len(tree.frontier)])
     return tree
 
 
 def test_the_best_nodes_of_a_level_are_expanded_and_the_best_of_all_are_kept() -> None:
-    tree = GrowingTree(TreeBudget(num_levels=3, width=2, num_nodes=4), Sharpness())
+    tree = LevelTree(TreeBudget(num_levels=3, width=2, num_nodes=4), Sharpness())
     tree.add_level([candidates(5.0, 4.9, 0.0)])
     assert tree.frontier == [1, 2]
     # Row 1 is unsure of its children, row 2 is sure of one: the sure one is expanded first.
@@ -177,7 +178,7 @@ def test_whatever_is_kept_is_a_tree_within_the_budget_and_the_best_of_its_size(
     num_levels: int, width: int, num_nodes: int, seed: int
 ) -> None:
     budget = TreeBudget(num_levels, width, num_nodes)
-    tree = GrowingTree(budget, Sharpness())
+    tree = LevelTree(budget, Sharpness())
     while tree.frontier:
         assert len(tree.frontier) <= width
         logits = random_logits(len(tree.frontier), 12, seed + len(tree.token_ids))

@@ -8,10 +8,17 @@ go by the session's layer plan, and are forgotten with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from drafter_service.early_exit.gate import Look
+
+@dataclass(frozen=True)
+class Look:
+    """What one exit said about one row: the confidence of the row's whole level, and the candidates that count."""
+
+    confidence: float
+    token_ids: tuple[int, ...]
 
 
 class ExitState:

@@ -1,0 +1,200 @@
+"""What the draft model holds of one session: KV, the tree that grows, and how far the round has come."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from drafter_service.model.exit_state import ExitState
+from drafter_service.model.growth import LevelTree, Sharpness
+from drafter_service.model.vocabulary_bridge import VocabularyBridge
+from drafter_service.request import DraftRequest
+from easyspec.engine.segments import committed_segment, visible_nodes
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.speculation.growing_tree import follow
+from easyspec.speculation.messages import DraftTimings
+from easyspec.speculation.parameters import TreeBudget
+
+
+@dataclass
+class Drafting:
+    """A tree while it is being worked on. The times are those of the passes it took part in."""
+
+    is_calibrated: bool = False
+    calibrate_ns: int = 0
+    fuzzy_ns: int = 0
+    num_fuzzy_steps: int = 0
+
+    def timings(self) -> DraftTimings:
+        return DraftTimings(
+            calibrate_ns=self.calibrate_ns, fuzzy_ns=self.fuzzy_ns, num_fuzzy_steps=self.num_fuzzy_steps
+        )
+
+
+class ModelState:
+    """Slots of committed tokens, and of the last tree's expanded nodes (row -> slot).
+
+    `token_ids` are the session's committed tokens, which it alone extends. The first `num_exact` cached ones have exact
+    K and V in all layers, which others may share. `exits` is there where levels may leave the model early, `bridge`
+    where the draft model's vocabulary is not the base's. `served_at` orders those whose prompts are read; while it
+    `is_in_pass`, cached positions may be half written.
+    """
+
+    takes_prefixes = True
+
+    def __init__(
+        self,
+        request: DraftRequest,
+        token_ids: list[int],
+        memory: KvMemory,
+        sharpness: Sharpness,
+        exits: ExitState | None = None,
+        bridge: VocabularyBridge | None = None,
+    ) -> None:
+        self.request = request
+        self.token_ids = token_ids
+        self.bridge = bridge
+        self.exits = exits
+        self.slots = SessionSlots(memory)
+        self.num_prompt_tokens = len(token_ids)
+        self.num_exact = 0
+        self.served_at = 0
+        self.is_in_pass = False
+        self.sharpness = sharpness
+        self.tree: LevelTree | None = None
+        self.tree_slots: dict[int, int] = {}
+        self.drafting: Drafting | None = None
+        self._memory = memory
+        self._base_length = len(token_ids)  # that the tree stands on
+
+    @property
+    def growing(self) -> LevelTree:
+        """The tree of the round under way."""
+        assert self.tree is not None, "a round is under way"
+        return self.tree
+
+    @property
+    def said_since(self) -> list[int]:
+        """Tokens committed since the last tree began, of which it may have guessed some."""
+        return self.token_ids[self._base_length :]
+
+    @property
+    def num_uncached(self) -> int:
+        """Committed tokens without K and V."""
+        return len(self.token_ids) - self.slots.num_cached
+
+    @property
+    def num_unread(self) -> int:
+        """Prompt tokens to prefill; the last one is left to the first calibration, which needs a row."""
+        return self.num_prompt_tokens - 1 - self.slots.num_cached
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the tree of a round has grown."""
+        return self.drafting is not None and self.drafting.is_calibrated and not self.growing.frontier
+
+    def take_prefix(self) -> int:
+        """Hold what is known of the prompt; returns how many tokens that adds."""
+        num_new = self.slots.take_prefix(self.token_ids[: self.num_prompt_tokens - 1])
+        self.num_exact = self.slots.num_cached
+        return num_new
+
+    def begin(self, budget: TreeBudget) -> None:
+        """Learn from the verdict and drop the last tree; without calibration its accepted entries stay."""
+        said = self.said_since
+        kept = self._learn(said) if self.tree is not None else []
+        if self.request.calibration:
+            kept = []
+        if self.exits is not None:
+            kept = [*itertools.takewhile(self.exits.is_whole, kept)] if not self.exits.num_waiting else []
+            self.exits.begin_round(max(1, budget.num_nodes // budget.num_levels))
+        # Before the prompt is read there is nothing they could stand on. The bonus token has no slot.
+        kept_slots = [self.tree_slots.pop(row) for row in kept[: len(said) - 1]]
+        self.drop_tree()
+        self.slots.append(kept_slots)
+        self.tree = LevelTree(budget, self.sharpness)
+        self._base_length = len(self.token_ids)
+        self.drafting = Drafting()
+
+    def _learn(self, new_tokens: Sequence[int]) -> list[int]:
+        """Fit the sharpness to the tokens chosen along the last tree; returns the expanded rows passed."""
+        passed: list[int] = []
+        for row, token_id, child in follow(self.growing, new_tokens):
+            if row not in self.growing.expanded:
+                break
+            self.sharpness.observe(self.growing.expanded[row], token_id)
+            if child is None or child not in self.tree_slots:
+                break
+            passed.append(child)
+        return passed
+
+    def drop_tree(self) -> None:
+        """Free the slots of the last tree."""
+        self._memory.free([*self.tree_slots.values()])
+        self.tree_slots = {}
+
+    def close(self) -> None:
+        """Free all slots, of which exact entries stay as a prefix for others."""
+        self.drop_tree()
+        self.share()
+        self.slots.release()
+
+    def give_up(self) -> None:
+        """Free all slots and share nothing of them."""
+        self.drop_tree()
+        self.slots.release()
+
+    def share(self) -> None:
+        """Let other sessions use what is cached, if all of it is exact."""
+        if self.exits is not None and self.request.calibration:
+            # Called when the prompt has been read, which is exact in all layers, and at the end of the session.
+            self.slots.truncate(self.num_exact)
+        if self.slots.num_cached == self.num_exact:
+            self.slots.share(self.token_ids[: self.num_exact])
+
+    def early_rows(self, num_layers: int) -> Mapping[int, int]:
+        """Rows whose children come from an early exit, and which, from 1."""
+        if self.exits is None:
+            return {}
+        depths = self.exits.exits
+        return {row: index + 1 for row, index in self.exits.exit_of_row.items() if depths[index] < num_layers}
+
+    def chain_segment(self, slots: Sequence[int]) -> Segment:
+        """Rows for the last cached tokens, which live in `slots`."""
+        return self.committed_segment(range(self.slots.num_cached - len(slots), self.slots.num_cached))
+
+    def committed_segment(self, positions: range) -> Segment:
+        """Rows for cached tokens."""
+        token_ids = self._read_token_ids(self.token_ids[positions.start : positions.stop])
+        return committed_segment(token_ids, self.slots, positions)
+
+    def frontier_segment(self, slots: Sequence[int]) -> Segment:
+        """Rows for the nodes to expand, whose K and V go to `slots`."""
+        self.tree_slots.update(zip(self.growing.frontier, slots, strict=True))
+        return self.node_segment(self.growing.frontier)
+
+    def node_segment(self, rows: Sequence[int]) -> Segment:
+        """Rows for nodes that have slots. Each sees the committed text, its expanded ancestors and itself."""
+        tree, base_length = self.growing, len(self.token_ids)
+        expanded = list(self.tree_slots)  # parents first
+        column_of_row = {row: column for column, row in enumerate(expanded)}
+        visible = visible_nodes([column_of_row.get(tree.parent_rows[row - 1]) for row in expanded])
+        root_position = base_length - 1
+        return Segment(
+            token_ids=self._read_token_ids([tree.token_ids[row - 1] for row in rows]),
+            positions=[root_position + tree.depths[row] for row in rows],
+            slots=[self.tree_slots[row] for row in rows],
+            num_visible=[base_length] * len(rows),
+            slots_by_position=self.slots.by_position,
+            tree=TreeColumns(
+                [self.tree_slots[row] for row in expanded],
+                [root_position + tree.depths[row] for row in expanded],
+                visible[[column_of_row[row] for row in rows]],
+            ),
+        )
+
+    def _read_token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """What the draft model reads for these tokens."""
+        return token_ids if self.bridge is None else self.bridge.to_draft(token_ids)

@@ -1,0 +1,68 @@
+"""One request at the drafter, with everything that belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.fusion.learned import RoundChoices
+from drafter_service.fusion.union import FusedTree
+from drafter_service.request import DraftRequest
+from drafter_service.tasks import DraftTask
+from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.token_tree import TokenTree
+
+if TYPE_CHECKING:  # a drafter without a model has no torch
+    from drafter_service.model.state import ModelState
+
+
+@dataclass
+class Round:
+    """A round: whether model and text take part, since when, how long they worked, and what either would have sent."""
+
+    budget: TreeBudget
+    begun_ns: int
+    has_model: bool
+    has_text: bool
+    text_tree: FusedTree | None = None
+    text_ns: int = 0
+    model_tree: TokenTree | None = None
+    model_ns: int = 0
+
+
+@dataclass(eq=False)
+class Session:
+    """A session; `token_ids` are all committed tokens. Ids grow with age: the lower, the older.
+
+    `model` and `text` are there where the request asks them, `round` is the one under way or the last, `task` waits for
+    the tree of the one under way.
+    """
+
+    session_id: int
+    request: DraftRequest
+    token_ids: list[int]
+    choices: RoundChoices
+    model: ModelState | None = None
+    text: FusedDrafting | None = None
+    round: Round | None = None
+    task: DraftTask | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to do for it: a tree, or a prompt to read."""
+        is_reading = self.model is not None and (self.model.num_unread > 0 or self.model.is_in_pass)
+        return self.task is not None or is_reading or (self.text is not None and not self.text.has_read_prompt)
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether its tree can be made: the draft model has grown its part, or has none in it."""
+        if self.task is None or self.round is None:
+            return False
+        return not self.round.has_model or self.model is None or self.model.is_done
+
+    def close(self) -> None:
+        """Free what it holds; idempotent."""
+        if self.model is not None:
+            self.model.close()
+            self.model = None

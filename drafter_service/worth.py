@@ -1,0 +1,133 @@
+"""What takes part in a round: whatever brings more time than it takes.
+
+One rule for all: an option (the draft model, text, the next exit, a further level of a tree) is taken if the extra
+tokens expected of it, times what a token's time is worth at present, are more than the time it takes. What tokens are
+worth is the time that they take in this request of late, drafting, verifying and waiting together: at the best rate of
+tokens a second nothing that is left out would have been worth more than its time.
+
+What an option brings is learned from verdicts, as numbers about rounds, never about tokens. An option that is left out
+is tried again after a while, the later the further it was from paying.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+# A measurement counts as at most so many times the average: a pause of the client, or of the machine, is no cost.
+MAX_OUTLIER = 4.0
+# How fast averages of clocks follow; gains of single rounds scatter by more than they are worth, and follow slowly.
+CLOCK_RATE = 0.1
+GAIN_RATE = 0.02
+# Rounds, of any request, before anything is believed of an option.
+_MIN_ROUNDS = 8
+# What is known of other requests counts as so many rounds of this one, whose own count less as they get older.
+_PRIOR_ROUNDS = 6.0
+_KEPT = 0.95
+# An option that lost narrowly is tried again after so many rounds; one whose worth was a part of its price after the
+# inverse square of that part as many, and at most after the second number.
+_RETRIAL_ROUNDS, _MOST_ROUNDS = 24.0, 400.0
+# Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
+_MAX_TARGETS = 32
+
+KnownT = TypeVar("KnownT")
+
+
+class Average:
+    """What a number is of late; the first few count alike. `max_outlier` bounds a later one by the average."""
+
+    def __init__(self, rate: float = CLOCK_RATE, max_outlier: float | None = None) -> None:
+        self.value = 0.0
+        self.count = 0
+        self._rate = rate
+        self._max_outlier = max_outlier
+
+    def add(self, number: float) -> None:
+        """One number more."""
+        self.count += 1
+        if self._max_outlier is not None and self.count > 1 and self.value > 0.0:
+            number = min(number, self._max_outlier * self.value)
+        self.value += (number - self.value) * max(self._rate, 1.0 / self.count)
+
+
+def clock_average() -> Average:
+    """An average of durations, in seconds."""
+    return Average(CLOCK_RATE, MAX_OUTLIER)
+
+
+class TokenTime:
+    """What a token's time is worth to one request, in seconds, beginning with what it is to others like it."""
+
+    def __init__(self, shared: TokenTime | None = None) -> None:
+        self._shared = shared
+        self._round_s = clock_average()
+        self._num_tokens = Average(CLOCK_RATE)
+
+    @property
+    def seconds(self) -> float | None:
+        """None before any round is known."""
+        if self._round_s.count:
+            return self._round_s.value / self._num_tokens.value
+        return self._shared.seconds if self._shared is not None else None
+
+    def observe(self, round_s: float, num_tokens: int) -> None:
+        """A round took so long, verifier and wire included, and came to so many tokens."""
+        self._round_s.add(round_s)
+        self._num_tokens.add(num_tokens)
+        if self._shared is not None:
+            self._shared.observe(round_s, num_tokens)
+
+
+class Option:
+    """One source over all requests of a kind: the extra tokens of a round that it takes part in, and what it takes."""
+
+    def __init__(self) -> None:
+        self.gain = Average(GAIN_RATE)
+        self.time_s = clock_average()
+
+
+class Choice:
+    """Decides about one option in one request, and learns from what came of it."""
+
+    def __init__(self) -> None:
+        self._excess = 0.0  # gains of this request's rounds, less those of other requests
+        self._weight = 0.0
+        self._num_left_out = 0
+
+    def is_worth_it(self, option: Option, token_s: float | None, price_s: float) -> bool:
+        """Whether `option` takes part in the next round, where it would take `price_s` seconds."""
+        if option.gain.count < _MIN_ROUNDS or token_s is None or price_s <= 0.0:
+            return True
+        gain = option.gain.value + self._excess / (_PRIOR_ROUNDS + self._weight)
+        worth_s = max(0.0, gain) * token_s
+        self._num_left_out += 1
+        patience = min(_MOST_ROUNDS, _RETRIAL_ROUNDS * (price_s / max(worth_s, 1e-9)) ** 2)
+        if worth_s < price_s and self._num_left_out <= patience:
+            return False
+        self._num_left_out = 0
+        return True
+
+    def observe(self, option: Option, gain: float) -> None:
+        """A round with the option came to `gain` tokens more than it would have without."""
+        option.gain.add(gain)
+        self._excess = _KEPT * self._excess + gain - option.gain.value
+        self._weight = _KEPT * self._weight + 1.0
+
+
+class ByTarget(Generic[KnownT]):
+    """What is known about each base model, made when it is first asked for; beyond `max_targets` the one unused for
+    longest is forgotten. A base model that guesses suit well says nothing about how well they suit another."""
+
+    def __init__(self, make: Callable[[], KnownT], max_targets: int = _MAX_TARGETS) -> None:
+        self._make = make
+        self._max_targets = max_targets
+        self._known: OrderedDict[str, KnownT] = OrderedDict()
+
+    def of(self, target: str) -> KnownT:
+        """What is known of the base model `target`; sessions may keep it for as long as they live."""
+        known = self._known.pop(target, None) or self._make()
+        self._known[target] = known
+        if len(self._known) > self._max_targets:
+            self._known.popitem(last=False)
+        return known

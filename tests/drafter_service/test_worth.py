@@ -1,0 +1,124 @@
+"""What takes part in a round: the better rate of tokens a second, for each request, and not for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from drafter_service.worth import MAX_OUTLIER, Average, ByTarget, Choice, Option, TokenTime, clock_average
+
+WITHOUT_S, PRICE_S = 0.026, 0.014
+
+
+class Request:
+    """Rounds of one request: `plain` tokens without the option, and what it brings with it."""
+
+    def __init__(self, option: Option, others: TokenTime | None = None) -> None:
+        self._option, self._choice = option, Choice()
+        self._token_time = TokenTime(others)
+
+    def round(self, plain: int, with_option: int) -> bool:
+        """Whether the option took part; the request learns what the round came to."""
+        option = self._option
+        has_option = self._choice.is_worth_it(option, self._token_time.seconds, option.time_s.value)
+        if has_option:
+            self._choice.observe(option, with_option - plain)
+            option.time_s.add(PRICE_S)
+        duration_s = WITHOUT_S + PRICE_S if has_option else WITHOUT_S
+        self._token_time.observe(duration_s, with_option if has_option else plain)
+        return has_option
+
+
+@pytest.mark.parametrize(
+    ("with_option", "plain", "is_taken"), [(4, 2, True), (4, 3, False), (9, 7, False), (9, 3, True)]
+)
+def test_the_better_rate_wins(with_option: int, plain: int, is_taken: bool) -> None:
+    """A round with the option takes 40 ms, one without 26."""
+    request = Request(Option())
+    rounds = [request.round(plain, with_option) for _ in range(400)]
+    share = sum(rounds) / len(rounds)
+    assert share > 0.95 if is_taken else share < 0.1
+
+
+def test_what_it_learned_does_not_stay_for_ever() -> None:
+    request = Request(Option())
+
+    def taken(with_option: int, num_rounds: int) -> int:
+        return sum(request.round(3, with_option) for _ in range(num_rounds))
+
+    assert taken(with_option=3, num_rounds=200) < 20
+    taken(with_option=8, num_rounds=6000)
+    assert taken(with_option=8, num_rounds=100) > 90
+
+
+def test_a_request_that_the_option_does_not_help_leaves_it_out_soon() -> None:
+    """Of others it is known that it brings much at such rounds."""
+    option, time = Option(), TokenTime()
+    others = Request(option, time)
+    for _ in range(200):
+        assert others.round(4, 8)
+    copying = Request(option, time)
+    rounds = [copying.round(9, 9) for _ in range(30)]
+    assert sum(rounds) <= 15
+    assert not any(rounds[15:])
+    assert sum(others.round(4, 8) for _ in range(20)) == 20
+
+
+def test_a_request_out_of_the_ordinary_tries_it_again_though_others_never_leave_it_out() -> None:
+    option, time = Option(), TokenTime()
+    others, copying = Request(option, time), Request(option, time)
+    for _ in range(100):
+        others.round(4, 8)
+    taken = []
+    for _ in range(1500):
+        others.round(4, 8)
+        taken.append(copying.round(9, 9))
+    assert 1 <= sum(taken[100:]) <= 60
+
+
+def test_what_many_requests_have_shown_spares_a_new_one_the_trying() -> None:
+    option, time = Option(), TokenTime()
+    for _ in range(20):
+        request = Request(option, time)
+        for _ in range(40):
+            request.round(4, 4)
+    request = Request(option, time)
+    assert not any(request.round(4, 4) for _ in range(16))
+
+
+def test_without_any_measurement_everything_takes_part() -> None:
+    assert Choice().is_worth_it(Option(), None, 1.0)
+    assert TokenTime().seconds is None
+    shared = TokenTime()
+    shared.observe(0.2, 4)
+    assert TokenTime(shared).seconds == 0.05, "a new request begins with what others have learned"
+
+
+def test_a_silent_client_is_not_a_slow_round() -> None:
+    time = TokenTime()
+    for _ in range(20):
+        time.observe(0.04, 2)
+    time.observe(3600.0, 2)
+    assert time.seconds is not None
+    assert time.seconds < 2 * 0.02
+
+
+@pytest.mark.parametrize(("make", "most"), [(Average, 100.0), (clock_average, MAX_OUTLIER)])
+def test_an_average_follows_and_outliers_count_as_told(make: Callable[[], Average], most: float) -> None:
+    average = make()
+    for number in (1.0, 1.0, 1.0, 100.0):
+        average.add(number)
+    assert average.value == pytest.approx(1.0 + (most - 1.0) / 4)
+    for _ in range(200):
+        average.add(2.0)
+    assert average.value == pytest.approx(2.0, rel=1e-3)
+
+
+def test_the_target_unused_for_longest_is_forgotten() -> None:
+    known: ByTarget[list[int]] = ByTarget(lambda: [0], max_targets=2)
+    first, second = known.of("first"), known.of("second")
+    assert known.of("first") is first
+    known.of("third")
+    assert known.of("first") is first
+    assert known.of("second") is not second
