@@ -127,7 +127,7 @@ def _record_model_trees(recorded: Sequence[Recorded]) -> None:
         for position in range(len(recorded[begin].output) - 1):
             for one, state in zip(batch, states, strict=True):
                 state.token_ids.append(one.output[position])
-                drafting.begin(state, budget)
+                drafting.begin(state, budget, token_s=None)
             while not all(state.is_done for state in states):
                 drafting.step(states)
             for one, state in zip(batch, states, strict=True):

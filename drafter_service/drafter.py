@@ -29,7 +29,9 @@ from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 if TYPE_CHECKING:  # a drafter without a model has no torch
+    from drafter_service.model.ahead_drafting import AheadDrafting
     from drafter_service.model.drafting import ModelDrafting
+    from drafter_service.model.state import ModelState
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Drafter:
         resources: TextResources = NO_RESOURCES,
         on_step: StepObserver = ignore_step,
         grammars: GrammarCompiler | None = None,
+        ahead: AheadDrafting | None = None,
     ) -> None:
         self._config = config
         self._memory = memory
@@ -93,6 +96,7 @@ class Drafter:
         self._limits = limits
         self._on_step = on_step
         self._grammars = grammars
+        self._ahead = ahead
         self._learned = ByTarget(Learned)
         self._sessions: dict[int, Session] = {}  # in the order of their age
         self._session_ids = itertools.count(1)
@@ -133,12 +137,13 @@ class Drafter:
         drafted = [session for session in self._sessions.values() if session.is_drafted]
         num_rows = sum(self._answer(session) for session in drafted)
         has_more = any(session.is_busy for session in self._sessions.values())
+        is_going_ahead = not has_more and self._go_ahead()
         duration_ns = time.monotonic_ns() - started_ns
         if drafted:
             self._on_step(StepReport("draft", duration_ns, num_rows, len(drafted)))
         elif has_more:
             self._on_step(StepReport("prefill", duration_ns, 0, 0))
-        return has_more
+        return has_more or is_going_ahead
 
     def _begin(self, session: Session, started_ns: int) -> None:
         task = session.task
@@ -149,7 +154,15 @@ class Drafter:
         budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
         round_ = self._rounds.begin(session, len(calibration.token_ids), budget, len(self._sessions))
         if self._model is not None and session.model is not None and round_.has_model:
-            self._model.begin(session.model, budget)
+            self._begin_model(self._model, session, session.model, budget)
+        elif session.model is not None:
+            session.model.drop_ahead()
+
+    def _begin_model(self, model: ModelDrafting, session: Session, state: ModelState, budget: TreeBudget) -> None:
+        said = state.said_since
+        model.begin(state, budget, session.choices.token_time.seconds)
+        if self._ahead is not None:
+            self._ahead.take_up(state, said, budget)
 
     def _step_model(self) -> None:
         """A step of the draft model; sessions whose slots went to older ones are over."""
@@ -163,21 +176,32 @@ class Drafter:
             self._break(session, _evicted())
             self._evicted.add(session.session_id)
 
+    def _go_ahead(self) -> bool:
+        """One pass of what sessions draft ahead, as none waits for the device; whether it computed anything."""
+        states = [session.model for session in self._sessions.values() if session.model is not None]
+        return self._ahead is not None and self._ahead.step(states)
+
     def _answer(self, session: Session) -> int:
         """Answer the session's task with its tree; returns the rows of the round."""
         task, session.task = session.task, None
         assert task is not None, "it is drafted"
         tree, node_sources = self._rounds.finish(session, self._config.num_layers)
-        timings = DraftTimings()
-        if session.model is not None and session.model.drafting is not None:
-            timings = session.model.drafting.timings()
-            session.model.drafting = None
+        timings, state, round_ = DraftTimings(), session.model, session.round
+        if state is not None and state.drafting is not None and round_ is not None:
+            timings = state.drafting.timings()
+            state.drafting = None
+            if self._ahead is not None and session.choices.shared.ahead.is_on and session.request.drafts_ahead:
+                self._ahead.begin(state, round_.sent, round_.budget)
+                round_.went_ahead = True
         timings = replace(timings, queue_ns=task.begun_ns - task.arrived_ns)
         task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
         return len(task.calibration.token_ids) + len(tree)
 
     def abandon(self, error: BaseException) -> None:
         """End every session that had something to do, and fail those that wait; they may be half written."""
+        for session in self._sessions.values():
+            if session.model is not None:
+                session.model.drop_ahead()
         for session in [session for session in self._sessions.values() if session.is_busy]:
             if session.model is not None:
                 session.model.give_up()
@@ -208,6 +232,7 @@ class Drafter:
             sources=sources,
             preference=self._preference(request),
             target=request.base_fingerprint,
+            drafts_ahead=request.draft_ahead,
         )
         session = self._session(draft_request, [*request.prompt_token_ids])
         self._sessions[session.session_id] = session
@@ -221,10 +246,22 @@ class Drafter:
         if request.asks_model:
             assert self._model is not None, "sessions ask for sources that are here"
             is_alone = all(other.model is None for other in self._sessions.values())
-            session.model = self._model.open(request, token_ids, is_alone=is_alone)
+            session.model = self._open_model(self._model, request, token_ids, is_alone=is_alone)
         if request.asks_text:
             session.text = FusedDrafting(self._resources, request, token_ids, learned.estimate)
         return session
+
+    def _open_model(
+        self, model: ModelDrafting, request: DraftRequest, token_ids: list[int], *, is_alone: bool
+    ) -> ModelState:
+        """What the model holds of a new session, for which nothing that is drafted ahead keeps room from it."""
+        try:
+            return model.open(request, token_ids, is_alone=is_alone)
+        except CapacityError:
+            for other in self._sessions.values():
+                if other.model is not None:
+                    other.model.drop_ahead()
+            return model.open(request, token_ids, is_alone=is_alone)
 
     def _preference(self, request: OpenSpeculation) -> GrammarPreference | None:
         grammar = request.sampling.grammar

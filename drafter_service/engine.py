@@ -13,6 +13,7 @@ from drafter_service.drafter import Drafter, DrafterLimits
 from drafter_service.early_exit.exits import EarlyExits
 from drafter_service.early_exit.gate import LearnedGate
 from drafter_service.fusion.rounds import Rounds
+from drafter_service.model.ahead_drafting import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.growth import RankingSettings
 from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
@@ -82,6 +83,7 @@ class DrafterEngine(DrafterShell):
             early_exits=EarlyExits(loaded.decoder, loaded.memory.pool, LearnedGate(), settings.max_batch_rows),
             max_batch_rows=settings.max_batch_rows,
             bridge=bridge,
+            always_deepens=settings.ask == "always",
         )
         rounds = Rounds(is_everybody_asked=settings.ask == "always")
         resources = open_text_resources(settings, fingerprint)
@@ -100,8 +102,9 @@ class DrafterEngine(DrafterShell):
         self._grammars.prepare()
         config = loaded.decoder.config
         shape = config if bridge is None else replace(config, vocab_size=bridge.num_ids)
+        ahead = AheadDrafting(model, settings.draft_ahead) if settings.draft_ahead else None
         drafter = Drafter(
-            shape, loaded.memory, model, rounds, self._plan, limits, resources, self._on_step, self._grammars
+            shape, loaded.memory, model, rounds, self._plan, limits, resources, self._on_step, self._grammars, ahead
         )
         _warm_up(drafter, settings.max_tree_nodes)
         return drafter

@@ -24,6 +24,7 @@ class DraftRequest:
     sources: DraftSources = DraftSources.MODEL
     preference: GrammarPreference | None = None
     target: str = ""
+    drafts_ahead: bool = True
 
     @property
     def asks_model(self) -> bool:

@@ -11,15 +11,19 @@ from drafter_service.fusion.union import FusedTree
 from drafter_service.request import DraftRequest
 from drafter_service.tasks import DraftTask
 from easyspec.speculation.parameters import TreeBudget
-from easyspec.speculation.token_tree import TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
 
 if TYPE_CHECKING:  # a drafter without a model has no torch
     from drafter_service.model.state import ModelState
 
 
+NOTHING_SENT = ScoredTree(EMPTY_TREE, ())
+
+
 @dataclass
 class Round:
-    """A round: whether model and text take part, since when, how long they worked, and what either would have sent."""
+    """A round: whether model and text take part, since when, how long they worked, and what either would have
+    sent; what was sent, and whether the next tree was begun behind it."""
 
     budget: TreeBudget
     begun_ns: int
@@ -29,6 +33,8 @@ class Round:
     text_ns: int = 0
     model_tree: TokenTree | None = None
     model_ns: int = 0
+    sent: ScoredTree = NOTHING_SENT
+    went_ahead: bool = False
 
 
 @dataclass(eq=False)

@@ -28,6 +28,8 @@ _KEPT = 0.95
 # An option that lost narrowly is tried again after so many rounds; one whose worth was a part of its price after the
 # inverse square of that part as many, and at most after the second number.
 _RETRIAL_ROUNDS, _MOST_ROUNDS = 24.0, 400.0
+# A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
+_BLOCK_ROUNDS, _MIN_BLOCKS, _RETRIAL_BLOCKS = 8, 2, 16
 # Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
 _MAX_TARGETS = 32
 
@@ -113,6 +115,36 @@ class Choice:
         option.gain.add(gain)
         self._excess = _KEPT * self._excess + gain - option.gain.value
         self._weight = _KEPT * self._weight + 1.0
+
+
+class Trial:
+    """Whether something pays that shows only in how long rounds take, on this machine at this load: in turns with and
+    without for a while, then what took less time a token, and the other one again now and then."""
+
+    def __init__(self) -> None:
+        self.is_on = True
+        self._s_per_token = {True: clock_average(), False: clock_average()}
+        self._seconds, self._num_tokens, self._num_rounds, self._num_blocks = 0.0, 0, 0, 0
+
+    def observe(self, *, was_on: bool, round_s: float, num_tokens: int) -> None:
+        """A round took so long and came to so many tokens."""
+        if was_on != self.is_on:
+            return
+        self._num_rounds += 1
+        if self._num_rounds > 1:  # the first has something of both
+            self._seconds += round_s
+            self._num_tokens += num_tokens
+        if self._num_rounds <= _BLOCK_ROUNDS:
+            return
+        self._s_per_token[self.is_on].add(self._seconds / self._num_tokens)
+        self._seconds, self._num_tokens, self._num_rounds = 0.0, 0, 0
+        self._num_blocks += 1
+        on, off = self._s_per_token[True], self._s_per_token[False]
+        is_better_on = on.value <= off.value
+        if min(on.count, off.count) < _MIN_BLOCKS:
+            self.is_on = not self.is_on
+        else:
+            self.is_on = is_better_on != (self._num_blocks % _RETRIAL_BLOCKS == 0)
 
 
 class ByTarget(Generic[KnownT]):

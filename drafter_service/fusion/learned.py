@@ -6,7 +6,7 @@ import bisect
 from dataclasses import dataclass, field
 
 from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate
-from drafter_service.worth import Choice, Option, TokenTime
+from drafter_service.worth import Choice, Option, TokenTime, Trial
 
 # Expected tokens of a round of text, from which the classes of the model's gain begin: copied text is drafted as well
 # by text alone, in a fraction of the time.
@@ -20,6 +20,7 @@ class Rounds:
     token_time: TokenTime = field(default_factory=TokenTime)
     model: tuple[Option, ...] = field(default_factory=lambda: tuple(Option() for _ in range(len(_CLASS_BOUNDS) + 1)))
     text: Option = field(default_factory=Option)
+    ahead: Trial = field(default_factory=Trial)
 
     def model_beside(self, expected_of_text: float) -> Option:
         """The model in a round of which text expects so many tokens, the bonus token among them."""

@@ -9,11 +9,11 @@ from typing import TypeAlias
 
 from drafter_service.early_exit.provenance import told_apart
 from drafter_service.fusion.model_guesses import ModelGuesser
-from drafter_service.session import Round, Session
+from drafter_service.session import NOTHING_SENT, Round, Session
 from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
-from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
+from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
 # Of the tree of text alone that is made before the model is asked: enough to tell a copy from a guess. A round that may
 # have no more nodes is drafted by it, if the model sits out; with more, what text alone would have come to is
@@ -62,7 +62,10 @@ class Rounds:
 
     def _learn(self, session: Session, last: Round, num_new_tokens: int, now_ns: int) -> None:
         said = session.token_ids[-num_new_tokens:]
-        session.choices.token_time.observe((now_ns - last.begun_ns) / 1e9, num_new_tokens)
+        round_s = (now_ns - last.begun_ns) / 1e9
+        session.choices.token_time.observe(round_s, num_new_tokens)
+        if last.has_model:
+            session.choices.shared.ahead.observe(was_on=last.went_ahead, round_s=round_s, num_tokens=num_new_tokens)
         if session.text is not None:
             session.text.learn(said)
         if last.text_tree is not None and last.model_tree is not None:
@@ -84,7 +87,8 @@ class Rounds:
             model, early_rows = session.model.growing.scored(), session.model.early_rows(num_layers)
             round_.model_tree = model.pruned(round_.budget.num_nodes)
             round_.model_ns = begun_ns - round_.begun_ns - round_.text_ns
-        tree, node_sources = self._tree(session, round_, model, early_rows)
+        round_.sent, node_sources = self._tree(session, round_, model, early_rows)
+        tree = round_.sent.tree
         if model is not None and early_rows:
             node_sources = told_apart(tree, node_sources, model.tree, early_rows)
         round_.text_ns += self._clock_ns() - begun_ns if round_.has_text else 0
@@ -92,17 +96,17 @@ class Rounds:
 
     def _tree(
         self, session: Session, round_: Round, model: ScoredTree | None, early_rows: Mapping[int, int]
-    ) -> tuple[TokenTree, Sources]:
+    ) -> tuple[ScoredTree, Sources]:
         text, num_nodes = session.text, round_.budget.num_nodes
         if text is None or not round_.has_text:
-            tree = round_.model_tree or EMPTY_TREE
-            return tree, (DraftSources.MODEL,) * len(tree)
+            sent = model.pruned_scored(num_nodes) if model is not None else NOTHING_SENT
+            return sent, (DraftSources.MODEL,) * len(sent.tree)
         if model is None and round_.text_tree is not None and num_nodes <= _NUM_TRIAL_NODES:
             fused = round_.text_tree
         else:
             fused = text.fuse(ModelGuesser(model, early_rows) if model is not None else None, num_nodes)
         text.last = fused
-        return fused.tree, fused.node_sources
+        return fused.scored, fused.node_sources
 
 
 def _tokens_by(tree: TokenTree, said: list[int]) -> int:

@@ -23,6 +23,7 @@ from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import Drafting, ModelState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.request import DraftRequest
+from drafter_service.worth import clock_average
 from easyspec.engine.prefill_pace import PrefillPace
 from easyspec.engine.prompt_shares import served_readers, share_out
 from easyspec.engine.room import make_room
@@ -81,6 +82,8 @@ class ModelDrafting:
         early_exits: EarlyLevels | None = None,
         max_batch_rows: int = 512,
         bridge: VocabularyBridge | None = None,
+        *,
+        always_deepens: bool = False,
     ) -> None:
         self.decoder = decoder
         self.memory = memory
@@ -88,8 +91,10 @@ class ModelDrafting:
         self._bridge = bridge
         self._max_batch_rows = max_batch_rows
         self._early = early_exits
-        self._max_tree_slots = max_tree_slots
+        self.max_tree_slots = max_tree_slots
         self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk)
+        self._always_deepens = always_deepens
+        self._level_s = clock_average()
         self._served = itertools.count(1)
         self._last_draft_ns = -_DRAFTING_WITHIN_NS
 
@@ -98,7 +103,7 @@ class ModelDrafting:
         sharpness = Sharpness(self._ranking)
         state = ModelState(request, token_ids, self.memory, sharpness, self._exit_state(request), self._bridge)
         num_hit = state.take_prefix()
-        wanted = state.num_uncached + self._max_tree_slots
+        wanted = state.num_uncached + self.max_tree_slots
         if not is_alone and wanted > self.memory.num_available:
             state.slots.release()
             raise CapacityError(
@@ -123,8 +128,13 @@ class ModelDrafting:
         assert self._early is not None, "sessions ask for sources that are here"
         return self._early
 
-    def begin(self, state: ModelState, budget: TreeBudget) -> None:
-        """Learn from the verdict and drop the last tree; the next step calibrates."""
+    def begin(self, state: ModelState, budget: TreeBudget, token_s: float | None) -> None:
+        """Learn from the verdict and drop the last tree; the next step calibrates.
+
+        A further level must be expected to bring tokens whose time, `token_s` each, is more than the level takes.
+        """
+        if token_s is not None and not self._always_deepens:
+            state.least_gain = self._level_s.value / token_s
         if state.exits is not None:
             self._early_levels.learn(state)
         state.begin(budget)
@@ -174,7 +184,7 @@ class ModelDrafting:
             if is_early:
                 self._early_levels.grow(group, plan)
             else:
-                self._grow(group, plan)
+                self.grow(group, plan)
         return sum(len(segment) for _, segment in frontiers)
 
     def _chains(self, holders: _Holders) -> list[_Chain]:
@@ -249,7 +259,7 @@ class ModelDrafting:
                 chain.drafting.is_calibrated = True
                 chain.drafting.calibrate_ns += elapsed_ns
 
-    def _grow(self, group: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
+    def grow(self, group: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
         """One fuzzy pass over the frontiers, and the level that its rows give."""
         started_ns = time.monotonic_ns()
         layout = lay_out([segment for _, segment in group])
@@ -257,6 +267,7 @@ class ModelDrafting:
         states = [state for state, _ in group]
         self._add_level(states, draft_logits)
         elapsed_ns = time.monotonic_ns() - started_ns
+        self._level_s.add(elapsed_ns / 1e9)
         for state in states:
             if state.drafting is not None:
                 state.drafting.num_fuzzy_steps += 1
@@ -278,6 +289,9 @@ class _Holders:
 
     def make_room(self, num_slots: int, state: ModelState) -> bool:
         """Whether there are so many slots, if need be from younger sessions; else the session gives way itself."""
+        for other in self.states:
+            if num_slots > self._memory.num_available:
+                other.drop_ahead()
         younger = itertools.takewhile(lambda other: other is not state, [*reversed(self.states)])
         if make_room(self._memory, num_slots, younger, self._evict):
             return True

@@ -10,6 +10,7 @@ EAGLE-2's dynamic tree does with raw probabilities).
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,12 +74,13 @@ class LevelTree(GrowingTree):
     """One session's tree: every candidate so far, and the nodes to expand next.
 
     `expanded` maps a row to the candidates seen there; `frontier` holds the rows of the next level's expansion, in
-    order.
+    order. There is none once a level is expected to bring fewer than `least_gain` tokens.
     """
 
-    def __init__(self, budget: TreeBudget, sharpness: Sharpness) -> None:
+    def __init__(self, budget: TreeBudget, sharpness: Sharpness, least_gain: float = 0.0) -> None:
         super().__init__()
         self._budget = budget
+        self._least_gain = least_gain
         self._sharpness = sharpness.value
         self.expanded: dict[int, Candidates] = {}
         self.frontier: list[int] = [0]
@@ -99,3 +101,15 @@ class LevelTree(GrowingTree):
                 added.append(self.add(row, token_id, self.log_values[row] + log_probability))
         added.sort(key=lambda row: (-self.log_values[row], row))
         self.frontier = [] if is_last else added[: self._budget.width]
+        if self._least_gain > 0.0 and self._next_gain() < self._least_gain:
+            self.frontier = []
+
+    def _next_gain(self) -> float:
+        """Tokens that the next level can bring at most: what its rows are worth more than nodes that would give way.
+
+        The children of a row are worth as much as the row, all together. What the tree would then lose for them is at
+        least the worst of its best nodes, once there are more than the budget keeps.
+        """
+        kept = heapq.nlargest(self._budget.num_nodes + 1, self.log_values[1:])
+        least = math.exp(kept[-1]) if len(kept) > self._budget.num_nodes else 0.0
+        return sum(max(0.0, math.exp(self.log_values[row]) - least) for row in self.frontier)

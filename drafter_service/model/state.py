@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from drafter_service.model.exit_state import ExitState
 from drafter_service.model.growth import LevelTree, Sharpness
@@ -18,18 +19,32 @@ from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.parameters import TreeBudget
 
 
+class TakenAhead(Protocol):
+    """What a session drafts ahead (`drafter_service/model/ahead.py`)."""
+
+    def drop(self) -> None:
+        """Free it; idempotent."""
+
+
 @dataclass
 class Drafting:
-    """A tree while it is being worked on. The times are those of the passes it took part in."""
+    """A tree while it is being worked on. The times are those of the passes it took part in.
+
+    `ahead_ns` is the time of those that were run before the verdict came; None if none was guessed.
+    """
 
     is_calibrated: bool = False
+    ahead_ns: int | None = None
     calibrate_ns: int = 0
     fuzzy_ns: int = 0
     num_fuzzy_steps: int = 0
 
     def timings(self) -> DraftTimings:
         return DraftTimings(
-            calibrate_ns=self.calibrate_ns, fuzzy_ns=self.fuzzy_ns, num_fuzzy_steps=self.num_fuzzy_steps
+            calibrate_ns=self.calibrate_ns,
+            fuzzy_ns=self.fuzzy_ns,
+            num_fuzzy_steps=self.num_fuzzy_steps,
+            ahead_ns=self.ahead_ns,
         )
 
 
@@ -39,7 +54,7 @@ class ModelState:
     `token_ids` are the session's committed tokens, which it alone extends. The first `num_exact` cached ones have exact
     K and V in all layers, which others may share. `exits` is there where levels may leave the model early, `bridge`
     where the draft model's vocabulary is not the base's. `served_at` orders those whose prompts are read; while it
-    `is_in_pass`, cached positions may be half written.
+    `is_in_pass`, cached positions may be half written. A level must be expected to bring `least_gain` tokens.
     """
 
     takes_prefixes = True
@@ -62,6 +77,8 @@ class ModelState:
         self.num_exact = 0
         self.served_at = 0
         self.is_in_pass = False
+        self.least_gain = 0.0
+        self.ahead: TakenAhead | None = None
         self.sharpness = sharpness
         self.tree: LevelTree | None = None
         self.tree_slots: dict[int, int] = {}
@@ -114,7 +131,7 @@ class ModelState:
         kept_slots = [self.tree_slots.pop(row) for row in kept[: len(said) - 1]]
         self.drop_tree()
         self.slots.append(kept_slots)
-        self.tree = LevelTree(budget, self.sharpness)
+        self.tree = LevelTree(budget, self.sharpness, self.least_gain)
         self._base_length = len(self.token_ids)
         self.drafting = Drafting()
 
@@ -135,14 +152,39 @@ class ModelState:
         self._memory.free([*self.tree_slots.values()])
         self.tree_slots = {}
 
+    def drop_ahead(self) -> None:
+        """Free what is drafted ahead."""
+        if self.ahead is not None:
+            self.ahead.drop()
+            self.ahead = None
+
+    def branch(self, token_ids: Sequence[int], slots: Sequence[int]) -> ModelState:
+        """The session as it would be after some more tokens, of which those in `slots` are, or will be, cached.
+
+        Slots that it shares with the session are not its own to free.
+        """
+        branch = ModelState(
+            self.request, [*self.token_ids, *token_ids], self._memory, self.sharpness, None, self.bridge
+        )
+        branch.slots.append(self.slots.by_position[: self.slots.num_cached].tolist())
+        branch.slots.append(slots)
+        return branch
+
+    def taken_over(self) -> Drafting:
+        """What is left to do of a tree that was drafted ahead."""
+        done = self.drafting or Drafting()
+        return Drafting(is_calibrated=True, ahead_ns=done.calibrate_ns + done.fuzzy_ns)
+
     def close(self) -> None:
         """Free all slots, of which exact entries stay as a prefix for others."""
+        self.drop_ahead()
         self.drop_tree()
         self.share()
         self.slots.release()
 
     def give_up(self) -> None:
         """Free all slots and share nothing of them."""
+        self.drop_ahead()
         self.drop_tree()
         self.slots.release()
 

@@ -82,6 +82,7 @@ class OpenSpeculation:
 
     `max_total_length` is the most tokens the session can come to hold (None: the draft model's context); KV memory is
     budgeted by it. `sources` None takes the drafter's. `base_fingerprint` names the base model that guesses are for.
+    `draft_ahead` says whether it may guess verdicts before they come.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -93,6 +94,7 @@ class OpenSpeculation:
     sources: DraftSources | None = None
     num_output_tokens: int = 0
     base_fingerprint: str = ""
+    draft_ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class DraftTimings:
-    """Cost of a tree; the passes are shared with the sessions of the same step."""
+    """Cost of a tree; the passes are shared with the sessions of the same step.
+
+    `ahead_ns` is the time of passes that were run while the last tree was being verified, 0 if they guessed wrongly,
+    None if nothing was drafted ahead.
+    """
 
     queue_ns: int = 0
     calibrate_ns: int = 0
     fuzzy_ns: int = 0
     num_fuzzy_steps: int = 0
+    ahead_ns: int | None = None
 
 
 @dataclass(frozen=True)

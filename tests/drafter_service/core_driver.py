@@ -14,6 +14,7 @@ from drafter_service.drafter import Drafter, DrafterLimits
 from drafter_service.early_exit.exits import EarlyExits
 from drafter_service.early_exit.gate import ExitGate, LearnedGate
 from drafter_service.fusion.rounds import Rounds
+from drafter_service.model.ahead_drafting import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.state import ModelState
 from drafter_service.tasks import DraftTask, OpenTask
@@ -100,6 +101,7 @@ def build_core(
     gate: ExitGate | None = None,
     max_batch_rows: int = 512,
     executor: Literal["auto", "reference"] = "auto",
+    num_guesses: int = 0,
 ) -> CoreDriver:
     settings = DrafterSettings(
         model=str(folder),
@@ -117,12 +119,14 @@ def build_core(
         MAX_TREE_NODES,
         early_exits=early_exits,
         max_batch_rows=max_batch_rows,
+        always_deepens=True,
     )
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
     limits = DrafterLimits(
         "draft", loaded.info.max_model_len, MAX_TREE_NODES, early_exits=loaded.decoder.config.early_exits
     )
-    drafter = Drafter(loaded.decoder.config, loaded.memory, model, Rounds(), plan, limits)
+    ahead = AheadDrafting(model, num_guesses) if num_guesses else None
+    drafter = Drafter(loaded.decoder.config, loaded.memory, model, Rounds(), plan, limits, ahead=ahead)
     return CoreDriver(drafter, model, early_exits, loaded.memory)
 
 

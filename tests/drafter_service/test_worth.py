@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from drafter_service.worth import MAX_OUTLIER, Average, ByTarget, Choice, Option, TokenTime, clock_average
+from drafter_service.worth import MAX_OUTLIER, Average, ByTarget, Choice, Option, TokenTime, Trial, clock_average
 
 WITHOUT_S, PRICE_S = 0.026, 0.014
 
@@ -122,3 +122,14 @@ def test_the_target_unused_for_longest_is_forgotten() -> None:
     known.of("third")
     assert known.of("first") is first
     assert known.of("second") is not second
+
+
+@pytest.mark.parametrize("with_s", [0.6, 1.5])
+def test_a_trial_settles_for_what_is_faster_and_looks_again(with_s: float) -> None:
+    trial, rounds = Trial(), []
+    for _ in range(2000):
+        rounds.append(trial.is_on)
+        trial.observe(was_on=trial.is_on, round_s=with_s if trial.is_on else 1.0, num_tokens=1)
+    share = sum(rounds[200:]) / 1800
+    assert share > 0.9 if with_s < 1.0 else share < 0.1
+    assert 0 < share < 1

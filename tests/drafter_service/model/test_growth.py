@@ -196,3 +196,15 @@ def test_whatever_is_kept_is_a_tree_within_the_budget_and_the_best_of_its_size(
 
 def path(tree: object, row: int) -> tuple[int, ...]:
     return tuple(tree.token_ids[above - 1] for above in tree.path_rows(row))
+
+
+def test_a_level_that_cannot_bring_enough_is_not_grown() -> None:
+    """Two candidates are worth nearly all: both fit a tree of two nodes, and what follows them would push them out."""
+    level = [candidates(1.0, 0.0)]
+    deep = LevelTree(TreeBudget(3, 2, 8), Sharpness(), least_gain=0.9)
+    deep.add_level(level)
+    assert deep.frontier, "one more token of what is certain to be reached"
+    for least_gain, is_grown in ((0.9, False), (0.01, True)):
+        tree = LevelTree(TreeBudget(3, 2, 1), Sharpness(), least_gain)
+        tree.add_level([candidates(0.1, 0.0)])
+        assert bool(tree.frontier) is is_grown

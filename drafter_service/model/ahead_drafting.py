@@ -1,0 +1,115 @@
+"""Drafting ahead: the next tree, begun while the last one is being verified.
+
+The likeliest verdict is a path of the tree and then a token that the tree does not have. So the likeliest path is read
+exactly, as a calibration would read it, which says what may come after each of its tokens; the likeliest pairs of
+(accepted part of the path, bonus token) are guesses at the verdict, each the root of a tree that grows beside the
+others', as rows of one pass. If the verdict is among them, its tree is the session's, as far as it has grown; else
+what was read of the accepted tokens is kept, and the session drafts as ever. As the noise of the verifier's choice is
+known here, the bonus token can be guessed as well as any other. A wrong guess cannot change the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from drafter_service.model.ahead import Ahead, Guess, likeliest_path
+from drafter_service.model.drafting import ModelDrafting
+from drafter_service.model.ranking import rank_allowed, rank_level
+from drafter_service.model.state import ModelState
+from easyspec.model.row_layout import Segment, lay_out
+from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.token_tree import ScoredTree
+
+
+class AheadDrafting:
+    """Runs what sessions draft ahead, a pass at a time, so that a verdict never waits for more than one.
+
+    `num_guesses` verdicts are guessed. Slots are taken only while as many as a tree may need stay free beside them.
+    """
+
+    def __init__(self, drafting: ModelDrafting, num_guesses: int) -> None:
+        self._drafting = drafting
+        self._decoder = drafting.decoder
+        self._memory = drafting.memory
+        self._num_guesses = num_guesses
+
+    def begin(self, state: ModelState, sent: ScoredTree, budget: TreeBudget) -> None:
+        """Begin behind a tree that has just been sent; sessions that this does not fit go without."""
+        request = state.request
+        is_plain = state.exits is None and request.calibration and request.preference is None
+        if not is_plain or state.slots.num_cached != state.num_exact:
+            return
+        path = likeliest_path(sent)
+        num_left = request.max_length - len(state.token_ids) - budget.num_levels - 1
+        if len(path) > num_left or not self._has_room(len(path)):
+            return
+        tokens = [sent.tree.token_ids[row - 1] for row in path]
+        slots = self._memory.allocate(len(path))
+        state.ahead = Ahead(self._memory, sent, budget, path, slots, state.branch(tokens, slots))
+
+    def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> None:
+        """The verdict has come, and the session has begun its next tree: keep what came true."""
+        ahead, state.ahead = state.ahead, None
+        if not isinstance(ahead, Ahead):
+            return
+        if not ahead.take_up(state, said, budget) and state.drafting is not None:
+            state.drafting.ahead_ns = 0
+
+    def step(self, states: Sequence[ModelState]) -> bool:
+        """One pass; whether it computed anything."""
+        going = [(state, state.ahead) for state in states if isinstance(state.ahead, Ahead)]
+        with torch.inference_mode():
+            for state, ahead in going:
+                if not ahead.is_read:
+                    self._read_path(state, ahead)
+                    return True
+            unread = [guess for _, ahead in going for guess in ahead.unread]
+            if unread and self._has_room(len(unread)):
+                self._read_bonus_tokens(unread)
+                return True
+            return self._grow([guess for _, ahead in going for guess in ahead.growing])
+
+    def _read_path(self, state: ModelState, ahead: Ahead) -> None:
+        candidates = [state.growing.expanded[0]]
+        if ahead.path:
+            layout = lay_out([ahead.trunk.chain_segment(ahead.path_slots)])
+            num_rows, first = len(ahead.path), len(state.token_ids) + 1
+            result = self._decoder.forward(layout, self._memory.pool, self._decoder.sequential_plan, range(num_rows))
+            logits = result.logits if state.bridge is None else state.bridge.masked(result.logits)
+            samplings = [state.request.sampling] * num_rows
+            positions = range(first, first + num_rows)
+            candidates += rank_allowed(self._decoder.executor, logits, positions, samplings, [None] * num_rows)
+        ahead.guess(state, candidates, self._num_guesses)
+
+    def _read_bonus_tokens(self, guesses: Sequence[Guess]) -> None:
+        """An exact pass over the bonus tokens, which gives the first levels."""
+        started_ns = time.monotonic_ns()
+        segments = [guess.state.chain_segment(guess.state.slots.extend(1)) for guess in guesses]
+        layout = lay_out(segments)
+        plan = self._decoder.sequential_plan
+        logits = self._decoder.forward(layout, self._memory.pool, plan, range(len(guesses))).logits
+        states = [guess.state for guess in guesses]
+        for guess, candidates in zip(guesses, rank_level(self._decoder.executor, states, logits), strict=True):
+            guess.state.growing.add_level(candidates)
+            guess.is_read = True
+            if guess.state.drafting is not None:
+                guess.state.drafting.is_calibrated = True
+                guess.state.drafting.calibrate_ns = time.monotonic_ns() - started_ns
+
+    def _grow(self, guesses: Sequence[Guess]) -> bool:
+        """A level for the trees of one plan."""
+        plans = {guess.state.request.plan for guess in guesses}
+        group: list[tuple[ModelState, Segment]] = []
+        for state in (guess.state for guess in guesses):
+            num_nodes = len(state.growing.frontier)
+            if state.request.plan in [*plans][:1] and self._has_room(num_nodes):
+                group.append((state, state.frontier_segment(self._memory.allocate(num_nodes))))
+        if group:
+            self._drafting.grow(group, group[0][0].request.plan)
+        return bool(group)
+
+    def _has_room(self, num_slots: int) -> bool:
+        return num_slots + self._drafting.max_tree_slots <= self._memory.num_available
