@@ -33,6 +33,7 @@ class Task:
     seed: int
     max_tokens: int
     budget: TreeBudget | None = None
+    draft_ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class GatewayClient:
             num_drafter_failures=speculation.num_drafter_failures,
             time_to_first_token_s=rounds[0].arrival_s,
             num_accepted_by_source=_accepted_by_source(speculation),
+            num_ahead_hits=speculation.num_ahead_hits,
+            num_ahead_misses=speculation.num_ahead_misses,
         )
 
 
@@ -125,6 +128,7 @@ def _request(task: Task) -> pb.GenerateRequest:
             budget=budget_to_pb(task.budget) if task.budget else None,
             layer_plan=layer_plan_to_pb(plan) if plan else None,
             sources=sources_to_pb(task.mode.sources) if plan else None,
+            draft_ahead=task.draft_ahead,
         ),
     )
 

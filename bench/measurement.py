@@ -86,6 +86,8 @@ class Sample:
     num_drafter_failures: int
     time_to_first_token_s: float
     num_accepted_by_source: tuple[tuple[DraftSources, int], ...] = ()
+    num_ahead_hits: int = 0
+    num_ahead_misses: int = 0
 
     @property
     def decode_rounds(self) -> tuple[Round, ...]:

@@ -368,6 +368,7 @@ class Generator:
             max_total_length=max_total_length,
             request_id=request.request_id,
             sources=wish.sources,
+            draft_ahead=wish.draft_ahead,
             base_fingerprint=model.fingerprint,
         )
         async with self._drafters.session(opening, model.vocab_size, is_wanted=policy.wants_drafts) as session:

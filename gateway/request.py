@@ -42,6 +42,7 @@ class SpeculationWish:
     layer_plan: LayerPlanRequest = field(default_factory=LayerPlanRequest)
     is_traced: bool = False
     sources: DraftSources | None = None
+    draft_ahead: bool = True
 
 
 @dataclass(frozen=True)

@@ -351,6 +351,7 @@ def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> Specu
         layer_plan=convert.layer_plan_from_pb(message.layer_plan),
         is_traced=message.trace,
         sources=convert.sources_from_pb(message.sources, "speculation.sources"),
+        draft_ahead=message.draft_ahead if message.HasField("draft_ahead") else True,
     )
 
 

@@ -25,6 +25,7 @@ class RoundTimings:
     num_fuzzy_steps: int
     num_batch_rows: int
     num_batch_sessions: int
+    ahead_ns: int | None = None
 
 
 NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -55,6 +56,9 @@ class SpeculationStatistics:
     time_to_first_token_ns: int
     num_verifier_failures: int
     sources: tuple[SourceStatistics, ...] = ()
+    num_ahead_hits: int = 0
+    num_ahead_misses: int = 0
+    ahead_saved_ns: int = 0
 
 
 class StatisticsRecorder:
@@ -70,6 +74,7 @@ class StatisticsRecorder:
         self._num_accepted_tokens = 0
         self._num_drafted_by_level: list[int] = []
         self._num_accepted_by_level: list[int] = []
+        self._ahead_ns: list[int] = []  # of rounds behind which something was guessed
         self._num_drafted_by_source: Counter[DraftSources] = Counter()
         self._num_accepted_by_source: Counter[DraftSources] = Counter()
 
@@ -90,6 +95,8 @@ class StatisticsRecorder:
             self._num_drafted_by_level[level] += 1
             self._num_accepted_by_level[level] += level < num_accepted
         self._record_sources(round_, num_accepted)
+        ahead_ns = round_.draft.timings.ahead_ns
+        self._ahead_ns += [] if ahead_ns is None else [ahead_ns]
         return RoundTimings(
             draft_ns=round_.draft.elapsed_ns,
             calibrate_ns=round_.draft.timings.calibrate_ns,
@@ -102,6 +109,7 @@ class StatisticsRecorder:
             num_fuzzy_steps=round_.draft.timings.num_fuzzy_steps,
             num_batch_rows=round_.answer.timings.num_batch_rows,
             num_batch_sessions=round_.answer.timings.num_batch_sessions,
+            ahead_ns=ahead_ns,
         )
 
     def _record_sources(self, round_: Round, num_accepted: int) -> None:
@@ -133,4 +141,7 @@ class StatisticsRecorder:
                 SourceStatistics(source, count, self._num_accepted_by_source[source])
                 for source, count in sorted(self._num_drafted_by_source.items())
             ),
+            num_ahead_hits=sum(ahead_ns > 0 for ahead_ns in self._ahead_ns),
+            num_ahead_misses=self._ahead_ns.count(0),
+            ahead_saved_ns=sum(self._ahead_ns),
         )

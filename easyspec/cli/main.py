@@ -306,6 +306,9 @@ def plan(
     acceptance_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Accepted / drafted levels of the draft executed exactly.")
     ] = EXACT_ACCEPTANCE_RATE,
+    ahead_hit_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of verdicts guessed by drafting ahead (measured: docs).")
+    ] = 0.5,
     validate: Annotated[bool, typer.Option("--validate", help="Compare the model with the paper's Table 2.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     shows_all: Annotated[bool, typer.Option("--all", help="Show every scheme.")] = False,
@@ -315,7 +318,9 @@ def plan(
         print_validation(compare_with_paper())
         return
     costs = CostModel(device_named(gpu), *service_stacks(stack))
-    workload = Workload(num_draft_levels, tree_width, num_nodes, context, kv_tokens, acceptance_rate)
+    workload = Workload(
+        num_draft_levels, tree_width, num_nodes, context, kv_tokens, acceptance_rate, ahead_hit_rate=ahead_hit_rate
+    )
     found = make_plan(costs, find_shape(base), find_shape(draft), gpus, workload)
     if as_json:
         print(plan_as_json(found, costs))

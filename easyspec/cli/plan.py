@@ -24,7 +24,7 @@ def print_plan(plan: Plan, title: str, *, shows_all: bool) -> None:
     console = _console()
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("drafter", no_wrap=True)
-    for column in ("calibrate ms", "step ms", "verify ms", "round ms", "overlapped ms", "rate", "tokens/s", "x plain"):
+    for column in ("calibrate ms", "step ms", "verify ms", "round ms", "ahead ms", "rate", "tokens/s", "x plain"):
         table.add_column(column, justify="right")
     for estimate in _shown(plan, shows_all):
         table.add_row(
@@ -33,13 +33,13 @@ def print_plan(plan: Plan, title: str, *, shows_all: bool) -> None:
             f"{estimate.fuzzy_step_ms:.2f}",
             f"{estimate.verify_ms:.2f}",
             f"{estimate.round_ms:.2f}",
-            f"{estimate.overlapped_round_ms:.2f}",
+            f"{estimate.ahead_round_ms:.2f}",
             f"{estimate.acceptance_rate:.2f}",
             f"{estimate.tokens_per_s:.0f}",
             f"{estimate.tokens_per_s * plan.plain_ms / 1e3:.2f}",
         )
     console.print(table)
-    console.print("overlapped: the exact pass runs while the verifier works, which this service does not do yet")
+    console.print("ahead: a round on average if drafting ahead guesses so many verdicts as --ahead-hit-rate says")
     console.print(f"plain decoding, verifier TP-{plan.verifier_ranks}: {plan.plain_ms:.2f} ms a token")
     for name, reason in plan.rejected:
         console.print(f"left out: {name}: {reason}")

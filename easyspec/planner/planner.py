@@ -20,7 +20,8 @@ from easyspec.planner.shape import ModelShape
 class Workload:
     """What a round is asked to do: levels below the root, nodes expanded per level, nodes in all, cached tokens.
 
-    `overhead_us` is the gateway's share of a round; `kv_tokens` how many tokens the KV pools must hold.
+    `overhead_us` is the gateway's share of a round; `kv_tokens` how many tokens the KV pools must hold,
+    `ahead_hit_rate` the share of verdicts that a drafter that goes ahead has guessed.
     """
 
     num_levels: int = 5
@@ -30,6 +31,7 @@ class Workload:
     kv_tokens: int = 65_536
     exact_acceptance_rate: float = EXACT_ACCEPTANCE_RATE
     overhead_us: float = 600.0
+    ahead_hit_rate: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RoundEstimate:
     fuzzy_step_ms: float
     verify_ms: float
     round_ms: float
-    overlapped_round_ms: float
+    ahead_round_ms: float
     acceptance_rate: float
     tokens_per_round: float
     tokens_per_s: float
@@ -118,7 +120,7 @@ def estimate_round(
 ) -> RoundEstimate:
     """One round: calibrate, a step for every further level, verify.
 
-    Overlapped, the exact pass runs in the verifier's shadow.
+    Drafting ahead, a verdict that was guessed finds the next tree, as far as it has grown beside the verifier.
     """
     rate = acceptance_rate(workload.exact_acceptance_rate, scheme.plan)
     num_tokens = tokens_per_round(rate, workload.num_levels)
@@ -127,9 +129,12 @@ def estimate_round(
     calibrate_us = draft_pass_us(costs, draft, scheme, calibrated, is_calibration=True)
     fuzzy_us = draft_pass_us(costs, draft, scheme, level, is_calibration=False)
     verify_us = verify_pass_us(costs, base, Load(workload.num_nodes + 1, workload.context_tokens), verifier_ranks)
+    level_us = draft_pass_us(costs, draft, scheme, level, is_calibration=True)
     fuzzy_total_us = (workload.num_levels - 1) * fuzzy_us
     round_us = calibrate_us + fuzzy_total_us + verify_us + workload.overhead_us
-    overlapped_us = fuzzy_total_us + max(verify_us, calibrate_us) + workload.overhead_us
+    ahead_us = calibrate_us + level_us + fuzzy_total_us  # the path, the bonus tokens, and the further levels
+    hit_us = max(verify_us, ahead_us) + workload.overhead_us
+    ahead_round_us = workload.ahead_hit_rate * hit_us + (1.0 - workload.ahead_hit_rate) * round_us
     return RoundEstimate(
         scheme=scheme,
         verifier_ranks=verifier_ranks,
@@ -137,7 +142,7 @@ def estimate_round(
         fuzzy_step_ms=fuzzy_us / 1e3,
         verify_ms=verify_us / 1e3,
         round_ms=round_us / 1e3,
-        overlapped_round_ms=overlapped_us / 1e3,
+        ahead_round_ms=min(ahead_round_us, round_us) / 1e3,
         acceptance_rate=rate,
         tokens_per_round=num_tokens,
         tokens_per_s=1e6 * num_tokens / round_us,

@@ -327,6 +327,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
         sources=sources_from_pb(message.sources),
         num_output_tokens=message.num_output_tokens,
         base_fingerprint=message.base_fingerprint,
+        draft_ahead=message.draft_ahead if message.HasField("draft_ahead") else True,
     )
 
 
@@ -341,6 +342,7 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
         sources=sources_to_pb(request.sources),
         num_output_tokens=request.num_output_tokens,
         base_fingerprint=request.base_fingerprint,
+        draft_ahead=request.draft_ahead,
     )
 
 
@@ -369,6 +371,7 @@ def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
         calibrate_ns=message.timings.calibrate_ns,
         fuzzy_ns=message.timings.fuzzy_ns,
         num_fuzzy_steps=message.timings.num_fuzzy_steps,
+        ahead_ns=message.timings.ahead_ns if message.timings.HasField("ahead_ns") else None,
     )
     node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
     return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
@@ -380,6 +383,7 @@ def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
         calibrate_ns=draft.timings.calibrate_ns,
         fuzzy_ns=draft.timings.fuzzy_ns,
         num_fuzzy_steps=draft.timings.num_fuzzy_steps,
+        ahead_ns=draft.timings.ahead_ns,
     )
     return drafter_pb2.SpeculateResponse(
         base_length=draft.base_length, tree=tree_to_pb(draft.tree), timings=timings, node_sources=draft.node_sources

@@ -113,6 +113,19 @@ class EngineMetrics(RoleMetrics):
             buckets=STEP_BUCKETS,
             registry=registry,
         )
+        self._ahead = Counter(
+            "easyspec_draft_ahead_verdicts",
+            "Verdicts behind which a tree had been begun before they came, and those that were guessed wrongly.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in ("hit", "miss"):  # known from the first scrape on
+            self._ahead.labels(outcome)
+        self._ahead_saved_seconds = Counter(
+            "easyspec_draft_ahead_saved_seconds",
+            "Time of passes of the drafter that no round waited for.",
+            registry=registry,
+        )
 
     def serves(self, model: ModelInfo, layer_groups: str = "") -> None:
         """Say which model answers, what computes it, and by which layer plan drafts are made; called once."""
@@ -138,6 +151,9 @@ class EngineMetrics(RoleMetrics):
         self._queue_seconds.observe(timings.queue_ns * _NS)
         self._phase_seconds.labels("calibrate").observe(timings.calibrate_ns * _NS)
         self._phase_seconds.labels("fuzzy").observe(timings.fuzzy_ns * _NS)
+        if timings.ahead_ns is not None:
+            self._ahead.labels("hit" if timings.ahead_ns else "miss").inc()
+            self._ahead_saved_seconds.inc(timings.ahead_ns * _NS)
 
 
 class _UsageCollector(Collector):

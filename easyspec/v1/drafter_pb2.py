@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from easyspec.v1 import types_pb2 as easyspec_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65\x61syspec/v1/drafter.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"|\n\x10SpeculateRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.easyspec.v1.OpenSpeculationH\x00\x12/\n\x0b\x63\x61libration\x18\x02 \x01(\x0b\x32\x18.easyspec.v1.CalibrationH\x00\x42\t\n\x07message\"\xc1\x02\n\x0fOpenSpeculation\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12*\n\nlayer_plan\x18\x04 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1d\n\x10max_total_length\x18\x06 \x01(\rH\x00\x88\x01\x01\x12)\n\x07sources\x18\x07 \x03(\x0e\x32\x18.easyspec.v1.DraftSource\x12\x19\n\x11num_output_tokens\x18\x08 \x01(\r\x12\x18\n\x10\x62\x61se_fingerprint\x18\t \x01(\tB\x13\n\x11_max_total_length\"^\n\x0b\x43\x61libration\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\'\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\"\x90\x01\n\x11SpeculateResponse\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12$\n\x04tree\x18\x02 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\x12*\n\x07timings\x18\x03 \x01(\x0b\x32\x19.easyspec.v1.DraftTimings\x12\x14\n\x0cnode_sources\x18\x04 \x03(\r\"a\n\x0c\x44raftTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x14\n\x0c\x63\x61librate_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x66uzzy_ns\x18\x03 \x01(\x04\x12\x17\n\x0fnum_fuzzy_steps\x18\x04 \x01(\r\"\x1d\n\x1bGetDrafterVocabularyRequest\"K\n\x1cGetDrafterVocabularyResponse\x12+\n\nvocabulary\x18\x01 \x01(\x0b\x32\x17.easyspec.v1.Vocabulary\"\x17\n\x15GetDrafterInfoRequest\"\xf7\x01\n\x16GetDrafterInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.ModelInfo\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.easyspec.v1.KvUsage\x12\x14\n\x0clayer_groups\x18\x03 \x01(\t\x12*\n\nlayer_plan\x18\x04 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\x16\n\x0emax_tree_nodes\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\t\x12)\n\x07sources\x18\x07 \x03(\x0e\x32\x18.easyspec.v1.DraftSource2\xa8\x02\n\x0e\x44rafterService\x12N\n\tSpeculate\x12\x1d.easyspec.v1.SpeculateRequest\x1a\x1e.easyspec.v1.SpeculateResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".easyspec.v1.GetDrafterInfoRequest\x1a#.easyspec.v1.GetDrafterInfoResponse\x12k\n\x14GetDrafterVocabulary\x12(.easyspec.v1.GetDrafterVocabularyRequest\x1a).easyspec.v1.GetDrafterVocabularyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65\x61syspec/v1/drafter.proto\x12\x0b\x65\x61syspec.v1\x1a\x17\x65\x61syspec/v1/types.proto\"|\n\x10SpeculateRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.easyspec.v1.OpenSpeculationH\x00\x12/\n\x0b\x63\x61libration\x18\x02 \x01(\x0b\x32\x18.easyspec.v1.CalibrationH\x00\x42\t\n\x07message\"\xeb\x02\n\x0fOpenSpeculation\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.easyspec.v1.SamplingParameters\x12*\n\nlayer_plan\x18\x04 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1d\n\x10max_total_length\x18\x06 \x01(\rH\x00\x88\x01\x01\x12)\n\x07sources\x18\x07 \x03(\x0e\x32\x18.easyspec.v1.DraftSource\x12\x19\n\x11num_output_tokens\x18\x08 \x01(\r\x12\x18\n\x10\x62\x61se_fingerprint\x18\t \x01(\t\x12\x18\n\x0b\x64raft_ahead\x18\n \x01(\x08H\x01\x88\x01\x01\x42\x13\n\x11_max_total_lengthB\x0e\n\x0c_draft_ahead\"^\n\x0b\x43\x61libration\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\'\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x17.easyspec.v1.TreeBudget\"\x90\x01\n\x11SpeculateResponse\x12\x13\n\x0b\x62\x61se_length\x18\x01 \x01(\r\x12$\n\x04tree\x18\x02 \x01(\x0b\x32\x16.easyspec.v1.TokenTree\x12*\n\x07timings\x18\x03 \x01(\x0b\x32\x19.easyspec.v1.DraftTimings\x12\x14\n\x0cnode_sources\x18\x04 \x03(\r\"\x85\x01\n\x0c\x44raftTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x14\n\x0c\x63\x61librate_ns\x18\x02 \x01(\x04\x12\x10\n\x08\x66uzzy_ns\x18\x03 \x01(\x04\x12\x17\n\x0fnum_fuzzy_steps\x18\x04 \x01(\r\x12\x15\n\x08\x61head_ns\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_ahead_ns\"\x1d\n\x1bGetDrafterVocabularyRequest\"K\n\x1cGetDrafterVocabularyResponse\x12+\n\nvocabulary\x18\x01 \x01(\x0b\x32\x17.easyspec.v1.Vocabulary\"\x17\n\x15GetDrafterInfoRequest\"\xf7\x01\n\x16GetDrafterInfoResponse\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.easyspec.v1.ModelInfo\x12 \n\x02kv\x18\x02 \x01(\x0b\x32\x14.easyspec.v1.KvUsage\x12\x14\n\x0clayer_groups\x18\x03 \x01(\t\x12*\n\nlayer_plan\x18\x04 \x01(\x0b\x32\x16.easyspec.v1.LayerPlan\x12\x16\n\x0emax_tree_nodes\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\t\x12)\n\x07sources\x18\x07 \x03(\x0e\x32\x18.easyspec.v1.DraftSource2\xa8\x02\n\x0e\x44rafterService\x12N\n\tSpeculate\x12\x1d.easyspec.v1.SpeculateRequest\x1a\x1e.easyspec.v1.SpeculateResponse(\x01\x30\x01\x12Y\n\x0eGetDrafterInfo\x12\".easyspec.v1.GetDrafterInfoRequest\x1a#.easyspec.v1.GetDrafterInfoResponse\x12k\n\x14GetDrafterVocabulary\x12(.easyspec.v1.GetDrafterVocabularyRequest\x1a).easyspec.v1.GetDrafterVocabularyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPECULATEREQUEST']._serialized_start=67
   _globals['_SPECULATEREQUEST']._serialized_end=191
   _globals['_OPENSPECULATION']._serialized_start=194
-  _globals['_OPENSPECULATION']._serialized_end=515
-  _globals['_CALIBRATION']._serialized_start=517
-  _globals['_CALIBRATION']._serialized_end=611
-  _globals['_SPECULATERESPONSE']._serialized_start=614
-  _globals['_SPECULATERESPONSE']._serialized_end=758
-  _globals['_DRAFTTIMINGS']._serialized_start=760
-  _globals['_DRAFTTIMINGS']._serialized_end=857
-  _globals['_GETDRAFTERVOCABULARYREQUEST']._serialized_start=859
-  _globals['_GETDRAFTERVOCABULARYREQUEST']._serialized_end=888
-  _globals['_GETDRAFTERVOCABULARYRESPONSE']._serialized_start=890
-  _globals['_GETDRAFTERVOCABULARYRESPONSE']._serialized_end=965
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=967
-  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=990
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=993
-  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1240
-  _globals['_DRAFTERSERVICE']._serialized_start=1243
-  _globals['_DRAFTERSERVICE']._serialized_end=1539
+  _globals['_OPENSPECULATION']._serialized_end=557
+  _globals['_CALIBRATION']._serialized_start=559
+  _globals['_CALIBRATION']._serialized_end=653
+  _globals['_SPECULATERESPONSE']._serialized_start=656
+  _globals['_SPECULATERESPONSE']._serialized_end=800
+  _globals['_DRAFTTIMINGS']._serialized_start=803
+  _globals['_DRAFTTIMINGS']._serialized_end=936
+  _globals['_GETDRAFTERVOCABULARYREQUEST']._serialized_start=938
+  _globals['_GETDRAFTERVOCABULARYREQUEST']._serialized_end=967
+  _globals['_GETDRAFTERVOCABULARYRESPONSE']._serialized_start=969
+  _globals['_GETDRAFTERVOCABULARYRESPONSE']._serialized_end=1044
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_start=1046
+  _globals['_GETDRAFTERINFOREQUEST']._serialized_end=1069
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_start=1072
+  _globals['_GETDRAFTERINFORESPONSE']._serialized_end=1319
+  _globals['_DRAFTERSERVICE']._serialized_start=1322
+  _globals['_DRAFTERSERVICE']._serialized_end=1618
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,7 @@ class OpenSpeculation(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DRAFT_AHEAD_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Draft model name; empty means the only one served."""
     request_id: _builtins.str
@@ -78,6 +79,8 @@ class OpenSpeculation(_message.Message):
     """ModelInfo.fingerprint of the base model that the guesses are for. What is learned about how often guesses are right
     is kept apart by it, as one drafter may serve several base models. Empty: not told, which counts as one more.
     """
+    draft_ahead: _builtins.bool
+    """Whether the next tree may be begun while the last one is being verified, where the service does that. Unset: yes."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token committed so far (prompt, and output when a session is re-opened), at least one."""
@@ -106,13 +109,19 @@ class OpenSpeculation(_message.Message):
         sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
         num_output_tokens: _builtins.int = ...,
         base_fingerprint: _builtins.str = ...,
+        draft_ahead: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead", "_max_total_length", b"_max_total_length", "draft_ahead", b"draft_ahead", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length", "base_fingerprint", b"base_fingerprint", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead", "_max_total_length", b"_max_total_length", "base_fingerprint", b"base_fingerprint", "draft_ahead", b"draft_ahead", "layer_plan", b"layer_plan", "max_total_length", b"max_total_length", "model", b"model", "num_output_tokens", b"num_output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draft_ahead: _TypeAlias = _typing.Literal["draft_ahead"]  # noqa: Y015
+    _WhichOneofArgType__draft_ahead: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead"]  # noqa: Y015
     _WhichOneofReturnType__max_total_length: _TypeAlias = _typing.Literal["max_total_length"]  # noqa: Y015
     _WhichOneofArgType__max_total_length: _TypeAlias = _typing.Literal["_max_total_length", b"_max_total_length"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_ahead) -> _WhichOneofReturnType__draft_ahead | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_total_length) -> _WhichOneofReturnType__max_total_length | None: ...
 
 Global___OpenSpeculation: _TypeAlias = OpenSpeculation  # noqa: Y015
@@ -205,6 +214,7 @@ class DraftTimings(_message.Message):
     CALIBRATE_NS_FIELD_NUMBER: _builtins.int
     FUZZY_NS_FIELD_NUMBER: _builtins.int
     NUM_FUZZY_STEPS_FIELD_NUMBER: _builtins.int
+    AHEAD_NS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
     """From arrival until the engine took the calibration up, in nanoseconds."""
     calibrate_ns: _builtins.int
@@ -213,6 +223,10 @@ class DraftTimings(_message.Message):
     """All fuzzy steps, shared with the batch, in nanoseconds."""
     num_fuzzy_steps: _builtins.int
     """Fuzzy steps taken."""
+    ahead_ns: _builtins.int
+    """If the tree was guessed at before its verdict came: the passes that had been run for it by then, in nanoseconds;
+    0 if the verdict was another than those guessed. Unset: nothing was drafted ahead.
+    """
     def __init__(
         self,
         *,
@@ -220,12 +234,15 @@ class DraftTimings(_message.Message):
         calibrate_ns: _builtins.int = ...,
         fuzzy_ns: _builtins.int = ...,
         num_fuzzy_steps: _builtins.int = ...,
+        ahead_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns", "ahead_ns", b"ahead_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_ns", b"calibrate_ns", "fuzzy_ns", b"fuzzy_ns", "num_fuzzy_steps", b"num_fuzzy_steps", "queue_ns", b"queue_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns", "ahead_ns", b"ahead_ns", "calibrate_ns", b"calibrate_ns", "fuzzy_ns", b"fuzzy_ns", "num_fuzzy_steps", b"num_fuzzy_steps", "queue_ns", b"queue_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__ahead_ns: _TypeAlias = _typing.Literal["ahead_ns"]  # noqa: Y015
+    _WhichOneofArgType__ahead_ns: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ahead_ns) -> _WhichOneofReturnType__ahead_ns | None: ...
 
 Global___DraftTimings: _TypeAlias = DraftTimings  # noqa: Y015
 

@@ -388,10 +388,13 @@ class SpeculationParameters(_message.Message):
     LAYER_PLAN_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    DRAFT_AHEAD_FIELD_NUMBER: _builtins.int
     mode: Global___SpeculationParameters.Mode.ValueType
     """Whether to speculate."""
     trace: _builtins.bool
     """Report in every message what was guessed in its round: for display, at some cost in bytes."""
+    draft_ahead: _builtins.bool
+    """Whether the drafter may begin the next tree while the last one is being verified. Unset: yes."""
     @_builtins.property
     def budget(self) -> _types_pb2.TreeBudget:
         """Tree size with MODE_ON, the largest one with MODE_AUTO; unset: the gateway's default."""
@@ -414,12 +417,15 @@ class SpeculationParameters(_message.Message):
         layer_plan: _types_pb2.LayerPlan | None = ...,
         trace: _builtins.bool = ...,
         sources: _abc.Iterable[_types_pb2.DraftSource.ValueType] | None = ...,
+        draft_ahead: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead", "budget", b"budget", "draft_ahead", b"draft_ahead", "layer_plan", b"layer_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "layer_plan", b"layer_plan", "mode", b"mode", "sources", b"sources", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead", "budget", b"budget", "draft_ahead", b"draft_ahead", "layer_plan", b"layer_plan", "mode", b"mode", "sources", b"sources", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__draft_ahead: _TypeAlias = _typing.Literal["draft_ahead"]  # noqa: Y015
+    _WhichOneofArgType__draft_ahead: _TypeAlias = _typing.Literal["_draft_ahead", b"_draft_ahead"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_ahead) -> _WhichOneofReturnType__draft_ahead | None: ...
 
 Global___SpeculationParameters: _TypeAlias = SpeculationParameters  # noqa: Y015
 
@@ -599,6 +605,7 @@ class RoundTimings(_message.Message):
     NUM_FUZZY_STEPS_FIELD_NUMBER: _builtins.int
     NUM_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     NUM_BATCH_SESSIONS_FIELD_NUMBER: _builtins.int
+    AHEAD_NS_FIELD_NUMBER: _builtins.int
     draft_ns: _builtins.int
     """From sending the calibration until the tree came, in nanoseconds; 0 without a draft."""
     calibrate_ns: _builtins.int
@@ -621,6 +628,10 @@ class RoundTimings(_message.Message):
     """Rows of all sessions in the verifier's step, padding excluded."""
     num_batch_sessions: _builtins.int
     """Sessions in the verifier's step."""
+    ahead_ns: _builtins.int
+    """If the tree was drafted ahead: the passes that were run while the tree before it was being verified; 0 if they
+    guessed another verdict. Unset: nothing was drafted ahead.
+    """
     def __init__(
         self,
         *,
@@ -635,12 +646,15 @@ class RoundTimings(_message.Message):
         num_fuzzy_steps: _builtins.int = ...,
         num_batch_rows: _builtins.int = ...,
         num_batch_sessions: _builtins.int = ...,
+        ahead_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns", "ahead_ns", b"ahead_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_ns", b"calibrate_ns", "compute_ns", b"compute_ns", "draft_ns", b"draft_ns", "fuzzy_ns", b"fuzzy_ns", "num_batch_rows", b"num_batch_rows", "num_batch_sessions", b"num_batch_sessions", "num_draft_levels", b"num_draft_levels", "num_draft_tokens", b"num_draft_tokens", "num_fuzzy_steps", b"num_fuzzy_steps", "round_ns", b"round_ns", "verify_ns", b"verify_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns", "ahead_ns", b"ahead_ns", "calibrate_ns", b"calibrate_ns", "compute_ns", b"compute_ns", "draft_ns", b"draft_ns", "fuzzy_ns", b"fuzzy_ns", "num_batch_rows", b"num_batch_rows", "num_batch_sessions", b"num_batch_sessions", "num_draft_levels", b"num_draft_levels", "num_draft_tokens", b"num_draft_tokens", "num_fuzzy_steps", b"num_fuzzy_steps", "round_ns", b"round_ns", "verify_ns", b"verify_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__ahead_ns: _TypeAlias = _typing.Literal["ahead_ns"]  # noqa: Y015
+    _WhichOneofArgType__ahead_ns: _TypeAlias = _typing.Literal["_ahead_ns", b"_ahead_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ahead_ns) -> _WhichOneofReturnType__ahead_ns | None: ...
 
 Global___RoundTimings: _TypeAlias = RoundTimings  # noqa: Y015
 
@@ -789,6 +803,9 @@ class SpeculationStatistics(_message.Message):
     TIME_TO_FIRST_TOKEN_NS_FIELD_NUMBER: _builtins.int
     NUM_VERIFIER_FAILURES_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    NUM_AHEAD_HITS_FIELD_NUMBER: _builtins.int
+    NUM_AHEAD_MISSES_FIELD_NUMBER: _builtins.int
+    AHEAD_SAVED_NS_FIELD_NUMBER: _builtins.int
     num_rounds: _builtins.int
     """Verdicts."""
     num_draft_rounds: _builtins.int
@@ -807,6 +824,12 @@ class SpeculationStatistics(_message.Message):
     """From the arrival of the request until its first token, in nanoseconds."""
     num_verifier_failures: _builtins.int
     """Rounds that lost the verifier, or could not use one, and were asked again of the same or another replica."""
+    num_ahead_hits: _builtins.int
+    """Rounds whose verdict the drafter had guessed, and had begun to draft behind."""
+    num_ahead_misses: _builtins.int
+    """Rounds whose verdict was another than those it had guessed."""
+    ahead_saved_ns: _builtins.int
+    """Passes of the drafter that rounds did not wait for, in nanoseconds."""
     @_builtins.property
     def num_drafted_by_level(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rounds whose tree had a level d + 1, by d."""
@@ -834,10 +857,13 @@ class SpeculationStatistics(_message.Message):
         time_to_first_token_ns: _builtins.int = ...,
         num_verifier_failures: _builtins.int = ...,
         sources: _abc.Iterable[Global___SourceStatistics] | None = ...,
+        num_ahead_hits: _builtins.int = ...,
+        num_ahead_misses: _builtins.int = ...,
+        ahead_saved_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "num_verifier_failures", b"num_verifier_failures", "sources", b"sources", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_saved_ns", b"ahead_saved_ns", "mean_acceptance_length", b"mean_acceptance_length", "num_accepted_by_level", b"num_accepted_by_level", "num_accepted_tokens", b"num_accepted_tokens", "num_ahead_hits", b"num_ahead_hits", "num_ahead_misses", b"num_ahead_misses", "num_draft_rounds", b"num_draft_rounds", "num_draft_tokens", b"num_draft_tokens", "num_drafted_by_level", b"num_drafted_by_level", "num_drafter_failures", b"num_drafter_failures", "num_rounds", b"num_rounds", "num_verifier_failures", b"num_verifier_failures", "sources", b"sources", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

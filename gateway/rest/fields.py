@@ -141,6 +141,9 @@ class SpeculationFields(RestModel):
     sources: ListOf[Text] | None = Field(
         None, description="Who guesses: some of model, retrieval, ngram, early_exit. Unset: the drafter's own choice."
     )
+    draft_ahead: Boolean | None = Field(
+        None, description="False keeps the drafter from guessing verdicts before they come."
+    )
     trace: Boolean | None = Field(None, description="Tell in each streamed chunk what was guessed: its `easyspec`.")
 
     def wish(self, default_budget: TreeBudget) -> SpeculationWish:
@@ -160,6 +163,7 @@ class SpeculationFields(RestModel):
             ),
             is_traced=bool(self.trace),
             sources=parse_sources(self.sources) if self.sources else None,
+            draft_ahead=self.draft_ahead is not False,
         )
 
 

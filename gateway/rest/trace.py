@@ -24,6 +24,7 @@ def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
         "tree": {"token_texts": trace.draft_token_texts, "parent_rows": trace.draft_tree.parent_rows},
         "timings_ms": _timings_ms(chunk.timings),
         "num_fuzzy_steps": chunk.timings.num_fuzzy_steps,
+        "ahead_ms": None if (ahead_ns := chunk.timings.ahead_ns) is None else ahead_ns / _NS_PER_MS,
     }
 
 

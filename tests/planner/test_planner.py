@@ -94,9 +94,14 @@ def test_the_recommended_scheme_is_the_fastest_and_plain_decoding_wins_over_usel
     assert make_plan(costs(), DRAFT, BASE, 8, Workload()).recommended is None
 
 
-def test_overlap_never_makes_a_round_longer() -> None:
-    for estimate in make_plan(costs(), BASE, DRAFT, 8, Workload()).estimates:
-        assert estimate.overlapped_round_ms <= estimate.round_ms
+def test_drafting_ahead_is_worth_what_it_guesses() -> None:
+    rounds = {
+        rate: make_plan(costs(), BASE, DRAFT, 8, Workload(ahead_hit_rate=rate)).estimates for rate in (0.0, 0.5, 1.0)
+    }
+    for never, sometimes, always in zip(*rounds.values(), strict=True):
+        assert never.ahead_round_ms == never.round_ms
+        assert always.ahead_round_ms <= sometimes.ahead_round_ms <= never.ahead_round_ms
+        assert always.ahead_round_ms >= always.verify_ms
 
 
 def test_fuzzier_plans_are_accepted_less() -> None:

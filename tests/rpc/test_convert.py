@@ -115,7 +115,15 @@ def test_open_verification(
 
 @given(
     st.builds(
-        OpenSpeculation, token_ids, samplings, plans, st.none() | uint32s, names, names, num_output_tokens=uint32s
+        OpenSpeculation,
+        token_ids,
+        samplings,
+        plans,
+        st.none() | uint32s,
+        names,
+        names,
+        num_output_tokens=uint32s,
+        draft_ahead=st.booleans(),
     )
 )
 def test_open_speculation(request: OpenSpeculation) -> None:
@@ -156,7 +164,10 @@ def test_calibration(calibration: Calibration) -> None:
     assert convert.calibration_from_pb(sent(convert.calibration_to_pb(calibration))) == calibration
 
 
-@given(st.builds(Draft, uint32s, trees, st.builds(DraftTimings, uint64s, uint64s, uint64s, uint32s)))
+draft_timings = st.builds(DraftTimings, uint64s, uint64s, uint64s, uint32s, st.none() | uint64s)
+
+
+@given(st.builds(Draft, uint32s, trees, draft_timings))
 def test_draft(draft: Draft) -> None:
     assert convert.draft_from_pb(sent(convert.draft_to_pb(draft))) == draft
 

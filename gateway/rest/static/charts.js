@@ -111,6 +111,7 @@ export function drawTotals(list, run, seed) {
     "base model passes": String(run.rounds.length),
     "tokens a drafted round": number(run.meanAcceptanceLength, 2),
     "guesses kept": rate === null ? "–" : `${run.numAccepted} of ${run.numDraftTokens} (${number(100 * rate, 0)} %)`,
+    "verdicts guessed ahead": run.ahead.length ? `${run.aheadHits} of ${run.ahead.length} (${number(run.aheadMs, 0)} ms saved)` : "–",
     "first token after": `${number(run.firstMs, 0)} ms`,
     "prompt tokens": run.usage ? String(run.usage.prompt_tokens) : "–",
     "ended by": run.finishReason ?? "–",

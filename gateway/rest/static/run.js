@@ -88,6 +88,19 @@ export class Run {
     return this.rounds.reduce((sum, round) => sum + round.tree.parent_rows.length, 0);
   }
 
+  /** Per round behind which something was drafted ahead: the milliseconds it had taken by then, 0 for a wrong guess. */
+  get ahead() {
+    return this.rounds.map((round) => round.ahead_ms).filter((ms) => ms !== null && ms !== undefined);
+  }
+
+  get aheadHits() {
+    return this.ahead.filter((ms) => ms > 0).length;
+  }
+
+  get aheadMs() {
+    return this.ahead.reduce((sum, ms) => sum + ms, 0);
+  }
+
   /** Tokens a second after the first round, by the gateway's clock; null until there are any. */
   get speed() {
     return this.laterMs ? (this.laterTokens * 1000) / this.laterMs : null;
