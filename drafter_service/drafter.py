@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.learned import Learned, RoundChoices
 from drafter_service.fusion.rounds import Rounds, read_prompts
 from drafter_service.grammar_preference import GrammarPreference
+from drafter_service.limits import DrafterLimits, DrafterShape, MeasuredMemory
 from drafter_service.request import DraftRequest
 from drafter_service.session import Session
 from drafter_service.tasks import DraftTask, OpenTask
@@ -32,43 +33,6 @@ if TYPE_CHECKING:  # a drafter without a model has no torch
     from drafter_service.model.ahead_drafting import AheadDrafting
     from drafter_service.model.drafting import ModelDrafting
     from drafter_service.model.state import ModelState
-
-
-@dataclass(frozen=True)
-class DrafterLimits:
-    """What one session may ask for; `max_model_len` is what fits the KV memory.
-
-    `sources` guess where a session names none. `early_exits` are those of the draft model that sessions
-    may use; there may be none, for the reason `no_exits_because`.
-    """
-
-    served_model_name: str
-    max_model_len: int
-    max_tree_nodes: int
-    sources: DraftSources = DraftSources.MODEL
-    early_exits: tuple[int, ...] = ()
-    no_exits_because: str = ""
-
-    @property
-    def known_sources(self) -> DraftSources:
-        """Those that a session may name."""
-        has_more = bool(self.early_exits) and DraftSources.MODEL in self.sources
-        return self.sources | DraftSources.EARLY_EXIT if has_more else self.sources
-
-
-class DrafterShape(Protocol):
-    """What sessions must fit: of the draft model, or of a tokenizer where there is no model."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-
-
-class MeasuredMemory(Protocol):
-    """KV memory, seen from outside."""
-
-    def usage(self, num_sessions: int) -> KvUsage: ...
 
 
 class Drafter:

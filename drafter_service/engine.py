@@ -9,10 +9,11 @@ import structlog
 import torch
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.drafter import Drafter
 from drafter_service.early_exit.exits import EarlyExits
 from drafter_service.early_exit.gate import LearnedGate
 from drafter_service.fusion.rounds import Rounds
+from drafter_service.limits import DrafterLimits
 from drafter_service.model.ahead_drafting import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.growth import RankingSettings

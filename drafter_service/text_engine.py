@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drafter_service.config import DrafterSettings
-from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.drafter import Drafter
 from drafter_service.fusion.rounds import Rounds
+from drafter_service.limits import DrafterLimits
 from drafter_service.shell import DrafterShell, open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.parallel.layer_groups import sequential_plan

@@ -40,6 +40,7 @@ class AheadDrafting:
         """Begin behind a tree that has just been sent; sessions that this does not fit go without."""
         request = state.request
         is_plain = state.exits is None and request.calibration and request.preference is None
+        is_plain = is_plain and self._decoder.config.pard_token is None
         if not is_plain or state.slots.num_cached != state.num_exact:
             return
         path = likeliest_path(sent)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 
+from drafter_service.model.batch import EarlyLevels, Holders, by_plan, fitting
 from drafter_service.model.exit_state import ExitState
 from drafter_service.model.growth import DEFAULT_RANKING, RankingSettings, Sharpness
+from drafter_service.model.parallel_levels import add_levels, with_masks
 from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import Drafting, ModelState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
@@ -26,7 +27,6 @@ from drafter_service.request import DraftRequest
 from drafter_service.worth import clock_average
 from easyspec.engine.prefill_pace import PrefillPace
 from easyspec.engine.prompt_shares import served_readers, share_out
-from easyspec.engine.room import make_room
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
@@ -38,30 +38,16 @@ from easyspec.speculation.sources import DraftSources
 # A session that had a tree so recently will soon come for the next one, and would wait for a long step.
 _DRAFTING_WITHIN_NS = 1_000_000_000
 
-_ItemT = TypeVar("_ItemT")
-_PlanT = TypeVar("_PlanT")
-
 
 @dataclass(frozen=True)
 class _Chain:
-    """Committed tokens to compute: a chunk of a prompt, or (with a drafting) all that a calibration covers."""
+    """Committed tokens to compute: a chunk of a prompt, or (with a drafting) all that a calibration covers, and behind
+    them mask tokens in `mask_slots` if the draft model fills in further levels at once."""
 
     state: ModelState
     segment: Segment
     drafting: Drafting | None
-
-
-class EarlyLevels(Protocol):
-    """Runs levels of sessions whose states have `exits`; each call is about states of one plan."""
-
-    def learn(self, state: ModelState) -> None:
-        """Learn from the verdict on the last tree."""
-
-    def calibrate(self, chains: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """Run new committed tokens as deep as the first level goes, and add that level."""
-
-    def grow(self, frontiers: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """Run the frontiers, and add the level that they give."""
+    mask_slots: Sequence[int] = ()
 
 
 class ModelDrafting:
@@ -94,6 +80,7 @@ class ModelDrafting:
         self.max_tree_slots = max_tree_slots
         self._pace = PrefillPace(max_prefill_slowdown, prefill_chunk)
         self._always_deepens = always_deepens
+        self._mask_token_id = decoder.config.pard_token
         self._level_s = clock_average()
         self._served = itertools.count(1)
         self._last_draft_ns = -_DRAFTING_WITHIN_NS
@@ -145,15 +132,15 @@ class ModelDrafting:
         Returns the states whose slots went to older ones; they are given up.
         """
         with torch.inference_mode():
-            return self._step(_Holders(self.memory, [*states]))
+            return self._step(Holders(self.memory, [*states]))
 
-    def _step(self, holders: _Holders) -> list[ModelState]:
+    def _step(self, holders: Holders) -> list[ModelState]:
         started_ns = time.monotonic_ns()
         chains = self._chains(holders)
         early = [chain for chain in chains if _may_leave(chain)]
-        for plan, members in _by_plan([chain for chain in chains if not _may_leave(chain)], self._plan_of_chain):
+        for plan, members in by_plan([chain for chain in chains if not _may_leave(chain)], self._plan_of_chain):
             self._run_chains(members, plan)
-        for plan, members in _by_plan(early, self._plan_of_chain):
+        for plan, members in by_plan(early, self._plan_of_chain):
             self._early_levels.calibrate([(chain.state, chain.segment) for chain in members], plan)
         num_frontier_rows = self._grow_all(holders)
         num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
@@ -167,30 +154,28 @@ class ModelDrafting:
             chain.state.is_in_pass = False
         return holders.evicted
 
-    def _grow_all(self, holders: _Holders) -> int:
+    def _grow_all(self, holders: Holders) -> int:
         """One level for every tree that is not full; returns the rows it took."""
-        growing = [
-            state for state, drafting in _draftings(holders) if drafting.is_calibrated and state.growing.frontier
-        ]
+        growing = [state for state, drafting in holders.draftings if drafting.is_calibrated and state.growing.frontier]
         # Those nearest to their end go first, and make room.
         nearest = sorted(growing, key=lambda state: -state.growing.level)
-        grown = _fitting(nearest, lambda state: len(state.growing.frontier), self._max_batch_rows)
+        grown = fitting(nearest, lambda state: len(state.growing.frontier), self._max_batch_rows)
         frontiers: list[tuple[ModelState, Segment]] = []
         for state in grown:
             num_nodes = len(state.growing.frontier)
             if state in holders.states and holders.make_room(num_nodes, state):
                 frontiers.append((state, state.frontier_segment(self.memory.allocate(num_nodes))))
-        for (plan, is_early), group in _by_plan(frontiers, _way_of_frontier):
+        for (plan, is_early), group in by_plan(frontiers, _way_of_frontier):
             if is_early:
                 self._early_levels.grow(group, plan)
             else:
                 self.grow(group, plan)
         return sum(len(segment) for _, segment in frontiers)
 
-    def _chains(self, holders: _Holders) -> list[_Chain]:
+    def _chains(self, holders: Holders) -> list[_Chain]:
         """This step's calibrations and chunks of prompts, with their slots."""
-        ready = _fitting(
-            [s for s, drafting in _draftings(holders) if not drafting.is_calibrated and s.num_unread <= 0],
+        ready = fitting(
+            [s for s, drafting in holders.draftings if not drafting.is_calibrated and s.num_unread <= 0],
             lambda state: state.num_uncached,
             self._max_batch_rows,
         )
@@ -200,12 +185,23 @@ class ModelDrafting:
         age = {id(state): index for index, state in enumerate(holders.states)}
         chains: list[_Chain] = []
         for state, num_tokens, drafting in sorted(wanted, key=lambda each: age[id(each[0])]):
-            if state in holders.states and holders.make_room(num_tokens, state):
+            num_masks = self._num_masks(state) if drafting is not None else 0
+            if state in holders.states and holders.make_room(num_tokens + num_masks, state):
                 state.is_in_pass = True
-                chains.append(_Chain(state, state.chain_segment(state.slots.extend(num_tokens)), drafting))
+                segment = state.chain_segment(state.slots.extend(num_tokens))
+                masks = self.memory.allocate(num_masks)
+                if self._mask_token_id is not None and masks:
+                    state.tree_slots = {-1 - index: slot for index, slot in enumerate(masks)}  # dropped with the pass
+                    segment = with_masks(segment, self._mask_token_id, masks, len(state.token_ids))
+                chains.append(_Chain(state, segment, drafting, masks))
         return chains
 
-    def _prompt_shares(self, holders: _Holders, num_other_rows: int) -> list[tuple[ModelState, int]]:
+    def _num_masks(self, state: ModelState) -> int:
+        """Mask tokens behind a calibration: one for each level but the first."""
+        is_parallel = self._mask_token_id is not None and state.exits is None
+        return state.growing.num_levels - 1 if is_parallel else 0
+
+    def _prompt_shares(self, holders: Holders, num_other_rows: int) -> list[tuple[ModelState, int]]:
         """Chunks of prompts for a step: fair shares, first for those that waited longest."""
         unread = [state for state in holders.states if state.num_unread > 0]
         for state in unread:
@@ -213,7 +209,7 @@ class ModelDrafting:
         unread = sorted((state for state in unread if state.num_unread > 0), key=lambda state: state.served_at)
         if not unread:
             return []
-        is_anyone_drafting = bool(_draftings(holders)) or self._has_just_drafted()
+        is_anyone_drafting = bool(holders.draftings) or self._has_just_drafted()
         num_rows = self._pace.num_prompt_rows(num_other_rows, is_anyone_decoding=is_anyone_drafting)
         served = served_readers(unread, self.memory, num_rows)
         shares: list[tuple[ModelState, int]] = []
@@ -240,17 +236,22 @@ class ModelDrafting:
         started_ns = time.monotonic_ns()
         layout = lay_out([chain.segment for chain in chains])
         rows = [
-            layout.flat_row(index, len(chain.segment) - 1)
+            layout.flat_row(index, row)
             for index, chain in enumerate(chains)
             if chain.drafting is not None
+            for row in range(len(chain.segment) - len(chain.mask_slots) - 1, len(chain.segment))
         ]
         result = self.decoder.forward(layout, self.memory.pool, plan, rows)
-        if rows:
-            self._add_level([chain.state for chain in chains if chain.drafting is not None], result.logits)
+        calibrated = [chain for chain in chains if chain.drafting is not None]
+        if self._mask_token_id is not None:
+            self._fill_in(calibrated, result.logits, self._mask_token_id)
+        elif rows:
+            self._add_level([chain.state for chain in calibrated], result.logits)
         elapsed_ns = time.monotonic_ns() - started_ns
         for chain in chains:
             state = chain.state
-            is_unbroken = state.num_exact + len(chain.segment) == state.slots.num_cached
+            num_tokens = len(chain.segment) - len(chain.mask_slots)
+            is_unbroken = state.num_exact + num_tokens == state.slots.num_cached
             if is_unbroken and plan == self.decoder.sequential_plan:
                 state.num_exact = state.slots.num_cached
             if chain.drafting is None:
@@ -258,6 +259,12 @@ class ModelDrafting:
             else:
                 chain.drafting.is_calibrated = True
                 chain.drafting.calibrate_ns += elapsed_ns
+
+    def _fill_in(self, chains: Sequence[_Chain], draft_logits: torch.Tensor, mask_token_id: int) -> None:
+        """Grow every tree by all levels that its mask tokens stand for, and drop these."""
+        for chain, logits in zip(chains, draft_logits.split([len(c.mask_slots) + 1 for c in chains]), strict=True):
+            add_levels(self.decoder.executor, chain.state, logits, mask_token_id)
+            chain.state.drop_tree()
 
     def grow(self, group: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
         """One fuzzy pass over the frontiers, and the level that its rows give."""
@@ -279,36 +286,6 @@ class ModelDrafting:
             state.growing.add_level(candidates)
 
 
-class _Holders:
-    """The states of one step, oldest first, without those that had to give way."""
-
-    def __init__(self, memory: KvMemory, states: list[ModelState]) -> None:
-        self.states = states
-        self.evicted: list[ModelState] = []
-        self._memory = memory
-
-    def make_room(self, num_slots: int, state: ModelState) -> bool:
-        """Whether there are so many slots, if need be from younger sessions; else the session gives way itself."""
-        for other in self.states:
-            if num_slots > self._memory.num_available:
-                other.drop_ahead()
-        younger = itertools.takewhile(lambda other: other is not state, [*reversed(self.states)])
-        if make_room(self._memory, num_slots, younger, self._evict):
-            return True
-        self._evict(state)
-        return False
-
-    def _evict(self, state: ModelState) -> None:
-        self._memory.num_preemptions += 1
-        self.states.remove(state)
-        self.evicted.append(state)
-        state.give_up()
-
-
-def _draftings(holders: _Holders) -> list[tuple[ModelState, Drafting]]:
-    return [(state, state.drafting) for state in holders.states if state.drafting is not None]
-
-
 def _may_leave(chain: _Chain) -> bool:
     """Whether it is a calibration that goes only as deep as its level needs; prompts are read whole."""
     return chain.drafting is not None and chain.state.exits is not None
@@ -317,21 +294,3 @@ def _may_leave(chain: _Chain) -> bool:
 def _way_of_frontier(frontier: tuple[ModelState, Segment]) -> tuple[LayerPlan, bool]:
     """The plan, and whether the level may leave early."""
     return frontier[0].request.plan, frontier[0].exits is not None
-
-
-def _by_plan(items: Sequence[_ItemT], plan_of: Callable[[_ItemT], _PlanT]) -> Iterable[tuple[_PlanT, list[_ItemT]]]:
-    groups: dict[_PlanT, list[_ItemT]] = {}
-    for item in items:
-        groups.setdefault(plan_of(item), []).append(item)
-    return groups.items()
-
-
-def _fitting(items: Sequence[_ItemT], num_rows_of: Callable[[_ItemT], int], most_rows: int) -> list[_ItemT]:
-    """The first of `items` that fit one pass together, at least one; the others follow in a later one."""
-    taken: list[_ItemT] = []
-    for item in items:
-        most_rows -= num_rows_of(item)
-        if taken and most_rows < 0:
-            break
-        taken.append(item)
-    return taken

@@ -86,6 +86,11 @@ class LevelTree(GrowingTree):
         self.frontier: list[int] = [0]
 
     @property
+    def num_levels(self) -> int:
+        """The most levels that it may have."""
+        return self._budget.num_levels
+
+    @property
     def level(self) -> int:
         """Depth of the nodes to expand next; the root's is 0."""
         return self.depths[self.frontier[0]]

@@ -45,7 +45,7 @@ def settings(folder: Path, **changes: Any) -> DrafterSettings:
 
 @pytest.fixture
 async def engine(draft_folder: Path) -> AsyncIterator[DrafterEngine]:
-    engine = DrafterEngine(settings(draft_folder))
+    engine = DrafterEngine(settings(draft_folder, ask="always"))
     await engine.start()
     yield engine
     await engine.stop()
@@ -75,9 +75,14 @@ async def test_the_operator_may_have_everybody_asked(
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 async def test_the_base_model_as_its_own_draft_is_always_right(
-    verifier: VerifierEngine, twin_drafter: DrafterEngine, sampling: SamplingParameters
+    verifier: VerifierEngine,
+    twin_drafter: DrafterEngine,
+    sampling: SamplingParameters,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sampled too: both perturb with the same noise, so every choice is the drafter's first candidate."""
+    assert twin_drafter._built is not None
+    monkeypatch.setattr(twin_drafter._built._model, "_always_deepens", True)
     output = await drafted(verifier, twin_drafter, sampling, layer_parallel_size=1)
     verdicts = [round_.answer.verdict for round_ in output.rounds]
     assert [verdict.num_accepted for verdict in verdicts] == [0, 5, 5, 5, 5, 5]  # 1 + 5 x 6 tokens

@@ -86,7 +86,9 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
         return config, problem(check, why, f"use a checkpoint of a supported family: {families}")
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return config, ok(check, f"{model_type}, {shape}, {dtype}, {config.get('max_position_embeddings')} positions")
+    drafting = ", drafts all levels in one pass (PARD)" if config.get("pard_token") is not None else ""
+    text = f"{model_type}, {shape}, {dtype}, {config.get('max_position_embeddings')} positions{drafting}"
+    return config, ok(check, text)
 
 
 def _unsupported(config: Mapping[str, Any]) -> str | None:

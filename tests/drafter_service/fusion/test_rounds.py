@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from drafter_service.drafter import Drafter, DrafterLimits
+from drafter_service.drafter import Drafter
 from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.learned import RoundChoices
 from drafter_service.fusion.rounds import Rounds
+from drafter_service.limits import DrafterLimits
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, CoreDriver
 

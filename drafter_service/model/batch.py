@@ -1,0 +1,79 @@
+"""The states that share a step: those that hold slots, which of them fit one pass, and which make way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from drafter_service.model.state import Drafting, ModelState
+from easyspec.engine.room import make_room
+from easyspec.model.kv_cache import KvMemory
+from easyspec.model.row_layout import Segment
+from easyspec.parallel.layer_groups import LayerPlan
+
+_ItemT = TypeVar("_ItemT")
+_PlanT = TypeVar("_PlanT")
+
+
+class EarlyLevels(Protocol):
+    """Runs levels of sessions whose states have `exits`; each call is about states of one plan."""
+
+    def learn(self, state: ModelState) -> None:
+        """Learn from the verdict on the last tree."""
+
+    def calibrate(self, chains: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
+        """Run new committed tokens as deep as the first level goes, and add that level."""
+
+    def grow(self, frontiers: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
+        """Run the frontiers, and add the level that they give."""
+
+
+class Holders:
+    """The states of one step, oldest first, without those that had to give way."""
+
+    def __init__(self, memory: KvMemory, states: list[ModelState]) -> None:
+        self.states = states
+        self.evicted: list[ModelState] = []
+        self._memory = memory
+
+    @property
+    def draftings(self) -> list[tuple[ModelState, Drafting]]:
+        """Those with a round under way."""
+        return [(state, state.drafting) for state in self.states if state.drafting is not None]
+
+    def make_room(self, num_slots: int, state: ModelState) -> bool:
+        """Whether there are so many slots, if need be from younger sessions; else the session gives way itself."""
+        for other in self.states:
+            if num_slots > self._memory.num_available:
+                other.drop_ahead()
+        younger = itertools.takewhile(lambda other: other is not state, [*reversed(self.states)])
+        if make_room(self._memory, num_slots, younger, self._evict):
+            return True
+        self._evict(state)
+        return False
+
+    def _evict(self, state: ModelState) -> None:
+        self._memory.num_preemptions += 1
+        self.states.remove(state)
+        self.evicted.append(state)
+        state.give_up()
+
+
+def by_plan(items: Sequence[_ItemT], plan_of: Callable[[_ItemT], _PlanT]) -> Iterable[tuple[_PlanT, list[_ItemT]]]:
+    """The items of each plan; a pass is by one."""
+    groups: dict[_PlanT, list[_ItemT]] = {}
+    for item in items:
+        groups.setdefault(plan_of(item), []).append(item)
+    return groups.items()
+
+
+def fitting(items: Sequence[_ItemT], num_rows_of: Callable[[_ItemT], int], most_rows: int) -> list[_ItemT]:
+    """The first of `items` that fit one pass together, at least one; the others follow in a later one."""
+    taken: list[_ItemT] = []
+    for item in items:
+        most_rows -= num_rows_of(item)
+        if taken and most_rows < 0:
+            break
+        taken.append(item)
+    return taken

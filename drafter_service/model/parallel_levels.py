@@ -1,0 +1,49 @@
+"""Drafting all levels in one pass (PARD, arXiv 2504.18583), by a draft model that was trained to fill in mask tokens.
+
+Behind the new tokens of a calibration stand mask tokens, each at the position of a further level. Each row says what
+may follow without knowing what stands at the levels between, so that candidates of a level are the same whatever
+their parent. K and V of the mask rows are dropped with the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from drafter_service.model.ranking import rank_level
+from drafter_service.model.state import ModelState
+from easyspec.engine.segments import visible_nodes
+from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.speculation.ranking import TokenRanker
+
+
+def with_masks(chain: Segment, mask_token_id: int, mask_slots: Sequence[int], base_length: int) -> Segment:
+    """The rows of a calibration, and of mask tokens in `mask_slots` behind the `base_length` committed ones.
+
+    A mask token sees the committed text, the ones before it, and itself.
+    """
+    num_masks, num_chain = len(mask_slots), len(chain)
+    positions = range(base_length, base_length + num_masks)
+    visible = np.zeros((num_chain + num_masks, num_masks), dtype=np.bool_)
+    visible[num_chain:] = visible_nodes([index - 1 if index else None for index in range(num_masks)])
+    return Segment(
+        token_ids=[*chain.token_ids, *([mask_token_id] * num_masks)],
+        positions=[*chain.positions, *positions],
+        slots=[*chain.slots, *mask_slots],
+        num_visible=[*chain.num_visible, *([base_length] * num_masks)],
+        slots_by_position=chain.slots_by_position,
+        tree=TreeColumns(mask_slots, positions, visible),
+    )
+
+
+def add_levels(ranker: TokenRanker, state: ModelState, draft_logits: torch.Tensor, mask_token_id: int) -> None:
+    """Grow the tree by a level for every row of `draft_logits` [levels, V]; one host sync a level."""
+    draft_logits = draft_logits.index_fill(1, torch.tensor([mask_token_id], device=draft_logits.device), float("-inf"))
+    for row in draft_logits:
+        if not state.growing.frontier:
+            return
+        level = row[None].expand(len(state.growing.frontier), -1).contiguous()
+        (candidates,) = rank_level(ranker, [state], level)
+        state.growing.add_level(candidates)
