@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 # Formats that the grammar library enforces; any other is an annotation.
 _FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
@@ -26,7 +27,25 @@ _OF_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _OF_SCHEMAS = ("items", "additionalItems", "additionalProperties")
 # What may say more about an object's properties than the object itself does.
 _COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "patternProperties")
+# All that can forbid something; beside a reference everything else is an annotation.
+_CONSTRAINTS = frozenset(
+    {
+        *("type", "enum", "const", "format", "pattern", "minLength", "maxLength", "multipleOf", "required"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"),
+        *("minProperties", "maxProperties", *_UNENFORCED, *_OF_SCHEMAS_BY_NAME, *_OF_SCHEMA_LISTS, *_OF_SCHEMAS),
+    }
+)
+_PLACES = frozenset({"$ref", "$schema", "$id", "id", "$anchor", "$defs", "definitions"})
+_VALUES = frozenset({"default", "examples", "example"})
+_DRAFT = re.compile(r"https?://json-schema\.org/(?:draft-0([4-7])/schema|draft/(?:2019-09|2020-12)/schema)#?")
+# The library knows only these spellings.
+_KNOWN_DRAFT = re.compile(
+    r"http://json-schema\.org/draft-0[467]/schema#?|https://json-schema\.org/draft/(2019-09|2020-12)/schema#?"
+)
 _ESCAPE_OR_LOOK_AROUND = re.compile(r"\\(u[0-9a-fA-F]{4}|.)|\(\?<?[=!]", re.DOTALL)
+_CLASS_OR_ESCAPE = re.compile(r"\\[pP]\{[^}]*\}|\\[xu]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+# Braces that count nothing, and anchors that are not at the ends.
+_LOOSE = re.compile(r"\{(?!\d+(?:,\d*)?\})|[\^$]")
 _STRANGE_ESCAPES = frozenset("123456789bBAZzGkK")
 _SURROGATE = re.compile("u[dD][89a-fA-F]")
 _LARGEST_NUMBER = 10**15
@@ -57,8 +76,12 @@ def enforceable(
         schema = json.loads(text)
         if not isinstance(schema, dict):
             return EnforceableSchema(text, ())
-        rewriting = _Rewriting(_open_definitions(schema) if closes_objects else None, bounds_values, keeps_one_of)
+        rewriting = _Rewriting(
+            _open_definitions(schema) if closes_objects else None, bounds_values, keeps_one_of, _References.of(schema)
+        )
         rewritten = rewriting.schema(schema)
+        if isinstance(rewritten.get("$schema"), str) and not _KNOWN_DRAFT.fullmatch(rewritten["$schema"]):
+            del rewritten["$schema"]
     except RecursionError:
         raise ValueError("it is nested beyond the recursion limit") from None
     if bounds_values:
@@ -66,10 +89,70 @@ def enforceable(
     return EnforceableSchema(json.dumps(rewritten, ensure_ascii=False), tuple(rewriting.unenforced))
 
 
+@dataclass(frozen=True)
+class _References:
+    """What a schema refers to within itself; `loops` are targets that lead back to themselves. `stand_alone`: its draft
+    ignores whatever stands beside a reference."""
+
+    targets: frozenset[str]
+    loops: frozenset[str]
+    stand_alone: bool
+
+    @classmethod
+    def of(cls, schema: Mapping[str, Any]) -> _References:
+        draft = _DRAFT.fullmatch(schema["$schema"]) if isinstance(schema.get("$schema"), str) else None
+        targets = frozenset(_targets(schema))
+        steps = {target: targets & {*_targets(_at(schema, target))} for target in targets}
+        loops = frozenset(target for target in targets if _leads_back(target, steps))
+        return cls(targets, loops, draft is not None and draft.group(1) is not None)
+
+    def lead_into(self, pointer: str) -> bool:
+        return any(target == pointer or target.startswith(f"{pointer}/") for target in self.targets)
+
+
+def _at(schema: Any, pointer: str) -> Any:
+    """What a reference leads to; None if nothing is there."""
+    place = schema
+    for part in pointer.removeprefix("#").split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+            place = place[int(name)]
+        else:
+            place = place.get(name) if isinstance(place, dict) else None
+    return place
+
+
+def _leads_back(target: str, steps: Mapping[str, set[str] | frozenset[str]]) -> bool:
+    seen: set[str] = set()
+    waiting = [*steps[target]]
+    while waiting:
+        if (one := waiting.pop()) not in seen:
+            seen.add(one)
+            waiting += steps[one]
+    return target in seen
+
+
+def _targets(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _targets(part)
+
+
 class _Rewriting:
     """One schema on its way; `open_references` are places that must not be closed, None if none is."""
 
-    def __init__(self, open_references: frozenset[str] | None, bounds_values: bool, keeps_one_of: bool) -> None:
+    def __init__(
+        self,
+        open_references: frozenset[str] | None,
+        bounds_values: bool,
+        keeps_one_of: bool,
+        references: _References,
+    ) -> None:
+        self._references = references
         self._keeps_one_of = keeps_one_of
         self._open_references = open_references
         self._bounds_values = bounds_values
@@ -81,12 +164,14 @@ class _Rewriting:
             return schema
         rewritten = dict(schema)
         self._drop_annotations(rewritten)
-        if isinstance(pattern := rewritten.get("pattern"), str) and is_beyond_grammars(pattern):
-            del rewritten["pattern"]
-            self.unenforced["pattern"] = None
+        self._drop_patterns(rewritten)
+        self._drop_counts(rewritten)
         _turn_property_names(rewritten)
         _turn_unevaluated(rewritten)
+        is_container = not any(name in _CONSTRAINTS and name not in _UNENFORCED for name in schema)
         for name in _UNENFORCED:
+            if is_container and self._references.lead_into(f"{pointer}/{name}"):
+                continue  # no keyword, but a name among schemas
             if name in rewritten and not _says_nothing(name, rewritten.pop(name), rewritten):
                 self.unenforced[name] = None
         if _alternatives(rewritten.get("oneOf")) > 1 and not self._keeps_one_of:
@@ -108,6 +193,14 @@ class _Rewriting:
                 rewritten[name] = [self.schema(part, "") for part in rewritten[name]]
             elif name in rewritten:
                 rewritten[name] = self.schema(rewritten[name], "")
+        for name, value in rewritten.items():
+            is_unknown = name not in _CONSTRAINTS and name not in _PLACES and name not in _VALUES
+            if (
+                is_unknown
+                and isinstance(value, dict)
+                and self._references.lead_into(where := f"{pointer}/{_escaped(name)}")
+            ):
+                rewritten[name] = self.schema(value, where)
         if is_closed:
             rewritten["additionalProperties"] = False
         if self._bounds_values:
@@ -118,15 +211,49 @@ class _Rewriting:
         if self._open_references is None or is_open or pointer in self._open_references:
             return False
         says = ("additionalProperties", "unevaluatedProperties", "propertyNames", *_COMPOSING)
-        return bool(schema.get("properties")) and not any(name in schema for name in says)
+        known, required = schema.get("properties"), schema.get("required", ())
+        if not (isinstance(known, dict) and known) or any(name in schema for name in says):
+            return False
+        return isinstance(required, list | tuple) and all(name in known for name in required)
 
     def _drop_annotations(self, schema: dict[str, Any]) -> None:
         if "format" in schema and schema["format"] not in _FORMATS:
             del schema["format"]
+        if isinstance(schema.get("$ref"), str):  # the library takes nothing beside one that leads to itself
+            is_lonely = self._references.stand_alone or schema["$ref"] in self._references.loops
+            for name in [one for one in schema if one not in _PLACES]:
+                if name in _CONSTRAINTS and not self._references.stand_alone and is_lonely:
+                    self.unenforced[name] = None
+                if is_lonely or name not in _CONSTRAINTS:
+                    del schema[name]
+
+    def _drop_patterns(self, schema: dict[str, Any]) -> None:
+        if isinstance(pattern := schema.get("pattern"), str) and is_beyond_grammars(pattern):
+            del schema["pattern"]
+            self.unenforced["pattern"] = None
+        patterns = schema.get("patternProperties")
+        if isinstance(patterns, dict) and any(map(is_beyond_grammars, patterns)):
+            # Names that these patterns fit may be any, and have any value.
+            schema["patternProperties"] = {one: part for one, part in patterns.items() if not is_beyond_grammars(one)}
+            schema.pop("additionalProperties", None)
+            self.unenforced["patternProperties"] = None
+
+    def _drop_counts(self, schema: dict[str, Any]) -> None:
+        """The library counts properties only where none of those that are known may be missing."""
+        known, required = schema.get("properties"), schema.get("required", ())
+        if not isinstance(known, dict) or not isinstance(required, list | tuple) or set(known) <= set(required):
+            return
+        for name in ("minProperties", "maxProperties"):
+            bound = schema.pop(name, None)
+            if bound is not None and not (name == "minProperties" and _whole(bound) <= len(required)):
+                self.unenforced[name] = None
 
 
 def is_beyond_grammars(pattern: str) -> bool:
-    """Whether a pattern has look-around, back references, or escapes that the grammar library has no match for."""
+    """Whether a pattern has look-around, back references, escapes, braces or anchors that the grammar library has no
+    match for."""
+    if _LOOSE.search(_CLASS_OR_ESCAPE.sub("x", pattern).removeprefix("^").removesuffix("$")) is not None:
+        return True
     return any(
         found.group(1) is None or found.group(1)[0] in _STRANGE_ESCAPES or _SURROGATE.match(found.group(1)) is not None
         for found in _ESCAPE_OR_LOOK_AROUND.finditer(pattern)
@@ -161,7 +288,7 @@ def _turn_property_names(schema: dict[str, Any]) -> None:
         others = {} if values is False else dict.fromkeys(said["enum"], values)
         schema.update(properties=others | kept, additionalProperties=False)
         del schema["propertyNames"]
-    elif not known and (pattern := _name_pattern(said)) is not None:
+    elif not known and (pattern := _name_pattern(said)) is not None and not is_beyond_grammars(pattern):
         schema.update(patternProperties={pattern: values}, additionalProperties=False)
         del schema["propertyNames"]
 
