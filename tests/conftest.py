@@ -28,6 +28,21 @@ def no_packaged_model_unless_asked_for(tmp_path_factory: pytest.TempPathFactory)
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-requests", type=int, default=10_000, help="requests of each slow fuzz test and surface (default 10000)"
+    )
+    parser.addoption(
+        "--schema-sample", type=int, default=0, help="published schemas that the slow corpus test tries (default: all)"
+    )
+
+
+@pytest.fixture(scope="session")
+def num_fuzz_requests(pytestconfig: pytest.Config) -> int:
+    """Requests that a slow fuzz test sends to a surface."""
+    return int(pytestconfig.getoption("--fuzz-requests"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_rest_unless_asked_for() -> Iterator[None]:
     """Its port is a fixed one by default: tests of REST ask for a free one."""

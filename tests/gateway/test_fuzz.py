@@ -98,6 +98,6 @@ async def test_messages_of_any_kind(client: Client) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-async def test_ten_thousand_messages(client: Client) -> None:
-    await check_messages(client, 10_000, seed=2)
+@pytest.mark.timeout(7200)
+async def test_messages_at_length(client: Client, num_fuzz_requests: int) -> None:
+    await check_messages(client, num_fuzz_requests, seed=2)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 
 from gateway.rest.app import create_routes
 from tests.fakes.servers import eventually
@@ -103,6 +103,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "x", "return_token_strs": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
+SURFACES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 HEADERS: list[dict[str, str]] = [
     {"content-type": "application/json"},
     {"content-type": "application/json; charset=utf-16"},
@@ -137,7 +138,7 @@ def check_case(case: Any, rest: Rest, session: requests.Session) -> None:
     response = case.call(base_url=rest.base_url.rstrip("/"), session=session)
     assert response.status_code < 500, (response.status_code, response.text)
     if response.status_code >= 400 and response.headers.get("content-type") == "application/json":
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert {"message", "type", "param", "code"} == set(response.json()["error"])
 
 
 @SCHEMA.parametrize()
@@ -147,16 +148,25 @@ def test_by_the_openapi_document(case: Any, threaded_rest: Rest, session: reques
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@SCHEMA.parametrize()
-@settings(max_examples=400, **QUIET)
-def test_by_the_openapi_document_at_length(case: Any, threaded_rest: Rest, session: requests.Session) -> None:
-    check_case(case, threaded_rest, session)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_by_the_openapi_document_at_length(
+    surface: str, threaded_rest: Rest, session: requests.Session, num_fuzz_requests: int
+) -> None:
+    operations = [one.ok() for one in SCHEMA.get_all_operations() if one.ok().path.startswith(surface)]
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(max_examples=max(1, num_fuzz_requests // len(operations)), **QUIET)
+        def check(case: Any) -> None:
+            check_case(case, threaded_rest, session)
+
+        check()
 
 
-def mutated(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
-    """A path, a body that is probably wrong, and headers."""
-    path, body = random_.choice(BODIES)
+def mutated(random_: random.Random, surface: str) -> tuple[str, bytes, dict[str, str]]:
+    """A path that begins with `surface`, a body that is probably wrong, and headers."""
+    path, body = random_.choice([one for one in BODIES if one[0].startswith(surface)])
     body = json.loads(json.dumps(body))
     for _ in range(random_.randint(1, 2)):
         target: Any = body
@@ -186,7 +196,7 @@ def mutated(random_: random.Random) -> tuple[str, bytes, dict[str, str]]:
     return path, bytes(raw), HEADERS[0] if random_.random() < 0.85 else random_.choice(HEADERS)
 
 
-async def check_mutations(rest: Rest, num_requests: int, seed: int) -> None:
+async def check_mutations(rest: Rest, num_requests: int, seed: int, surface: str = "/") -> None:
     random_ = random.Random(seed)
     statuses: dict[int, int] = {}
     places = asyncio.Semaphore(8)
@@ -198,7 +208,7 @@ async def check_mutations(rest: Rest, num_requests: int, seed: int) -> None:
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
 
     for _ in range(0, num_requests, 100):
-        await asyncio.gather(*(send(*mutated(random_)) for _ in range(100)))
+        await asyncio.gather(*(send(*mutated(random_, surface)) for _ in range(100)))
     assert {200, 400} <= set(statuses), statuses
     assert (await rest.http.get("/health")).status_code == 200
     await eventually(rest.is_idle)
@@ -211,10 +221,13 @@ async def test_mutated_requests(language: ToyLanguage, tokenizer_folder: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-async def test_ten_thousand_mutated_requests(language: ToyLanguage, tokenizer_folder: Path) -> None:
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("surface", SURFACES)
+async def test_mutated_requests_at_length(
+    language: ToyLanguage, tokenizer_folder: Path, surface: str, num_fuzz_requests: int
+) -> None:
     async with short_lived(language, tokenizer_folder) as rest:
-        await check_mutations(rest, 10_000, seed=2)
+        await check_mutations(rest, num_fuzz_requests, seed=2, surface=surface)
 
 
 def test_nothing_was_left_behind(threaded_rest: Rest) -> None:
