@@ -141,14 +141,21 @@ class Tokenizer:
                 raise PromptTooLongError("prompt", f"more than {num_tokens} tokens", f"at most {max_tokens} tokens")
 
     def _end_of_turn_ids(self) -> frozenset[int]:
-        """The special token that the chat template puts behind what an assistant has said; empty if it puts none."""
+        """The special token that the chat template puts behind what an assistant has said; empty if it puts none, or
+        one that ends thinking as well."""
         conversation = Conversation((ChatTurn("user", "?"), ChatTurn("assistant", _MARK)), opens_answer=False)
         try:
-            said = self.templates.select(has_tools=False).render(conversation, HiddenTexts(None, None))
+            template = self.templates.select(has_tools=False)
+            said = template.render(conversation, HiddenTexts(None, None))
         except InvalidRequestError:  # no template, or one that wants more
             return frozenset()
         token_ids = self._tokenizer(said.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
-        return self.special_token_ids.intersection(token_ids[:1])
+        marks = marks_in(template.source)
+        return frozenset(
+            token_id
+            for token_id in self.special_token_ids.intersection(token_ids[:1])
+            if marks is None or self._added_texts[token_id] not in marks.closing
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids as they stand, special tokens included; broken UTF-8 becomes U+FFFD."""

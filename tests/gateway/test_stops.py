@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -83,3 +84,60 @@ async def test_a_stop_string_beats_the_length_on_the_same_token(client: Client) 
     assert cut[-1].completion.finish_reason == types_pb2.FINISH_REASON_STOP
     shorter = await client.generate(stop_strings=["STOP"], max_tokens=len(tokens(whole)) - 1)
     assert shorter[-1].completion.finish_reason == types_pb2.FINISH_REASON_LENGTH
+
+
+def _anything_that_ends(random_: random.Random, client: Client, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A request in which stop strings, stop tokens, the length and an end token may meet in one block."""
+    begins = random_.randrange(2, 12)
+    said = expected(client, 60, prompt_length=begins)
+    near = random_.randrange(3, 40)
+    whole = tokenizer.decode(said[near : near + 4])
+    strings = [whole[cut : cut + random_.randint(1, 4)] for cut in (0, 1, 3)] + ["STOP", "no such text"]
+    stop: dict[str, Any] = {"max_tokens": random_.choice([near, near + 1, near + 2, near + 3, 60])}
+    if random_.random() < 0.6:
+        stop["stop_token_ids"] = random_.sample(said[near : near + 4], random_.randint(1, 2))
+    if random_.random() < 0.3:
+        stop["min_tokens"] = random_.randint(0, min(near + 2, stop["max_tokens"]))
+    if random_.random() < 0.3:
+        stop["ignore_eos"] = True
+    return {
+        "token_ids": {"ids": [5] * begins},
+        "stop": stop,
+        "stop_strings": [one for one in random_.sample(strings, random_.randint(0, 3)) if one],
+        "includes_stop": random_.random() < 0.5,
+        "num_top_logprobs": random_.randint(0, 2),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_ends_it_blocks_of_any_size_end_it_alike(
+    client: Client, tokenizer: Tokenizer, seed: int
+) -> None:
+    """Text, tokens, log-probabilities, reason, what matched and usage are those of plain decoding."""
+    random_ = random.Random(seed)
+    for _ in range(25):
+        request = _anything_that_ends(random_, client, tokenizer)
+        plain = await client.generate(mode=Mode.MODE_OFF, max_tokens=None, **request)
+        for num_levels in random_.sample(range(1, 17), 3):
+            client.pair.drafter.wrong_every = random_.choice([2, 3, 5, 10_000])
+            speculation = Mode(budget={"num_levels": num_levels, "width": 2, "num_nodes": 32})
+            drafted = await client.generate(mode=Mode.MODE_ON, max_tokens=None, speculation=speculation, **request)
+            assert (text(drafted), tokens(drafted)) == (text(plain), tokens(plain)), request
+            assert _logprobs(drafted) == _logprobs(plain)
+            assert _end(drafted) == _end(plain), request
+
+
+def _logprobs(chunks: list[Any]) -> list[Any]:
+    return [entry for chunk in chunks for entry in chunk.logprobs]
+
+
+def _end(chunks: list[Any]) -> tuple[Any, ...]:
+    completion = chunks[-1].completion
+    usage = completion.usage
+    matched = completion.WhichOneof("matched_stop")
+    return (
+        completion.finish_reason,
+        matched and getattr(completion, matched),
+        usage.num_prompt_tokens,
+        usage.num_output_tokens,
+    )
