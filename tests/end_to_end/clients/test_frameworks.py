@@ -12,19 +12,22 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
+
 SCRIPTS = Path(__file__).parent / "scripts"
 CITIES, DAYS = ("Paris", "Rome"), (1, 2, 3)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4000)]
 
 
 def ran(folder: Path, package: str, *command: str, **environment: str) -> str:
     """What a command prints that finds `package` and what it needs in `folder`, and nothing of it elsewhere."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), package]
-    subprocess.run(install, check=True, timeout=700)
+    if not folder.exists() or not any(folder.iterdir()):
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder), package]
+        subprocess.run(install, check=True, timeout=INSTALL_TIMEOUT_S)
     surroundings = os.environ | {"PYTHONPATH": str(folder), "OPENAI_API_KEY": "none"} | environment
     ended = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=surroundings, timeout=180, check=False
+        [sys.executable, *command], capture_output=True, text=True, env=surroundings, timeout=600, check=False
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     return ended.stdout
@@ -70,6 +73,7 @@ def test_pydantic_ai(base_url: str, tmp_path: Path) -> None:
         whole, streamed = results[api]["texts"]
         assert whole == streamed != ""
         check_typed(results[api]["typed"])
+        assert isinstance(results[api]["after"], str)
 
 
 def test_openai_agents(base_url: str, tmp_path: Path) -> None:
@@ -85,12 +89,23 @@ def test_the_llm_command(base_url: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     model = f'- model_id: easyspec\n  model_name: base\n  api_base: "{base_url}"\n'
+    model += "  supports_tools: true\n  supports_schema: true\n"
     (home / "extra-openai-models.yaml").write_text(model)
     question = ["-m", "llm", "-m", "easyspec", "-o", "temperature", "0", "-o", "max_tokens", "24", "Write `add(a, b)`."]
     streamed = ran(tmp_path / "packages", "llm", *question, LLM_USER_PATH=str(home))
     whole = ran(tmp_path / "packages", "llm", *question, "--no-stream", LLM_USER_PATH=str(home))
     assert streamed == whole
     assert "def add" in whole
+    limited = ["-m", "llm", "-m", "easyspec", "-o", "temperature", "0", "-o", "max_tokens", "200"]
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": CITIES}, "days": {"type": "integer", "enum": DAYS}},
+        "required": ["city", "days"],
+    }
+    typed = ran(tmp_path / "packages", "llm", *limited, "--schema", json.dumps(schema), "x", LLM_USER_PATH=str(home))
+    check_typed(json.loads(typed))
+    tools = ["--functions", "def weather(city: str) -> str:\n    return 'sunny'"]
+    assert ran(tmp_path / "packages", "llm", *limited, *tools, "hello", LLM_USER_PATH=str(home)).strip()
 
 
 _AI_SDK_SCRIPT = """
@@ -107,9 +122,11 @@ for (const [name, model] of [["chat", provider.chat("base")], ["responses", prov
   for await (const piece of streamText({ ...common, prompt, maxOutputTokens: 24 }).textStream) streamed += piece;
   const weather = tool({ description: "tells", inputSchema: schema, execute: async () => "sunny" });
   const called = await generateText({ ...common, prompt, tools: { weather }, toolChoice: "required" });
+  const messages = [{ role: "user", content: prompt }, ...called.response.messages];
+  const after = await generateText({ ...common, messages, tools: { weather }, maxOutputTokens: 24 });
   const typed = await generateObject({ ...common, prompt, schema });
   results[name] = { texts: [whole, streamed], call: called.toolCalls[0].input, typed: typed.object,
-    result: called.toolResults[0].output };
+    result: called.toolResults[0].output, after: after.finishReason };
 }
 console.log(JSON.stringify(results));
 """
@@ -127,9 +144,9 @@ def test_the_ai_sdk(base_url: str, tmp_path: Path) -> None:
     script.write_text(_AI_SDK_SCRIPT % {"schema": json.dumps(schema)})
     (tmp_path / "package.json").write_text('{"type": "module"}')
     install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "ai", "@ai-sdk/openai", "zod"]
-    subprocess.run(install, cwd=tmp_path, check=True, timeout=300)
+    subprocess.run(install, cwd=tmp_path, check=True, timeout=INSTALL_TIMEOUT_S)
     command = ["node", str(script), base_url]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     for results in json.loads(ended.stdout).values():
         whole, streamed = results["texts"]
@@ -137,3 +154,4 @@ def test_the_ai_sdk(base_url: str, tmp_path: Path) -> None:
         check_typed(results["call"])
         check_typed(results["typed"])
         assert results["result"] == "sunny"
+        assert results["after"] in ("stop", "length", "tool-calls")

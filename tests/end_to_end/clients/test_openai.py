@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.end_to_end.clients import openai_script
+from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
 from tests.end_to_end.clients.openai_script import CITY, MESSAGES
 
 
@@ -101,14 +102,48 @@ def test_helpers_that_parse(client: openai.OpenAI) -> None:
     assert isinstance(call.function.parsed_arguments, City)
 
 
+def test_responses(client: openai.OpenAI) -> None:
+    """What this client's users are told to use now: streams, a tool round trip, a typed answer."""
+    common: dict[str, Any] = {"model": "base", "temperature": 0}
+    question = "Write a Python function `add(a, b)`."
+    whole = client.responses.create(input=question, max_output_tokens=24, **common)
+    events = list(client.responses.create(input=question, max_output_tokens=24, stream=True, **common))
+    streamed = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert streamed == whole.output_text != ""
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    tool: Any = {"type": "function", "name": "weather", "parameters": CITY, "strict": True}
+    history: Any = [{"role": "user", "content": question}]
+    asked: dict[str, Any] = {"tools": [tool], "max_output_tokens": 100, **common}
+    called = client.responses.create(input=history, tool_choice="required", parallel_tool_calls=False, **asked)
+    (call,) = called.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), CITY)
+    history += [*called.output, {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    after = client.responses.create(input=history, **asked)
+    assert after.status in ("completed", "incomplete")
+    parsed = client.responses.parse(input=question, text_format=City, max_output_tokens=100, **common)
+    assert isinstance(parsed.output_parsed, City)
+    with client.responses.stream(input=question, text_format=City, max_output_tokens=100, **common) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_response()
+    assert {"response.output_text.delta", "response.output_item.done", "response.completed"} <= kinds
+    assert final.output_parsed == parsed.output_parsed
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(input="go on", previous_response_id=whole.id, **common)
+    assert refused.value.param == "previous_response_id"
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(4000)
 def test_the_version_before(base_url: str, results: dict[str, Any], tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), "openai>=2,<3"]
-    subprocess.run(install, check=True, timeout=110)
+    subprocess.run(install, check=True, timeout=INSTALL_TIMEOUT_S)
     script = Path(openai_script.__file__)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(script), base_url]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
     older = json.loads(ended.stdout)
     assert older.pop("version").startswith("2.")

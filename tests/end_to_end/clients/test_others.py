@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
 from tests.end_to_end.clients.openai_script import CITY
 
 QUESTION = "Write a Python function `add(a, b)`."
@@ -93,6 +94,19 @@ const longer = { ...common, max_tokens: 100 };
 const called = await client.chat.completions.create({ messages, tools, tool_choice, ...longer });
 const response_format = { type: "json_schema", json_schema: { name: "city", schema, strict: true } };
 const form = await client.chat.completions.create({ messages, response_format, ...longer });
+const runner = client.chat.completions.runTools({ messages, tool_choice, ...longer, tools: [{ type: "function",
+  function: { name: "weather", description: "tells", parameters: schema, parse: JSON.parse,
+    function: () => "sunny" } }] });
+const ran = await runner.finalFunctionToolCallResult();
+const history = [...messages, called.choices[0].message,
+  { role: "tool", tool_call_id: called.choices[0].message.tool_calls[0].id, content: "sunny" }];
+const after = await client.chat.completions.create({ messages: history, tools, ...common });
+const parsed = await client.chat.completions.parse({ messages, response_format, ...longer });
+const asked = { model, input: messages, temperature: 0, max_output_tokens: 24 };
+const response = await client.responses.create(asked);
+let responded = "";
+for await (const event of await client.responses.create({ ...asked, stream: true }))
+  if (event.type === "response.output_text.delta") responded += event.delta;
 let error = null;
 try {
   await client.chat.completions.create({ messages, ...common, top_p: 7 });
@@ -107,21 +121,26 @@ console.log(JSON.stringify({
   usage: [usage, chat.usage],
   call: called.choices[0].message.tool_calls[0].function,
   json: form.choices[0].message.content,
+  ran,
+  after: after.choices[0].finish_reason,
+  parsed: parsed.choices[0].message.parsed,
+  responses: [response.output_text, responded],
   error,
 }));
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4000)
 @pytest.mark.skipif(shutil.which("npm") is None, reason="there is no npm here")
 def test_npms_openai(base_url: str, tmp_path: Path) -> None:
     script = tmp_path / "script.mjs"
     script.write_text(_NODE_SCRIPT % {"question": json.dumps(QUESTION), "schema": json.dumps(CITY)})
     (tmp_path / "package.json").write_text('{"type": "module"}')
     install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "openai"]
-    subprocess.run(install, cwd=tmp_path, check=True, timeout=100)
+    subprocess.run(install, cwd=tmp_path, check=True, timeout=INSTALL_TIMEOUT_S)
     command = ["node", str(script), base_url]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
     results = json.loads(ended.stdout)
     assert results["completion"]
@@ -131,4 +150,8 @@ def test_npms_openai(base_url: str, tmp_path: Path) -> None:
     assert results["call"]["name"] == "weather"
     jsonschema.validate(json.loads(results["call"]["arguments"]), CITY)
     jsonschema.validate(json.loads(results["json"]), CITY)
+    jsonschema.validate(results["parsed"], CITY)
+    assert results["ran"] == "sunny"
+    assert results["after"] in ("stop", "length", "tool_calls")
+    assert results["responses"][0] == results["responses"][1] != ""
     assert results["error"] == ["BadRequestError", 400, "invalid_value", "top_p"]

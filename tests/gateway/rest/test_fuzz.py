@@ -103,6 +103,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "x", "return_token_strs": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
+# On a busy machine; one that never comes is a slot that is lost.
+REPLY_TIMEOUT_S = 100.0
 SURFACES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 HEADERS: list[dict[str, str]] = [
     {"content-type": "application/json"},
@@ -203,7 +205,10 @@ async def check_mutations(rest: Rest, num_requests: int, seed: int, surface: str
 
     async def send(path: str, body: bytes, headers: dict[str, str]) -> None:
         async with places:
-            response = await rest.http.post(path, content=body, headers=headers)
+            try:
+                response = await rest.http.post(path, content=body, headers=headers, timeout=REPLY_TIMEOUT_S)
+            except httpx.ReadTimeout:
+                pytest.fail(f"no reply to {path}: {body[:500]!r}")
         assert response.status_code < 500, (path, body[:500], response.text)
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
 

@@ -28,7 +28,9 @@ async def run(base_url: str) -> dict[str, Any]:
         async with agent.run_stream("Write `add(a, b)`.") as stream:
             streamed = await stream.get_output()
         answer = await Agent(model, output_type=City, model_settings=settings).run("weather?")
-        told[kind.__name__] = {"texts": [whole, streamed], "typed": answer.output.model_dump()}
+        # A typed answer is a call, which is told to be done: both go back with the next question.
+        after = await agent.run("And now?", message_history=answer.all_messages())
+        told[kind.__name__] = {"texts": [whole, streamed], "typed": answer.output.model_dump(), "after": after.output}
     return told
 
 
