@@ -54,6 +54,7 @@ llama.cpp's prompt cache is switched off by the request; switch off that of anot
 llama.cpp's three ways on the bundled pair; its converter must be told to take the bundled tokenizer for GPT-2's, which
 changes nothing here, as prompts are token ids. For the bench pair: `make bench-pair`, `.bench/base` in place of
 `models/base`, `--pair bench`. For bfloat16: `python -m models.recipe widen --dtype bfloat16` and `--outtype bf16`.
+For the real pair both read one file: `llama-server -m "$(easyspec fetch smollm2)"`, `--pair smollm2`.
 
 ```sh
 python convert_hf_to_gguf.py models/base --outtype f32 --outfile base.gguf
