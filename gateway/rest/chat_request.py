@@ -19,7 +19,8 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOLS = 1024
 
-_PartKind = Literal["text", "refusal"]
+_PartKind = Literal["text", "refusal", "input_text", "output_text", "thinking", "reasoning", "redacted_thinking"]
+_THOUGHTS = frozenset({"thinking", "reasoning", "redacted_thinking"})
 
 
 class TextPart(RestModel):
@@ -28,17 +29,32 @@ class TextPart(RestModel):
     type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     refusal: Text | None = Field(None, description="Of a part of type refusal.")
+    thinking: Text | None = Field(None, description="Of a part of type thinking.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
+    annotations: Any = Field(None, description="Accepted; has no effect.")
+    logprobs: Any = Field(None, description="Accepted; has no effect.")
+    signature: Any = Field(None, description="Accepted; has no effect.")
+    data: Any = Field(None, description="Accepted; has no effect.")
 
     @model_validator(mode="after")
     def _has_text(self) -> TextPart:
-        if getattr(self, self.type) is None:
+        if not self.is_thought and self._own is None:
             raise PydanticCustomError("missing", "the text of the part is required")
         return self
 
     @property
+    def is_thought(self) -> bool:
+        return self.type in _THOUGHTS
+
+    @property
+    def _own(self) -> str | None:
+        if self.type == "refusal":
+            return self.refusal
+        return self.thinking if self.is_thought and self.thinking is not None else self.text
+
+    @property
     def shown(self) -> str:
-        return (self.text if self.type == "text" else self.refusal) or ""
+        return self._own or ""
 
 
 class CalledFunction(RestModel):
@@ -89,18 +105,19 @@ class Message(RestModel):
     function_call: Unsupported = None
 
     def turn(self, where: str) -> ChatTurn:
-        if self.content is None and self.role in ("system", "developer", "user"):
+        if "content" not in self.model_fields_set and self.role in ("system", "developer", "user"):
             raise InvalidRequestError(f"{where}.content", None, "text, or parts of type text")
         if self.role == "tool" and not self.tool_call_id:
             raise InvalidRequestError(f"{where}.tool_call_id", None, "the id of the call that is answered")
         is_assistant = self.role == "assistant"
         parts = self.content or (self.refusal if is_assistant else None) or ""
-        text = parts if isinstance(parts, str) else "\n".join(part.shown for part in parts)
+        text = parts if isinstance(parts, str) else "\n".join(part.shown for part in parts if not part.is_thought)
+        thoughts = [] if isinstance(parts, str) else [part.shown for part in parts if part.is_thought]
         calls = tuple(
             ToolCall(call.id or "", call.function.name, call.function.written_arguments)
             for call in self.tool_calls or ()
         )
-        reasoning = (self.reasoning_content or self.reasoning or "") if is_assistant else ""
+        reasoning = (self.reasoning_content or self.reasoning or "\n".join(thoughts)) if is_assistant else ""
         return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "", reasoning)
 
 
@@ -149,7 +166,7 @@ class ConversationFields(RestModel):
     """A conversation and how it is rendered; shared with `/tokenize`."""
 
     messages: ListOf[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: ListOf[ChatTool] | None = Field(None, min_length=1, max_length=MAX_TOOLS)
+    tools: ListOf[ChatTool] | None = Field(None, max_length=MAX_TOOLS)
     add_generation_prompt: Boolean | None = Field(None, description="False: do not begin the assistant's turn.")
     continue_final_message: Boolean | None = Field(None, description="Go on with the last message, an assistant's.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
@@ -184,8 +201,10 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
     modalities: ListOf[Literal["text"]] | None = Field(None, description="Only text.")
-    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
-    store: Literal[False] | None = Field(None, description="Only false: nothing is stored.")
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
+        None, description="There is one tier."
+    )
+    store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
     prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
     prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
     safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
@@ -200,7 +219,7 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs", self.top_logprobs, "only together with logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -229,7 +248,7 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
         """The conversation, with the choice of tools."""
         choice = self.tool_choice
         is_named = isinstance(choice, NamedToolChoice)
-        if self.tools is None and (is_named or choice == "required"):
+        if not self.tools and (is_named or choice == "required"):
             raise InvalidRequestError("tool_choice", "set", "only together with tools")
         return self.conversation(
             ToolMode.NAMED if is_named else ToolMode(choice or "auto"),

@@ -42,6 +42,10 @@ class StreamOptions(RestModel):
     continuous_usage_stats: Boolean | None = Field(None, description="The usage so far in every chunk.")
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
 
+    @property
+    def asks_for_something(self) -> bool:
+        return bool(self.include_usage or self.continuous_usage_stats)
+
 
 class PromptLogprobsFields(RestModel):
     """What vLLM's clients ask about the prompt."""
@@ -141,9 +145,9 @@ class GenerationFields(StructuredFields):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """An empty text asks for nothing."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return tuple(text for text in texts if text)
 
     def logprob_tracks(self, tokenizer: Tokenizer, num_choices: int) -> list[LogprobTrack]:
         """One for each choice."""
@@ -152,7 +156,7 @@ class GenerationFields(StructuredFields):
 
     def check_stream_options(self) -> None:
         """Raise InvalidRequestError if they are set for an answer that is not streamed."""
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.asks_for_something and not self.stream:
             raise InvalidRequestError("stream_options", "set", "only together with stream")
 
     def generation(

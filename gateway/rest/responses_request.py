@@ -119,7 +119,9 @@ class ResponsesRequest(GenerationFields):
     top_logprobs: Integer | None = Field(None, description="This many of the likeliest at each token, 0 to 20.")
     store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="Accepted; nothing is ever cut.")
-    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
+        None, description="There is one tier."
+    )
     prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
     prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
     safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")

@@ -52,6 +52,19 @@ async def test_arguments_of_every_kind(tool_rest: Rest, tokenizer: Tokenizer, ar
         {"role": "assistant", "content": "sunny", "tool_calls": [], "audio": None, "function_call": None, "id": "m1"},
         {"role": "assistant", "content": [{"type": "text", "text": "sunny", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "sunny"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "sunny", "annotations": [], "logprobs": []}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "x", "signature": "y"}, {"type": "text", "text": "sunny"}],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "redacted_thinking", "data": "y"},
+                {"type": "reasoning", "text": "x"},
+                {"type": "text", "text": "sunny"},
+            ],
+        },
         {"role": "assistant", "content": None, "refusal": "sunny"},
         {"role": "assistant", "content": "sunny", "provider_specific_fields": {"a": 1}, "thinking_blocks": [{}]},
     ],
@@ -61,7 +74,7 @@ async def test_an_answer_as_it_was_given(rest: Rest, tokenizer: Tokenizer, messa
     assert text == "[user] weather?\n[assistant] sunny\n[user] and?\n[assistant] "
 
 
-@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("content", ["", None, [], [{"type": "text", "text": ""}]])
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 async def test_empty_contents(rest: Rest, tokenizer: Tokenizer, role: str, content: Any) -> None:
     shown = "system" if role == "developer" else role
@@ -86,6 +99,10 @@ async def test_a_wrong_part_is_named(rest: Rest) -> None:
         {"bad_words": [], "functions": [], "prediction": None, "logits_processors": None},
         {"made_up": None, "another": False, "third": 0, "fourth": "", "fifth": {}, "sixth": 0.0},
         {"stream_options": None, "verbosity": "medium", "truncate_prompt_tokens": -1},
+        {"stream_options": {}, "stop": "", "top_logprobs": 0, "tools": [], "tool_choice": "auto"},
+        {"stream_options": {"include_usage": False}, "stop": [""], "store": True, "service_tier": "flex"},
+        {"cache_prompt": True, "repeat_penalty": 1.0, "repeat_last_n": 64, "function_call": "auto"},
+        {"thinking": {"type": "disabled"}, "reasoning": {"effort": "none"}, "usage": {"include": True}},
     ],
 )
 async def test_what_asks_for_nothing_is_taken(rest: Rest, fields: dict[str, Any]) -> None:
@@ -100,6 +117,10 @@ async def test_what_asks_for_nothing_is_taken(rest: Rest, fields: dict[str, Any]
         ({"made_up": True}, "made_up"),
         ({"best_of": 2}, "best_of"),
         ({"best_of": True}, "best_of"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"thinking": {"type": "enabled"}}, "thinking"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"length_penalty": 2.0}, "length_penalty"),
         ({"spaces_between_special_tokens": 1}, "spaces_between_special_tokens"),

@@ -192,7 +192,6 @@ async def test_a_forced_call_is_put_under_a_grammar(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": []}, "tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [TOOLS[1], TOOLS[1]]}, "tools[1].name"),
@@ -201,7 +200,6 @@ async def test_a_forced_call_is_put_under_a_grammar(
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ],
 )
 async def test_what_is_not_allowed_is_named(tool_rest: Rest, fields: dict[str, Any], param: str) -> None:
