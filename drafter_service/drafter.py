@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # a drafter without a model has no torch
     from drafter_service.model.drafting import ModelDrafting
     from drafter_service.model.state import ModelState
 
+_EVICTED = "KV memory is full: this session's slots were taken back for older ones"
+
 
 class Drafter:
     """Steps over batches: sessions draft together, each joining when its verdict has come."""
@@ -113,10 +115,9 @@ class Drafter:
         task = session.task
         assert task is not None, "it has just come"
         task.begun_ns = started_ns
-        calibration = task.calibration
-        budget = calibration.budget
+        budget = task.calibration.budget
         budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
-        round_ = self._rounds.begin(session, len(calibration.token_ids), budget, len(self._sessions))
+        round_ = self._rounds.begin(session, len(task.calibration.token_ids), budget, len(self._sessions))
         if self._model is not None and session.model is not None and round_.has_model:
             self._begin_model(self._model, session, session.model, budget)
         elif session.model is not None:
@@ -129,21 +130,21 @@ class Drafter:
             self._ahead.take_up(state, said, budget)
 
     def _step_model(self) -> None:
-        """A step of the draft model; sessions whose slots went to older ones are over."""
+        """A step of the draft model. Sessions whose slots went to older ones are over: they learn so at once, or when
+        they ask for the next tree."""
         if self._model is None:
             return
         by_state = {id(session.model): session for session in self._sessions.values() if session.model is not None}
         for state in self._model.step([s.model for s in by_state.values() if s.model is not None]):
-            # It learns so at once, or when it asks for the next tree.
             session = by_state[id(state)]
             session.model = None
-            self._break(session, _evicted())
+            self._break(session, CapacityError(_EVICTED))
             self._evicted.add(session.session_id)
 
     def _go_ahead(self) -> bool:
         """One pass of what sessions draft ahead, as none waits for the device; whether it computed anything."""
-        states = [session.model for session in self._sessions.values() if session.model is not None]
-        return self._ahead is not None and self._ahead.step(states)
+        states = (session.model for session in self._sessions.values())
+        return self._ahead is not None and self._ahead.step([state for state in states if state is not None])
 
     def _answer(self, session: Session) -> int:
         """Answer the session's task with its tree; returns the rows of the round."""
@@ -262,7 +263,7 @@ class Drafter:
         calibration = task.calibration
         session = self._sessions.get(task.session_id)
         if task.session_id in self._evicted:
-            raise _evicted()
+            raise CapacityError(_EVICTED)
         if session is None:
             raise InvalidRequestError("session", task.session_id, "an open session")
         if session.task is not None or calibration.base_length != len(session.token_ids):
@@ -297,7 +298,3 @@ class Drafter:
     def _max_level(self, session: Session) -> int:
         """Deepest level whose expanded nodes still have a position in the draft model's context."""
         return self.max_model_len - len(session.token_ids) + 1
-
-
-def _evicted() -> CapacityError:
-    return CapacityError("KV memory is full: this session's slots were taken back for older ones")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from drafter_service.model.growth import Candidates, LevelTree
@@ -19,7 +19,7 @@ _LEAST_PROBABILITY = 0.02
 
 @dataclass(eq=False)
 class Guess:
-    """A verdict that may come: `num_accepted` tokens of the path and a bonus token; `state` stands behind it.
+    """A verdict that may come: tokens of a path of the tree, and a bonus token; `state` stands behind it.
 
     Once `is_read`, the bonus token has a slot of its own, and the tree its first level.
     """
@@ -41,16 +41,14 @@ class Guess:
 
 @dataclass(eq=False)
 class Ahead:
-    """`path` are rows of the tree that was sent; the trunk has their tokens behind the committed ones, in `path_slots`.
-
-    Once `is_read`, K and V of the path are exact, and there are guesses.
+    """`slots` are those of rows of the tree that was sent, parents first, which the trunk has behind the committed
+    tokens. Once `is_read`, their K and V are exact, and there are guesses.
     """
 
     memory: KvMemory
     sent: ScoredTree
     budget: TreeBudget
-    path: tuple[int, ...]
-    path_slots: list[int]
+    slots: dict[int, int]
     trunk: ModelState
     guesses: list[Guess] = field(default_factory=list)
     is_read: bool = False
@@ -65,25 +63,26 @@ class Ahead:
         """Guesses whose trees are not full."""
         return [guess for guess in self.guesses if guess.is_read and guess.state.growing.frontier]
 
-    def guess(self, state: ModelState, candidates: Sequence[Candidates], num_guesses: int) -> None:
-        """The path is read: `candidates` may come after its root and after each of its tokens. Guess the verdicts that
-        are likeliest: a part of the path, and then a token that the tree does not have there."""
+    def guess(self, state: ModelState, candidates: Mapping[int, Candidates], num_guesses: int) -> None:
+        """The tree is read: `candidates` may come after each row. Guess the verdicts that are likeliest: a path down to
+        a row, and then a token that the tree does not have there."""
         self.is_read = True
         ranked: list[tuple[float, int, int]] = []
-        for num_accepted, (row, after) in enumerate(zip((0, *self.path), candidates, strict=True)):
+        for row, after in candidates.items():
             reach = self.sent.log_values[row - 1] if row else 0.0
             known = self.sent.tree.children[row]
             log_probabilities = after.log_probabilities(state.sharpness.value)
             for token_id, log_probability in zip(after.token_ids, log_probabilities, strict=True):
                 value = math.exp(reach + log_probability)
                 if token_id not in known and value >= _LEAST_PROBABILITY:
-                    ranked.append((-value, num_accepted, token_id))
-        tokens = [self.sent.tree.token_ids[row - 1] for row in self.path]
-        for _, num_accepted, token_id in sorted(ranked)[:num_guesses]:
-            branch = state.branch([*tokens[:num_accepted], token_id], self.path_slots[:num_accepted])
+                    ranked.append((-value, row, token_id))
+        for _, row, token_id in sorted(ranked)[:num_guesses]:
+            path = self.sent.tree.path_rows(row)
+            tokens = [self.sent.tree.token_ids[above - 1] for above in path]
+            branch = state.branch([*tokens, token_id], [self.slots[above] for above in path])
             branch.tree = LevelTree(self.budget, state.sharpness, state.least_gain)
             branch.drafting = Drafting()
-            self.guesses.append(Guess(num_accepted, branch))
+            self.guesses.append(Guess(len(path), branch))
 
     def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> bool:
         """Move what has come true into the session, and free the rest; True if the verdict `said` was guessed."""
@@ -91,10 +90,8 @@ class Ahead:
         hit = next((guess for guess in self.guesses if guess.is_read and guess.said == [*said]), None)
         hit = hit if is_alike else None
         if self.is_read:
-            steps = follow(self.sent.tree, said[:-1])
-            num_accepted = sum(child in self.path for _, _, child in steps)
-            state.slots.append(self.path_slots[:num_accepted])
-            self.path_slots = self.path_slots[num_accepted:]
+            accepted = [child for _, _, child in follow(self.sent.tree, said[:-1])]
+            state.slots.append([self.slots.pop(row) for row in accepted if row in self.slots])
         if hit is not None:
             state.slots.append(hit.bonus_slot)
             state.tree, state.tree_slots, state.drafting = hit.state.tree, hit.state.tree_slots, hit.state.taken_over()
@@ -108,18 +105,11 @@ class Ahead:
         for guess in self.guesses:
             self.memory.free(guess.bonus_slot)
             guess.state.drop_tree()
-        self.memory.free(self.path_slots)
-        self.guesses, self.path_slots = [], []
+        self.memory.free([*self.slots.values()])
+        self.guesses, self.slots = [], {}
 
 
-def likeliest_path(sent: ScoredTree) -> tuple[int, ...]:
-    """Rows from the root's child down, the most valuable child each time."""
-    best: dict[int, int] = {}
-    for row, parent_row in enumerate(sent.tree.parent_rows, start=1):
-        known = best.get(parent_row)
-        if known is None or sent.log_values[row - 1] > sent.log_values[known - 1]:
-            best[parent_row] = row
-    path = [0]
-    while path[-1] in best:
-        path.append(best[path[-1]])
-    return tuple(path[1:])
+def likeliest_rows(sent: ScoredTree, most_rows: int) -> list[int]:
+    """The most valuable rows, parents first: a child is never worth more than its parent."""
+    order = sorted(range(1, len(sent.tree) + 1), key=lambda row: (-sent.log_values[row - 1], row))
+    return sorted(order[:most_rows])

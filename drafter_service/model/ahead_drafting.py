@@ -1,9 +1,9 @@
 """Drafting ahead: the next tree, begun while the last one is being verified.
 
-The likeliest verdict is a path of the tree and then a token that the tree does not have. So the likeliest path is read
-exactly, as a calibration would read it, which says what may come after each of its tokens; the likeliest pairs of
-(accepted part of the path, bonus token) are guesses at the verdict, each the root of a tree that grows beside the
-others', as rows of one pass. If the verdict is among them, its tree is the session's, as far as it has grown; else
+A verdict is a path of the tree and then a token that the tree does not have there. So the likeliest rows of the tree
+are read exactly, as a calibration would read them, which says what may come after each; the likeliest pairs of (path,
+bonus token) are guesses at the verdict, each the root of a tree that grows beside the others', as rows of one pass.
+If the verdict is among them, its tree is the session's, as far as it has grown; else
 what was read of the accepted tokens is kept, and the session drafts as ever. As the noise of the verifier's choice is
 known here, the bonus token can be guessed as well as any other. A wrong guess cannot change the output.
 """
@@ -15,13 +15,18 @@ from collections.abc import Sequence
 
 import torch
 
-from drafter_service.model.ahead import Ahead, Guess, likeliest_path
+from drafter_service.model.ahead import Ahead, Guess, likeliest_rows
 from drafter_service.model.drafting import ModelDrafting
+from drafter_service.model.growth import LevelTree
 from drafter_service.model.ranking import rank_allowed, rank_level
 from drafter_service.model.state import ModelState
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import ScoredTree
+
+# Rows of the tree that are read: verdicts that end elsewhere are not guessed. A pass of so many rows takes little more
+# time than one of a few.
+_MOST_ROWS = 8
 
 
 class AheadDrafting:
@@ -43,13 +48,17 @@ class AheadDrafting:
         is_plain = is_plain and self._decoder.config.pard_token is None
         if not is_plain or state.slots.num_cached != state.num_exact:
             return
-        path = likeliest_path(sent)
+        rows = likeliest_rows(sent, _MOST_ROWS)
+        deepest = max((sent.tree.row_depths[row] for row in rows), default=0)
         num_left = request.max_length - len(state.token_ids) - budget.num_levels - 1
-        if len(path) > num_left or not self._has_room(len(path)):
+        if deepest > num_left or not self._has_room(len(rows)):
             return
-        tokens = [sent.tree.token_ids[row - 1] for row in path]
-        slots = self._memory.allocate(len(path))
-        state.ahead = Ahead(self._memory, sent, budget, path, slots, state.branch(tokens, slots))
+        slots = dict(zip(rows, self._memory.allocate(len(rows)), strict=True))
+        trunk = state.branch((), ())
+        trunk.tree, trunk.tree_slots = LevelTree(budget, state.sharpness), slots
+        for node, token_id in enumerate(sent.tree.token_ids):
+            trunk.tree.add(sent.tree.parent_rows[node], token_id, sent.log_values[node])
+        state.ahead = Ahead(self._memory, sent, budget, slots, trunk)
 
     def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> None:
         """The verdict has come, and the session has begun its next tree: keep what came true."""
@@ -65,7 +74,7 @@ class AheadDrafting:
         with torch.inference_mode():
             for state, ahead in going:
                 if not ahead.is_read:
-                    self._read_path(state, ahead)
+                    self._read_tree(state, ahead)
                     return True
             unread = [guess for _, ahead in going for guess in ahead.unread]
             if unread and self._has_room(len(unread)):
@@ -73,16 +82,19 @@ class AheadDrafting:
                 return True
             return self._grow([guess for _, ahead in going for guess in ahead.growing])
 
-    def _read_path(self, state: ModelState, ahead: Ahead) -> None:
-        candidates = [state.growing.expanded[0]]
-        if ahead.path:
-            layout = lay_out([ahead.trunk.chain_segment(ahead.path_slots)])
-            num_rows, first = len(ahead.path), len(state.token_ids) + 1
-            result = self._decoder.forward(layout, self._memory.pool, self._decoder.sequential_plan, range(num_rows))
+    def _read_tree(self, state: ModelState, ahead: Ahead) -> None:
+        """An exact pass over the likeliest rows of the tree that was sent, which gives guesses at the verdict."""
+        candidates = {0: state.growing.expanded[0]}
+        rows = [*ahead.slots]
+        if rows:
+            layout = lay_out([ahead.trunk.node_segment(rows)])
+            plan = self._decoder.sequential_plan
+            result = self._decoder.forward(layout, self._memory.pool, plan, range(len(rows)))
             logits = result.logits if state.bridge is None else state.bridge.masked(result.logits)
-            samplings = [state.request.sampling] * num_rows
-            positions = range(first, first + num_rows)
-            candidates += rank_allowed(self._decoder.executor, logits, positions, samplings, [None] * num_rows)
+            samplings = [state.request.sampling] * len(rows)
+            positions = [len(state.token_ids) + ahead.sent.tree.row_depths[row] for row in rows]
+            ranked = rank_allowed(self._decoder.executor, logits, positions, samplings, [None] * len(rows))
+            candidates |= dict(zip(rows, ranked, strict=True))
         ahead.guess(state, candidates, self._num_guesses)
 
     def _read_bonus_tokens(self, guesses: Sequence[Guess]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from drafter_service.model.ahead import Ahead, likeliest_path
+from drafter_service.model.ahead import Ahead, likeliest_rows
 from drafter_service.tasks import DraftTask
 from drafter_service.worth import Trial
 from easyspec.speculation.messages import Draft
@@ -153,7 +153,9 @@ def test_a_fault_frees_what_was_drafted_ahead(ahead: CoreDriver) -> None:
     ahead.close(session_id)
 
 
-def test_the_likeliest_path_takes_the_best_child_each_time() -> None:
+def test_the_likeliest_rows_come_with_their_parents() -> None:
     tree = TokenTree((5, 6, 7, 8, 9), (0, 0, 2, 2, 4))
-    assert likeliest_path(ScoredTree(tree, (-1.0, -0.5, -2.0, -0.9, -1.5))) == (2, 4, 5)
-    assert likeliest_path(ScoredTree(TokenTree(), ())) == ()
+    sent = ScoredTree(tree, (-1.0, -0.5, -2.0, -0.9, -1.5))
+    assert likeliest_rows(sent, 3) == [1, 2, 4]
+    assert likeliest_rows(sent, 9) == [1, 2, 3, 4, 5]
+    assert likeliest_rows(ScoredTree(TokenTree(), ()), 4) == []
