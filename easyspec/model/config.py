@@ -12,7 +12,6 @@ from typing import Any
 
 import structlog
 import torch
-from transformers import AutoConfig
 
 from easyspec.checkpoint.generation import end_token_ids
 from easyspec.checkpoint.gguf_header import read_header
@@ -139,6 +138,8 @@ def _read_hf_config(folder: Path) -> Any:
         raise ConfigurationError(
             f"model_type is {model_type!r} in {folder}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    from transformers import AutoConfig  # for folders alone: it takes seconds
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # a wrong value raises whatever transformers first trips over

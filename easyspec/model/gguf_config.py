@@ -7,10 +7,8 @@ none of the supported families computes is handed on under its Hugging Face name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
-
-from transformers import AutoConfig
 
 from easyspec.checkpoint.gguf_header import GgufHeader
 from easyspec.errors import ConfigurationError
@@ -21,6 +19,15 @@ from easyspec.model.gguf_families import family_of, read_floats
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Our own key; other readers of the format ignore it, and have rows of the head that were not trained.
 DRAFT_VOCABULARY = "easyspec.draft_vocabulary"
+# Of families whose files say everything else. Qwen's windows are switched off unless a field says otherwise, which no
+# file has.
+_PLAIN_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": {"hidden_act": "silu"},
+        "qwen2": {"hidden_act": "silu", "sliding_window": None},
+        "qwen3": {"hidden_act": "silu", "sliding_window": None},
+    }
+)
 _HANDED_ON: Mapping[str, str] = MappingProxyType(
     {
         "attention.sliding_window": "sliding_window",
@@ -68,13 +75,22 @@ def config_of(header: GgufHeader) -> Any:
         **_handed_on(header, head_dim),
         **family.fields(header, head_dim),
     }
-    try:
-        config = AutoConfig.for_model(family.model_type, **fields)
-    except Exception as error:  # a wrong value raises whatever transformers first trips over
-        raise ConfigurationError(f"no usable metadata in {header.path}: {error}") from error
+    config = _configuration(header, family.model_type, fields)
     if _FREQUENCIES in header.tensors:
         config.rope_parameters["frequency_factors"] = _frequency_factors(header, head_dim)
     return config
+
+
+def _configuration(header: GgufHeader, model_type: str, fields: dict[str, Any]) -> Any:
+    """transformers' configuration, which takes seconds to import, or for the plainest families what it would say."""
+    if model_type in _PLAIN_DEFAULTS and fields["rope_parameters"]["rope_type"] == "default":
+        return SimpleNamespace(model_type=model_type, **{**fields, **_PLAIN_DEFAULTS[model_type]})
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # a wrong value raises whatever transformers first trips over
+        raise ConfigurationError(f"no usable metadata in {header.path}: {error}") from error
 
 
 def _count(header: GgufHeader, key: str) -> int:

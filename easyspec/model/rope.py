@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
@@ -47,6 +46,8 @@ def _frequencies(config: ModelConfig, spec: RotarySpec, parameters: Mapping[str,
     if rope_type == "default":
         exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
         return 1.0 / base**exponents, 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # for these alone: it takes seconds
+
     options: dict[str, Any] = {} if spec.layer_type is None else {"layer_type": spec.layer_type}
     if rope_type == "longrope":
         options["seq_len"] = config.max_model_len

@@ -141,7 +141,7 @@ def test_scaled_positions_are_read(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ({"general.architecture": "mamba"}, r"general.architecture is 'mamba' in .*; supported: llama, qwen2, qwen3"),
-        ({"{arch}.expert_count": 8}, "num_local_experts is 8"),
+        ({"{arch}.expert_count": 8}, "no usable metadata in .*num_experts_per_tok"),
         ({"{arch}.rope.dimension_count": 8}, "partial_rotary_factor is 0.5"),
         ({"{arch}.attention.value_length": 8}, "heads of different sizes"),
         ({"{arch}.embedding_scale": 12.0}, "embedding_multiplier is 12.0"),
