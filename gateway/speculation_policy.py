@@ -20,8 +20,10 @@ _HOPELESS_SHARE = 0.6
 _FIRST_REST_ROUNDS, _MAX_REST_ROUNDS = 64, 1024
 # Rounds that a request drafts for after a rest before it is judged again.
 _RETRY_ROUNDS = 2
-# Share of the levels accepted above which a request gets deeper trees.
-_EAGER_SHARE = 0.85
+# So many rounds in a row whose levels are all accepted get a request the next larger trees; one that accepts less than
+# this share of its levels takes them away again.
+_PERFECT_ROUNDS = 3
+_POOR_SHARE = 0.5
 # Plain rounds are asked for ahead, up to so many and as many as fit so long a time, after which the policy may change.
 _MAX_PLAIN_ROUNDS, _PLAIN_ROUNDS_S = 16, 0.1
 # Of what a round takes besides draft and verdict, this much and as long as these counts.
@@ -32,8 +34,8 @@ class SpeculationPolicy:
     """Chooses the next tree of a request and learns from every round; see `gateway.decode_loop.BudgetPolicy`.
 
     The whole process's choice is refined by the request's own acceptance: one whose guesses are hopeless stops
-    drafting and tries again now and then; one whose guesses are all accepted gets deeper trees. `budget` None follows
-    the gateway's arms up to their own size.
+    drafting and tries again now and then; one whose guesses are all accepted gets larger trees, step by step.
+    `budget` None follows the gateway's arms up to their own size.
     """
 
     def __init__(self, controller: SpeculationController, budget: TreeBudget | None) -> None:
@@ -45,7 +47,8 @@ class SpeculationPolicy:
         self._asked: TreeBudget | None = None
         self._is_first = True
         self._accepted = 0.0
-        self._accepted_share = 0.0
+        self._num_perfect = 0
+        self._num_steps = 0  # up from the process's choice
         self._num_drafted = 0
         self._rest_left = 0
         self._rest_rounds = _FIRST_REST_ROUNDS
@@ -90,9 +93,14 @@ class SpeculationPolicy:
             self._rest_left, self._rest_rounds = self._rest_rounds, min(2 * self._rest_rounds, _MAX_REST_ROUNDS)
             self._num_drafted = _MIN_DRAFTED_ROUNDS - _RETRY_ROUNDS
             return None
-        is_eager = self._num_drafted >= _MIN_DRAFTED_ROUNDS and self._accepted_share > _EAGER_SHARE
-        is_full = arm is self._controller.arms[-1]
-        return within(deepened(arm.budget) if is_eager and is_full else arm.budget, self._cap)
+        return within(self._larger(arm), self._cap)
+
+    def _larger(self, arm: Arm) -> TreeBudget:
+        """The size that this request has earned from `arm` on."""
+        arms = self._controller.arms
+        sizes = [larger.budget for larger in arms[arms.index(arm) :] if larger.budget is not None]
+        self._num_steps = min(self._num_steps, len(sizes))
+        return [*sizes, deepened(sizes[-1])][self._num_steps]
 
     def _is_hopeless(self) -> bool:
         if self._num_drafted < _MIN_DRAFTED_ROUNDS:
@@ -105,7 +113,12 @@ class SpeculationPolicy:
         rate = max(_RATE, 1 / (self._num_drafted + 1))
         self._num_drafted += 1
         self._accepted += rate * (accepted - self._accepted)
-        self._accepted_share += rate * (accepted / levels - self._accepted_share)
+        self._num_perfect = self._num_perfect + 1 if accepted == levels else 0
+        if self._num_perfect == _PERFECT_ROUNDS:
+            self._num_perfect = 0
+            self._num_steps += 1
+        elif accepted < _POOR_SHARE * levels:
+            self._num_steps = max(0, self._num_steps - 1)
 
     def _followed(self, round_: Round) -> Arm | None:
         """The arm whose sample this round is: a refined round is part of following the arm, one whose session at the

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from easyspec.speculation.messages import Verdict, VerifyTimings
 from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.token_tree import TokenTree
+from gateway.decode_loop import Round, TimedDraft, TimedVerdict
 from gateway.speculation_arms import OFF, Arm, arms_within, deepened, within
 from gateway.speculation_controller import SpeculationController
 from gateway.speculation_estimates import AcceptanceCurve, CostCurve, Throughput
@@ -208,6 +211,27 @@ def test_a_request_that_leaves_is_no_load_any_more() -> None:
         request.policy.leave()
         request.policy.leave()  # harmless
     assert running.controller.state().num_running == 0
+
+
+def drafted_round(num_levels: int, num_accepted: int) -> Round:
+    tree = TokenTree(tuple(range(num_levels)), tuple(range(num_levels)))
+    verdict = Verdict(1, (1,) * (num_accepted + 1), tuple(range(1, num_accepted + 1)))
+    return Round(TimedDraft(tree, elapsed_ns=1), TimedVerdict(verdict, VerifyTimings(0, 0, 1, 1), 1))
+
+
+def test_a_request_whose_guesses_are_all_right_gets_larger_trees_step_by_step() -> None:
+    controller = SpeculationController(BUDGET, lambda: 0.0)
+    policy = SpeculationPolicy(controller, None)
+    policy.learn(drafted_round(0, 0))  # the prompt
+    sizes = [arm.budget for arm in controller.arms if arm.budget is not None]
+    for size in [*sizes, deepened(BUDGET)]:
+        assert controller.arm is controller.arms[1]
+        for _ in range(3):
+            assert policy.next_budget() == size
+            policy.learn(drafted_round(size.num_levels, size.num_levels))
+    assert policy.next_budget() == deepened(BUDGET), "there is nothing above"
+    policy.learn(drafted_round(5, 1))
+    assert policy.next_budget() == sizes[-1]
 
 
 def test_requests_of_another_gateway_are_load_as_well() -> None:
