@@ -1,0 +1,109 @@
+"""The trained draft as a GGUF file: the base's metadata and tokenizer, fewer layers, and the tokens that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+from torch import Tensor
+
+from easyspec.checkpoint.gguf_header import read_header
+from easyspec.model.gguf_config import DRAFT_VOCABULARY
+from easyspec.ops.weights import GROUP_SIZE, QuantisedWeight, quantise
+from models.recipe.smollm2.settings import DraftSettings
+from models.recipe.smollm2.training import Draft
+
+FILE_NAME = "draft.gguf"
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_KINDS = {4: GGMLQuantizationType.Q4_1, 8: GGMLQuantizationType.Q8_0}
+
+
+def publish(draft: Draft, base: Path, settings: DraftSettings, folder: Path) -> Path:
+    """Write `folder`/draft.gguf, taking what is not trained from the base's GGUF file; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE_NAME
+    metadata = dict(read_header(base).metadata)
+    architecture = str(metadata.pop("general.architecture"))
+    metadata["general.name"] = f"Draft of {metadata['general.name']}"
+    metadata[f"{architecture}.block_count"] = len(settings.base_layers)
+    metadata[DRAFT_VOCABULARY] = draft.named.tolist()
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    config = draft.model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in draft.model.named_parameters():
+        values = _in_file_order(parameter.detach(), heads.get(name.split(".")[-2]))
+        if values.dim() == 1:
+            writer.add_tensor(_gguf_name(name), values.numpy())
+            continue
+        bits = settings.table_bits if name == "model.embed_tokens.weight" else settings.layer_bits
+        writer.add_tensor(_gguf_name(name), blocks_of(quantise(values, bits)), raw_dtype=_KINDS[bits])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def blocks_of(weight: QuantisedWeight) -> NDArray[np.uint8]:
+    """The weight as ggml's blocks, Q4_1 or Q8_0: uint8 [O, bytes of a row]. Its inputs are whole groups."""
+    codes = weight.codes.view(len(weight.codes), -1, GROUP_SIZE)  # [O, groups, 32]
+    parts = [_half_bytes(weight.scales)]
+    if weight.bits == 4:
+        assert weight.minima is not None, "4 bits are written with a minimum"
+        low, high = codes.chunk(2, dim=2)
+        parts += [_half_bytes(weight.minima), (low | high << 4).to(torch.uint8)]
+    else:
+        parts += [codes.view(torch.uint8)]
+    blocks: NDArray[np.uint8] = torch.cat(parts, dim=2).flatten(1).numpy()
+    return blocks
+
+
+def _half_bytes(values: Tensor) -> Tensor:
+    return values.half()[..., None].view(torch.uint8)  # [O, groups, 2]
+
+
+def _in_file_order(values: Tensor, num_heads: int | None) -> Tensor:
+    """llama.cpp turns neighbouring rows of queries and keys against each other, Hugging Face row i and i + D / 2."""
+    if num_heads is None:
+        return values
+    return values.view(num_heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+
+
+def _gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{_NAMES[stem]}.{kind}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_NAMES[part]}.{kind}"
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        writer.add_array(key, list(value))
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, str(value))
