@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -40,10 +41,11 @@ class TimedVerdict:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of the loop: the tree that was guessed and what the base model said to it."""
+    """One turn of the loop: the tree that was guessed and what the base model said to it, at `ended_ns`."""
 
     draft: TimedDraft
     answer: TimedVerdict
+    ended_ns: int = field(default_factory=time.monotonic_ns, compare=False)
 
 
 class VerifierSession(Protocol):

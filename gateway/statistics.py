@@ -80,9 +80,8 @@ class StatisticsRecorder:
 
     def record(self, round_: Round, num_accepted: int) -> RoundTimings:
         """Count a round that has just ended, of whose draft tokens `num_accepted` were emitted."""
-        now_ns = time.monotonic_ns()
-        round_ns, self._previous_ns = now_ns - self._previous_ns, now_ns
-        self._first_ns = self._first_ns or now_ns
+        round_ns, self._previous_ns = round_.ended_ns - self._previous_ns, round_.ended_ns
+        self._first_ns = self._first_ns or round_.ended_ns
         tree = round_.draft.tree
         self._num_rounds += 1
         self._num_draft_rounds += len(tree) > 0
