@@ -127,7 +127,7 @@ class SpeculationController:
 
     def __init__(self, budget: TreeBudget, clock: Callable[[], float] = time.monotonic) -> None:
         self.arms: Sequence[Arm] = arms_within(budget)
-        self.arm = self.arms[1]
+        self.arm = self.arms[-1]
         self.clock = clock
         self._busy_clock = BusyClock(clock)
         self._loads: dict[int, _Load] = {}

@@ -103,7 +103,9 @@ def verifier(base_folder: Path) -> Iterator[VerifierEngine]:
 
 @pytest.fixture(scope="session")
 def drafter(draft_folder: Path) -> Iterator[DrafterEngine]:
-    engine = DrafterEngine(DrafterSettings(model=str(draft_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+    engine = DrafterEngine(
+        DrafterSettings(model=str(draft_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS, ask="always")
+    )
     with started(engine):
         yield engine
 
@@ -111,6 +113,8 @@ def drafter(draft_folder: Path) -> Iterator[DrafterEngine]:
 @pytest.fixture(scope="session")
 def twin_drafter(base_folder: Path) -> Iterator[DrafterEngine]:
     """A drafter whose draft model is the base model itself."""
-    engine = DrafterEngine(DrafterSettings(model=str(base_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS))
+    engine = DrafterEngine(
+        DrafterSettings(model=str(base_folder), num_threads=1, num_kv_slots=NUM_KV_SLOTS, ask="always")
+    )
     with started(engine):
         yield engine

@@ -72,7 +72,7 @@ async def running(
     base: Path, draft: Path, tokenizer: Path, num_kv_slots: int = NUM_KV_SLOTS, **changes: Any
 ) -> AsyncIterator[Services]:
     verifier = VerifierEngine(VerifierSettings(model=str(base), num_threads=1, num_kv_slots=num_kv_slots, **changes))
-    drafter = DrafterEngine(DrafterSettings(model=str(draft), num_threads=1, num_kv_slots=num_kv_slots))
+    drafter = DrafterEngine(DrafterSettings(model=str(draft), num_threads=1, num_kv_slots=num_kv_slots, ask="always"))
     async with AsyncExitStack() as stack:
         addresses = {
             "verifier": await stack.enter_async_context(serving(VerifierServer(verifier))),

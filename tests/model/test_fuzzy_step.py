@@ -39,7 +39,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **FAMILY_OPTIONS["qwen3_moe"]},
     "olmo2": {"model_type": "olmo2"},
     "glm4": {"model_type": "glm4", **FAMILY_OPTIONS["glm4"]},
-    "cohere2": {"model_type": "cohere2", "pad_token_id": 0, "layer_types": ["full_attention"] * NUM_LAYERS},
+    "cohere2": {
+        "model_type": "cohere2",
+        "pad_token_id": 0,
+        "layer_types": ["full_attention"] * NUM_LAYERS,
+        "logit_scale": 1.0,
+    },
 }
 CONTEXT = random_token_ids(126, VOCAB_SIZE)
 GUESSES = random_token_ids(4, VOCAB_SIZE, seed=1)

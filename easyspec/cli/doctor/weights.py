@@ -18,6 +18,8 @@ _MAX_HEADER_BYTES = 100 * 2**20
 _LFS_MARK = b"version https://git-lfs"
 _AGAIN = "download it again"
 _MAX_NAMED = 3
+# Families whose layers hold just these.
+_PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LAYER_TENSORS = (
     "self_attn.q_proj.weight",
     "self_attn.k_proj.weight",
@@ -50,13 +52,32 @@ def check_weights(name: str, folder: Path, config: Mapping[str, Any]) -> Finding
             tensors |= held
     except _BrokenFileError as error:
         return problem(check, error.message, error.advice)
+    if config.get("model_type") not in _PLAIN_FAMILIES:
+        return _check_layers(check, folder, config, tensors, len(expected_files))
     wanted = _wanted(config)
     if config.get("quantization_config") is not None:  # matrices go by other names there
         wanted = {name for name in wanted if "_proj." not in name}
     if missing := sorted(wanted - tensors):
         return problem(check, f"no tensor {_some(missing)}", "get a checkpoint of the whole model, not of an adapter")
+    return _whole(check, folder, len(tensors), len(expected_files))
+
+
+def _check_layers(check: str, folder: Path, config: Mapping[str, Any], tensors: set[str], num_files: int) -> Finding:
+    """What can be said without knowing a family's names: that no layer is missing altogether."""
+    text = config.get("text_config", config)
+    num_layers = text.get("num_hidden_layers", 0) if isinstance(text, Mapping) else 0
+    held = {part for name in tensors if ".layers." in name for part in name.split(".layers.")[1].split(".")[:1]}
+    missing = [f"layers.{layer}" for layer in range(num_layers) if str(layer) not in held]
+    if missing:
+        return problem(
+            check, f"no tensor of {_some(missing)}", "get a checkpoint of the whole model, not of an adapter"
+        )
+    return _whole(check, folder, len(tensors), num_files)
+
+
+def _whole(check: str, folder: Path, num_tensors: int, num_files: int) -> Finding:
     size = weight_bytes(folder) / 2**20
-    return ok(check, f"{len(tensors)} tensors in {len(expected_files)} file(s), {size:,.0f} MiB, all whole")
+    return ok(check, f"{num_tensors} tensors in {num_files} file(s), {size:,.0f} MiB, all whole")
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
