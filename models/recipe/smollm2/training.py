@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from easyspec.model.config import load_config
 from easyspec.model.weight_source import open_weights
@@ -36,10 +36,10 @@ class Draft(torch.nn.Module):
         """`named` int64 [N], rising: the tokens that the draft names. Layers are those of the draft `start`, if any."""
         super().__init__()
         config = load_config(base)
-        hf_config = config.hf_config
-        hf_config.num_hidden_layers = len(settings.base_layers)
-        hf_config.dtype = torch.float32
-        self.model = LlamaForCausalLM(hf_config)
+        fields = {name: value for name, value in vars(config.hf_config).items() if not name.startswith("_")}
+        fields |= {"num_hidden_layers": len(settings.base_layers), "dtype": torch.float32}
+        fields.pop("model_type", None)
+        self.model = LlamaForCausalLM(LlamaConfig(**fields))
         with open_weights(base) as source, torch.no_grad():
             self._take_over(source, settings.base_layers)
             table = self.model.model.embed_tokens.weight
