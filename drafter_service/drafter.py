@@ -163,7 +163,7 @@ class Drafter:
         return len(task.calibration.token_ids) + len(tree)
 
     def abandon(self, error: BaseException) -> None:
-        """End every session that had something to do, and fail those that wait; they may be half written."""
+        """End every session with work or a waiting task, whose KV may be half written, and fail the tasks."""
         for session in self._sessions.values():
             if session.model is not None:
                 session.model.drop_ahead()

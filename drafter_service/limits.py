@@ -26,7 +26,7 @@ class DrafterLimits:
 
     @property
     def known_sources(self) -> DraftSources:
-        """Those that a session may name."""
+        """The sources that a session may name."""
         has_more = bool(self.early_exits) and DraftSources.MODEL in self.sources
         return self.sources | DraftSources.EARLY_EXIT if has_more else self.sources
 

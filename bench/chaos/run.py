@@ -166,7 +166,7 @@ async def _client(
 
 
 async def leftovers(stack: ChaosStack) -> dict[str, Held | None]:
-    """What sessions hold once nothing runs, by replica; waits for those that are being started again."""
+    """What sessions hold once nothing runs, by replica; waits for replicas that are starting again."""
     deadline_s = time.monotonic() + _SETTLE_S
     while True:
         names = [f"{replica.role} {index}" for index, replica in enumerate(stack.replicas)]

@@ -110,7 +110,7 @@ class Rounds:
 
 
 def _tokens_by(tree: TokenTree, said: list[int]) -> int:
-    """How many tokens a round with `tree` would have come to, of those that were said."""
+    """How many of the tokens `said` a round with `tree` would have brought."""
     return min(num_followed(tree, said) + 1, len(said))
 
 

@@ -1,4 +1,4 @@
-"""The states that share a step: those that hold slots, which of them fit one pass, and which make way."""
+"""The states that share a step: which hold slots, which fit one pass, and which make way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EarlyLevels(Protocol):
 
 
 class Holders:
-    """The states of one step, oldest first, without those that had to give way."""
+    """The states of one step, oldest first; evicted ones are left out."""
 
     def __init__(self, memory: KvMemory, states: list[ModelState]) -> None:
         self.states = states
