@@ -72,11 +72,11 @@ compose-up: ## start the three roles in containers, REST on 127.0.0.1:8000, gRPC
 compose-down: ## stop and remove them
 	$(COMPOSE) down
 
-test: dev ## the tests without the slow ones
-	$(BIN)/python -m pytest
+test: dev ## the tests without the slow ones, a process a core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
-test-slow: dev ## every test
-	$(BIN)/python -m pytest -m ''
+test-slow: test ## every test; the slow ones alone on the machine
+	$(BIN)/python -m pytest -m slow
 
 check: dev check-protos ## lint, format, types, protos and their committed stubs; changes nothing
 	$(BIN)/ruff check .
