@@ -127,7 +127,8 @@ class SpeculationController:
 
     def __init__(self, budget: TreeBudget, clock: Callable[[], float] = time.monotonic) -> None:
         self.arms: Sequence[Arm] = arms_within(budget)
-        self.arm = self.arms[-1]
+        # The smallest trees: they cost least where guesses are poor, and a request whose guesses are good climbs.
+        self.arm = self.arms[1]
         self.clock = clock
         self._busy_clock = BusyClock(clock)
         self._loads: dict[int, _Load] = {}

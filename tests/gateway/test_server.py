@@ -45,7 +45,7 @@ async def test_a_completion_is_the_base_models_text(client: Client, tokenizer: T
 
 
 async def test_statistics_and_timings_tell_what_happened(client: Client) -> None:
-    chunks = await client.generate()
+    chunks = await client.generate(mode=Mode.MODE_ON)
     statistics = chunks[-1].completion.speculation
     assert statistics.num_rounds == len(chunks)
     assert statistics.num_draft_rounds == len(chunks) - 1  # the first tree is empty
@@ -99,7 +99,8 @@ async def test_no_drafter_configured_is_plain_decoding(pair: FakePair, tokenizer
 async def test_eight_streams_at_once(client: Client) -> None:
     client.pair.verifier.delay_s = 0.002
     prompts = ["a" * (i + 1) for i in range(8)]
-    results = await asyncio.gather(*(client.generate(token_ids={"ids": [5] * (i + 1)}) for i in range(len(prompts))))
+    ids = ({"ids": [5] * (i + 1)} for i in range(len(prompts)))
+    results = await asyncio.gather(*(client.generate(token_ids=one, mode=Mode.MODE_ON) for one in ids))
     for i, chunks in enumerate(results):
         assert tokens(chunks) == expected(client, prompt_length=i + 1)
         assert chunks[-1].completion.speculation.num_accepted_tokens > 40

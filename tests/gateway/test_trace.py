@@ -67,7 +67,7 @@ async def test_a_trace_tells_the_tree_and_the_accepted_rows(gateway: str, pair: 
 
 async def test_a_stop_string_cuts_the_accepted_rows_too(gateway: str, pair: FakePair) -> None:
     pair.drafter.wrong_every = 10_000
-    last = (await generate(gateway, trace=True, stop_strings=("ST",)))[-1]
+    last = (await generate(gateway, trace=True, mode=Mode.MODE_ON, stop_strings=("ST",)))[-1]
     assert last.completion.stop_string == "ST"
     assert len(last.trace.accepted_rows) == last.num_accepted < pair.verifier.trees[-1].num_levels
 

@@ -39,7 +39,7 @@ async def test_a_completion_has_openais_shape(rest: Rest, tokenizer: Tokenizer) 
 
 
 async def test_speculation_is_reported_in_vllms_shape_and_can_be_switched_off(rest: Rest) -> None:
-    body = await rest.completion(speculation={"max_levels": 3, "width": 1, "max_nodes": 6})
+    body = await rest.completion(speculation={"mode": "on", "max_levels": 3, "width": 1, "max_nodes": 6})
     told = body["metrics"]["speculative_decoding"]
     assert sum(told["acceptance_histogram"]) == told["num_spec_steps"] > 0
     assert len(told["acceptance_histogram"]) == 4
