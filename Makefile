@@ -22,7 +22,7 @@ stubs_into = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) 
 RUN_FLAGS = --temperature 0 --max-tokens 256 --show-speculation --compare
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev wheel run serve up image compose-up compose-down test test-slow check check-protos format protos bench bench-pair train-models
+.PHONY: help install dev wheel run serve up image compose-up compose-down test test-slow check check-protos format protos docs bench bench-pair train-models
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ format: dev ## format the code and apply safe lint fixes
 
 protos: dev ## regenerate the committed stubs in easyspec/v1
 	$(call stubs_into,.)
+
+docs: dev ## regenerate the reference pages: docs/configuration.md, docs/api-rest.md, docs/api-grpc.md
+	$(BIN)/python -m docs.reference
 
 bench: dev ## measure decoding and render docs/benchmarks.md (PAIR=bench after make bench-pair)
 	$(BIN)/easyspec bench decode --pair $(PAIR) --json docs/benchmarks/decode-$(PAIR).json
