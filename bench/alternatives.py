@@ -78,6 +78,14 @@ class EasyspecServices:
         return Answer(tuple(stream.token_ids), len(stream.token_ids), DecodePhase.of_arrivals(arrivals))
 
 
+def both_ways(client: LoadClient) -> list[EasyspecServices]:
+    """The services speculating, and decoding plainly."""
+    return [
+        EasyspecServices(Maker(OURS, "speculating"), client, Speculation.AUTO),
+        EasyspecServices(Maker(OURS), client, Speculation.OFF),
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Run the benchmark; returns 0, or 1 if speculation changed what easyspec says, or 128 + a signal's number.
 
@@ -157,12 +165,8 @@ async def _measure(pair: ModelPair, settings: AlternativesSettings, console: Con
     encode = partial(load_tokenizer(pair.base).encode, add_special_tokens=False)
     others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
     async with start_services(pair) as address, LoadClient(address, _TIMEOUT_S) as client:
-        easyspec = [
-            EasyspecServices(Maker(OURS, "speculating"), client, Speculation.AUTO),
-            EasyspecServices(Maker(OURS), client, Speculation.OFF),
-        ]
         with Progress(console=console) as progress:
-            return await measure([*others, *easyspec], settings, progress, pair.prompts)
+            return await measure([*others, *both_ways(client)], settings, progress, pair.prompts)
 
 
 def _report(

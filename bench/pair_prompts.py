@@ -55,7 +55,10 @@ HELD_OUT_TEXT = HeldOutText()
 
 
 class Questions:
-    """The questions of `models/evaluation_prompts.json`, for an instruct model, by its own template."""
+    """The questions of `models/evaluation_prompts.json`, for an instruct model by its own template.
+
+    A model without a template is asked the bare question.
+    """
 
     kinds: Sequence[str] = EVALUATION_KINDS
 
@@ -79,6 +82,8 @@ class Questions:
         return [self._asked(question) for question in in_turn if question and len(question) <= max_chars]
 
     def _asked(self, question: str) -> str:
+        if self._tokenizer.templates.find(has_tools=False) is None:
+            return question
         return self._tokenizer.prompt_of(Conversation((ChatTurn("user", question),))).text
 
     @functools.cached_property

