@@ -91,7 +91,7 @@ class Choice(Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library; raises OSError where it was not built or does not load."""
+    """The library; raises OSError where it was not built, does not load, or was built from other sources."""
     library = ctypes.CDLL(str(LIBRARY))
     signatures = {
         "easyspec_best_path": (c_int32, ()),
@@ -114,7 +114,10 @@ def load() -> ctypes.CDLL:
         "easyspec_program_num_phases": (c_int64, (c_void_p,)),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise OSError(f"{LIBRARY} has no {name}: it was built from other sources, install easyspec again") from None
         function.restype, function.argtypes = result, arguments
     return library
 

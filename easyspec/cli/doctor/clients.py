@@ -1,4 +1,4 @@
-"""Checks of services that run: who answers, how soon, and whether they fit together."""
+"""Checks of running services: which role answers, how soon, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PeerState = generation_pb2.GetServerInfoResponse
 
 @dataclass(frozen=True)
 class PeerReport:
-    """What was found at one address; `model` is the base's at a gateway, None if nobody answered."""
+    """What was found at one address; `model` is the base's at a gateway, None without an answer."""
 
     findings: list[Finding]
     model: types_pb2.ModelInfo | None = None
@@ -90,8 +90,10 @@ async def _explain_absence(role: str, address: str, error: grpc.aio.AioRpcError)
         if other is not None:
             return problem(role, f"{address} is a {other}", f"name the address of the {role}")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return problem(role, f"{address} speaks gRPC and is no easyspec service", f"name the address of the {role}")
-    return problem(role, f"nobody answers at {address}", f"start the {role} there, or name where it runs")
+        return problem(
+            role, f"{address} speaks gRPC, but not as easyspec does", f"name the address of the {role}"
+        )
+    return problem(role, f"no answer from {address}", f"start the {role} there, or name where it runs")
 
 
 async def _health(channel: grpc.aio.Channel, role: str) -> bool:
@@ -163,9 +165,7 @@ async def _about(
     role: str, address: str, channel: grpc.aio.Channel, model: types_pb2.ModelInfo, version: str
 ) -> list[Finding]:
     round_trip_ms = await _round_trip_ms(channel, role)
-    tokenizer = f"tokenizer {model.tokenizer_fingerprint[:12]}, " if model.tokenizer_fingerprint else ""
-    executor = f"{model.weight_format} by {model.executor}, " if model.executor else ""
-    message = f"{address}: {model.name}, {model.dtype}, {executor}{tokenizer}round trip {round_trip_ms:.2f} ms"
+    message = f"{address}: {describe_model(model)}, round trip {round_trip_ms:.2f} ms"
     if round_trip_ms > SLOW_ROUND_TRIP_MS:
         advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
         findings = [warning(role, message, advice)]
@@ -175,6 +175,13 @@ async def _about(
         advice = "run the same version everywhere"
         findings.append(warning(role, f"it is version {version}, this is {__version__}", advice))
     return findings
+
+
+def describe_model(model: types_pb2.ModelInfo) -> str:
+    """Name, type, executor and tokenizer; without what the service has not: one that drafts from text has no type."""
+    executor = f"{model.weight_format} by {model.executor}" if model.executor else ""
+    tokenizer = f"tokenizer {model.tokenizer_fingerprint[:12]}" if model.tokenizer_fingerprint else ""
+    return ", ".join(filter(None, (model.name, model.dtype, executor, tokenizer)))
 
 
 async def _round_trip_ms(channel: grpc.aio.Channel, role: str) -> float:

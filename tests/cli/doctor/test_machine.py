@@ -74,6 +74,16 @@ def test_the_executor_is_native_where_the_library_was_built_and_else_a_warning(
     assert "C++20 compiler" in finding.advice
 
 
+def test_a_library_of_other_sources_is_a_warning_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    (libc,) = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc." in line][:1]
+    monkeypatch.setattr(native_library, "LIBRARY", Path(libc))
+    native_library.load.cache_clear()
+    finding = check_executor()
+    native_library.load.cache_clear()
+    assert finding.state is State.WARNING
+    assert "built from other sources, install easyspec again" in finding.message
+
+
 def test_a_cpu_without_vector_instructions_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name : Old\nflags : sse sse2\n")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from easyspec.cli.access import GatewayAccess
-from easyspec.cli.doctor.clients import check_peer, role_at
+from easyspec.cli.doctor.clients import check_peer, describe_model, role_at
 from easyspec.cli.doctor.examination import Patient, examine
 from easyspec.cli.doctor.ports import port_findings
 from easyspec.cli.doctor.report import Finding, State, has_problem
+from easyspec.v1 import types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer
@@ -98,10 +99,15 @@ async def test_two_tokenizers_are_a_problem(checkpoint: Path) -> None:
     assert "drafter 0ther" in finding.message
 
 
-async def test_who_is_not_there_and_who_is_somebody_else(checkpoint: Path) -> None:
-    nobody = await check_peer("verifier", "127.0.0.1:1")
-    assert nobody.findings[0].state is State.PROBLEM
-    assert "nobody answers at 127.0.0.1:1" in nobody.findings[0].message
+def test_a_drafter_without_a_model_is_described_by_what_it_has() -> None:
+    text_drafter = types_pb2.ModelInfo(name="text", tokenizer_fingerprint="0123456789abcdef")
+    assert describe_model(text_drafter) == "text, tokenizer 0123456789ab"
+
+
+async def test_an_absent_service_and_one_of_another_role(checkpoint: Path) -> None:
+    absent = await check_peer("verifier", "127.0.0.1:1")
+    assert absent.findings[0].state is State.PROBLEM
+    assert "no answer from 127.0.0.1:1" in absent.findings[0].message
     async with all_services(checkpoint) as (gateway, _, _pair):
         other = await check_peer("verifier", gateway)
         assert other.findings[0].message == f"{gateway} is a gateway"
