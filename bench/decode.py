@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from bench.clients import GatewayClient, ServedModels, Task
 from bench.measurement import Mode, Sample, select_modes
-from bench.pairs import PAIR_HELP, PAIRS, ModelPair, cosine_rows, start_services
+from bench.pairs import PAIR_HELP, PAIRS, ModelPair, start_services
 from bench.provenance import provenance
 from bench.summary import Result, summarize
 from bench.tables import print_results
@@ -61,9 +61,8 @@ def main(argv: list[str]) -> int:
     results = summarize(samples)
     print_results([dataclasses.asdict(result) for result in results], console)
     if arguments.json is not None:
-        cosine = [dataclasses.asdict(row) for row in cosine_rows(pair)]
         command = shlex.join(["easyspec", "bench", "decode", *argv])
-        write_report(arguments.json, report(command, pair, settings, models, results, cosine))
+        write_report(arguments.json, report(command, pair, settings, models, results))
         console.print(f"written to {arguments.json}")
     num_failures = sum(result.num_drafter_failures for result in results)
     if num_failures:
@@ -79,7 +78,6 @@ def report(
     settings: DecodeSettings,
     models: ServedModels,
     results: Sequence[Result],
-    cosine: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The run as plain JSON values; `bench/report.py` renders it."""
     budget = settings.budget or models.default_budget
@@ -95,7 +93,6 @@ def report(
             "budget": dataclasses.asdict(budget),
         },
         "results": [dataclasses.asdict(result) for result in results],
-        "cosine": list(cosine),
     }
 
 
@@ -166,7 +163,7 @@ def _settings(arguments: argparse.Namespace) -> DecodeSettings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="easyspec bench decode", description=__doc__)
     add = parser.add_argument
-    add("--json", type=Path, metavar="FILE", help="write results and the cosine table to FILE")
+    add("--json", type=Path, metavar="FILE", help="write results to FILE")
     add("--pair", choices=sorted(PAIRS), default="bundled", help=PAIR_HELP)
     add("--quick", action="store_true", help="few prompts and modes: does it run, roughly how fast")
     add("--temperature", type=float, action="append", metavar="T", help="may be repeated (default: 0 and 0.8)")

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 
 from bench.gloo_constants import ATTENTION_OPERATIONS, MLP_OPERATIONS, Constants
 from bench.gloo_models import BASE, DRAFT
-from bench.gloo_passes import (
-    BY_OWNER,
-    CALIBRATED_ROWS,
-    REPLICATED,
-    SHARDED_MLPS,
-    TENSOR_PARALLEL,
-    WORKLOAD,
-    RoundTimes,
-)
+from bench.gloo_passes import CALIBRATED_ROWS, WORKLOAD, RoundTimes
 from easyspec.planner.costs import CostModel, Load
 from easyspec.planner.hardware import Device, Stack
 from easyspec.planner.planner import draft_pass_us
@@ -80,20 +72,3 @@ def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) 
     }
     for figure, (model_ms, measured_ms) in figures.items():
         yield Row(constants.num_ranks, scheme.name, figure, model_ms, measured_ms)
-
-
-def calibration_rows(constants: Constants, measured: dict[str, float]) -> Iterator[Row]:
-    """Ways to compute the exact pass over ranks: the model's figure, without orders, beside the measurement."""
-    costs, ranks, load = cost_model(constants), constants.num_ranks, Load(CALIBRATED_ROWS, WORKLOAD.context_tokens)
-    attention_us, mlp_us = costs.attention_us(DRAFT, load), costs.mlp_us(DRAFT, load)
-    hidden_bytes = DRAFT.bytes_per_value * load.num_rows * DRAFT.hidden_size
-    gather_us, sum_us = costs.all_gather_us(ranks * hidden_bytes, ranks), costs.all_reduce_us(hidden_bytes, ranks)
-    layer_us = {
-        REPLICATED: attention_us + mlp_us,
-        BY_OWNER: attention_us + gather_us + mlp_us,
-        SHARDED_MLPS: attention_us + costs.mlp_us(DRAFT, load, 1, ranks) + sum_us,
-    }
-    model_us = {way: DRAFT.num_layers * us + costs.head_us(DRAFT, load) for way, us in layer_us.items()}
-    model_us[TENSOR_PARALLEL] = costs.tensor_parallel_us(DRAFT, load, ranks)
-    for way, measured_ms in measured.items():
-        yield Row(ranks, way, "exact pass", model_us[way] / 1e3, measured_ms)

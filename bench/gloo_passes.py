@@ -14,14 +14,11 @@ from pathlib import Path
 
 import torch
 
-from bench.gloo_models import NUM_SLOTS, chain, decoder_pass, typical
+from bench.gloo_models import NUM_SLOTS, decoder_pass, typical
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.layers import GroupWriter
-from easyspec.model.row_layout import lay_out
-from easyspec.ops.executor import Program, choose_executor
+from easyspec.ops.executor import choose_executor
 from easyspec.ops.kv_pool import KVPool
-from easyspec.ops.program import Accumulate, Buffer, Embed, GatherFromRanks, ProgramWriter, Select
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import Ranks
 from easyspec.planner.planner import Workload
@@ -31,13 +28,6 @@ CPU = torch.device("cpu")
 CALIBRATED_ROWS = 5
 WORKLOAD = Workload(num_levels=5, tree_width=4, num_nodes=15, context_tokens=256, overhead_us=0.0)
 _WARM_UPS = 3
-
-REPLICATED, BY_OWNER, SHARDED_MLPS, TENSOR_PARALLEL = (
-    "replicated",
-    "attention by its owner",
-    "replicated attention, sharded MLPs",
-    "tensor-parallel",
-)
 
 
 @dataclass(frozen=True)
@@ -91,44 +81,3 @@ def measure_rounds(base: Model, draft: Model, scheme: DraftScheme, ranks: Ranks,
         rounds.append([1e3 * (time.perf_counter() - times[0]), *(1e3 * (b - a) for a, b in itertools.pairwise(times))])
     round_ms, calibrate_ms, fuzzy_ms, verify_ms = (typical(column) for column in zip(*rounds[_WARM_UPS:], strict=True))
     return RoundTimes(calibrate_ms, fuzzy_ms / (w.num_levels - 1), verify_ms, round_ms)
-
-
-def measure_calibrations(draft: Model, ranks: Ranks, num_passes: int) -> dict[str, float]:
-    """Milliseconds of ways to compute the exact pass over layer-parallel ranks, without orders; every rank calls it.
-
-    `draft` is placed by LAYERS_SHARDED_MLP. In the owner's way an all-gather stands for the broadcast, with the same
-    latency and R times its bytes, and rank 0 for every owner.
-    """
-    return {way: _typical_ms(draft, way, ranks, num_passes) for way in (REPLICATED, BY_OWNER, SHARDED_MLPS)}
-
-
-def _exact_pass(decoder: Decoder, way: str, ranks: Ranks) -> tuple[Program, Buffer]:
-    """A pass by some way, and its logits."""
-    program = ProgramWriter()
-    hidden, output = (program.buffer(decoder.config.hidden_size) for _ in range(2))
-    selected = program.buffer(decoder.config.hidden_size, is_selected=True)
-    program.add(Embed(decoder._embeddings, hidden))
-    group = GroupWriter(program, decoder.config, decoder._rotaries, hidden)
-    for layer in decoder._layers:
-        if way == BY_OWNER:
-            if ranks.rank == 0:
-                group._attend(layer, 0, into=output, adds=False)
-            program.add(GatherFromRanks((output if ranks.rank == 0 else None,), (output,)))
-            program.add(Accumulate(hidden, (output,), (hidden,)))
-        else:
-            group._attend(layer, 0, into=hidden, adds=True)
-        group._add_mlp(layer, layer.mlp_shard if way == SHARDED_MLPS else None)
-    program.add(Select(hidden, selected))
-    logits = decoder._write_head(program, selected)
-    return decoder.executor.compile(program, ranks), logits
-
-
-def _typical_ms(draft: Model, way: str, ranks: Ranks, num_passes: int) -> float:
-    program, logits = _exact_pass(draft.decoder, way, ranks)
-    times = []
-    for _ in range(num_passes + _WARM_UPS):
-        started = time.perf_counter()
-        layout = lay_out([chain(CALIBRATED_ROWS, WORKLOAD.context_tokens)])
-        program.run(layout.select(range(CALIBRATED_ROWS)), draft.pool, outputs=[logits])
-        times.append(1e3 * (time.perf_counter() - started))
-    return typical(times[_WARM_UPS:])

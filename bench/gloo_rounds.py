@@ -111,31 +111,17 @@ def _work(folder: Path, num_rounds: int) -> None:
     import torch
 
     from bench.gloo_constants import CPU, measure_constants
-    from bench.gloo_estimates import calibration_rows
-    from bench.gloo_heads import measure_heads
-    from bench.gloo_passes import TENSOR_PARALLEL, load, measure_calibrations
-    from easyspec.parallel.rank_placement import RankPlacement
-    from easyspec.parallel.ranks import GroupRanks, join_group, leave_group
+    from easyspec.parallel.ranks import join_group, leave_group
 
     torch.set_num_threads(1)
     ranks = join_group(CPU)
     with torch.inference_mode():
         constants = measure_constants(ranks, folder)
         rows = list(_rounds(folder, ranks, constants, num_rounds))
-        calibrations: list[Any] = []
-        heads: list[Any] = []
-        if isinstance(ranks, GroupRanks):
-            heads = measure_heads(ranks)
-            draft = load(folder / "draft", ranks, RankPlacement.LAYERS_SHARDED_MLP)
-            measured = measure_calibrations(draft, ranks, num_rounds)
-            if ranks.rank == 0:
-                tensor = next(row for row in rows if row.scheme.startswith("TP") and row.figure == "calibrate")
-                calibrations = [*calibration_rows(constants, measured | {TENSOR_PARALLEL: tensor.measured_ms})]
     if ranks.rank == 0:
         group = {
             "constants": dataclasses.asdict(constants),
-            "heads": [dataclasses.asdict(head) for head in heads],
-            "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in [*rows, *calibrations]],
+            "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],
         }
         _result_file(folder).write_text(json.dumps(group), encoding="utf-8")
     leave_group()
@@ -177,8 +163,6 @@ def _print(groups: Sequence[Any]) -> None:
         for row in group["rows"]:
             cells = [f"{row[name]:.2f}" for name in ("model_ms", "measured_ms", "ratio")]
             table.add_row(str(row["num_ranks"]), row["scheme"], row["figure"], *cells)
-        for head in group["heads"]:
-            console.print(head)
     console.print(table)
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +22,27 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from bench.ranking import count_tokens
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import OpenVerification
-from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
+from easyspec.speculation.parameters import (
+    Grammar,
+    GrammarKind,
+    LayerPlanRequest,
+    MlpPlacement,
+    SamplingParameters,
+    StopConditions,
+    TreeBudget,
+)
+from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_mask import mask_forbidden_
+from easyspec.speculation.token_tree import TokenTree
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
+from gateway.decode_loop import TimedDraft, TimedVerdict, decode
+from gateway.speculation_policy import FixedPolicy
 from gateway.tokenizer import Tokenizer
 from models.heldout import held_out_prompts
 from verifier_service.config import VerifierSettings
@@ -53,6 +64,7 @@ _TEXTS = {
     "regex": "POST /users/ada/notes HTTP/1.1",
 }
 _WIDE_VOCAB_SIZE = 128_000
+_PLAN = LayerPlanRequest(6, MlpPlacement.STAGED)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,55 @@ async def print_mask_costs(num_repetitions: int) -> None:
                 )
 
 
+@dataclass(frozen=True)
+class _Session:
+    """Both sides of one request, as the decode loop wants them."""
+
+    verifier: VerifierEngine
+    drafter: DrafterEngine
+    verifier_id: int
+    drafter_id: int
+
+    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
+        verdict, timings = await self.verifier.verify(self.verifier_id, base_length, tree)
+        return TimedVerdict(verdict, timings, elapsed_ns=0)
+
+    async def draft(self, calibration: Calibration) -> TimedDraft:
+        draft = await self.drafter.draft(self.drafter_id, calibration)
+        return TimedDraft(draft.tree, draft.timings)
+
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """A fixed budget skips nothing."""
+
+
+async def _count_tokens(
+    verifier: VerifierEngine,
+    drafter: DrafterEngine,
+    opening: OpenVerification,
+    budget: TreeBudget,
+    draft_sampling: SamplingParameters | None = None,
+) -> tuple[int, int]:
+    """Output tokens and rounds of one completion, the first round (the empty tree) left out.
+
+    The drafter is told `draft_sampling`, by default the verifier's.
+    """
+    prompt, sampling = opening.prompt_token_ids, draft_sampling or opening.sampling
+    length = len(prompt) + (opening.stop.max_tokens or 0)
+    session = _Session(
+        verifier,
+        drafter,
+        await verifier.open(opening),
+        await drafter.open(
+            OpenSpeculation(prompt, sampling, _PLAN, max_total_length=length, sources=DraftSources.MODEL)
+        ),
+    )
+    async with aclosing(decode(len(prompt), FixedPolicy(None, budget), session, session)) as rounds:
+        counts = [len(round_.answer.verdict.token_ids) async for round_ in rounds]
+    verifier.close(session.verifier_id)
+    drafter.close(session.drafter_id)
+    return sum(counts[1:]), len(counts) - 1
+
+
 async def print_acceptance(num_prompts: int, max_tokens: int, budget: TreeBudget) -> None:
     """One line per temperature and grammar: tokens per round of a drafter that knows it, and of one that does not."""
     verifier = VerifierEngine(VerifierSettings(model=str(DEFAULT_BASE)))
@@ -166,7 +227,7 @@ async def _tokens_per_round(
 ) -> float:
     counts = await asyncio.gather(
         *(
-            count_tokens(
+            _count_tokens(
                 verifier,
                 drafter,
                 opening,

@@ -7,9 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cosine import CosineRow, cosine_table
 from bench.machine import REPOSITORY
-from bench.measurement import LAYER_PARALLEL_SIZES
 from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts, Questions
 from easyspec.checkpoint.location import is_gguf
 from easyspec.cli.models import BUNDLED_DRAFTS
@@ -17,9 +15,6 @@ from easyspec.cli.packaged_models import SMOLLM2
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, DRAFTER, GATEWAY, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
 
-_COSINE_PROMPTS = 16
-_COSINE_PROMPT_CHARS = 800
-_COSINE_POSITIONS = 40
 # A draft that is dropped for being late would turn a slow mode into plain decoding.
 _GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
 
@@ -79,11 +74,3 @@ async def start_services(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> 
     settings = pair.settings({GATEWAY: _GATEWAY_FLAGS, DRAFTER: drafter_flags})
     async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
         yield stack.gateway_address
-
-
-def cosine_rows(pair: ModelPair) -> list[CosineRow]:
-    """Cosine table of the pair's draft model at the last positions of held-out texts."""
-    if pair.draft is None:
-        return []
-    texts = pair.prompts.some(_COSINE_PROMPTS, seed=0, max_chars=_COSINE_PROMPT_CHARS)
-    return cosine_table(pair.draft, texts, LAYER_PARALLEL_SIZES, _COSINE_POSITIONS)

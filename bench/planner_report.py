@@ -23,7 +23,7 @@ def refresh(document: Path, report: Mapping[str, Any]) -> None:
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """Constants, rounds and exact passes; times are `model / measured` in milliseconds."""
+    """Constants and rounds; times are `model / measured` in milliseconds."""
     machine, groups = report["machine"], report["groups"]
     rows = [row for group in groups for row in group["rows"]]
     errors = {figure: _largest_error(rows, figure) for figure in _ROUND_FIGURES}
@@ -38,10 +38,6 @@ def section(report: Mapping[str, Any]) -> str:
             "Rounds, model / measured in ms (ratio):\n",
             markdown_table(_round_columns(), list(_rounds(groups))) + "\n",
             f"Largest error of the model: {worst}.\n",
-            "Ways to compute the exact pass over ranks, model / measured in ms (ratio):\n",
-            markdown_table(_exact_columns(groups), list(_exact_passes(groups))) + "\n",
-            "Tokens at 16 rows over a split vocabulary, logits gathered or each rank's best alone:\n",
-            markdown_table(_HEAD_COLUMNS, [head for group in groups for head in group["heads"]]) + "\n",
         ]
     )
 
@@ -54,17 +50,6 @@ _CONSTANT_COLUMNS = (
     ("us a gather", lambda row: f"{row['collective_us']:.0f}"),
     ("gather GB/s", lambda row: f"{row['link_bytes_per_s'] / 1e9:.2f}" if row["num_ranks"] > 1 else "-"),
     ("us an order", lambda row: f"{row['order_us']:.0f}"),
-)
-
-
-_HEAD_COLUMNS = (
-    ("rows", lambda row: row["sampling"]),
-    ("ranks", lambda row: str(row["num_ranks"])),
-    ("vocabulary", lambda row: str(row["vocab_size"])),
-    ("gathered: ms", lambda row: f"{row['gathered_ms']:.2f}"),
-    ("bytes a rank", lambda row: str(row["gathered_bytes"])),
-    ("best alone: ms", lambda row: f"{row['split_ms']:.2f}"),
-    ("bytes a rank", lambda row: str(row["split_bytes"])),
 )
 
 
@@ -86,19 +71,6 @@ def _round_columns() -> list[Any]:
     figures = [(figure, lambda row, figure=figure: _cell(row[figure])) for figure in _ROUND_FIGURES]
     names = [("drafter", lambda row: row["scheme"]), ("ranks", lambda row: str(row["ranks"]))]
     return [*names, *figures, ("rounds, x the first row's", lambda row: row["speed"])]
-
-
-def _exact_passes(groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """One row a way, a column a size of group."""
-    rows = [row for group in groups for row in group["rows"] if row["figure"] == "exact pass"]
-    for way in dict.fromkeys(row["scheme"] for row in rows):
-        yield {"way": way} | {str(row["num_ranks"]): row for row in rows if row["scheme"] == way}
-
-
-def _exact_columns(groups: Sequence[Any]) -> list[Any]:
-    sizes = [str(group["constants"]["num_ranks"]) for group in groups if group["constants"]["num_ranks"] > 1]
-    cells = [(f"{size} ranks", lambda row, size=size: _cell(row.get(size))) for size in sizes]
-    return [("exact pass", lambda row: row["way"]), *cells]
 
 
 def _largest_error(rows: Sequence[Any], figure: str) -> float:

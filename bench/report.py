@@ -11,7 +11,7 @@ from bench.alternatives_report import alternatives_section
 from bench.machine import REPOSITORY
 from bench.provenance import provenance_lines
 from bench.source_report import plot_sources, sources_section
-from bench.tables import COSINE_COLUMNS, RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
+from bench.tables import RESULT_COLUMNS, SERVE_COLUMNS, markdown_table
 from bench.target_report import targets_section
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
@@ -133,9 +133,6 @@ def _section(name: str, report: Mapping[str, Any]) -> str:
         f"width {budget['width']}, at most {budget['num_nodes']} nodes\n",
         markdown_table(RESULT_COLUMNS, report["results"]) + "\n",
     ]
-    if report["cosine"]:
-        lines.append("Cosine of exact and fuzzy states of the draft model, mean over layers and held-out positions:\n")
-        lines.append(markdown_table(COSINE_COLUMNS, report["cosine"]) + "\n")
     return "\n".join(lines)
 
 

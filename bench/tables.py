@@ -28,16 +28,6 @@ RESULT_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("differ", lambda row: str(row["num_differing_completions"])),
 )
 
-COSINE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("N", lambda row: str(row["layer_parallel_size"])),
-    ("MLPs", lambda row: row["mlp"]),
-    ("h", lambda row: _number(row["h"], 3)),
-    ("q", lambda row: _number(row["q"], 3)),
-    ("k", lambda row: _number(row["k"], 3)),
-    ("v", lambda row: _number(row["v"], 3)),
-    ("attention out", lambda row: _number(row["attention_output"], 3)),
-)
-
 SERVE_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("streams", lambda row: str(row["concurrency"])),
     ("speculation", lambda row: row["speculation"]),

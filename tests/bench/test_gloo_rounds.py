@@ -11,9 +11,9 @@ import pytest
 
 from bench import gloo_rounds, planner_report
 from bench.gloo_constants import Constants
-from bench.gloo_estimates import calibration_rows, cost_model, round_rows
+from bench.gloo_estimates import cost_model, round_rows
 from bench.gloo_models import DRAFT
-from bench.gloo_passes import BY_OWNER, REPLICATED, SHARDED_MLPS, TENSOR_PARALLEL, RoundTimes
+from bench.gloo_passes import RoundTimes
 from bench.machine import REPOSITORY
 from easyspec.planner.scheme import draft_schemes
 
@@ -25,9 +25,7 @@ def report_of(num_ranks: int = 2) -> dict[str, Any]:
     constants = dataclasses.replace(CONSTANTS, num_ranks=num_ranks)
     schemes = [scheme for scheme in draft_schemes(DRAFT, num_ranks) if scheme.num_ranks == num_ranks]
     rows = [row for scheme in schemes for row in round_rows(constants, scheme, MEASURED)]
-    rows += calibration_rows(constants, dict.fromkeys((REPLICATED, BY_OWNER, SHARDED_MLPS, TENSOR_PARALLEL), 30.0))
     group = {
-        "heads": [],
         "constants": dataclasses.asdict(constants),
         "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],
     }
@@ -55,18 +53,6 @@ def test_a_round_is_the_sum_of_its_parts_and_an_operation_costs_what_was_measure
     assert slower._part_us(10, 0, 0) - costs._part_us(10, 0, 0) == pytest.approx(10.0)
 
 
-def test_ways_of_the_exact_pass_differ_by_their_collectives() -> None:
-    free = dataclasses.replace(CONSTANTS, collective_us=0.0, link_bytes_per_s=1e15, order_us=0.0)
-    ways = dict.fromkeys((REPLICATED, BY_OWNER, SHARDED_MLPS, TENSOR_PARALLEL), 1.0)
-    dear, cheap = (
-        {row.scheme: row.model_ms for row in calibration_rows(constants, ways)} for constants in (CONSTANTS, free)
-    )
-    added = {way: round((dear[way] - cheap[way]) / 0.3) for way in ways}  # one costs 0.3 ms and its bytes
-    assert added[REPLICATED] == 0
-    assert added[BY_OWNER] == added[SHARDED_MLPS] == DRAFT.num_layers
-    assert added[TENSOR_PARALLEL] >= 2 * DRAFT.num_layers + 1
-
-
 def test_the_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     page = tmp_path / "planning.md"
     page.write_text(f"before\n{planner_report._BEGIN}\nold\n{planner_report._END}\nafter\n")
@@ -76,7 +62,6 @@ def test_the_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| staged LP N=4 R=2 | 2 |" in text
-    assert f"| {TENSOR_PARALLEL} |" in text
     planner_report.refresh(page, report_of())
     assert page.read_text() == text
     with pytest.raises(ValueError, match="lacks"):
@@ -102,10 +87,6 @@ def test_real_ranks_are_measured(tmp_path: Path) -> None:
     assert gloo_rounds.main(["--ranks", "1", "2", "--rounds", "1", "--json", str(target)]) == 0
     groups = json.loads(target.read_text())["groups"]
     assert [group["constants"]["num_ranks"] for group in groups] == [1, 2]
-    assert [(head["split_bytes"], head["sampling"]) for head in groups[1]["heads"]][:2] == [
-        (128, "greedy"),
-        (256, "sampled"),
-    ]
     schemes = {row["scheme"] for row in groups[1]["rows"]}
-    assert {"TP-2", "LP N=4 R=2", "LP N=4 R=2 + sharded MLP", "staged LP N=4 R=2", REPLICATED, BY_OWNER} <= schemes
+    assert {"TP-2", "LP N=4 R=2", "LP N=4 R=2 + sharded MLP", "staged LP N=4 R=2"} <= schemes
     assert all(row["measured_ms"] > 0 for group in groups for row in group["rows"])

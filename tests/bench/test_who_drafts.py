@@ -1,4 +1,4 @@
-"""Replays of hand-made recordings whose rounds can be counted by head."""
+"""Hand-made recordings on a made-up clock, whose rounds can be counted by head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import pytest
 
 from bench.recording import Recorded
-from bench.replay import replay
-from bench.tree_search import SEARCHES
 from bench.who_drafts import Durations, run
 from drafter_service.text.guessers import TextResources
 from easyspec.speculation.parameters import SamplingParameters
@@ -17,7 +15,6 @@ from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
 
 MODEL, EVERYBODY = DraftSources.MODEL, DraftSources.MODEL | TEXT_SOURCES
-HEAP = SEARCHES[0]
 NOWHERE = 999
 DURATIONS = Durations(text=1.0, fuse=2.0, model=14.0, rest=22.0)
 
@@ -48,27 +45,6 @@ def copied() -> Recorded:
     """A copy of the prompt, whose draft model is always wrong."""
     numbers = random.Random(2).sample(range(900), 64)
     return recorded("copy", numbers, numbers, num_right=0)
-
-
-def test_a_round_yields_the_right_guesses_and_one_token_more(novel: Recorded) -> None:
-    result = replay([novel], TextResources(), MODEL, 8, HEAP)
-    assert result.num_tokens == {("prose", 0.0): 40}
-    assert result.num_rounds == {("prose", 0.0): 10}
-    assert result.tokens_per_round(("prose", 0.0)) == 4.0
-    assert len(result.round_ms) == 10
-
-
-def test_the_budget_of_nodes_holds_in_a_replay(novel: Recorded) -> None:
-    assert replay([novel], TextResources(), MODEL, 1, HEAP).tokens_per_round(novel.kind) == 2.0
-
-
-@pytest.mark.parametrize("sources", [TEXT_SOURCES, EVERYBODY])
-def test_text_guesses_a_copy_that_the_model_does_not(copied: Recorded, sources: DraftSources) -> None:
-    alone = replay([copied], TextResources(), MODEL, 16, HEAP)
-    helped = replay([copied], TextResources(), sources, 16, HEAP)
-    assert alone.tokens_per_round(copied.kind) == 1.0
-    assert helped.tokens_per_round(copied.kind) > 4
-    assert helped.num_tokens == alone.num_tokens == {("copy", 0.0): 63}
 
 
 def test_time_passes_as_it_is_said_to(novel: Recorded) -> None:
