@@ -51,6 +51,10 @@ struct AttentionCall {
   int32_t window;            // how many positions a row sees, its own included; 0: all
   float soft_cap;            // 0: none
   const float* sinks;        // one a query head of the KV head, or null
+  // Keys that this thread will probably be asked for next.
+  const uint8_t* next_keys = nullptr;
+  const int64_t* next_slots = nullptr;
+  int64_t num_next = 0;
 };
 
 // A sum over some positions: `total` = sum of exp(score - largest), `values` the same weighted, [head_dim].

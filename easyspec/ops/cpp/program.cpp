@@ -573,6 +573,7 @@ class Program final : public Work {
     if (span < 0) {
       attend_whole(op, call, block, stride);
     } else {
+      expect_next(call, piece + engine_.threads.num_threads(), s);
       const int64_t at = (block.first_span * s.num_kv_heads) + head * block.num_spans + span;
       bool is_seen[MAX_QUERIES];
       engine_.kernels.attend_span(call, span, partials_.data() + at * MAX_QUERIES * stride, is_seen);
@@ -584,6 +585,19 @@ class Program final : public Work {
     for (int32_t rounded : op.also_rounds)
       for (int64_t r = 0; r < block.count; r++)
         convert(rounded, block.first + r, head * per_row * s.head_dim, (head + 1) * per_row * s.head_dim);
+  }
+
+  // Names the keys of piece `next` of an operation, if there is such a piece.
+  void expect_next(AttentionCall& call, int64_t next, const EasyspecOp& s) const {
+    const EasyspecPass& p = *pass_;
+    if (size_t(next / s.num_kv_heads) >= units_.size()) return;
+    const auto [index, span] = units_[size_t(next / s.num_kv_heads)];
+    if (span < 0) return;
+    const int64_t row = blocks_[size_t(index)].first;
+    const int64_t plane = (int64_t(s.layer) * s.num_kv_heads + next % s.num_kv_heads) * p.num_slots * p.slot_bytes;
+    call.next_keys = p.keys + plane;
+    call.next_slots = p.committed[p.segment_of_row[row]] + span * SPAN;
+    call.num_next = std::min(SPAN, p.num_committed[row] - span * SPAN);
   }
 
   void attend_whole(const Op&, const AttentionCall& call, const RowBlock& block, int64_t stride) {
