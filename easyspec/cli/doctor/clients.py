@@ -90,9 +90,7 @@ async def _explain_absence(role: str, address: str, error: grpc.aio.AioRpcError)
         if other is not None:
             return problem(role, f"{address} is a {other}", f"name the address of the {role}")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return problem(
-            role, f"{address} speaks gRPC, but not as easyspec does", f"name the address of the {role}"
-        )
+        return problem(role, f"{address} speaks gRPC, but not as easyspec does", f"name the address of the {role}")
     return problem(role, f"no answer from {address}", f"start the {role} there, or name where it runs")
 
 
