@@ -138,6 +138,9 @@ async def test_other_content_types_routes_and_methods(rest: Rest) -> None:
     assert refused(await rest.http.get("/v1/nothing"), 404)["code"] == "not_found"
     wrong = await rest.http.get(COMPLETIONS)
     assert refused(wrong, 405)["code"] == "method_not_allowed"
+    for path in ("/health", "/v1/models"):  # as probes ask
+        head = await rest.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     assert wrong.headers["allow"] == "POST"
     assert refused(await rest.http.post(COMPLETIONS, json=completion_body(model="gpt-9")), 404) == {
         "message": "model 'gpt-9' is not served here; served: toy-base",
