@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
 from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
@@ -21,6 +20,7 @@ MAX_TOOLS = 1024
 
 _PartKind = Literal["text", "refusal", "input_text", "output_text", "thinking", "reasoning", "redacted_thinking"]
 _THOUGHTS = frozenset({"thinking", "reasoning", "redacted_thinking"})
+_ASSISTANTS_KINDS = (*_THOUGHTS, "refusal", "output_text")
 
 
 class TextPart(RestModel):
@@ -31,16 +31,12 @@ class TextPart(RestModel):
     refusal: Text | None = Field(None, description="Of a part of type refusal.")
     thinking: Text | None = Field(None, description="Of a part of type thinking.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
-    annotations: Any = Field(None, description="Accepted; has no effect.")
-    logprobs: Any = Field(None, description="Accepted; has no effect.")
-    signature: Any = Field(None, description="Accepted; has no effect.")
-    data: Any = Field(None, description="Accepted; has no effect.")
+    prompt_cache_breakpoint: Any = Field(None, description="Accepted; has no effect.")
+    citations: Any = Field(None, description="Accepted; has no effect.")
 
-    @model_validator(mode="after")
-    def _has_text(self) -> TextPart:
-        if not self.is_thought and self._own is None:
-            raise PydanticCustomError("missing", "the text of the part is required")
-        return self
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("type") in _ASSISTANTS_KINDS
 
     @property
     def is_thought(self) -> bool:
@@ -65,6 +61,10 @@ class CalledFunction(RestModel):
         None, description="What the assistant wrote, an object in JSON if all went well."
     )
 
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return True
+
     @property
     def written_arguments(self) -> str:
         if isinstance(self.arguments, dict):
@@ -78,8 +78,10 @@ class MessageToolCall(RestModel):
     id: Text | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
-    index: Integer | None = Field(None, description="Accepted; has no effect.")
-    provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return True
 
 
 class Message(RestModel):
@@ -92,17 +94,21 @@ class Message(RestModel):
     tool_call_id: Text | None = None
     reasoning_content: Text | None = Field(None, description="What an assistant thought before its answer.")
     reasoning: Text | None = Field(None, description="Another name of the same.")
+    thinking: Text | None = Field(None, description="Another name of the same.")
     refusal: Text | None = Field(None, description="An assistant's, in place of content.")
-    annotations: list[Any] | None = Field(None, description="Accepted; has no effect.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
     id: Any = Field(None, description="Accepted; has no effect.")
     status: Any = Field(None, description="Accepted; has no effect.")
-    parsed: Any = Field(None, description="Accepted; has no effect.")
-    reasoning_details: Any = Field(None, description="Accepted; has no effect.")
-    thinking_blocks: Any = Field(None, description="Accepted; has no effect.")
+    is_error: Any = Field(None, description="Accepted; has no effect.")
     provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
     audio: Unsupported = None
     function_call: Unsupported = None
+    partial: Unsupported = None
+    prefix: Unsupported = None
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("role") == "assistant"
 
     def turn(self, where: str) -> ChatTurn:
         if "content" not in self.model_fields_set and self.role in ("system", "developer", "user"):
@@ -117,7 +123,8 @@ class Message(RestModel):
             ToolCall(call.id or "", call.function.name, call.function.written_arguments)
             for call in self.tool_calls or ()
         )
-        reasoning = (self.reasoning_content or self.reasoning or "\n".join(thoughts)) if is_assistant else ""
+        given = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
+        reasoning = given if is_assistant else ""
         return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "", reasoning)
 
 
@@ -162,6 +169,19 @@ class NamedToolChoice(RestModel):
     function: ChosenFunction
 
 
+class ThinkingSwitch(RestModel):
+    """`thinking`, by which other servers' clients say whether to think."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class ReasoningWish(RestModel):
+    """`reasoning`, by which routers' clients say how much to think."""
+
+    effort: Text | None = None
+    enabled: Boolean | None = None
+
+
 class ConversationFields(RestModel):
     """A conversation and how it is rendered; shared with `/tokenize`."""
 
@@ -173,6 +193,25 @@ class ConversationFields(RestModel):
     reasoning_effort: Text | None = Field(
         None, description="How much to think, where the model's chat template has such a switch."
     )
+    enable_thinking: Boolean | None = Field(None, description="As in `chat_template_kwargs`.")
+    thinking: ThinkingSwitch | None = Field(None, description="`type`: as `reasoning_effort` none or medium.")
+    reasoning: ReasoningWish | None = Field(None, description="`effort`, or `enabled`: as `reasoning_effort`.")
+
+    @property
+    def effort(self) -> tuple[str, str | None]:
+        """The field that says how much to think, and how much; None: none says so."""
+        if self.reasoning_effort is not None:
+            return "reasoning_effort", self.reasoning_effort
+        if self.thinking is not None:
+            return "thinking", _effort(self.thinking.type == "enabled")
+        if self.reasoning is not None and self.reasoning.effort is None and self.reasoning.enabled is not None:
+            return "reasoning", _effort(self.reasoning.enabled)
+        return "reasoning", self.reasoning.effort if self.reasoning is not None else None
+
+    @property
+    def _template_arguments(self) -> dict[str, Any]:
+        own = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return own | (self.chat_template_kwargs or {})
 
     def conversation(self, mode: ToolMode = ToolMode.AUTO, name: str = "", is_parallel: bool = True) -> Conversation:
         """The plain form; InvalidRequestError for what types cannot tell."""
@@ -185,10 +224,14 @@ class ConversationFields(RestModel):
             Tools(definitions, mode, name, is_parallel) if definitions else None,
             opens_answer=self.add_generation_prompt is not False,
             continues_last_turn=bool(self.continue_final_message),
-            template_arguments=self.chat_template_kwargs or {},
-            reasoning_effort=self.reasoning_effort,
+            template_arguments=self._template_arguments,
+            reasoning_effort=self.effort[1],
             ignores_unknown=ignores_unknown(),
         )
+
+
+def _effort(is_wanted: bool) -> str:
+    return "medium" if is_wanted else "none"
 
 
 class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
@@ -201,13 +244,6 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
     modalities: ListOf[Literal["text"]] | None = Field(None, description="Only text.")
-    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
-        None, description="There is one tier."
-    )
-    store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
-    prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
-    prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
-    safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
@@ -242,6 +278,7 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
             "stop.max_tokens": most_tokens,
             "prompt": "messages",
             "prompt_token_ids": "messages",
+            "reasoning_effort": self.effort[0],
         }
 
     def prompt(self) -> Conversation:

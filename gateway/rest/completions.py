@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import Field, Strict
+from pydantic import BeforeValidator, Field, Strict
 from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
@@ -36,6 +36,11 @@ Prompts: TypeAlias = Annotated[ListOf[_PromptT], Field(max_length=MAX_PROMPTS)]
 DEFAULT_MAX_TOKENS = 16
 
 
+def _unset_if_false(value: object) -> object:
+    """What chat completions call having no log-probabilities."""
+    return None if value is False else value
+
+
 class CompletionRequest(PromptLogprobsFields, GenerationFields):
     """Body of `/v1/completions`."""
 
@@ -43,9 +48,9 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
         description="Text, token ids, or a list of either; each prompt has its own choices."
     )
     max_tokens: Count | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
-    logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
-        None, description="Log-probabilities, and this many of the likeliest, 0 to 20."
-    )
+    logprobs: Annotated[
+        Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None, BeforeValidator(_unset_if_false)
+    ] = Field(None, description="Log-probabilities, and this many of the likeliest, 0 to 20; false: none.")
     echo: Boolean | None = Field(None, description="Begin the text with the prompt.")
     best_of: Integer | None = Field(None, description="Only the same as n: all choices are returned.")
     suffix: Unsupported = None
@@ -87,7 +92,7 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
         self.check_prompt_logprobs(self.stream)
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError("prompt", f"{len(self.prompts)} prompts", f"1 to {MAX_PROMPTS}")
-        if self.best_of not in (None, self.num_choices):
+        if self.best_of not in (None, 0, self.num_choices):
             raise InvalidRequestError("best_of", self.best_of, "the same as n")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequestError("max_tokens", 0, "at least 1, or 0 together with echo")

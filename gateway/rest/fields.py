@@ -65,6 +65,8 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "structural_tag": "use tools",
         "suffix": "the model cannot fill in the middle",
         "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
+        "partial": "use continue_final_message",
+        "prefix": "use continue_final_message",
         "use_beam_search": "there is no beam search",
         "verbosity": "the model has no such switch",
         "web_search_options": "there is no web search",
@@ -117,7 +119,16 @@ class RestModel(BaseModel):
         if not isinstance(values, dict):
             return values
         known = _names_of(cls)
-        return values if values.keys() <= known else without_unknown(known, values)
+        if values.keys() <= known:
+            return values
+        if cls.is_replayed(values):
+            return {name: value for name, value in values.items() if name in known}
+        return without_unknown(known, values)
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        """Whether a server wrote this object and a client sends it back: fields it does not know ask for nothing."""
+        return False
 
 
 @cache

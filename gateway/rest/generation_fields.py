@@ -104,6 +104,13 @@ class GenerationFields(StructuredFields):
     speculation: SpeculationFields | None = None
     user: Text | None = Field(None, description="Accepted; has no effect.")
     metadata: dict[str, Any] | None = Field(None, max_length=64, description="Accepted; has no effect.")
+    store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
+    service_tier: Literal["auto", "default", "standard_only", "flex", "priority", "scale"] | None = Field(
+        None, description="There is one tier."
+    )
+    prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
+    prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
+    safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
     skip_special_tokens: Literal[True] | None = Field(None, description="Only true: special tokens are not text.")
     allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None

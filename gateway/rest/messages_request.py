@@ -32,11 +32,13 @@ class ContentBlock(RestModel):
     tool_use_id: Text | None = None
     content: Text | list[ContentBlock] | None = None
     is_error: Boolean | None = None
-    signature: Any = Field(None, description="Accepted; has no effect.")
-    data: Any = Field(None, description="Accepted; has no effect.")
+    toolset_name: Any = Field(None, description="Accepted; has no effect.")
     citations: Any = Field(None, description="Accepted; has no effect.")
-    caller: Any = Field(None, description="Accepted; has no effect.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("type") in ("tool_use", "thinking", "redacted_thinking")
 
 
 class AnthropicMessage(RestModel):
@@ -168,7 +170,6 @@ class MessagesRequest(MessagesFields):
 
     max_tokens: Count = Field(description="Most output tokens.")
     stop_sequences: list[Text] | None = Field(None, description="At most 16 texts that end the output.")
-    service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one tier.")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from gateway.rest.unknown_fields import ignores_unknown
 MAX_ITEMS = 4096
 
 _ItemKind = Literal["message", "function_call", "function_call_output", "reasoning"]
+_ASSISTANTS_KINDS = ("output_text", "refusal", "reasoning_text", "summary_text")
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
 
 
@@ -29,8 +30,11 @@ class ContentPart(RestModel):
     type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     refusal: Text | None = None
-    annotations: Any = Field(None, description="Accepted; has no effect.")
-    logprobs: Any = Field(None, description="Accepted; has no effect.")
+    prompt_cache_breakpoint: Any = Field(None, description="Accepted; has no effect.")
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("type") in _ASSISTANTS_KINDS
 
     @property
     def shown(self) -> str:
@@ -53,7 +57,12 @@ class InputItem(RestModel):
     id: Any = Field(None, description="Accepted; has no effect.")
     status: Any = Field(None, description="Accepted; has no effect.")
     phase: Any = Field(None, description="Accepted; has no effect.")
-    encrypted_content: Any = Field(None, description="Accepted; has no effect.")
+    caller: Any = Field(None, description="Accepted; has no effect.")
+    namespace: Any = Field(None, description="Accepted; has no effect.")
+
+    @classmethod
+    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("role") == "assistant" or values.get("type") in ("function_call", "reasoning")
 
 
 class ResponseTool(RestModel):
@@ -117,14 +126,7 @@ class ResponsesRequest(GenerationFields):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
     include: list[Text] | None = Field(None, description="`message.output_text.logprobs`; others have no effect.")
     top_logprobs: Integer | None = Field(None, description="This many of the likeliest at each token, 0 to 20.")
-    store: Boolean | None = Field(None, description="Accepted: nothing is stored.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="Accepted; nothing is ever cut.")
-    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = Field(
-        None, description="There is one tier."
-    )
-    prompt_cache_key: Text | None = Field(None, description="Accepted; has no effect.")
-    prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
-    safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
     access_programs: Unsupported = None
     background: Unsupported = None
     background_options: Unsupported = None

@@ -12,30 +12,41 @@ from typing import Any
 # empty ask for nothing in any field.
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
+        "add_generation_prompt": (True,),
         "add_special_tokens": (True,),
         "best_of": (1,),
         "cache_prompt": (True,),
+        "chat_template_kwargs": ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}),
         "detokenize": (True,),
         "do_sample": (True,),
         "early_stopping": (False,),
+        "format": ({"type": "text"},),
         "function_call": ("none", "auto"),
         "guided_decoding_backend": ("auto",),
+        "id_slot": (-1,),
         "include_reasoning": (True,),
         "length_penalty": (1,),
         "logit_bias_type": ("tokens",),
+        "modalities": (["text"],),
+        "n_predict": (-1,),
         "num_beams": (1,),
+        "num_return_sequences": (1,),
+        "parallel_tool_calls": (True,),
         "penalty_last_n": (64,),
         "reasoning": ({"effort": "none"}, {"enabled": False}),
         "repeat_last_n": (64,),
         "repeat_penalty": (1,),
+        "route": ("fallback",),
         "safety_settings": ("default",),
         "separate_reasoning": (True,),
         "spaces_between_special_tokens": (True,),
         "stream_reasoning": (True,),
         "tfs_z": (1,),
         "thinking": ({"type": "disabled"},),
+        "tool_choice": ("none", "auto"),
         "truncate": (None,),
         "truncate_prompt_tokens": (-1,),
+        "truncation": ("auto", "disabled"),
         "typical_p": (1,),
         "usage": ({"include": True}, {"include": False}),
         "verbosity": ("medium",),
@@ -83,9 +94,19 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     """Whether a field that has no meaning here has a value that changes nothing where it has one."""
     if value is None or value is False or value in ("", [], {}):
         return True
+    if isinstance(value, dict):
+        return _holds_nothing(value) or any(value == default for default in _DEFAULTS.get(name, ()))
     if isinstance(value, bool):
         return any(value is default for default in _DEFAULTS.get(name, ()))
     return value == 0 or any(value == default and default is not True for default in _DEFAULTS.get(name, ()))
+
+
+def _holds_nothing(fields: Mapping[str, Any]) -> bool:
+    """Whether an object's fields are unset or have documented defaults. 0 and false count: `{"temperature": 0}`."""
+    return all(
+        value is None or (isinstance(value, dict | list | str) and asks_for_nothing(name, value))
+        for name, value in fields.items()
+    )
 
 
 def without_unknown(known: frozenset[str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,22 @@ async def test_arguments_of_every_kind(tool_rest: Rest, tokenizer: Tokenizer, ar
         },
         {"role": "assistant", "content": None, "refusal": "sunny"},
         {"role": "assistant", "content": "sunny", "provider_specific_fields": {"a": 1}, "thinking_blocks": [{}]},
+        {
+            "role": "assistant",
+            "content": "sunny",
+            "thinking": "x",
+            "thought": "y",
+            "created_at": 1,
+            "metadata": {"a": 1},
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "sunny", "citations": [1]}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "reasoning", "summary": [{"text": "x"}]},
+                {"type": "output_text", "text": "sunny", "x": 1},
+            ],
+        },
     ],
 )
 async def test_an_answer_as_it_was_given(rest: Rest, tokenizer: Tokenizer, message: dict[str, Any]) -> None:
@@ -74,7 +90,29 @@ async def test_an_answer_as_it_was_given(rest: Rest, tokenizer: Tokenizer, messa
     assert text == "[user] weather?\n[assistant] sunny\n[user] and?\n[assistant] "
 
 
-@pytest.mark.parametrize("content", ["", None, [], [{"type": "text", "text": ""}]])
+async def test_what_servers_add_to_calls_is_left_out(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    plain, added = called("{}"), called("{}")
+    added["tool_calls"][0] |= {"index": 0, "extra_content": {"google": {}}, "cache_control": {"type": "ephemeral"}}
+    added["tool_calls"][0]["function"] |= {"cache_control": {"type": "ephemeral"}, "parsed_arguments": {}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    texts = [
+        await rendered(tool_rest, tokenizer, USER, *messages)
+        for messages in ((plain, result), (added, {**result, "is_error": True}))
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["prefix", "partial"])
+async def test_a_wish_in_an_assistants_message_is_refused(rest: Rest, name: str) -> None:
+    messages = [USER, {"role": "assistant", "content": "su", name: True}]
+    error = refused(await rest.http.post("/v1/chat/completions", json=chat_body(messages=messages)), 400)
+    assert error["param"] == f"messages[1].{name}"
+    assert "continue_final_message" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", None, [], [{"type": "text", "text": ""}], [{"type": "text", "text": None}], [{"type": "text"}]]
+)
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 async def test_empty_contents(rest: Rest, tokenizer: Tokenizer, role: str, content: Any) -> None:
     shown = "system" if role == "developer" else role
@@ -102,7 +140,11 @@ async def test_a_wrong_part_is_named(rest: Rest) -> None:
         {"stream_options": {}, "stop": "", "top_logprobs": 0, "tools": [], "tool_choice": "auto"},
         {"stream_options": {"include_usage": False}, "stop": [""], "store": True, "service_tier": "flex"},
         {"cache_prompt": True, "repeat_penalty": 1.0, "repeat_last_n": 64, "function_call": "auto"},
-        {"thinking": {"type": "disabled"}, "reasoning": {"effort": "none"}, "usage": {"include": True}},
+        {"thinking": {"type": "disabled"}, "usage": {"include": True}},
+        {"reasoning": {"effort": "none"}, "enable_thinking": False},
+        {"reasoning": {"effort": None, "summary": None}, "enable_thinking": True},
+        {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled"},
+        {"n_predict": -1, "id_slot": -1, "num_return_sequences": 1, "route": "fallback"},
     ],
 )
 async def test_what_asks_for_nothing_is_taken(rest: Rest, fields: dict[str, Any]) -> None:
@@ -111,8 +153,33 @@ async def test_what_asks_for_nothing_is_taken(rest: Rest, fields: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"logprobs": False, "best_of": 0, "tool_choice": "none", "parallel_tool_calls": True}),
+        ("/v1/completions", {"chat_template_kwargs": {"enable_thinking": False}, "add_generation_prompt": True}),
+        *(
+            (path, {"store": True, "service_tier": "default", "prompt_cache_key": "x", "safety_identifier": "x"})
+            for path in ("/v1/completions", "/v1/responses", "/v1/messages")
+        ),
+        ("/v1/responses", {"modalities": ["text"], "prompt_cache_retention": "24h"}),
+        ("/v1/messages", {"modalities": ["text"], "parallel_tool_calls": True, "text": {"verbosity": "medium"}}),
+    ],
+)
+async def test_what_asks_for_nothing_is_taken_everywhere(rest: Rest, path: str, fields: dict[str, Any]) -> None:
+    body = {
+        "/v1/completions": {"prompt": "hello", "max_tokens": 2},
+        "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+        "/v1/messages": chat_body(max_tokens=2),
+    }[path]
+    answered(await rest.http.post(path, json=body | fields))
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"options": {"temperature": 0}}, "options"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"reasoning": {"enabled": True}}, "reasoning"),
         ({"made_up": 1}, "made_up"),
         ({"made_up": True}, "made_up"),
         ({"best_of": 2}, "best_of"),

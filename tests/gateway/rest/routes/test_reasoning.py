@@ -77,7 +77,17 @@ async def test_thinking_is_apart_and_the_grammar_comes_after_it(thinking_rest: R
     assert grammar.thinking == Thinking("<think>", "</think>", is_open=True)
 
 
-@pytest.mark.parametrize("fields", [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"enable_thinking": False},
+        {"reasoning_effort": "none"},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning": {"effort": "none"}},
+        {"reasoning": {"enabled": False}},
+    ],
+)
 async def test_without_thinking_the_grammar_begins_at_once(
     thinking_rest: Rest, tokenizer: Tokenizer, fields: dict[str, Any]
 ) -> None:
