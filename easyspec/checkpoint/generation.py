@@ -40,7 +40,7 @@ class SamplingDefaults:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that are set, by the names of `SamplingParameters`."""
+        """The parameters that are set, by the names of `SamplingParameters`."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -108,5 +108,5 @@ def _read_object(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"no usable {file.name} in {file.parent}: {error}") from error
     if not isinstance(content, Mapping):
-        raise ConfigurationError(f"no usable {file.name} in {file.parent}: it is no JSON object")
+        raise ConfigurationError(f"no usable {file.name} in {file.parent}: it is not a JSON object")
     return content

@@ -66,7 +66,7 @@ class GgufHeader:
 
     @property
     def vocabulary(self) -> dict[int, str]:
-        """Tokens by id, without those that only fill up the table."""
+        """Tokens by id, without padding of the table."""
         kinds = self.metadata.get("tokenizer.ggml.token_type") or []
         unused = {index for index, kind in enumerate(kinds) if kind == _UNUSED}
         return {i: token for i, token in enumerate(self.tokens) if i not in unused or token != f"[PAD{i}]"}
@@ -94,7 +94,7 @@ def read_header(path: Path) -> GgufHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             header = _Reader(path, content).header()
     except (OSError, ValueError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise ConfigurationError(f"cannot read {path}: it is no GGUF file, or damaged ({error})") from error
+        raise ConfigurationError(f"cannot read {path}: it is not a GGUF file, or damaged ({error})") from error
     if header.metadata.get("split.count", 1) > 1:
         raise ConfigurationError(
             f"{path} is one of {header.metadata['split.count']} parts of a model; join them with "

@@ -74,7 +74,7 @@ def hold_chat(
 ) -> None:
     """Converse until the input ends, with the gateway at the address or with services of our own.
 
-    Raises EasyspecError: at the start, and where nobody sits at the terminal also later.
+    Raises EasyspecError: at the start, and where input does not come from a terminal also later.
     """
     with EventLoopThread() as loop, _leaving_on_signals():
         stack = AsyncExitStack()
@@ -209,7 +209,7 @@ def _joined(read: Callable[[str], str], is_interactive: bool) -> Iterator[str]:
 
 
 def _ask(prompt: str) -> str:
-    if not sys.stdout.isatty():  # stdout is somebody's file of answers
+    if not sys.stdout.isatty():  # stdout is a file of answers
         sys.stderr.write(prompt)
         sys.stderr.flush()
         return sys.stdin.readline()

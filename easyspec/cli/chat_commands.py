@@ -94,7 +94,7 @@ def obey(line: str, conversation: Conversation) -> Outcome:
             return ShowStatistics()
         case "/save":
             return _save(argument, conversation)
-    raise CommandError(f"{name} is no command; /help lists them")
+    raise CommandError(f"unknown command {name}; /help lists the commands")
 
 
 def _set_seed(argument: str, conversation: Conversation) -> Outcome:

@@ -107,7 +107,8 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output;
 NumDraftLevels = Annotated[int | None, typer.Option(help="Levels of a draft tree.")]
 TreeWidth = Annotated[int | None, typer.Option(help="Nodes expanded per level.")]
 Sources = Annotated[
-    str | None, typer.Option(help="Who guesses: some of model,retrieval,ngram,early_exit. [default: the drafter's]")
+    str | None,
+    typer.Option(help="Sources of guesses: some of model,retrieval,ngram,early_exit. [default: the drafter's]"),
 ]
 NumNodes = Annotated[int | None, typer.Option(help="Nodes of a draft tree.")]
 LayerParallelSize = Annotated[
@@ -138,7 +139,7 @@ ApiKeyFile = Annotated[
 DraftSourcesFlag = Annotated[
     str | None,
     typer.Option(
-        "--sources", help="Who guesses where a request does not say: some of model,retrieval,ngram,early_exit."
+        "--sources", help="Sources of guesses where a request names none: some of model,retrieval,ngram,early_exit."
     ),
 ]
 AllowPlaintext = Annotated[

@@ -98,7 +98,7 @@ def statistics_table(
 
 
 def _speed(rounds: Sequence[GenerateResponse]) -> float | None:
-    """Tokens a second after the first round, which holds the prompt; None if there is no other."""
+    """Tokens per second after the first round, which holds the prompt; None if there is no other."""
     completion = rounds[-1].completion
     num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
     total_ns = completion.speculation.total_ns

@@ -432,7 +432,7 @@ def main() -> None:
         _end(error, EXIT_BAD_INPUT)
     except EasyspecError as error:
         _end(error, EXIT_FAILURE)
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the reader of our output has gone
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(EXIT_FAILURE)

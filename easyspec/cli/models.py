@@ -46,7 +46,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The models of a stack, the base's name, and a line about who drafts where that was not asked for."""
+    """The models of a stack, the base's name, and a line about the drafter where flags do not name it."""
 
     base: Path
     base_name: str
@@ -110,7 +110,7 @@ def model_name(named: str) -> str:
 
 
 def named_models() -> Mapping[str, NamedModel]:
-    """The bundled models, the packaged ones, those in the folder that EASYSPEC_MODELS names, and those that other
+    """The bundled models, the packaged ones, those in the folder that EASYSPEC_MODELS names, and what other
     programs keep in their caches: the hub's, llama.cpp's, LM Studio's."""
     found: dict[str, NamedModel] = {}
 

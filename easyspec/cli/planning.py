@@ -1,4 +1,4 @@
-"""What `up`, `generate` and `chat` start where nobody said how: the planner's answer for the GPUs of this machine."""
+"""What `up`, `generate` and `chat` start unless flags say it: the planner's answer for the GPUs of this machine."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ async def serve_until_cancelled(settings: StackSettings) -> None:
 
 
 async def _banner(settings: StackSettings, stack: ServiceStack) -> str:
-    """What is served, by whom, and where to ask."""
+    """What is served, by which models, and where to ask."""
     info = await verifier_info(stack.verifier.address)
     if settings.draft is not None:
         guesses = f"by {settings.draft.name}, and from the text itself"

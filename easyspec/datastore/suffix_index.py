@@ -156,7 +156,7 @@ def _suffix_array(tokens: Tokens) -> Tokens:
     """Where the suffixes of `tokens` begin, in the order of their tokens.
 
     Tokens are written in as few bytes as hold them, the separator as the largest number: sorting suffixes of bytes
-    and keeping those that begin at a token sorts suffixes of tokens.
+    and keeping what begins at a token sorts suffixes of tokens.
     """
     try:
         from pydivsufsort import divsufsort

@@ -1,4 +1,4 @@
-"""Errors after which a device serves nobody in this process any more. Known by their words: this imports no torch."""
+"""Errors after which a device cannot be used in this process any more. Known by their words: this imports no torch."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Core(Protocol):
         """
 
     def abandon(self, error: BaseException) -> None:
-        """A bug broke `step`: fail every task that is waiting, so that nobody hangs."""
+        """A bug broke `step`: fail every task that is waiting, so that no caller hangs."""
 
 
 def _do_nothing() -> None: ...
@@ -126,7 +126,7 @@ class DeviceThread:
 
     async def submit_opening(self, task: Task[int], close: Callable[[int], None]) -> int:
         """The id of the session that `task` opens. If the caller stops waiting, the task is withdrawn, and a session
-        that was opened all the same is closed: nobody else would ever know its id.
+        that was opened all the same is closed: its id is known nowhere else.
         """
         try:
             return await self.submit(task)
@@ -141,11 +141,11 @@ class DeviceThread:
             raise
 
     def post(self, task: Task[Any]) -> None:
-        """Queue a task nobody waits for; needs no event loop."""
+        """Queue a task without waiting for it; needs no event loop."""
         self._inbox.put(task)
 
     def _run(self, build: Callable[[], Core], built: Future[None]) -> None:
-        if not built.set_running_or_notify_cancel():  # from here on nobody can cancel it
+        if not built.set_running_or_notify_cancel():  # from here on it cannot be cancelled
             return
         try:
             core = build()

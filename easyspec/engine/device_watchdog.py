@@ -15,7 +15,7 @@ from easyspec.usual_time import LEAST_BOUND_S, UsualTime
 
 # For the ordinary way out, on which health says NOT_SERVING and clients learn that the process is going.
 _EXIT_GRACE_S = 2.0
-# Shorter steps found nothing to do, which says nothing about those that did.
+# Shorter steps found nothing to do, which says nothing about steps with work.
 _LEAST_LEARNT_S = 0.001
 
 

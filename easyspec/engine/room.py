@@ -1,4 +1,4 @@
-"""Making room in KV memory: who gives way to whom."""
+"""Making room in KV memory: which session gives way to which."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def committed_segment(token_ids: Sequence[int], slots: SessionSlots, positions: 
 
 
 def visible_nodes(parents: Sequence[int | None]) -> BoolArray:
-    """Whom each node sees, [nodes, nodes]: its ancestors and itself. `parents` are the nodes' own, parents first."""
+    """The nodes that each node sees, [nodes, nodes]: ancestors and itself. `parents`: of each node, parents first."""
     visible = np.zeros((len(parents), len(parents)), dtype=np.bool_)
     for node, parent in enumerate(parents):
         if parent is not None:

@@ -352,7 +352,7 @@ def has_rope_by_layer_type(hf: Any) -> bool:
 
 
 def rope_parameters(hf: Any, layer_type: str | None = None) -> Mapping[str, Any]:
-    """The parameters of a type of layer, by default those that see the whole text."""
+    """The parameters of a type of layer, by default of the layers that see the whole text."""
     if not has_rope_by_layer_type(hf):
         return dict(hf.rope_parameters)
     return dict(hf.rope_parameters.get(layer_type or _FULL) or next(iter(hf.rope_parameters.values())))

@@ -28,7 +28,7 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class PassOrder:
-    """A forward pass, the rows that the head gives logits for, and those that it chooses tokens at.
+    """A forward pass, the rows that the head gives logits for, and the rows that it chooses tokens at.
 
     `keeps_hidden`: more logits of this pass may be asked for by a HeadOrder.
     """

@@ -1,7 +1,7 @@
 """Prefixes of texts whose K and V are in the pool: a radix tree over tokens, each with its slot.
 
-Sessions hold the node at which their prefix ends, and with it every node above. What nobody holds stays as a cache:
-its slots count as free, and are taken back from the ends of the texts used longest ago.
+Sessions hold the node at which their prefix ends, and with it every node above. A node that no session holds stays as a
+cache: its slots count as free, and are taken back from the ends of the texts used longest ago.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class PrefixNode:
 
 
 class PrefixCache:
-    """The tree. It owns the slots in it; `num_evictable` of them are held by nobody."""
+    """The tree. It owns the slots in it; `num_evictable` of them are held by no session."""
 
     def __init__(self) -> None:
         self.root = PrefixNode([], [], None, num_holders=1)
         self.num_evictable = 0
         self.num_slots = 0
         self._clock = itertools.count(1)
-        # Leaves nobody holds by when they were used last; entries that have become untrue are skipped when met.
+        # Leaves that no session holds, by when they were used last; entries that became untrue are skipped when met.
         self._leaves: list[tuple[int, int, PrefixNode]] = []
         self._num_nodes = 0
 
@@ -88,7 +88,7 @@ class PrefixCache:
         return list(slots[num_held:num_known])
 
     def evict(self, num_slots: int) -> list[int]:
-        """Take back slots nobody holds, from the ends of the texts used longest ago; fewer if there are no more."""
+        """Take back slots that no session holds, from the ends of texts used longest ago; fewer if there are fewer."""
         freed: list[int] = []
         while len(freed) < num_slots and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)

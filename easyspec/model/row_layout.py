@@ -24,7 +24,7 @@ _NONE_SELECTED = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class TreeColumns:
-    """Tree nodes a segment's rows may see: slots and positions in topological order, and who sees whom.
+    """Tree nodes a segment's rows may see: slots and positions in topological order, and which node sees which.
 
     `visible` is [rows of the segment, nodes]; a row sees the nodes of one path, which follow the committed text.
     """

@@ -1,6 +1,6 @@
 """A pass as a list of operations on buffers: written once by the decoder, run by any executor.
 
-Dimensions: `T` rows of the pass, `S` selected rows (those that get logits), `E` hidden size, `F` MLP size, `Q` query
+Dimensions: `T` rows of the pass, `S` selected rows (the rows that get logits), `E` hidden size, `F` MLP size, `Q` query
 heads, `H` KV heads, `D` head size, `V` vocabulary, `X` experts.
 
 The contract of every operation: *the bits of a row of its result are a function of that row's inputs and, for
@@ -280,7 +280,7 @@ class SumOverRanks:
 class GatherFromRanks:
     """All ranks' `parts` one after the other, on every rank: the first `len(outputs)` of them.
 
-    Every rank has as many parts, None for those that it has nothing for (they are last).
+    Every rank has as many parts, None where a rank has nothing (the last ones).
     """
 
     parts: tuple[Buffer | None, ...]

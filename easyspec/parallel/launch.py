@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-# How a process ends whose device or group is lost: whoever started it starts it again.
+# The exit code of a process whose device or group is lost: its supervisor starts it again.
 EXIT_LOST = 3
 # And one whose device does not answer.
 EXIT_HUNG = 4

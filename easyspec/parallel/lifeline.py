@@ -50,7 +50,7 @@ class Lifeline:
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def leave(self) -> None:
-        """Say that this rank is about to end, and the others may: nobody is missed any more. Idempotent."""
+        """Say that this rank is about to end, and the others may: no rank is missed any more. Idempotent."""
         with self._lock:
             self._has_left = True
             for peer in self._peers:
@@ -136,7 +136,7 @@ def open_lifeline(rank: int, size: int, share: Callable[[bytes | None], bytes], 
     if rank > 0:
         return Lifeline([_meet(rank, Meeting.decode(share(None)))], on_lost)
     host = _own_host()
-    # Whoever knows rank 0 by a name that means loopback here finds it by that name.
+    # A rank that knows rank 0 by a name that means loopback here finds it by that name.
     place = ("" if host == _LOOPBACK and not is_one_machine() else host, 0)
     with socket.create_server(place, family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         meeting = Meeting(host, listener.getsockname()[1], secrets.token_bytes(16))
@@ -170,7 +170,7 @@ def _meet(rank: int, meeting: Meeting) -> socket.socket:
 
 
 def _receive(listener: socket.socket, num_peers: int, token: bytes) -> list[socket.socket]:
-    """A connection from every other rank; whoever does not know the token is turned away."""
+    """A connection from every other rank; a connection without the token is closed."""
     peers: dict[int, socket.socket] = {}
     deadline_s = time.monotonic() + _MEETING_TIMEOUT_S
     while len(peers) < num_peers:
@@ -189,7 +189,7 @@ def _receive(listener: socket.socket, num_peers: int, token: bytes) -> list[sock
 
 
 def _greeted_by(connection: socket.socket, token: bytes) -> int | None:
-    """The rank at the other end; None for a stranger."""
+    """The rank at the other end; None for another program."""
     connection.settimeout(_GREETING_TIMEOUT_S)
     greeting = b""
     try:

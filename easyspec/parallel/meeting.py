@@ -1,8 +1,8 @@
 """Where the processes of a group find each other, for the first time or again.
 
 torchrun keeps its store when it restarts a group, and with it the addresses that the ranks of an earlier attempt left
-there: whoever reads one of those waits for a process that is gone. So each attempt agrees on a part of the store of its
-own. Restarts cannot be counted for that: torchrun's machines count them differently.
+there: a rank that reads one of them waits for a process that is gone. So each attempt agrees on a part of the store of
+its own. Restarts cannot be counted for that: torchrun's machines count them differently.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _gather_into: Callable[[torch.Tensor, torch.Tensor], object] = (
 
 
 class Ranks(Protocol):
-    """This process's place among those that compute a model together."""
+    """This process's place among the processes that compute a model together."""
 
     @property
     def rank(self) -> int: ...

@@ -1,4 +1,4 @@
-"""How much a layer plan costs in acceptance, where nobody has measured the pair at hand.
+"""How much a layer plan costs in acceptance, for pairs that were not measured.
 
 The rate is accepted levels / drafted levels. An exact draft's default is the mean of the paper's Table 2 (arXiv
 2502.02493, five data sets, temperature 0); at N = 4 with sequential MLPs the same table gives the factor. Other N, and

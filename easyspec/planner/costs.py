@@ -68,7 +68,7 @@ class CostModel:
         return self.all_gather_us(num_ranks * num_bytes, num_ranks)
 
     def all_gather_us(self, num_bytes: float, num_ranks: int) -> float:
-        """Everybody's part to everybody, `num_bytes` in all; nothing on one rank."""
+        """Every rank's part to every rank, `num_bytes` in all; 0 on one rank."""
         if num_ranks == 1:
             return 0.0
         sent = (num_ranks - 1) / num_ranks * num_bytes

@@ -1,6 +1,6 @@
 """How the services of one machine use its GPUs: the planner's answer as ranks and flags, and why in one line.
 
-What somebody asked for is kept, and the rest planned around it. On a machine without GPUs each role gets one rank: a
+What flags say is kept, and the rest is planned around it. On a machine without GPUs each role gets one rank: a
 collective of processes on a CPU costs more than what it shares out (docs/planning.md).
 """
 
@@ -20,7 +20,7 @@ from easyspec.planner.shape import ModelShape
 
 # KV pools worth planning for, in tokens: as many as the planner assumes, or what small GPUs have room for.
 _KV_TOKENS = (65_536, 16_384, 4096)
-# A pool for more serves nobody, and its slots are counted on the host.
+# A larger pool is never filled, and its slots are counted on the host.
 _MOST_KV_TOKENS = 2**20
 _SMALLEST_WORKLOAD = Workload(kv_tokens=_KV_TOKENS[-1])
 

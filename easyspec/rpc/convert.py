@@ -1,7 +1,7 @@
 """Protobuf messages <-> the plain data of `easyspec.speculation`.
 
 `..._from_pb` checks what the wire form alone can tell (a missing seed, tree or budget, an unknown enum value) and
-raises InvalidRequestError; ranges are checked by whoever knows the model, with the `check` methods of the plain data.
+raises InvalidRequestError; ranges are checked where the model is known, with the `check` methods of the plain data.
 Sampling parameters are float32 on the wire: a Python float is rounded once, by `sampling_to_pb`, and every later hop
 reproduces the rounded value exactly.
 """

@@ -44,7 +44,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
     are closed in the RPC's own task however the RPC ends. While `refuse` is in force, new RPCs get UNAVAILABLE.
     `authenticate` turns the `authorization` metadata into the client's name, raises UnauthenticatedError, or answers
     None: anyone may call, and is known by network address. Either is bound as `client` for servicer and log, and the
-    caller's trace for whoever is asked next. With `tracing` every RPC has a span, but for those made in routine.
+    caller's trace for the next service. With `tracing` every RPC has a span, but for those made in routine.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class Drainable(Protocol):
     """An Application that takes requests by another way than RPCs, too."""
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new ones, cancel those that outlive `grace_s` seconds, return when none is left; before `stop`."""
+        """Refuse new ones, cancel what outlives `grace_s` seconds, return when none is left; before `stop`."""
 
 
 @runtime_checkable
@@ -180,9 +180,9 @@ class RpcServer:
             self._parts_watch = asyncio.create_task(self._watch_parts(self._application))
 
     async def drain(self, grace_s: float) -> None:
-        """Say NOT_SERVING, refuse new RPCs, cancel those that outlive `grace_s` seconds, stop the application.
+        """Say NOT_SERVING, refuse new RPCs, cancel what outlives `grace_s` seconds, stop the application.
 
-        Nobody is waited for once the application is lost.
+        It waits for no RPC once the application is lost.
         """
         self.is_serving = False
         if self._parts_watch is not None:
@@ -232,7 +232,7 @@ class RpcServer:
 
 async def serve(application: Application, settings: ServerSettings, stopping: asyncio.Event) -> None:
     """Serve `application` until `stopping` is set, then drain. Raises what `application.start` raises, and
-    EngineLostError, without waiting for anybody, if the application cannot go on."""
+    EngineLostError, without draining, if the application cannot go on."""
     server = RpcServer(application, settings.address, settings.server_tls, settings.reflection)
     metrics_server = await _serve_metrics(application, server, settings)
     port = await server.listen()

@@ -158,12 +158,12 @@ class EngineSettings(ServerSettings):
         min_length=1,
         description="Checkpoint: a folder with config.json, safetensors and tokenizer, a GGUF file, or a Hugging Face "
         "hub id (OWNER/NAME, or OWNER/NAME/FILE.gguf). "
-        "No default: there is no model that fits everyone.",
+        "No default: it must be chosen.",
     )
     served_model_name: str = Field(
         default_factory=_last_part_of_model,
         min_length=1,
-        description="Name that requests use. By default the last part of --model, which is how people call it.",
+        description="Name that requests use. By default the last part of --model, the model's usual name.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",

@@ -20,7 +20,7 @@ from easyspec.speculation.schemas import enforceable
 # The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
 COMPILER_STACK_BYTES = 256 * 1024 * 1024
 # Work that the library may do: a tenth of its own defaults, with which a regex of 15 characters takes 1.6 s and
-# 320 MB for its first mask and stalls everybody's steps afterwards. Elaborate real schemas need a few per cent of it.
+# 320 MB for its first mask and stalls all steps afterwards. Elaborate real schemas need a few per cent of it.
 _INITIAL_LEXER_FUEL = 100_000
 _STEP_LEXER_FUEL = 50_000
 # Compile time grows with the square of the number of terminals: 1 s at a thousand, 18 s at 4 700.
@@ -101,7 +101,7 @@ def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: i
 def check_numbers(grammar: Grammar) -> None:
     """Raise InvalidRequestError if a JSON Schema, or one within Lark, has a number that the library cannot bear.
 
-    What is no JSON is left to the library.
+    What is not JSON is left to the library.
     """
 
     def check(text: str) -> float:

@@ -125,7 +125,7 @@ class DraftTimings:
 class Draft:
     """The drafter's answer: guesses on top of `base_length` committed tokens; may be empty.
 
-    `node_sources` says who guessed each node; empty if nobody kept count.
+    `node_sources` says which source guessed each node; empty if that is not known.
     """
 
     base_length: int

@@ -68,7 +68,7 @@ class EnforceableSchema:
 def enforceable(
     text: str, *, closes_objects: bool = False, bounds_values: bool = False, keeps_one_of: bool = False
 ) -> EnforceableSchema:
-    """The schema as it can be enforced; raises ValueError if it is no JSON, or nested too deeply.
+    """The schema as it can be enforced; raises ValueError if it is not JSON, or nested too deeply.
 
     `keeps_one_of`: the library enforces it where the alternatives exclude each other, and refuses it elsewhere.
     """
@@ -239,7 +239,7 @@ class _Rewriting:
             self.unenforced["patternProperties"] = None
 
     def _drop_counts(self, schema: dict[str, Any]) -> None:
-        """The library counts properties only where none of those that are known may be missing."""
+        """The library counts properties only where no known property may be missing."""
         known, required = schema.get("properties"), schema.get("required", ())
         if not isinstance(known, dict) or not isinstance(required, list | tuple) or set(known) <= set(required):
             return

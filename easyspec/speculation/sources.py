@@ -26,7 +26,7 @@ NO_SOURCES = DraftSources(0)
 SINGLE_SOURCES = tuple(DraftSources)
 TEXT_SOURCES = DraftSources.RETRIEVAL | DraftSources.NGRAM
 MODEL_SOURCES = DraftSources.MODEL | DraftSources.EARLY_EXIT
-"""Those that need a draft model: all of its layers, or the first ones."""
+"""Sources that need a draft model: all of its layers, or the first ones."""
 ALL_SOURCES = TEXT_SOURCES | MODEL_SOURCES
 
 

@@ -22,7 +22,7 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
 
     Every event carries `role`, a UTC timestamp, its level and what is bound in structlog's context variables.
     "auto" is "console" on a terminal and "json" elsewhere. `stream` is stderr unless given: stdout belongs to what
-    users asked for. Events below `level` are dropped, and so are those that cannot be written at once: the disk is
+    users asked for. Events below `level` are dropped, and so are events that cannot be written at once: the disk is
     full, or the reader of a pipe has gone or reads no more. No request waits or fails for its log.
     """
     if stream is None:

@@ -26,7 +26,7 @@ class RoleMetrics:
     """The registry of one process, and the RPCs it answers. Made once, at the process's edge, and handed down."""
 
     def __init__(self, role: str) -> None:
-        # A second series beside every counter and histogram, which says when it was made and which nobody asks for.
+        # The second series beside every counter and histogram, which says when it was made, is not needed.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -68,7 +68,7 @@ StepObserver = Callable[[StepReport], None]
 
 
 def ignore_step(_report: StepReport) -> None:
-    """The observer of an engine that nobody watches."""
+    """The observer of an engine that is not observed."""
 
 
 class EngineMetrics(RoleMetrics):
@@ -115,7 +115,7 @@ class EngineMetrics(RoleMetrics):
         )
         self._ahead = Counter(
             "easyspec_draft_ahead_verdicts",
-            "Verdicts behind which a tree had been begun before they came, and those that were guessed wrongly.",
+            "Verdicts behind which a tree had been begun before they came, and verdicts that were guessed wrongly.",
             ("outcome",),
             registry=registry,
         )

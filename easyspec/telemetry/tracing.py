@@ -61,7 +61,7 @@ class Tracing:
         self._tracer = provider.get_tracer("easyspec", __version__)
 
     def span(self, name: str, traceparent: str | None, attributes: Attributes) -> TracedSpan:
-        """Start a span for work that somebody asked for; without a (sampled or not) parent it begins a trace."""
+        """Start a span for requested work; without a (sampled or not) parent it begins a trace."""
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

@@ -95,7 +95,7 @@ class OpenSpeculation(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
-        """Who guesses. Empty: the service's default. A source that is not there is INVALID_ARGUMENT."""
+        """Sources of guesses. Empty: the service's default. A source that is not there is INVALID_ARGUMENT."""
 
     def __init__(
         self,

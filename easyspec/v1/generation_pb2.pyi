@@ -405,7 +405,7 @@ class SpeculationParameters(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DraftSource.ValueType]:
-        """Who guesses. Empty: those that the drafter is set to. With a source that the drafter does not have the request is
+        """Sources of guesses. Empty: the drafter's own. With a source that the drafter does not have the request is
         decoded plainly.
         """
 
@@ -840,7 +840,7 @@ class SpeculationStatistics(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceStatistics]:
-        """What each source did, in the order of DraftSource; those that guessed nothing are left out."""
+        """What each source did, in the order of DraftSource; a source that guessed nothing is left out."""
 
     def __init__(
         self,
@@ -1046,7 +1046,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class ServedModel(_message.Message):
-    """A base model behind the gateway, and who guesses for it."""
+    """A base model behind the gateway, and the state of its drafters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1105,7 +1105,7 @@ Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
 
 @_typing.final
 class SpeculationState(_message.Message):
-    """What the gateway has found to bring most tokens a second of all requests together."""
+    """What the gateway has found to bring most tokens per second of all requests together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1156,7 +1156,7 @@ class SpeculationState(_message.Message):
 
     @_builtins.property
     def tokens_per_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Output tokens a second of all requests together, by size, as measured at this load."""
+        """Output tokens per second of all requests together, by size, as measured at this load."""
 
     @_builtins.property
     def acceptance_by_level(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:

@@ -69,7 +69,7 @@ class _DraftSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DraftSour
     """
 
 class DraftSource(_DraftSource, metaclass=_DraftSourceEnumTypeWrapper):
-    """Who guesses."""
+    """A source of guesses."""
 
 DRAFT_SOURCE_UNSPECIFIED: DraftSource.ValueType  # 0
 """None."""

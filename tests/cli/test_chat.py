@@ -117,7 +117,7 @@ async def test_a_conversation_at_a_terminal(served: tuple[ScriptedGateway, str])
         assert f"{YELLOW}," in terminal.shown
         await terminal.expect("> ", 2)
         terminal.type("/warp\n")
-        await terminal.expect("/warp is no command")
+        await terminal.expect("unknown command /warp")
         await terminal.expect("> ", 3)
         terminal.type(CTRL_D)
         assert await terminal.ended() == 0

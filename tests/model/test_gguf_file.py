@@ -174,7 +174,7 @@ def test_a_file_that_ends_early(tmp_path: Path, num_bytes: int) -> None:
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "page.gguf"
     path.write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(ConfigurationError, match="it is no GGUF file, or damaged"):
+    with pytest.raises(ConfigurationError, match="it is not a GGUF file, or damaged"):
         load_config(path)
 
 

@@ -75,7 +75,7 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
     check = f"{name} config"
     if not folder.is_dir():
         advice = "name a checkpoint folder, a .gguf file, or a hub id that can be fetched"
-        return {}, problem(check, f"{folder} is no folder, no .gguf file and no hub id", advice)
+        return {}, problem(check, f"{folder} is neither a folder, nor a .gguf file, nor a hub id", advice)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]

@@ -26,7 +26,7 @@ class ThreadPool {
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
 
-  // Those that take part.
+  // Threads that take part.
   int num_threads() const { return num_active_; }
   void use(int num_threads);
 

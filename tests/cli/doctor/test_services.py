@@ -156,7 +156,7 @@ async def test_a_problem_is_exit_code_1_and_one_line(easyspec_command: Command, 
     ended = await easyspec_command("doctor", "--base", str(tmp_path / "none"), "--no-draft")
     assert ended.code == 1
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("problem  base config")]
-    assert "is no folder, no .gguf file and no hub id →" in line
+    assert "is neither a folder, nor a .gguf file, nor a hub id →" in line
     refused = await easyspec_command("doctor", "--gateway", "nowhere")
     assert (refused.code, refused.stdout) == (2, "")
 
