@@ -37,7 +37,7 @@ class DrafterSettings(EngineSettings):
     )
     sources: str = Field(
         default="model,retrieval,ngram",
-        description="Who guesses where a request does not say: some of model, retrieval, ngram, early_exit, with "
+        description="Sources of guesses where a request names none: some of model, retrieval, ngram, early_exit, with "
         "commas. The first three, fused into one tree, get the most tokens accepted per round; early_exit needs a "
         "draft model with trained exits, and a request may name it wherever the model is here (docs/sources.md).",
     )
@@ -45,7 +45,7 @@ class DrafterSettings(EngineSettings):
         default="where-it-pays",
         description="where-it-pays or always: whether a round asks all of its request's sources, or leaves out the "
         "draft model, or text, where the other alone drafts at a better rate. always gets the longest acceptance and "
-        "fewer tokens a second; it is for measuring.",
+        "fewer tokens per second; it is for measuring.",
     )
     draft_ahead: int = Field(
         default=3,

@@ -83,7 +83,7 @@ class Drafter:
         try:
             if isinstance(task, OpenTask):
                 session_id = self._open(task.request)
-                if not task.finish(session_id):  # who asked has gone, and nobody else knows of it
+                if not task.finish(session_id):  # its request has gone, and no other knows of it
                     self._close(session_id)
             elif isinstance(task, DraftTask):
                 self._commit(task)

@@ -152,7 +152,7 @@ def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:
 
 
 def _why_no_exits(loaded: LoadedModel) -> str:
-    """Why nobody can draft by early exit here; empty if everybody can."""
+    """Why no request can draft by early exit here; empty if all can."""
     if not loaded.decoder.config.early_exits:
         return f"the draft model in {loaded.folder} has no exit_layers in its config.json"
     if not loaded.decoder.can_slice:

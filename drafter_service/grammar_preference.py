@@ -1,4 +1,4 @@
-"""Drafting what a grammar allows: guesses that the verifier could never accept make room for those that it may.
+"""Drafting what a grammar allows: guesses that the verifier could never accept make room for guesses that it may.
 
 Nothing depends on it. A grammar that is not compiled yet, or cannot be, leaves drafts as they are.
 """
@@ -58,7 +58,7 @@ class GrammarPreference:
                 return None
             self._state = GrammarState(compiled, ignore_eos=False)
         for token_id in token_ids[self._num_followed :]:
-            self._state.advance(token_id)  # whoever commits what is not allowed knows why: guesses only get worse
+            self._state.advance(token_id)  # if what is committed is not allowed, guesses only get worse
         self._num_followed = max(self._num_followed, len(token_ids))
         return self._state
 

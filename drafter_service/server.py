@@ -25,7 +25,7 @@ class DrafterEngine(Engine, Protocol):
 
     @property
     def sources(self) -> DraftSources:
-        """Who guesses here."""
+        """The sources and the model of this drafter."""
 
     @property
     def layer_groups(self) -> str:

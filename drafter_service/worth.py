@@ -3,7 +3,7 @@
 One rule for all: an option (the draft model, text, the next exit, a further level of a tree) is taken if the extra
 tokens expected of it, times what a token's time is worth at present, are more than the time it takes. What tokens are
 worth is the time that they take in this request of late, drafting, verifying and waiting together: at the best rate of
-tokens a second nothing that is left out would have been worth more than its time.
+tokens per second nothing that is left out would have been worth more than its time.
 
 What an option brings is learned from verdicts, as numbers about rounds, never about tokens. An option that is left out
 is tried again after a while, the later the further it was from paying.

@@ -147,7 +147,7 @@ class Admission:
             client, queue = next(iter(self._queues.items()))
             waiter = min(queue, key=lambda waiting: waiting.turn)
             if not self._has_room(waiter.num_places):
-                return  # nobody overtakes it: small requests would keep a large one waiting for ever
+                return  # no request overtakes it: small ones would keep a large one waiting for ever
             self._remove(waiter)
             if queue:
                 self._queues.move_to_end(client)  # its next turn comes after all others'

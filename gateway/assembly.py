@@ -73,7 +73,7 @@ class Assembly:
         self._pools: dict[tuple[tuple[str, ...], str], DrafterPool] = {}
 
     def build(self, tokenizers: Mapping[TokenizerKey, Tokenizer]) -> ServedModels:
-        """All models of the settings; nobody has been asked anything yet. Raises ConfigurationError."""
+        """All models of the settings; no service has been asked yet. Raises ConfigurationError."""
         routes = self._settings.routes
         return ServedModels([self._generator(one, tokenizers[one.tokenizer, one.chat_template]) for one in routes])
 

@@ -1,4 +1,4 @@
-"""Time during which somebody is served."""
+"""Time during which requests run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class BusyClock:
-    """Seconds of another clock, of which those do not count in which nobody was served."""
+    """Seconds of another clock, without the seconds in which no request ran."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -14,7 +14,7 @@ class BusyClock:
         self._busy_s = 0.0
 
     def read(self, *, was_busy: bool) -> float:
-        """Busy seconds since the clock was made; `was_busy` says whether somebody was served since the last reading."""
+        """Busy seconds since the clock was made; `was_busy` says whether a request ran since the last reading."""
         now_s = self._clock()
         if was_busy:
             self._busy_s += now_s - self._read_s

@@ -29,7 +29,7 @@ async def merged(sources: Sequence[AsyncGenerator[_ItemT, None]]) -> AsyncGenera
     """Yield (index of the source, item) as items come; each source is iterated and closed in a task of its own.
 
     The first exception of a source ends all of them and is raised. Closing this generator closes the sources before
-    it returns. A source is at most one item ahead of whoever reads.
+    it returns. A source is at most one item ahead of the reader.
     """
     if len(sources) == 1:
         async with contextlib.aclosing(sources[0]) as only:

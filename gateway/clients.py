@@ -51,7 +51,7 @@ class VerifierClient:
         self._info_timeout_s = info_timeout_s
 
     async def info(self) -> PeerInfo:
-        """Who answers; EasyspecError if nobody does in time."""
+        """What the service says of itself; EasyspecError if it does not answer in time."""
         try:
             response = await self._stub.GetVerifierInfo(
                 verifier_pb2.GetVerifierInfoRequest(), timeout=self._info_timeout_s
@@ -119,7 +119,7 @@ class DrafterClient:
         self._session_timeout_s = session_timeout_s
 
     async def info(self) -> PeerInfo:
-        """Who answers; EasyspecError if nobody does in time."""
+        """What the service says of itself; EasyspecError if it does not answer in time."""
         try:
             response = await self._stub.GetDrafterInfo(
                 drafter_pb2.GetDrafterInfoRequest(), timeout=self._info_timeout_s
@@ -156,7 +156,7 @@ class DrafterStream:
         self._committed_length = len(opening.prompt_token_ids)
         request = drafter_pb2.SpeculateRequest(open=open_speculation_to_pb(opening))
         self._opened = asyncio.create_task(_write(call, request))
-        # Nobody may ask for a draft any more, and an error nobody saw is noise in the log.
+        # If no draft is asked for any more, an error that was not read is noise in the log.
         self._opened.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property

@@ -79,12 +79,12 @@ class Tools:
 
     @property
     def shown_definitions(self) -> tuple[ToolDefinition, ...]:
-        """Those that the model is told of: all or none, so that a choice does not change the prompt."""
+        """The tools that the model is told of: all or none, so that a choice does not change the prompt."""
         return () if self.mode is ToolMode.NONE else self.definitions
 
     @property
     def callable_definitions(self) -> tuple[ToolDefinition, ...]:
-        """Those that this request may call."""
+        """The tools that this request may call."""
         if self.mode is ToolMode.NONE:
             return ()
         return tuple(tool for tool in self.definitions if self.mode is not ToolMode.NAMED or tool.name == self.name)

@@ -224,7 +224,7 @@ class ResilientDraftSession:
             self._stream.cancel()
 
     def _be_late(self, asking: asyncio.Task[Draft]) -> None:
-        """Go on without this draft. The drafter has failed only if nobody gets any."""
+        """Go on without this draft. The drafter has failed only if no request gets any."""
         self._late, self._late_since_s = asking, time.monotonic()
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.num_failures += 1

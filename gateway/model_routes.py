@@ -1,4 +1,4 @@
-"""Which verifiers and drafters stand behind which model name, as set."""
+"""Which verifiers and drafters serve which model name, as set."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FurtherModel(BaseModel):
 
 @dataclass(frozen=True)
 class ModelRoute:
-    """One model: its name ("" is what its verifiers call it), who verifies and who drafts. `chat_template` is a file
+    """One model: its name ("" is what its verifiers call it), its verifiers and its drafters. `chat_template` is a file
     that stands in for the checkpoint's own template."""
 
     name: str

@@ -1,4 +1,4 @@
-"""The one place where a request is watched: who looks on, and what they are told. Generation knows nobody behind it."""
+"""The one place where a request is observed: which observers there are, and what they are told."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Peer:
         await asyncio.sleep(self._policy.backoff(self._num_failures))
 
     def report_failure(self, reason: str) -> None:
-        """A session was lost: nobody opens another one until a probe, after a pause, has found the peer again."""
+        """A session was lost: no other is opened until a probe, after a pause, has found the peer again."""
         if self.is_ready:
             self._num_failures += 1
             self._become(PeerState.UNREACHABLE, reason=reason)

@@ -62,7 +62,7 @@ class ServedModels:
         raise UnknownModelError(name, ", ".join(filter(None, names)))
 
     async def wait_for_answer(self) -> None:
-        """Return when the verifier of one model has answered, and everybody else was asked once.
+        """Return when the verifier of one model has answered, and every other service was asked once.
 
         Raises ConfigurationError if one who answered has another vocabulary, and if two models have one name.
         """

@@ -1,11 +1,11 @@
-"""How much to speculate: what earns most tokens a second of all requests together, at the present load.
+"""How much to speculate: what earns most tokens per second of all requests together, at the present load.
 
 Drafter and verifier may share the same cores, and requests share every step; so what a tree costs does not show in
-the round of the request that asked for it. What counts is the throughput of the system while *everybody* follows the
+the round of the request that asked for it. What counts is the throughput of the system while *all requests* follow the
 same choice. The controller therefore makes one choice for all requests in mode auto (an arm: off, or a tree size),
 measures throughput per load (running requests, by octave) and arm, keeps to the best, and tries each other arm now
 and then for a moment. A trial is as rare as it is costly: all trials together may cost 1.5 % of the throughput. Times
-are those in which somebody was served: to one who comes now and then an hour may be no more than a few requests.
+count only while requests run: of a client that comes now and then an hour may be no more than a few requests.
 Decision record 0007 has the reasons and the figures.
 """
 
@@ -104,7 +104,7 @@ class _Load:
 
 @dataclass
 class _Trial:
-    """A moment in which everybody follows another arm than the best."""
+    """A moment in which all requests follow another arm than the best."""
 
     arm: Arm
     started_s: float
@@ -159,7 +159,7 @@ class SpeculationController:
             self._trial.num_tokens += sample.num_tokens
         if sample.num_levels:
             self.acceptance.add(sample.num_levels, sample.num_accepted)
-        # A round that began before everybody did the same as now tells nothing about doing so.
+        # A round that began before all requests did the same as now tells nothing about doing so.
         is_settled = self._uniform is not None and now_s - sample.seconds >= self._uniform_since_s
         if is_settled and sample.arm is self._uniform and sample.seconds > 0:
             self._learn(sample)
@@ -365,7 +365,7 @@ class SpeculationController:
         return predicted / reference_s if predicted is not None and reference_s else 1.0
 
     def _predicted(self, arm: Arm) -> float | None:
-        """Tokens a second of one request by the cost curves and acceptance; None before enough is known."""
+        """Tokens per second of one request by the cost curves and acceptance; None before enough is known."""
         num_running = max(1, self._num_running)
         verify_s = self._verify.predict(num_running * arm.num_rows)
         level_s = self._draft_level.predict(num_running) if arm.num_levels else 0.0
@@ -375,7 +375,7 @@ class SpeculationController:
 
 
 def _surely(throughput: Throughput) -> float:
-    """Tokens a second, less what may be luck."""
+    """Tokens per second, less what may be luck."""
     return throughput.tokens_per_s / (1 + _NOISE / math.sqrt(max(throughput.num_rounds, 1.0)))
 
 

@@ -20,7 +20,7 @@ _RATE = 0.05
 
 @dataclass
 class Throughput:
-    """Output tokens a second of all requests together, learned round by round.
+    """Output tokens per second of all requests together, learned round by round.
 
     A round of `seconds` seconds among n running requests stands for seconds / n of the system's time, in which it
     brought its tokens; so the sum over all requests' rounds is tokens per second of wall-clock time, whatever part of

@@ -53,7 +53,7 @@ class ParsedText:
 
 
 class CallParser(Protocol):
-    """Finds calls in an answer that comes piece by piece. `num_calls` counts those that were given out; `is_finished`
+    """Finds calls in an answer that comes piece by piece. `num_calls` counts calls that were given out; `is_finished`
     says that no further one is wanted."""
 
     num_calls: int

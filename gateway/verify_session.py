@@ -259,7 +259,7 @@ class ResilientVerifySession:
         replica = self._replica
         await self.close()
         outage.num_failures += 1
-        if replica is None:  # nobody could be picked
+        if replica is None:  # no replica could be picked
             return
         outage.tried.add(replica)
         if isinstance(error, UnavailableError) and not isinstance(error, WrongModelError):

@@ -52,7 +52,7 @@ class VerifierEngine(EngineShell[Verifier]):
     async def open(self, request: OpenVerification) -> int:
         """Open a session and return its id, waiting for KV memory if need be.
 
-        Raises the EasyspecError that the request deserves. Whoever stops waiting holds nothing.
+        Raises the EasyspecError that the request deserves. A caller that stops waiting holds nothing.
         """
         grammar, compiled = request.sampling.grammar, None
         if grammar is not None:

@@ -3,7 +3,7 @@
 A session that decodes plainly comes back a millisecond or two after its verdict. A step that begins at once leaves it
 behind, and it then waits for a whole step: two such sessions take turns, each in a batch of one, at the speed of one.
 A wait that is short against the step brings them together, and they stay together, as they are answered together. A
-session that drafts comes back much later: nobody waits for that.
+session that drafts comes back much later: no step waits for it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from verifier_service.patience import Patience
 
 # Who had a verdict so recently will soon come with the next tree, and would wait for a long step.
 _DECODING_WITHIN_NS = 1_000_000_000
-# Who has asked for nothing for so long gives way to anybody: a client that reads slowly keeps nobody out.
+# A session without a tree for so long gives way to any other: a client that reads slowly keeps no session out.
 _STALLED_AFTER_NS = 5_000_000_000
 
 
@@ -173,7 +173,7 @@ class Scheduler(Generic[SessionT]):
         self._waiting = [other for other in self._waiting if other is not session]
 
     def abandon(self) -> list[SessionT]:
-        """A step broke: nobody waits any more. Returns who did; their K and V may be half written."""
+        """A step broke: no session waits any more. Returns the sessions that did; their K and V may be half written."""
         abandoned, self._waiting = self._waiting, []
         for session in abandoned:
             session.is_sound = session.is_in_piece = False
@@ -182,7 +182,7 @@ class Scheduler(Generic[SessionT]):
         return abandoned
 
     def fail_openings(self, error: BaseException) -> None:
-        """Nobody waits to be let in any more."""
+        """Fail every session that waits to be let in."""
         while self._openings:
             self._openings.popleft().task.fail(error)
 
@@ -381,7 +381,7 @@ class Scheduler(Generic[SessionT]):
         return make_room(self._memory, num_slots, self._victims(session), self._preempt)
 
     def _victims(self, session: SessionT) -> Iterator[SessionT]:
-        """Who gives way to a session: first those that have stalled, then the younger ones, the youngest first."""
+        """The sessions that give way to one: first the stalled ones, then the younger ones, the youngest first."""
         stalled_since = self._clock() - _STALLED_AFTER_NS
         others = [other for other in self._sessions.values() if other is not session and other.is_admitted]
         stalled = [other for other in others if other.tree is None and other.last_seen_ns < stalled_since]
@@ -389,7 +389,7 @@ class Scheduler(Generic[SessionT]):
         yield from dict.fromkeys([*stalled, *younger])
 
     def _preempt(self, victim: SessionT) -> None:
-        """Take a session's slots; while nobody needs them, they keep what it had computed."""
+        """Take a session's slots; while no session needs them, they keep what it had computed."""
         assert not victim.tree_slots, "it has no part in this step"
         if victim.is_in_piece:
             self._drop_piece()

@@ -7,7 +7,7 @@ tokens, exactly, then those nodes of the tree that the level's rows descend from
 attention reads at any layer was written there, and committed tokens are exact in every layer that they have come to.
 
 A calibration is the same thing without the tree: an exact pass over the new tokens as deep as its level goes. The
-layers below it repair nothing that anybody reads, and wait.
+layers below it repair nothing that is read, and wait.
 
 Sessions of a batch go down together; who has left does not hold a row in what follows.
 

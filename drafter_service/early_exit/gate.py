@@ -3,7 +3,7 @@
 At an exit (a number of layers after which the head may be applied) a level has candidates, and a confidence. Going on
 to the next exit takes time and may put the right token among the candidates that count. The gate compares, in seconds:
 the chance that going on helps *at such a confidence*, as often as the verdict comes to this level at all, times what a
-token is worth (the time one takes at present, and those that follow it in the tree), against the time that all levels
+token is worth (the time one takes at present, and the tokens below it in the tree), against the time that all levels
 of the batch wait. No threshold is set by hand (S2D, arXiv 2407.01955, has one a layer).
 
 How much going on helps is known of levels that went on, where both opinions are there to compare; so every few times a
@@ -87,7 +87,7 @@ class LearnedGate:
         ]
         wanted = [value > price.value for value in worth]
         total = sum(value for value, is_wanted in zip(worth, wanted, strict=True) if is_wanted)
-        if total < price.value * len(levels):  # everybody waits for those who go on
+        if total < price.value * len(levels):  # all levels wait for those that go on
             wanted = [False] * len(levels)
         return [is_wanted or gain.is_to_explore() for is_wanted, gain in zip(wanted, gains, strict=True)]
 
@@ -117,7 +117,7 @@ class _Target:
         return self._gains.setdefault((exit_index, confidence_class), _Gain())
 
     def seconds_of(self, depth: int) -> float:
-        """What a right token at a level is worth, with those that are accepted below it; no end before any is known."""
+        """What a right token at a level is worth, with tokens accepted below it; no end before any is known."""
         following = self._following[depth - 1].value if depth <= len(self._following) else 0.0
         token_s = self._token_time.seconds
         return math.inf if token_s is None else (1.0 + following) * token_s

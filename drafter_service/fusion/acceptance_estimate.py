@@ -1,4 +1,4 @@
-"""How likely a guess is accepted, whoever made it: learned online from verdicts, so that all guessers compare.
+"""How likely a guess is accepted, of any source: learned online from verdicts, so that all guessers compare.
 
 Every guesser states a probability of its own and how much evidence it has. A curve per guesser, depth and evidence
 turns that into the observed frequency of acceptance; then a mixer weighs the guessers that looked at the same place
@@ -63,7 +63,7 @@ class Curve:
 
     @property
     def num_observed(self) -> float:
-        """Verdicts counted, those that faded less."""
+        """Verdicts counted; faded ones count less."""
         return sum(self._tried) - _KNOT_STRENGTH * _NUM_KNOTS
 
     def __call__(self, stated: float) -> float:

@@ -119,7 +119,7 @@ class GrowingUnion(GrowingTree):
                 self._num_pushed += 1
 
     def _moved(self, row: int) -> list[object | None]:
-        """Everybody's cursor at a row."""
+        """Every guesser's cursor at a row."""
         if row == 0:
             return [guesser.root() for guesser in self._guessers]
         token_id = self.token_ids[row - 1]

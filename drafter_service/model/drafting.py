@@ -202,7 +202,7 @@ class ModelDrafting:
         return state.growing.num_levels - 1 if is_parallel else 0
 
     def _prompt_shares(self, holders: Holders, num_other_rows: int) -> list[tuple[ModelState, int]]:
-        """Chunks of prompts for a step: fair shares, first for those that waited longest."""
+        """Chunks of prompts for a step: fair shares, first for the sessions that waited longest."""
         unread = [state for state in holders.states if state.num_unread > 0]
         for state in unread:
             self.memory.num_hit_tokens += state.take_prefix()

@@ -1,7 +1,7 @@
 """How deep the K and V of one session reach, and the hidden states from which what left early goes on.
 
-Committed tokens go through the layers exactly, in order of position: those that wait at a deeper exit stand before
-those that wait at an earlier one, and whoever waits at none has K and V as deep as the session goes. Nodes of the tree
+Committed tokens go through the layers exactly, in order of position: tokens that wait at a deeper exit stand before
+tokens that wait at an earlier one, and others have K and V as deep as the session goes. Nodes of the tree
 go by the session's layer plan, and are forgotten with it.
 """
 
@@ -57,7 +57,7 @@ class ExitState:
     def waiting_hidden(self, exit_index: int) -> torch.Tensor:
         """Their hidden states [tokens, E]."""
         waiting = self._committed[exit_index]
-        assert waiting is not None, "somebody waits"
+        assert waiting is not None, "tokens wait"
         return waiting
 
     def arrive(self, exit_index: int, hidden: torch.Tensor) -> None:

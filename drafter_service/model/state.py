@@ -30,7 +30,7 @@ class TakenAhead(Protocol):
 class Drafting:
     """A tree while it is being worked on. The times are those of the passes it took part in.
 
-    `ahead_ns` is the time of those that were run before the verdict came; None if none was guessed.
+    `ahead_ns` is the time of passes that were run before the verdict came; None if none was guessed.
     """
 
     is_calibrated: bool = False

@@ -1,4 +1,4 @@
-"""Guesses where text knows nothing: of the corpus' commonest tokens, those that the noise is about to favour.
+"""Guesses where text knows nothing: of the corpus' commonest tokens, the ones that the noise is about to favour.
 
 At a temperature the verifier takes the best of log-probability / temperature + noise, and the noise is known. Among
 thousands of tokens the few with much noise win so often that even a distribution which ignores the text names the
@@ -37,7 +37,7 @@ class CommonTokens:
 
 
 class FavouredTokens:
-    """Those that are favoured at each level of one round; `noise_of` gives a level's noise."""
+    """The tokens that are favoured at each level of one round; `noise_of` gives a level's noise."""
 
     def __init__(self, tokens: CommonTokens, temperature: float, noise_of: Callable[[int], PositionNoise]) -> None:
         self._tokens = tokens

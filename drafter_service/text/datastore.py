@@ -22,7 +22,7 @@ _EVIDENCE_LENGTHS = (4, 6, 9, 14)
 
 @dataclass(frozen=True, slots=True)
 class TrieNode:
-    """A place in the trie of continuations, which is made only where somebody looks.
+    """A place in the trie of continuations, which is made when it is looked at.
 
     `numbers` are the continuations that went this way, `depth` how far.
     """

@@ -90,7 +90,7 @@ class TextDrafting:
         self._recent = [*self._recent, *token_ids[-_CONTEXT_TOKENS:]][-_CONTEXT_TOKENS:]
 
     def guessers(self, base_length: int) -> list[PathGuesser]:
-        """Everybody who has something to say after the `base_length` committed tokens; looks things up."""
+        """Every guesser that has a guess after the `base_length` committed tokens; looks things up."""
         coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length), self._breadth)
         guessers: list[PathGuesser] = []
         if self._own is not None:

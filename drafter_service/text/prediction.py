@@ -1,4 +1,4 @@
-"""What a guesser says about the next token, before anybody asks how often it is right."""
+"""What a guesser says about the next token, before it is weighed by how often it is right."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROU
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientGoneError):  # no fault of anybody's; the boundary hears of it as well
+    if isinstance(error, ClientGoneError):  # not an error; the boundary sees it as well
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     _count(request, mapping_of(error).reason)
     failure = failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))

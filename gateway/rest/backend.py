@@ -44,7 +44,7 @@ class Caller:
 
     @property
     def model(self) -> ModelInfo:
-        """The model that is asked; UnavailableError while nobody has answered for it."""
+        """The model that is asked; UnavailableError while no verifier has answered for it."""
         info = self.generator.model_info
         if info is None:
             raise UnavailableError("the verifier has not answered yet")
@@ -56,7 +56,7 @@ class Caller:
 
 
 def caller_of(request: Request) -> Caller:
-    """A dependency. Whoever authenticates a request leaves the client's name in `request.state.client`."""
+    """A dependency. Authentication leaves the client's name in `request.state.client`."""
     backend: Backend = request.app.state.backend
     peer = request.client.host if request.client is not None else ""
     return Caller(

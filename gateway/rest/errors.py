@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from easyspec.errors import EasyspecError, InvalidRequestError
 from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint_s
 
-# What nobody receives any more, for logs and metrics: nginx's status.
+# The client has gone; for logs and metrics: nginx's status.
 CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
 _ItemT = TypeVar("_ItemT")
@@ -85,7 +85,7 @@ _PARAMS = (
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody is there to answer."""
+    """The client closed the connection."""
 
 
 @dataclass(frozen=True)

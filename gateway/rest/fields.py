@@ -1,4 +1,4 @@
-"""Fields that requests share. Types are strict: a number in quotes is no number. Null means unset throughout."""
+"""Fields that requests share. Types are strict: a number in quotes is not a number. Null means unset throughout."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class SpeculationFields(RestModel):
     mlp: Literal["sequential", "staged"] | None = Field(None, description="Where the MLPs of a layer group run.")
     calibration: Boolean | None = Field(None, description="False keeps fuzzy KV entries, for measurement.")
     sources: ListOf[Text] | None = Field(
-        None, description="Who guesses: some of model, retrieval, ngram, early_exit. Unset: the drafter's own choice."
+        None, description="Sources of guesses: some of model, retrieval, ngram, early_exit. Unset: the drafter's own."
     )
     draft_ahead: Boolean | None = Field(
         None, description="False keeps the drafter from guessing verdicts before they come."

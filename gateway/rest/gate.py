@@ -40,7 +40,7 @@ class Gate:
             self._tasks.discard(task)
 
     async def drain(self, grace_s: float) -> bool:
-        """Refuse new requests, cancel those that outlive `grace_s` seconds; False if one ignores even that."""
+        """Refuse new requests, cancel what outlives `grace_s` seconds; False if one ignores even that."""
         self._refusal = DRAINING
         await self._wait_empty(grace_s)
         for task in self._tasks:

@@ -1,4 +1,4 @@
-"""`/health` and `/version`: open to everyone."""
+"""`/health` and `/version`: no API key is asked for."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ PATHS = frozenset({"/", *(f"/static/{name}" for name in FILES if name != "index.
 
 _HEADERS: Mapping[str, str] = MappingProxyType(
     {
-        # Nothing inline, nothing from elsewhere, and in nobody's frame: the page holds an API key.
+        # Nothing inline, nothing from elsewhere, and in no other page's frame: the page holds an API key.
         "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "x-content-type-options": "nosniff",

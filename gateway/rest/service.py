@@ -35,7 +35,7 @@ class RestServer:
         self._gate.admit()
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests, and cancel those that outlive `grace_s` seconds."""
+        """Refuse new requests, and cancel what outlives `grace_s` seconds."""
         if not await self._gate.drain(grace_s):
             _log.error("http_request_ignores_cancellation")
 

@@ -11,7 +11,7 @@ _NS_PER_MS = 1e6
 
 
 def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
-    """What was guessed in the chunk's round, what was right, and what it cost; None if nobody asked.
+    """What was guessed in the chunk's round, what was right, and what it cost; None if the request did not ask.
 
     The token texts are those of `generation.proto`: of each token alone, so that joined they may differ from the text.
     """

@@ -6,7 +6,7 @@ const SEED_LIMIT = 2 ** 32;
 
 const byId = (id) => document.getElementById(id);
 
-/** What a number input holds; undefined if it is empty. What is no number is sent as it stands, to be refused by name. */
+/** What a number input holds; undefined if it is empty. What is not a number is sent as it stands, to be refused by name. */
 function numberIn(id) {
   const input = byId(id);
   if (input.validity.badInput) return "not a number";

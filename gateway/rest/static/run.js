@@ -101,7 +101,7 @@ export class Run {
     return this.ahead.reduce((sum, ms) => sum + ms, 0);
   }
 
-  /** Tokens a second after the first round, by the gateway's clock; null until there are any. */
+  /** Tokens per second after the first round, by the gateway's clock; null until there are any. */
   get speed() {
     return this.laterMs ? (this.laterTokens * 1000) / this.laterMs : null;
   }
