@@ -105,13 +105,9 @@ class Program final : public Work {
   int32_t round_for(int32_t buffer, const Packed& weight) {
     const InputForm form = engine_.kernels.input_form(weight.format);
     if (form == InputForm::FLOATS) return -1;
-    for (size_t i = 0; i < rounded_.size(); i++)
-      if (is_current_[i] && rounded_[i].buffer == buffer && rounded_[i].form == form) return int32_t(i);
-    int64_t row_bytes = widths_[buffer] * 2;
-    if (form == InputForm::WORDS) row_bytes = widths_[buffer] / GROUP * int64_t(sizeof(WordGroup));
-    const int32_t index = int32_t(rounded_.size());
-    rounded_.push_back({buffer, form, row_bytes, {}, nullptr});
-    is_current_.push_back(true);
+    const int32_t index = rounded_place(buffer, form);
+    if (is_current_[index]) return index;
+    is_current_[index] = true;
     Op* writer = ops_.empty() ? nullptr : ops_.back().get();
     if (writer && can_round(*writer, buffer)) {
       writer->also_rounds.push_back(index);
@@ -124,6 +120,18 @@ class Program final : public Work {
     op->rounded = index;
     ops_.push_back(std::move(op));
     return index;
+  }
+
+  // Layers take turns with a buffer's rounded rows as with the buffer itself: one place each would be as large as the
+  // keys and values of a long prompt. What reads the last contents comes in an earlier phase (`sort_into_phases`).
+  int32_t rounded_place(int32_t buffer, InputForm form) {
+    for (size_t i = 0; i < rounded_.size(); i++)
+      if (rounded_[i].buffer == buffer && rounded_[i].form == form) return int32_t(i);
+    int64_t row_bytes = widths_[buffer] * 2;
+    if (form == InputForm::WORDS) row_bytes = widths_[buffer] / GROUP * int64_t(sizeof(WordGroup));
+    rounded_.push_back({buffer, form, row_bytes, {}, nullptr});
+    is_current_.push_back(false);
+    return int32_t(rounded_.size()) - 1;
   }
 
   // Whether an operation's pieces come to whole groups of columns of `buffer`.
