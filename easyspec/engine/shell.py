@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import ctypes
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -58,8 +59,15 @@ class EngineShell(abc.ABC, Generic[CoreT]):
 
     def _build_core(self) -> CoreT:
         self._built = core = self._build()
+        _return_free_memory()
         return core
 
     @abc.abstractmethod
     def _build(self) -> CoreT:
         """Build the core; called on the device thread."""
+
+
+def _return_free_memory() -> None:
+    """To the system, what reading and packing weights freed: glibc would keep it."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

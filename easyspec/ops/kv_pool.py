@@ -5,6 +5,9 @@ Dimensions: `L` layers, `H` KV heads, `D` head size filled up to whole 16s, `S` 
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 # Never handed out; its keys and values are always finite.
@@ -28,8 +31,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_kv_heads, num_slots + 1, padded_head_dim(head_dim))
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
         self.num_slots = num_slots
         self.head_dim = head_dim
 
@@ -42,3 +45,11 @@ class KVPool:
 def padded_head_dim(head_dim: int) -> int:
     """Numbers that a head's key takes."""
     return -(-head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU a page is taken when its first token comes, where torch would fill gigabytes at start-up."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
