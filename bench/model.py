@@ -17,11 +17,13 @@ from bench.alternatives import AlternativesSettings, both_ways, measure
 from bench.alternatives_report import OURS
 from bench.decode import write_report
 from bench.pair_prompts import Questions
-from bench.pairs import ModelPair, start_services
+from bench.pairs import ModelPair, pair_stack
 from bench.provenance import provenance
 from bench.serving.clients import LoadClient
 from bench.tables import Row, print_table
 from bench.timed_completion import Maker, TimedCompletion
+from bench.verifier_memory import VerifierMemory, verifier_memory
+from easyspec.cli.clients import verifier_info
 from easyspec.cli.models import choose_models
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import say
@@ -64,11 +66,14 @@ def main(argv: list[str]) -> int:
     pair = ModelPair(choice.base_name, choice.base, choice.draft, "easyspec models", Questions(choice.base))
     settings = _settings(arguments)
     completions: list[TimedCompletion] = []
+    memory: list[VerifierMemory] = []
 
     async def run() -> None:
-        async with start_services(pair) as address, LoadClient(address, _TIMEOUT_S) as client:
+        async with pair_stack(pair) as stack, LoadClient(stack.gateway_address, _TIMEOUT_S) as client:
             with Progress(console=console) as progress:
                 completions.extend(await measure(both_ways(client), settings, progress, pair.prompts))
+            kv = (await verifier_info(stack.verifier.address)).kv
+            memory.append(verifier_memory(stack.verifier.pid, pair.base, kv.num_used_slots + kv.num_cached_slots))
 
     if interrupted := run_until_signal(run()):
         return interrupted
@@ -77,8 +82,9 @@ def main(argv: list[str]) -> int:
     print_table(COLUMNS, [dataclasses.asdict(result) for result in results], title, console)
     if arguments.json is not None:
         command = shlex.join(["easyspec", "bench", *argv])
-        write_report(arguments.json, _report(command, pair, settings, results))
+        write_report(arguments.json, _report(command, pair, settings, results, memory[0]))
         console.print(f"written to {arguments.json}")
+    console.print(str(memory[0]))
     num_differing = sum(result.num_differing for result in results if result.task == _ALL)
     console.print(f"{num_differing} completions differ from plain decoding (expected 0)")
     return 1 if num_differing else 0
@@ -115,13 +121,18 @@ def _speed(one: TimedCompletion) -> float:
 
 
 def _report(
-    command: str, pair: ModelPair, settings: AlternativesSettings, results: Sequence[ModelResult]
+    command: str,
+    pair: ModelPair,
+    settings: AlternativesSettings,
+    results: Sequence[ModelResult],
+    memory: VerifierMemory,
 ) -> dict[str, Any]:
     return {
         "command": command,
         **provenance(pair.checkpoints),
         "model": pair.name,
         "settings": dataclasses.asdict(settings),
+        "verifier_memory": {**dataclasses.asdict(memory), "rest_mib": memory.rest_mib},
         "results": [dataclasses.asdict(result) for result in results],
     }
 

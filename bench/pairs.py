@@ -67,10 +67,15 @@ PAIRS = {
 PAIR_HELP = "models to measure: smollm2 needs `easyspec fetch smollm2`, bench `make bench-pair` (default: bundled)"
 
 
-@asynccontextmanager
-async def start_services(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> AsyncIterator[str]:
-    """Run drafter, verifier and gateway as real processes and yield the gateway's address."""
+def pair_stack(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> ServiceStack:
+    """Drafter, verifier and gateway of a pair as real processes, to be entered; raises ConfigurationError."""
     pair.check()
     settings = pair.settings({GATEWAY: _GATEWAY_FLAGS, DRAFTER: drafter_flags})
-    async with ServiceStack(settings, on_log=lambda role, line: None) as stack:
+    return ServiceStack(settings, on_log=lambda role, line: None)
+
+
+@asynccontextmanager
+async def start_services(pair: ModelPair, drafter_flags: Sequence[str] = ()) -> AsyncIterator[str]:
+    """Run a pair's services and yield the gateway's address."""
+    async with pair_stack(pair, drafter_flags) as stack:
         yield stack.gateway_address

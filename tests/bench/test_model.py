@@ -60,6 +60,9 @@ async def test_a_model_is_measured_by_its_path(tmp_path: Path) -> None:
         (k, t) for t in (0.0, 0.8) for k in kinds
     ]
     assert all(row["plain_tokens_per_s"] > 0 and row["num_differing"] == 0 for row in report["results"])
+    memory = report["verifier_memory"]
+    assert 0 < memory["rest_mib"] < 300
+    assert f"{memory['resident_mib']:.0f} MiB of its own" in stdout.decode()
     assert set(report["weights"]) == {"base", "draft"}
 
 
