@@ -84,6 +84,25 @@ async def test_a_drafter_killed_in_mid_stream_changes_nothing_and_is_used_again(
         await check_a_killed_drafter_changes_nothing(pair, replace(SAMPLED, stop=StopConditions(150, ignore_eos=True)))
 
 
+async def test_a_drafter_killed_while_it_drafts_ahead_changes_nothing(settings: StackSettings) -> None:
+    """It goes on with the next tree as soon as one is sent, so that at any chunk whose tree was drafted ahead it is
+    at work on the next."""
+    flags = replace(SAMPLED, stop=StopConditions(150, ignore_eos=True))
+    async with running(settings) as pair:
+        whole, completion = await pair.generate(flags)
+        assert completion.speculation.num_ahead_hits + completion.speculation.num_ahead_misses > 0
+        text, is_killed = "", False
+        async with aclosing(pair.client.generate(flags)) as responses:
+            async for response in responses:
+                text += response.text
+                if not is_killed and response.timings.HasField("ahead_ns"):
+                    await pair.stack.kill_drafter()
+                    is_killed = True
+        assert is_killed
+        assert text == whole
+        assert response.completion.speculation.num_drafter_failures > 0
+
+
 @pytest.mark.slow
 async def test_a_stack_without_a_drafter_says_the_same(settings: StackSettings) -> None:
     async with running(settings) as pair, running(replace(settings, draft=None)) as alone:
