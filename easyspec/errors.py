@@ -15,7 +15,7 @@ EasyspecError
 │   ├── EngineLostError      the device or another rank is gone for good
 │   └── ConnectionLostError  the service did not say why: its process or the network is gone
 ├── DeadlineError            not done in time
-├── BrokenModelError         the base model computes values that are no numbers
+├── BrokenModelError         the base model computes values that are not numbers
 └── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
 """
 

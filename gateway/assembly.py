@@ -146,7 +146,7 @@ async def _difference(role: str, client: VerifierClient | DrafterClient, path: P
     """Where the vocabulary of a service differs from that of the tokenizer in `path`; raises EasyspecError."""
     theirs = await client.vocabulary()
     if not theirs:
-        raise UnavailableError(f"the {role} does not tell its vocabulary")
+        raise UnavailableError(f"the {role} does not report its vocabulary")
     ours = await asyncio.to_thread(tokens_by_id, path)
     difference = vocabulary_difference(ours, theirs) or "all tokens are shared, and merges differ"
     return f"in {path} and at the {role} {difference}"

@@ -1,4 +1,4 @@
-"""Tool calls that are no plain JSON objects: each is given out when it is complete.
+"""Tool calls that are not plain JSON objects: each is given out when it is complete.
 
 As with JSON calls, what looked like a call and turns out to be none is given back as speech.
 """

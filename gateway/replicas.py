@@ -107,7 +107,7 @@ class ReplicaSet(Generic[_ClientT]):
         """
         fitting = [replica for replica in self.replicas if _may_serve(replica.peer, fingerprint)]
         if not fitting:
-            raise UnavailableError(f"no {self._role} serves the model that was asked for")
+            raise UnavailableError(f"no {self._role} serves the requested model")
         ready = [replica for replica in fitting if replica.peer.is_ready] or fitting
         fresh = [replica for replica in ready if replica not in avoiding] or ready
         if len(fresh) > 1 and (found := preferred(fresh, prompt)) is not None:

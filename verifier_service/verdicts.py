@@ -108,7 +108,7 @@ class _Walker:
         self._await_choice()
 
     def take(self, choices: Sequence[int]) -> None:
-        """Go on with the choices made at `rows`; -1 where the logits are no numbers."""
+        """Go on with the choices made at `rows`; -1 where the logits are not numbers."""
         if self._is_stepwise:
             (token_id,) = choices
             self._step(token_id)
@@ -167,7 +167,7 @@ def _also_allowing(row: ChoiceRow, grammar_bits: NDArray[np.uint8]) -> ChoiceRow
 
 def _broken() -> EasyspecError:
     return BrokenModelError(
-        "the base model computes values that are no numbers (NaN or infinity): its weights are damaged, or overflow "
+        "the base model computes values that are not numbers (NaN or infinity): its weights are damaged, or overflow "
         "in the type it is computed in (--dtype)"
     )
 

@@ -40,7 +40,7 @@ class ChatTerminal:
     is_coloured: bool
 
     def say(self, text: str) -> None:
-        """Tell the person something that is no part of an answer."""
+        """Write something that is not part of an answer."""
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
 
     def write(self, response: GenerateResponse, ends_thinking: bool) -> None:

@@ -97,7 +97,7 @@ class StackSettings:
         return "--tls-certificate" in self.flags.get(GATEWAY, ())
 
     def check(self) -> None:
-        """Raise ConfigurationError for a folder that is no checkpoint, and for a pair of different vocabularies."""
+        """Raise ConfigurationError for a folder that is not a checkpoint, and for a pair of different vocabularies."""
         for name, folder in (("base", self.base), ("draft", self.draft), *self.also.items()):
             if folder is not None and not (is_gguf(folder) or (folder / "config.json").is_file()):
                 raise ConfigurationError(
@@ -250,7 +250,7 @@ class ServiceProcess:
 class ServiceStack:
     """Verifier, drafter (if there is a draft model) and gateway; `async with` starts, waits until healthy and stops.
 
-    Raises ConfigurationError for folders that are no checkpoints and ServiceFailedError if a service does not come
+    Raises ConfigurationError for folders that are not checkpoints and ServiceFailedError if a service does not come
     up; whatever was started is stopped again.
     """
 

@@ -46,7 +46,7 @@ class StoredTensor:
 
 
 class TensorFile:
-    """An open file. Raises ConfigurationError where it is no safetensors file, or cannot be read to the end."""
+    """An open file. Raises ConfigurationError where it is not a safetensors file, or cannot be read to the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

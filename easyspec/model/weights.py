@@ -195,7 +195,7 @@ def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     low, high = torch.aminmax(tensor)  # both are NaN if one value is
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ConfigurationError(
-            f"{name!r} in {path} has values that are no numbers (NaN or infinity), as an overflow in float16 leaves; "
+            f"{name!r} in {path} has values that are not numbers (NaN or infinity), as an overflow in float16 leaves; "
             "every answer would be empty: get the weights again, or in bfloat16"
         )
 

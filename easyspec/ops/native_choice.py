@@ -18,7 +18,7 @@ from easyspec.speculation.sampling import ChoiceRow
 
 
 def choose(engine: int, logits: torch.Tensor, place: int, row: ChoiceRow) -> int:
-    """The token chosen at `row`, or -1 where some of its logits are no numbers.
+    """The token chosen at `row`, or -1 where some of its logits are not numbers.
 
     Its logits are those of `logits` float32 [R, V] at `place`; they are changed during the call and put back.
     """

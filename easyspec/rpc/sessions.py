@@ -31,7 +31,7 @@ class TimelyMessages(Generic[_MessageT]):
             async with asyncio.timeout(self._idle_timeout_s):
                 return await anext(self._messages)
         except TimeoutError:
-            message = f"the session was ended: its client said nothing for {self._idle_timeout_s:g} s"
+            message = f"the session was ended: its client sent nothing for {self._idle_timeout_s:g} s"
             raise UnavailableError(message) from None
 
 

@@ -80,7 +80,7 @@ class Door:
         for host in (value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"):
             name = host.rpartition(":")[0] if _PORT.search(host) else host
             if name not in self._hosts and not name.endswith(".localhost"):
-                message = f"{host[:200]} is no name of this gateway; --http-hosts adds names"
+                message = f"{host[:200]} is not a name of this gateway; --http-hosts adds names"
                 raise RefusalError(Failure(403, message, code="foreign_host"))
 
 

@@ -21,6 +21,7 @@ from verifier_service.config import VerifierSettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")]
+WRITTEN = [page for page in PAGES if page.parent.name != "decisions" and page.name != "benchmarks.md"]
 SETTINGS = {"gateway": GatewaySettings, "drafter_service": DrafterSettings, "verifier_service": VerifierSettings}
 PACKAGES = ("easyspec", "gateway", "drafter_service", "verifier_service")
 
@@ -118,3 +119,11 @@ def test_troubleshooting_tells_every_error_of_requests() -> None:
     assert [row.reason for row in ERROR_TABLE if row.reason not in told] == []
     for row in ERROR_TABLE:
         assert re.search(rf"^\| {row.http_status}\b.*\| {row.code.name} \|.*\b{row.reason}\b", told, re.MULTILINE), row
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_pages_call_processes_and_requests_by_their_names(page: Path) -> None:
+    found = re.findall(
+        r"\b(?:some|no|any|every)body\b|\bwhoever\b|\bwhom\b|\bthose that\b", text_of(page), re.IGNORECASE
+    )
+    assert found == []

@@ -199,7 +199,7 @@ def test_missing_tensors_wrong_shapes_and_nan(tmp_path: Path) -> None:
     last = list(gguf.GGUFReader(path).tensors)[-1]
     checkpoint = GgufCheckpoint(path)
     (name,) = (name for name in checkpoint if gguf_name(name) == last.name)
-    with pytest.raises(ConfigurationError, match="values that are no numbers"):
+    with pytest.raises(ConfigurationError, match="values that are not numbers"):
         checkpoint.tensor(name, tuple(reversed([int(n) for n in last.shape])))
 
 

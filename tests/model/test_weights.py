@@ -146,7 +146,7 @@ def test_a_value_that_is_no_number(tmp_path: Path, value: float, dtype: torch.dt
     weight = load_file(tmp_path / "model.safetensors")[name]
     weight[3, 5] = value
     change_tensor(tmp_path, name, weight)
-    assert f"{name!r} in {tmp_path / 'model.safetensors'} has values that are no numbers" in refused(tmp_path)
+    assert f"{name!r} in {tmp_path / 'model.safetensors'} has values that are not numbers" in refused(tmp_path)
 
 
 def test_pickled_weights_alone_name_the_way_out(tmp_path: Path) -> None:

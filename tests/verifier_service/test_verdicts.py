@@ -27,7 +27,7 @@ TREE = TokenTree((3, 4), (0, 0))
 
 
 def decided(broken_row: int, value: float) -> Verdict | EasyspecError:
-    """The verdict on TREE where the model says 3, then 5, and one row's logits are no numbers."""
+    """The verdict on TREE where the model says 3, then 5, and one row's logits are not numbers."""
     logits = torch.zeros(3, 8)
     logits[0, 3] = logits[1, 5] = logits[2, 6] = 1.0
     logits[broken_row, 7] = value
@@ -63,6 +63,6 @@ async def test_a_model_that_overflows_ends_the_request_with_an_error(
 ) -> None:
     sampling = SamplingParameters(seed=0, temperature=0.0, grammar=grammar)
     session_id = await overflowing.open(OpenVerification((5, 8), sampling, StopConditions(4), num_top_logprobs=1))
-    with pytest.raises(BrokenModelError, match="values that are no numbers"):
+    with pytest.raises(BrokenModelError, match="values that are not numbers"):
         await overflowing.verify(session_id, 2, EMPTY_TREE)
     overflowing.close(session_id)

@@ -120,7 +120,7 @@ def _tensor_names(path: Path) -> set[str]:
             f"{path.name} cannot be read: {error.strerror}", "see its owner and permissions"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise _BrokenFileError(f"{path.name} is no safetensors file", _AGAIN) from error
+        raise _BrokenFileError(f"{path.name} is not a safetensors file", _AGAIN) from error
     expected = 8 + length + max(names.values(), default=0)
     if num_bytes != expected:
         raise _BrokenFileError(f"{path.name} has {num_bytes:,} bytes of {expected:,}", _AGAIN)

@@ -97,7 +97,7 @@ def test_a_download_that_was_cut(broken: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]"])
 def test_a_file_that_is_no_safetensors_file(broken: Path, content: bytes) -> None:
     (broken / "model.safetensors").write_bytes(content)
-    assert "is no safetensors file" in weights_problem(broken).message
+    assert "is not a safetensors file" in weights_problem(broken).message
 
 
 def test_a_git_lfs_pointer(broken: Path) -> None:
