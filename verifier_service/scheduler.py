@@ -29,6 +29,7 @@ from verifier_service.patience import Patience
 _DECODING_WITHIN_NS = 1_000_000_000
 # A session without a tree for so long gives way to any other: a client that reads slowly keeps no session out.
 _STALLED_AFTER_NS = 5_000_000_000
+_REFUSED_FOR_NS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,23 @@ class _Opening(Generic[SessionT]):
     task: Task[int]
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Who did not get in, when, and how many slots were there: to look for its prefix takes as long as it is."""
+
+    session_id: int
+    num_available: int
+    at_ns: int
+
+    def stands(self, session_id: int, num_available: int, now_ns: int) -> bool:
+        """Whether the answer is still the same: no slots have come, and others' prefixes hardly."""
+        is_recent = now_ns - self.at_ns < _REFUSED_FOR_NS
+        return is_recent and session_id == self.session_id and num_available <= self.num_available
+
+
+_NO_REFUSAL = _Refusal(0, 0, -_REFUSED_FOR_NS)
+
+
 class Scheduler(Generic[SessionT]):
     """Sessions from opening to closing. Runs on the device thread; `clock` counts nanoseconds."""
 
@@ -122,7 +140,8 @@ class Scheduler(Generic[SessionT]):
         self._pace = PrefillPace(limits.max_prefill_slowdown, limits.prefill_chunk)
         self._openings: deque[_Opening[SessionT]] = deque()
         self._sessions: dict[int, SessionT] = {}  # open ones, in the order of their age
-        self._waiting: list[SessionT] = []  # for a verdict, least recently served first
+        self._waiting: dict[int, SessionT] = {}  # for a verdict, by id, least recently served first
+        self._refusal = _NO_REFUSAL
         self.piece: list[Work[SessionT]] | None = None
         self._num_step_rows = 0  # of those who decode in the present step
         self._has_read_prompts = False
@@ -156,29 +175,45 @@ class Scheduler(Generic[SessionT]):
         session.tree = tree
         session.last_seen_ns = self._clock()
         self._patience.came_back(session, session.last_seen_ns if arrived_ns is None else arrived_ns)
-        self._waiting.append(session)
+        self._waiting[session.session_id] = session
 
     def close(self, session_id: int) -> None:
-        """Forget a session; what it has computed stays as a prefix for others. Idempotent."""
+        """Forget a session; what it has computed stays as a prefix for others. Idempotent.
+
+        What others read in the same piece is not lost: its slots go back when the piece is done.
+        """
         session = self._sessions.pop(session_id, None)
         if session is None:
             return
-        if session.is_in_piece:
-            self._drop_piece()
+        self._waiting.pop(session_id, None)
+        if not session.is_in_piece:
+            self._free(session)
+        elif not any(work.session.session_id in self._sessions for work in self.piece or ()):
+            self.drop_piece()
+
+    def _free(self, session: SessionT) -> None:
         self._memory.free(session.tree_slots)
         session.tree_slots = []
         if session.is_sound:
-            session.slots.share(session.token_ids[: session.slots.num_cached])
+            session.slots.share(session.token_ids)
         session.slots.release()
-        self._waiting = [other for other in self._waiting if other is not session]
+
+    def fail(self, session: SessionT) -> None:
+        """The session's part of a step cannot be computed: it waits for nothing, and shares nothing any more."""
+        session.is_sound = False
+        session.tree = None
+        self._waiting.pop(session.session_id, None)
 
     def abandon(self) -> list[SessionT]:
         """A step broke: no session waits any more. Returns the sessions that did; their K and V may be half written."""
-        abandoned, self._waiting = self._waiting, []
+        abandoned = [*self._waiting.values()]
+        piece, self.piece = self.piece, None
         for session in abandoned:
-            session.is_sound = session.is_in_piece = False
-            session.tree = None
-        self.piece = None
+            self.fail(session)
+        for work in piece or ():
+            work.session.is_in_piece = work.session.is_sound = False
+            if work.session.session_id not in self._sessions:
+                self._free(work.session)
         return abandoned
 
     def fail_openings(self, error: BaseException) -> None:
@@ -199,7 +234,7 @@ class Scheduler(Generic[SessionT]):
         May also make a new `piece`.
         """
         self._admit()
-        ready = [session for session in self._waiting if session.is_admitted and not session.is_in_piece]
+        ready = [session for session in self._waiting.values() if session.is_admitted and not session.is_in_piece]
         for session in ready:
             num_tokens = self._take_prefix(session)
             if not session.has_been_preempted:  # else it meets what it has computed itself
@@ -257,14 +292,14 @@ class Scheduler(Generic[SessionT]):
             session, num_tokens = work.session, len(work.slots)
             if num_tokens > 1:
                 num_prompt_rows += num_tokens
-                session.slots.share(session.token_ids[: session.slots.num_cached])
+                session.slots.share(session.token_ids)
             if work.tree is not None:
                 num_decode_rows += len(work.tree) + (num_tokens == 1)
                 session.tree = None
                 session.last_verdict_ns = now
-            self._waiting.remove(session)
+            del self._waiting[session.session_id]
             if work.tree is None:
-                self._waiting.append(session)
+                self._waiting[session.session_id] = session
         self._patience.stepped(elapsed_ns)
         if self.piece is None:  # reading on the side slows steps down: what it does must not become its measure
             self._pace.observe(num_decode_rows, num_prompt_rows, elapsed_ns)
@@ -284,17 +319,22 @@ class Scheduler(Generic[SessionT]):
         for work in self.piece:
             session = work.session
             session.is_in_piece = False
-            session.slots.share(session.token_ids[: session.slots.num_cached])
-            self._waiting.remove(session)
-            self._waiting.append(session)
+            if session.session_id not in self._sessions:
+                self._free(session)
+                continue
+            session.slots.share(session.token_ids)
+            del self._waiting[session.session_id]
+            self._waiting[session.session_id] = session
         self.piece = None
 
-    def _drop_piece(self) -> None:
-        """One of its sessions goes: what the others had begun is begun again."""
-        for work in self.piece or ():
+    def drop_piece(self) -> None:
+        """What its sessions have begun is begun again, if they are still there."""
+        piece, self.piece = self.piece, None
+        for work in piece or ():
             work.session.is_in_piece = False
             work.session.slots.truncate(work.session.slots.num_cached - len(work.slots))
-        self.piece = None
+            if work.session.session_id not in self._sessions:
+                self._free(work.session)
 
     @property
     def is_anyone_waiting(self) -> bool:
@@ -302,8 +342,9 @@ class Scheduler(Generic[SessionT]):
 
     def _admit(self) -> None:
         """Let in who has room: first those who were preempted, oldest first, then newcomers in order."""
-        for session in sorted(self._waiting, key=lambda session: session.session_id):
-            if not session.is_admitted and not self._try_to_admit(session):
+        outside = [session for session in self._waiting.values() if not session.is_admitted]
+        for session in sorted(outside, key=lambda session: session.session_id):
+            if not self._try_to_admit(session):
                 return
         while self._openings:
             opening = self._openings[0]
@@ -326,19 +367,23 @@ class Scheduler(Generic[SessionT]):
 
     def _try_to_admit(self, session: SessionT) -> bool:
         """Whether there is room for all that the session has to compute, a tree, and some growth."""
+        num_available, now_ns = self._memory.num_available, self._clock()
+        if self._refusal.stands(session.session_id, num_available, now_ns):
+            return False
         self._take_prefix(session)
         wanted = session.num_uncached + self._limits.max_tree_nodes + MIN_PROMPT_ROWS
         is_oldest = not any(other.is_admitted for other in self._sessions.values() if other is not session)
         session.is_admitted = self._make_room(wanted, session) or is_oldest
         if not session.is_admitted:
             session.slots.release()
+            self._refusal = _Refusal(session.session_id, num_available, now_ns)
         return session.is_admitted
 
     def _take_prefix(self, session: SessionT) -> int:
         """How many tokens were there already. The last one is left out: its row is the root of the tree."""
         if not session.takes_prefixes or session.num_uncached == 1:
             return 0
-        return session.slots.take_prefix(session.token_ids[:-1])
+        return session.slots.take_prefix(session.token_ids, len(session.token_ids) - 1)
 
     def _is_anyone_decoding(self) -> bool:
         since = self._clock() - _DECODING_WITHIN_NS
@@ -392,8 +437,8 @@ class Scheduler(Generic[SessionT]):
         """Take a session's slots; while no session needs them, they keep what it had computed."""
         assert not victim.tree_slots, "it has no part in this step"
         if victim.is_in_piece:
-            self._drop_piece()
-        victim.slots.share(victim.token_ids[: victim.slots.num_cached])
+            self.drop_piece()
+        victim.slots.share(victim.token_ids)
         victim.slots.release()
         victim.is_admitted = False
         victim.has_been_preempted = True

@@ -14,13 +14,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
+from easyspec.engine.device_faults import is_out_of_memory
 from easyspec.engine.device_thread import Task
 from easyspec.engine.segments import committed_segment, visible_nodes
 from easyspec.engine.shell import CloseTask
-from easyspec.errors import EasyspecError, InvalidRequestError, StalePositionError
+from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder, PassResult
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import RowLayout, Segment, TreeColumns, lay_out
@@ -153,6 +155,15 @@ class VerifierSession(ScheduledSession):
         )
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A pass: its rows, the trees among them, and what it came to."""
+
+    layout: RowLayout
+    batch: TreeBatch
+    result: PassResult
+
+
 class Verifier:
     """Steps over batches of sessions: the trees that are ready and pieces of the prompts that came in."""
 
@@ -241,25 +252,28 @@ class Verifier:
         self._scheduler.submit(session, task.tree, task.arrived_ns)
 
     def _verify(self, works: Sequence[Work[VerifierSession]]) -> None:
-        """One pass over the batch, then a verdict for each session whose tree it holds."""
+        """One pass over the batch, then a verdict for each session whose tree it holds.
+
+        Where there is no memory for it, a pass for each: only a session for which there is none by itself is refused.
+        """
         started_ns = time.monotonic_ns()
-        segments = [work.session.segment(work.slots, work.tree) for work in works]
-        layout = lay_out(segments)
-        judged: list[VerifierSession] = []
-        batch = TreeBatch(self._decoder)
-        for index, work in enumerate(works):
-            if work.tree is not None:  # else it is a piece of a prompt
-                judged.append(work.session)
-                root = layout.flat_row(index, len(work.slots) - 1)
-                batch.add(work.session.case(work.tree, first_row=len(batch.logit_rows)), root)
-        needs_prompt = any(work.session.prompt_logprobs is not None for work in works)
-        result = self._decoder.forward(
-            layout, self._memory.pool, None, batch.logit_rows, batch.choice_rows, keeps_hidden=needs_prompt
-        )
-        outcomes = batch.decide(result)
-        self._add_prompt_logprobs(works, layout, result)
+        try:
+            computed = self._compute(works)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            structlog.get_logger().warning("step_without_memory", num_sessions=len(works))
+            if len(works) == 1:
+                self._refuse(works[0].session)
+                return
+            for work in works:
+                self._verify([work])
+            return
+        outcomes = computed.batch.decide(computed.result)
+        self._add_prompt_logprobs(works, computed.layout, computed.result)
         compute_ns = time.monotonic_ns() - started_ns
-        num_rows = sum(layout.num_rows)
+        num_rows = sum(computed.layout.num_rows)
+        judged = [work.session for work in works if work.tree is not None]
         self._on_step(StepReport("verify" if judged else "prefill", compute_ns, num_rows, len(works)))
         following: list[VerifyTask] = []
         for session, outcome in zip(judged, outcomes, strict=True):
@@ -281,12 +295,46 @@ class Verifier:
         for task in following:
             self._enqueue(task)
 
+    def _compute(self, works: Sequence[Work[VerifierSession]]) -> _Computed:
+        """The pass over the batch, which changes nothing but K and V and can be computed again."""
+        layout = lay_out([work.session.segment(work.slots, work.tree) for work in works])
+        batch = TreeBatch(self._decoder)
+        for index, work in enumerate(works):
+            if work.tree is not None:  # else it is a piece of a prompt
+                root = layout.flat_row(index, len(work.slots) - 1)
+                batch.add(work.session.case(work.tree, first_row=len(batch.logit_rows)), root)
+        needs_prompt = any(work.session.prompt_logprobs is not None for work in works)
+        result = self._decoder.forward(
+            layout, self._memory.pool, None, batch.logit_rows, batch.choice_rows, keeps_hidden=needs_prompt
+        )
+        return _Computed(layout, batch, result)
+
+    def _refuse(self, session: VerifierSession) -> None:
+        """There is no memory for the session's part of a step, even by itself: it ends."""
+        self._scheduler.fail(session)
+        self._give_up(session)
+        task, session.waiting = session.waiting, None
+        if task is not None:
+            task.fail(CapacityError("there is no memory for a step of this request"))
+
     def _read_piece(self) -> bool:
         """Some layers of the prompts that are read on the side, at least one; False if there are none."""
         piece = self._scheduler.piece
         if piece is None:
             self._slices = None
             return False
+        try:
+            self._advance(piece)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # The youngest goes; the others begin again without it.
+            self._slices = None
+            self._scheduler.drop_piece()
+            self._refuse(max((work.session for work in piece), key=lambda session: session.session_id))
+        return True
+
+    def _advance(self, piece: Sequence[Work[VerifierSession]]) -> None:
         started_ns = time.monotonic_ns()
         if self._slices is None or self._slices[0] is not piece:
             layout = lay_out([work.session.segment(work.slots, None) for work in piece])
@@ -302,7 +350,6 @@ class Verifier:
                 self._on_step(StepReport("prefill", elapsed_ns, num_rows, len(piece)))
                 break
         self._scheduler.piece_advanced(num_layers, elapsed_ns, is_computed=is_computed)
-        return True
 
     def _add_prompt_logprobs(
         self, works: Sequence[Work[VerifierSession]], layout: RowLayout, result: PassResult

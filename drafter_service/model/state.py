@@ -114,7 +114,7 @@ class ModelState:
 
     def take_prefix(self) -> int:
         """Hold what is known of the prompt; returns how many tokens that adds."""
-        num_new = self.slots.take_prefix(self.token_ids[: self.num_prompt_tokens - 1])
+        num_new = self.slots.take_prefix(self.token_ids, self.num_prompt_tokens - 1)
         self.num_exact = self.slots.num_cached
         return num_new
 
@@ -194,7 +194,7 @@ class ModelState:
             # Called when the prompt has been read, which is exact in all layers, and at the end of the session.
             self.slots.truncate(self.num_exact)
         if self.slots.num_cached == self.num_exact:
-            self.slots.share(self.token_ids[: self.num_exact])
+            self.slots.share(self.token_ids)
 
     def early_rows(self, num_layers: int) -> Mapping[int, int]:
         """Rows whose children come from an early exit, and which, from 1."""

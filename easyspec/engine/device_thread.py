@@ -15,9 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
-from easyspec.engine.device_faults import is_sticky
+from easyspec.engine.device_faults import is_out_of_memory, is_sticky
 from easyspec.engine.device_watchdog import DeviceWatchdog
-from easyspec.errors import EngineLostError, UnavailableError
+from easyspec.errors import CapacityError, EngineLostError, UnavailableError
 from easyspec.usual_time import LEAST_BOUND_S
 
 ResultT = TypeVar("ResultT")
@@ -191,7 +191,7 @@ class DeviceThread:
                 structlog.get_logger().exception("engine_step_failed", thread=self._name)
                 if self._is_group or is_sticky(error):
                     raise EngineLostError(f"a step failed beyond repair ({type(error).__name__})") from error
-                core.abandon(error)
+                core.abandon(_for_askers(error))
                 is_busy = False
 
     def _linger(self, core: Core) -> None:
@@ -206,7 +206,7 @@ class DeviceThread:
             core.accept(task)
         except Exception as error:
             structlog.get_logger().exception("engine_task_failed", thread=self._name)
-            task.fail(error)
+            task.fail(_for_askers(error))
 
     def _take(self, *, wait: bool, timeout_s: float = _LONGEST_WAIT_S) -> list[Task[Any]]:
         """Everything in the inbox; waits for the first, but not for ever, if told to."""
@@ -218,3 +218,8 @@ class DeviceThread:
                     tasks.append(task)
                 task = self._inbox.get_nowait()
         return tasks
+
+
+def _for_askers(error: Exception) -> Exception:
+    """What is told of an error: that memory is full is nobody's mistake, and passes."""
+    return CapacityError("memory is full") if is_out_of_memory(error) else error

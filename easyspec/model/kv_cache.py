@@ -121,35 +121,34 @@ class SessionSlots:
         self.num_cached = num_cached
         self._memory.free(dropped)
 
-    def take_prefix(self, token_ids: Sequence[int]) -> int:
-        """Hold what is known of `token_ids` beyond the present prefix; returns how many tokens that is.
+    def take_prefix(self, token_ids: Sequence[int], most: int | None = None) -> int:
+        """Hold what is known of the first `most` of `token_ids`, which begin with the present prefix; returns how many
+        tokens that is beyond it.
 
         Does nothing for a session that has cached tokens of its own.
         """
         if not self._memory.shares_prefixes or self.num_cached > self.num_shared:
             return 0
-        prefix, slots = self._memory.prefixes.hold(token_ids)
-        num_new = len(slots) - self.num_cached
-        self._let_go_of_prefix()
-        self._prefix = prefix
-        self.append(slots[self.num_cached :])
+        positions = range(self.num_cached, len(token_ids) if most is None else most)
+        self._prefix, slots = self._memory.prefixes.hold(token_ids, positions, self.prefix)
+        self.append(slots)
         self.num_shared = self.num_cached
-        return num_new
+        return len(slots)
 
     def share(self, token_ids: Sequence[int]) -> None:
-        """Let other sessions use what is cached; `token_ids` are the cached tokens, whose K and V must be exact.
+        """Let other sessions use what is cached; `token_ids` begin with the cached tokens, whose K and V must be exact.
 
         A session that others were faster than takes their slots and gives its own back.
         """
-        assert len(token_ids) == self.num_cached, "all that is cached, and no more"
+        assert len(token_ids) >= self.num_cached, "all that is cached"
         if not self._memory.shares_prefixes or self.num_cached == self.num_shared:
             return
-        slots = self.by_position[: self.num_cached].tolist()
-        spare = self._memory.prefixes.add(token_ids, slots, self.prefix)
+        own = range(self.num_shared, self.num_cached)
+        slots = self.by_position[own.start : own.stop].tolist()
+        self._prefix, known, spare = self._memory.prefixes.add(token_ids, own, slots, self.prefix)
         self._memory.free(spare)
-        self.by_position[: self.num_cached] = TRASH_SLOT
-        self.num_cached = self.num_shared = 0
-        self.take_prefix(token_ids)
+        self.by_position[own.start : own.stop] = known
+        self.num_shared = self.num_cached
 
     def release(self) -> None:
         """Give everything back; idempotent."""

@@ -39,53 +39,62 @@ class PrefixCache:
         self._leaves: list[tuple[int, int, PrefixNode]] = []
         self._num_nodes = 0
 
-    def hold(self, token_ids: Sequence[int]) -> tuple[PrefixNode, list[int]]:
-        """Hold the longest prefix there is: the node it ends at, and its slots. Give back with `drop`."""
-        node, num_matched = self._find(token_ids)
-        now = next(self._clock)
-        slots: list[list[int]] = []
-        above: PrefixNode | None = node
-        while above is not None:
-            if above.num_holders == 0:
-                self.num_evictable -= len(above.slots)
-            above.num_holders += 1
-            above.last_used = now
-            slots.append(above.slots)
-            above = above.parent
-        held = [slot for part in reversed(slots) for slot in part]
-        assert len(held) == num_matched, "the path is the prefix"
-        return node, held
+    def hold(self, token_ids: Sequence[int], positions: range, held: PrefixNode) -> tuple[PrefixNode, list[int]]:
+        """Hold as much of the tokens at `positions` as is known to follow `held`, which the caller holds: the node at
+        which that ends, to which the caller's hold goes over, and its slots. Give back with `drop`.
+
+        Takes as long as what is found, however long the text before it.
+        """
+        node, _ = self._find(token_ids, positions, held)
+        return node, self._held(node, held)
 
     def drop(self, node: PrefixNode) -> None:
         """Give a hold back; the texts stay as long as their slots are not needed."""
-        above: PrefixNode | None = node
-        while above is not None:
-            above.num_holders -= 1
-            if above.num_holders == 0:
-                self.num_evictable += len(above.slots)
-                self._note_leaf(above)
-            above = above.parent
+        while node.parent is not None:
+            node.num_holders -= 1
+            if node.num_holders == 0:
+                self.num_evictable += len(node.slots)
+                self._note_leaf(node)
+            node.parent.last_used = max(node.parent.last_used, node.last_used)
+            node = node.parent
 
-    def add(self, token_ids: Sequence[int], slots: Sequence[int], held: PrefixNode) -> list[int]:
-        """Give the tree the slots of a text, of which `held` is a prefix that the caller holds.
+    def add(
+        self, token_ids: Sequence[int], positions: range, slots: Sequence[int], held: PrefixNode
+    ) -> tuple[PrefixNode, list[int], list[int]]:
+        """Give the tree the `slots` of the tokens at `positions`, which follow `held`, which the caller holds.
 
-        Returns the slots that are not needed, because the tree knew their tokens already; the caller owns them.
+        Returns the node to which the caller's hold goes over, the tokens' slots in the tree, and those of the caller's
+        that are not needed, because the tree knew their tokens already; the caller owns them.
         """
-        node, num_known = self._find(token_ids)
-        num_held = self._length(held)
-        new_token_ids, new_slots = list(token_ids[num_known:]), list(slots[num_known:])
-        if new_token_ids:
-            self.num_slots += len(new_slots)
-            if node is held and node is not self.root and node.num_holders == 1 and not node.children:
-                node.token_ids += new_token_ids
-                node.slots += new_slots
-            else:
-                child = PrefixNode(new_token_ids, new_slots, node, last_used=next(self._clock))
-                node.children[new_token_ids[0]] = child
-                self._num_nodes += 1
-                self.num_evictable += len(new_slots)
-                self._note_leaf(child)
-        return list(slots[num_held:num_known])
+        node, num_known = self._find(token_ids, positions, held)
+        new_slots = list(slots[num_known:])
+        if not new_slots:
+            return node, self._held(node, held), list(slots)
+        new_token_ids = list(token_ids[positions.start + num_known : positions.stop])
+        self.num_slots += len(new_slots)
+        if node is held and node is not self.root and node.num_holders == 1 and not node.children:
+            node.token_ids += new_token_ids
+            node.slots += new_slots
+            return node, new_slots, []
+        child = PrefixNode(new_token_ids, new_slots, node)
+        node.children[new_token_ids[0]] = child
+        self._num_nodes += 1
+        self.num_evictable += len(new_slots)
+        return child, self._held(child, held), list(slots[:num_known])
+
+    def _held(self, node: PrefixNode, held: PrefixNode) -> list[int]:
+        """The slots from below `held` down to `node`, whose nodes have one holder more from now on."""
+        held.last_used = now = next(self._clock)
+        slots: list[list[int]] = []
+        while node is not held:
+            if node.num_holders == 0:
+                self.num_evictable -= len(node.slots)
+            node.num_holders += 1
+            node.last_used = now
+            slots.append(node.slots)
+            assert node.parent is not None, "it is below what is held"
+            node = node.parent
+        return [slot for part in reversed(slots) for slot in part]
 
     def evict(self, num_slots: int) -> list[int]:
         """Take back slots that no session holds, from the ends of texts used longest ago; fewer if there are fewer."""
@@ -110,19 +119,21 @@ class PrefixCache:
         self.num_slots -= len(freed)
         return freed
 
-    def _find(self, token_ids: Sequence[int]) -> tuple[PrefixNode, int]:
-        """The node at which the longest known prefix ends, split off if that is inside a node, and its length."""
-        node, position = self.root, 0
-        while position < len(token_ids):
+    def _find(self, token_ids: Sequence[int], positions: range, node: PrefixNode) -> tuple[PrefixNode, int]:
+        """The node below `node` at which the longest known beginning of the tokens at `positions` ends, split off if
+        that is inside a node, and its length."""
+        position = positions.start
+        while position < positions.stop:
             child = node.children.get(token_ids[position])
             if child is None:
                 break
-            num_common = _num_common(child.token_ids, token_ids, position)
+            num_common = _num_common(child.token_ids, token_ids, range(position, positions.stop))
             position += num_common
             if num_common < len(child.token_ids):
-                return self._split(child, num_common), position
+                node = self._split(child, num_common)
+                break
             node = child
-        return node, position
+        return node, position - positions.start
 
     def _split(self, node: PrefixNode, length: int) -> PrefixNode:
         """Cut a node in two and return the upper one; `node` stays the lower, so that holds on it stay true."""
@@ -143,15 +154,6 @@ class PrefixCache:
         return upper
 
     @staticmethod
-    def _length(node: PrefixNode) -> int:
-        length = 0
-        above: PrefixNode | None = node
-        while above is not None:
-            length += len(above.slots)
-            above = above.parent
-        return length
-
-    @staticmethod
     def _is_evictable(node: PrefixNode) -> bool:
         return node.num_holders == 0 and not node.children and node.parent is not None
 
@@ -165,9 +167,10 @@ class PrefixCache:
             heapq.heapify(self._leaves)
 
 
-def _num_common(node_token_ids: list[int], token_ids: Sequence[int], start: int) -> int:
-    """How many tokens of a node agree with `token_ids` from `start` on."""
-    length = min(len(node_token_ids), len(token_ids) - start)
+def _num_common(node_token_ids: list[int], token_ids: Sequence[int], positions: range) -> int:
+    """How many tokens of a node agree with those at `positions`."""
+    length = min(len(node_token_ids), len(positions))
+    start = positions.start
     if node_token_ids[:length] == list(token_ids[start : start + length]):
         return length
     return next(index for index in range(length) if node_token_ids[index] != token_ids[start + index])

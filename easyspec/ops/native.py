@@ -58,6 +58,7 @@ _ALIGNMENT = 64
 # Of the library (easyspec/ops/cpp/kernels.h), whose buffers for attention are of fixed size.
 _MAX_QUERIES, _MAX_HEAD_DIM = 64, 512
 # What the library looks at before it computes (easyspec/ops/cpp/api.h).
+_NO_MEMORY = -1
 _CHECKED = ("", "token_ids", "positions", "slots", "extra slots", "selected rows")
 _MAX_PLACEMENTS = 256
 _KINDS: dict[type, int] = {
@@ -382,6 +383,8 @@ class NativeProgram:
         for step in self._steps:
             if isinstance(step, int):
                 wrong = self._run_stretch(step, ctypes.byref(described))
+                if wrong == _NO_MEMORY:
+                    raise MemoryError(f"no memory for a pass of {num_rows} rows")
                 assert wrong == 0, f"{_CHECKED[wrong]} are out of range"
                 continue
             views = [self._view(buffer, place.starts, num_rows, num_selected) for buffer in self._buffers]

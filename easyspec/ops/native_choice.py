@@ -16,6 +16,8 @@ from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.ranking import NUM_NOISED_TOKENS, RankedTokens
 from easyspec.speculation.sampling import ChoiceRow
 
+_NO_MEMORY = -2
+
 
 def choose(engine: int, logits: torch.Tensor, place: int, row: ChoiceRow) -> int:
     """The token chosen at `row`, or -1 where some of its logits are not numbers.
@@ -57,6 +59,8 @@ def choose(engine: int, logits: torch.Tensor, place: int, row: ChoiceRow) -> int
         choice.allowed_bits = allowed_bits.ctypes.data
         kept.append(allowed_bits)
     token_id: int = load().easyspec_choose(engine, ctypes.byref(choice))
+    if token_id == _NO_MEMORY:
+        raise MemoryError("no memory to choose a token")
     return token_id
 
 

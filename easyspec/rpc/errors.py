@@ -53,6 +53,7 @@ from easyspec.errors import (
 ERROR_DOMAIN = "easyspec"
 # The message travels three times in the trailers (status, details, violation), which gRPC caps at 8 KiB.
 _MAX_MESSAGE_CHARS = 300
+_FULL_FOR_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,15 @@ INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL"
 
 
 def mapping_of(error: BaseException) -> ErrorMapping:
-    """The row of the table for `error`; INTERNAL for what is not in it."""
-    return next((row for row in ERROR_TABLE if row.error is type(error)), INTERNAL)
+    """The row of the table for `error`; INTERNAL for what is not in it. Memory that is full is no bug, and passes."""
+    kind = CapacityError if isinstance(error, MemoryError) else type(error)
+    return next((row for row in ERROR_TABLE if row.error is kind), INTERNAL)
 
 
 def public_message(error: BaseException) -> str:
     """What a client is told; how a service or a rank inside was lost names addresses, which are not for clients."""
+    if isinstance(error, MemoryError):
+        return "memory is full"
     if isinstance(error, ConnectionLostError):
         return "the connection to a service was lost"
     return "the device of a service was lost" if isinstance(error, EngineLostError) else str(error)
@@ -99,6 +103,8 @@ def public_message(error: BaseException) -> str:
 
 def retry_hint_s(error: BaseException) -> float | None:
     """After how many seconds a client should come again; None where that is in vain."""
+    if isinstance(error, MemoryError):
+        return _FULL_FOR_S
     return error.retry_after_s if isinstance(error, CapacityError | UnavailableError) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi.responses import Response
 
-from easyspec.errors import EasyspecError, InvalidRequestError
+from easyspec.errors import InvalidRequestError
 from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint_s
 
 # The client has gone; for logs and metrics: nginx's status.
@@ -150,7 +150,7 @@ def json_bytes(value: object) -> bytes:
 def failure_of(error: BaseException, request_id: str) -> Failure:
     """What a client learns of `error`; of a bug of ours nothing but the request id."""
     row = mapping_of(error)
-    if row is INTERNAL or not isinstance(error, EasyspecError):
+    if row is INTERNAL:
         return Failure(500, f"internal error; request id {request_id}", code="internal_error")
     code = _CODES.get(row.reason, row.reason.lower())
     if isinstance(error, InvalidRequestError):

@@ -306,19 +306,19 @@ class StickyError(RuntimeError):
 
 
 @pytest.mark.parametrize(
-    ("message", "is_group", "is_lost"),
+    ("message", "is_group", "told"),
     [
-        ("CUDA error: an illegal memory access was encountered", False, True),
-        ("CUDA error: uncorrectable ECC error encountered", False, True),
-        ("cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED when calling", False, True),
-        ("CUDA error: out of memory", False, False),
-        ("CUDA out of memory. Tried to allocate 2 GiB", False, False),
-        ("index out of range", False, False),
-        ("index out of range", True, True),
+        ("CUDA error: an illegal memory access was encountered", False, EngineLostError),
+        ("CUDA error: uncorrectable ECC error encountered", False, EngineLostError),
+        ("cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED when calling", False, EngineLostError),
+        ("CUDA error: out of memory", False, CapacityError),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False, CapacityError),
+        ("index out of range", False, StickyError),
+        ("index out of range", True, EngineLostError),
     ],
 )
 async def test_an_error_that_stays_ends_the_engine(
-    core: DoublingCore, monkeypatch: pytest.MonkeyPatch, message: str, is_group: bool, is_lost: bool
+    core: DoublingCore, monkeypatch: pytest.MonkeyPatch, message: str, is_group: bool, told: type[Exception]
 ) -> None:
     def step() -> bool:
         if core._waiting:
@@ -328,9 +328,9 @@ async def test_an_error_that_stays_ends_the_engine(
     monkeypatch.setattr(core, "step", step)
     thread = DeviceThread("test-device", is_group=is_group)
     await thread.start(lambda: core)
-    with pytest.raises(EngineLostError if is_lost else StickyError):
+    with pytest.raises(told):
         await thread.submit(Number(1))
-    if is_lost:
+    if told is EngineLostError:
         await asyncio.wait_for(thread.wait_lost(), 5)
     else:
         with pytest.raises(TimeoutError):

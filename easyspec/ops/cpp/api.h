@@ -136,7 +136,7 @@ void easyspec_engine_free(void* engine);
 void* easyspec_program_new(void* engine, const EasyspecOp* ops, int64_t num_ops, const int64_t* widths,
                            const int32_t* rows_of_buffer, int64_t num_buffers);
 void easyspec_program_free(void* program);
-// The token; -1 if no logit is a number or none is allowed.
+// The token; -1 if no logit is a number or none is allowed, -2 if there is no memory.
 int64_t easyspec_choose(void* engine, const EasyspecChoice* choice);
 // log(sum of exp(logits)) of a row.
 double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size);
@@ -145,8 +145,8 @@ double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size);
 void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
                    const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
                    int64_t count, int32_t* token_ids, float* scores);
-// 0, or which of the pass's arrays has a value out of range, and then nothing was computed: 1 token_ids, 2 positions,
-// 3 slots, 4 extra, 5 selected_rows.
+// 0; -1 if there is no memory for it; or which of the pass's arrays has a value out of range: 1 token_ids, 2 positions,
+// 3 slots, 4 extra, 5 selected_rows. Unless it is 0, nothing was computed.
 int32_t easyspec_program_run(void* program, const EasyspecPass* pass);
 int64_t easyspec_program_num_phases(void* program);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "api.h"
@@ -294,11 +295,15 @@ const float* allowed_only(const EasyspecChoice& c, std::vector<float>& masked) {
 }  // namespace
 
 int64_t easyspec_choose(void* engine, const EasyspecChoice* choice) {
-  Engine& e = *(Engine*)engine;
-  if (!e.kernels.are_finite(choice->logits, choice->vocab_size)) return -1;
-  const Adjusted adjusted(*choice, e.scratch.before);
-  const float* logits = choice->allowed_bits ? allowed_only(*choice, e.scratch.masked) : choice->logits;
-  return Chooser(e.kernels, *choice, logits, e.scratch).choose();
+  try {
+    Engine& e = *(Engine*)engine;
+    if (!e.kernels.are_finite(choice->logits, choice->vocab_size)) return -1;
+    const Adjusted adjusted(*choice, e.scratch.before);
+    const float* logits = choice->allowed_bits ? allowed_only(*choice, e.scratch.masked) : choice->logits;
+    return Chooser(e.kernels, *choice, logits, e.scratch).choose();
+  } catch (const std::bad_alloc&) {
+    return -2;
+  }
 }
 
 double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size) {

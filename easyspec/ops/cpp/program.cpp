@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -55,6 +56,7 @@ class Program final : public Work {
   int64_t num_phases() const override { return int64_t(phases_.size()); }
   int64_t num_pieces(int64_t phase) const override { return pieces_[phase]; }
 
+  // Memory that grows with the pass is taken before the threads begin: where there is none, nothing has been computed.
   void execute(const EasyspecPass& pass) {
     pass_ = &pass;
     for (auto& rounded : rounded_) reserve(rounded);
@@ -733,8 +735,12 @@ int32_t first_out_of_range(const EasyspecPass& p) {
 
 int32_t easyspec_program_run(void* program, const EasyspecPass* pass) {
   if (const int32_t wrong = first_out_of_range(*pass)) return wrong;
-  ((Program*)program)->execute(*pass);
-  return 0;
+  try {
+    ((Program*)program)->execute(*pass);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
 }
 
 int64_t easyspec_program_num_phases(void* program) { return ((Program*)program)->num_phases(); }

@@ -70,7 +70,7 @@ class Model {
         batch.segments.data(), batch.committed.data(), batch.num_committed.data(), batch.extra.data(),
         batch.first_extra.data(), buffers.data(), (uint8_t*)keys_.data(), (uint8_t*)values_.data(), NUM_SLOTS,
         SLOT_FLOATS * 4, FLOAT32};
-    easyspec_program_run(program_, &pass);
+    CHECK(easyspec_program_run(program_, &pass) == 0, "there is memory");
     std::vector<float> logits;
     for (int64_t r = 0; r < num_selected; r++)
       logits.insert(logits.end(), buffers[LOGITS] + r * WIDTHS[LOGITS], buffers[LOGITS] + r * WIDTHS[LOGITS] + VOCABULARY);
