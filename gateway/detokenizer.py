@@ -9,6 +9,9 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 # A character takes at most four bytes, so at most three replacement characters at the end may still become one.
 _MAX_UNDECIDED = 3
+# Tokens that are decoded again with each one that comes, where no character ends: bytes that are no text at all.
+_MAX_WINDOW = 256
+_CUT_TOKENS = range(2 * _MAX_UNDECIDED + 2, 4 * _MAX_UNDECIDED + 4)
 
 
 class TokenDecoder(Protocol):
@@ -46,6 +49,8 @@ class TokenTextStream:
         self._num_emitted_chars = max(self._num_emitted_chars, num_final_chars)
         if num_final_chars == len(text) and final_text:
             self._slide()
+        elif len(self._window) >= _MAX_WINDOW:
+            self._cut(text)
         return final_text
 
     def flush(self) -> str:
@@ -53,6 +58,16 @@ class TokenTextStream:
         text = self._tokenizer.decode(self._window)[self._num_emitted_chars :]
         self._num_emitted_chars += len(text)
         return text
+
+    def _cut(self, text: str) -> None:
+        """Forget the beginning of a window, where the rest has the same text without it."""
+        for num_kept in _CUT_TOKENS:
+            head, tail = self._window[:-num_kept], self._window[-num_kept:]
+            head_text = self._tokenizer.decode(head)
+            if len(head_text) <= self._num_emitted_chars and head_text + self._tokenizer.decode(tail) == text:
+                self._window, self._num_finished_tokens = tail, 0
+                self._num_emitted_chars -= len(head_text)
+                return
 
     def _slide(self) -> None:
         self._window = self._window[self._num_finished_tokens :]

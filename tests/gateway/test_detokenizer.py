@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -167,3 +168,29 @@ def test_an_end_of_any_kind_reads_the_same_for_any_split(module_tokenizer: Token
         assert (whole, num_tokens, cut) == (seen, len(ids), len(seen))
     else:
         assert whole == seen[: cut + (len(matched) if includes_stop else 0)]
+
+
+class CountingDecoder:
+    """A tokenizer that knows the most tokens it was asked to decode at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.special_token_ids = tokenizer.special_token_ids
+        self.most_tokens = 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.most_tokens = max(self.most_tokens, len(token_ids))
+        return self._tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("byte", [0x80, 0xE4])
+def test_bytes_that_never_become_a_character_are_not_decoded_again_and_again(tokenizer: Tokenizer, byte: int) -> None:
+    (token_id,) = (each for each in range(1, 257) if tokenizer.token_bytes(each) == bytes([byte]))
+    letters = [each for each in range(1, 257) if tokenizer.token_bytes(each) in (b"a", b"b")]
+    token_ids = [*letters, *[token_id] * 1000, *letters]
+    decoder = CountingDecoder(tokenizer)
+    detokenizer = Detokenizer(decoder, [])
+    text = "".join(detokenizer.push([each], is_last=False).text for each in token_ids)
+    text += detokenizer.push([], is_last=True).text
+    assert text == tokenizer.decode(token_ids)
+    assert decoder.most_tokens <= 256
