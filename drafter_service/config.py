@@ -71,6 +71,14 @@ class DrafterSettings(EngineSettings):
         description="File made by `easyspec index ngrams`, for the source ngram. Unset: it counts in the request's "
         "own text alone.",
     )
+    text_memory_gib: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1024.0,
+        description="Memory in GiB for what the sources retrieval and ngram keep of requests' own texts, up to 1024. "
+        "The more requests there are, the less of its text each keeps: the latest, at least 512 tokens. 1 holds the "
+        "longest that one request may keep, 32768 tokens, of 23 requests.",
+    )
     layer_groups: str | None = Field(
         default=None,
         description="Layers whose attention runs at the same time, as '0 | 1-3 | 4-7 | 8-10 | 11': every layer of the "

@@ -10,6 +10,7 @@ from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.tasks import DraftTask, OpenTask
 from drafter_service.text.guessers import TextResources
+from drafter_service.text.memory import TextMemory
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.engine.shell import EngineShell
@@ -60,4 +61,5 @@ def open_text_resources(settings: DrafterSettings, fingerprint: str) -> TextReso
     return TextResources(
         index=SuffixIndex(settings.index, fingerprint) if settings.index is not None else None,
         prior=NgramTable(settings.ngram_prior, fingerprint) if settings.ngram_prior is not None else None,
+        memory=TextMemory(int(settings.text_memory_gib * 2**30)),
     )

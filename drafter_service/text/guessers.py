@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from drafter_service.guesser import Guesser, PathGuesser, Stated
 from drafter_service.text.common_tokens import CommonTokens, FavouredTokens
 from drafter_service.text.datastore import Datastore, Found, TrieNode, predict_in_trie
+from drafter_service.text.memory import TextMemory
 from drafter_service.text.ngram import AdaptiveNgrams
 from drafter_service.text.own_text import OwnText
 from drafter_service.text.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, Breadth, Prediction, coupled
@@ -27,12 +28,11 @@ _NUM_COMMON_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TextResources:
-    """What all requests read from, and how much memory one may take: tokens of own text, contexts of each order."""
+    """What all requests read from, and the memory that they share."""
 
     index: SuffixIndex | None = None
     prior: NgramTable | None = None
-    max_own_tokens: int = 32_768
-    max_ngram_contexts: int = 16_384
+    memory: TextMemory = field(default_factory=TextMemory)
 
     @cached_property
     def common_tokens(self) -> CommonTokens | None:
@@ -64,16 +64,18 @@ class TextDrafting:
     """One request's text, as those of its `sources` that read text see it. Holds nothing of any other request."""
 
     def __init__(self, resources: TextResources, sources: DraftSources, sampling: SamplingParameters) -> None:
+        self._memory = resources.memory
+        self._memory.join(self)
         self._sampling = sampling
         self._noise = HostNoise(sampling.seed)
         self._own: OwnText | None = None
         self._datastore: Datastore | None = None
         self._ngrams: AdaptiveNgrams | None = None
         if DraftSources.RETRIEVAL in sources:
-            self._own = OwnText(resources.max_own_tokens)
+            self._own = OwnText(self._memory.most_tokens)
             self._datastore = Datastore(resources.index) if resources.index is not None else None
         if DraftSources.NGRAM in sources:
-            self._ngrams = AdaptiveNgrams(resources.max_ngram_contexts, resources.prior)
+            self._ngrams = AdaptiveNgrams(self._memory.most_tokens // 2, resources.prior)
         # A draft model knows better, wherever it looks.
         has_model = bool(sources & MODEL_SOURCES)
         self._breadth = BESIDE_A_MODEL if has_model else ALONE
@@ -83,9 +85,12 @@ class TextDrafting:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Take up committed tokens."""
+        most_tokens = self._memory.most_tokens
         if self._own is not None:
+            self._own.max_tokens = most_tokens
             self._own.extend(token_ids)
         if self._ngrams is not None:
+            self._ngrams.max_contexts = most_tokens // 2
             self._ngrams.extend(token_ids)
         self._recent = [*self._recent, *token_ids[-_CONTEXT_TOKENS:]][-_CONTEXT_TOKENS:]
 

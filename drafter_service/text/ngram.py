@@ -33,7 +33,7 @@ class AdaptiveNgrams:
     """Counts of one request. `max_contexts` bounds each order; the contexts not seen for longest go first."""
 
     def __init__(self, max_contexts: int, prior: NgramTable | None) -> None:
-        self._max_contexts = max_contexts
+        self.max_contexts = max_contexts
         self._prior = prior
         self._tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in range(MAX_ORDER)]
         self._asked: dict[tuple[int, ...], Successors | None] = {}
@@ -108,7 +108,7 @@ class AdaptiveNgrams:
         successors = table.pop(context, None)
         if successors is None:
             successors = {}
-            if len(table) >= self._max_contexts:
+            while len(table) >= self.max_contexts:
                 del table[next(iter(table))]
         table[context] = successors  # at the end: the latest
         successors[token_id] = successors.get(token_id, 0.0) + self._unit

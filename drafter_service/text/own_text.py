@@ -19,15 +19,15 @@ class OwnText:
     """The text of one request. Bounded: beyond `max_tokens` the older half is forgotten."""
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._automaton = SuffixAutomaton()
         self._recent: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append tokens of the request."""
         self._recent.extend(token_ids)
-        if len(self._recent) > self._max_tokens:
-            self._recent = self._recent[-(self._max_tokens // 2) :]
+        if len(self._recent) > self.max_tokens:
+            self._recent = self._recent[-(self.max_tokens // 2) :]
             self._automaton = SuffixAutomaton()
             self._automaton.extend(self._recent)
         else:
