@@ -34,7 +34,8 @@ CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 _TASKS_PER_TURN = 10_000
 # Room for the largest concurrency with the longest prompts of the mixes.
 _ENGINE_FLAGS = ("--num-kv-slots", "98304")
-_GATEWAY_FLAGS = ("--draft-deadline-ms", "60000", "--max-concurrent-requests", "64")
+_GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
+_MOST_REQUESTS = 64
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,10 @@ async def _services(arguments: argparse.Namespace, pair: ModelPair) -> AsyncIter
         yield arguments.gateway, arguments.verifier
         return
     pair.check()
-    flags = {GATEWAY: _GATEWAY_FLAGS, VERIFIER: _ENGINE_FLAGS, DRAFTER: _ENGINE_FLAGS}
+    # What more there is to do than capacity must wait, or be refused: only then are those accepted served as before.
+    most_requests = _MOST_REQUESTS if arguments.overload_s is None else max(_settings(arguments).concurrencies)
+    gateway_flags = (*_GATEWAY_FLAGS, "--max-concurrent-requests", str(most_requests))
+    flags = {GATEWAY: gateway_flags, VERIFIER: _ENGINE_FLAGS, DRAFTER: _ENGINE_FLAGS}
     async with ServiceStack(pair.settings(flags), on_log=lambda role, line: None) as stack:
         yield stack.gateway_address, stack.verifier.address
 

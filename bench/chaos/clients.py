@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from bench.chaos.answers import Answer
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.errors import error_from_rpc
+from easyspec.rpc.errors import error_from_rpc, has_retry_hint
 from easyspec.v1 import (
     drafter_pb2,
     drafter_pb2_grpc,
@@ -105,7 +103,7 @@ async def ask(stub: Any, kind: Kind, request_id: str = "") -> Answer:
             await asyncio.sleep(kind.pause_s)
             last_s = time.monotonic()
     except grpc.aio.AioRpcError as error:
-        answer.error, answer.says_when = error_from_rpc(error), _says_when(error)
+        answer.error, answer.says_when = error_from_rpc(error), has_retry_hint(error)
     finally:
         call.cancel()
     answer.longest_pause_s = max(answer.longest_pause_s, time.monotonic() - last_s - kind.pause_s)
@@ -143,9 +141,3 @@ async def held_memory(address: str, *, is_verifier: bool) -> Held | None:
             return Held(kv.num_sessions, kv.num_used_slots)
         except grpc.aio.AioRpcError:
             return None
-
-
-def _says_when(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the client is told after which time to come again."""
-    status = rpc_status.from_call(error)
-    return status is not None and any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)

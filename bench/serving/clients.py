@@ -13,7 +13,7 @@ from bench.serving.streams import Chunk, Outcome, Stream
 from bench.serving.workload import Speculation, Task
 from easyspec.errors import CapacityError
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.errors import error_from_rpc
+from easyspec.rpc.errors import error_from_rpc, has_retry_hint
 from easyspec.v1 import generation_pb2 as pb
 from easyspec.v1 import generation_pb2_grpc, types_pb2, verifier_pb2, verifier_pb2_grpc
 
@@ -66,7 +66,8 @@ class LoadClient:
             stream.error = f"{rpc_error.code().name}: {error}"
             stream.outcome = Outcome.FAILED
             if isinstance(error, CapacityError):
-                stream.outcome, stream.retry_after_s = Outcome.REFUSED, error.retry_after_s
+                stream.outcome = Outcome.REFUSED
+                stream.retry_after_s = error.retry_after_s if has_retry_hint(rpc_error) else None
         except asyncio.CancelledError:
             stream.outcome = Outcome.CUT
             raise

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from bench.serving.clients import LoadClient
 from bench.serving.streams import Outcome, Stream
-from bench.serving.summary import Percentiles, percentiles
+from bench.serving.summary import Percentiles, inter_token_s, percentiles
 from bench.serving.workload import Speculation, Workload
 from easyspec.errors import EasyspecError
 
@@ -28,17 +28,20 @@ MAX_RECOVERY_S = 5.0
 @dataclass(frozen=True)
 class OverloadSettings:
     """`factor` times the capacity measured in `calibration_s` seconds of a closed loop of `concurrency` clients is
-    offered for `duration_s` seconds."""
+    offered for `duration_s` seconds. The p99 between two tokens may be `max_slowdown` times that at capacity."""
 
     duration_s: float
     concurrency: int
     factor: float = 3.0
     calibration_s: float = 8.0
+    max_slowdown: float = 2.0
 
 
 @dataclass(frozen=True)
 class OverloadReport:
-    """What became of the requests. `recovery_s` is when, after the load, a lone request was as quick as before it."""
+    """What became of the requests. `recovery_s` is when, after the load, a lone request was as quick as before it;
+    `slowdown` is the p99 of the time between two tokens of those accepted over that at capacity.
+    """
 
     capacity_per_s: float
     offered_per_s: float
@@ -51,6 +54,9 @@ class OverloadReport:
     num_failed: int
     complete_ms: Percentiles | None
     refused_ms: Percentiles | None
+    capacity_inter_token_ms: Percentiles | None
+    inter_token_ms: Percentiles | None
+    slowdown: float | None
     baseline_ms: float
     recovery_s: float | None
     is_passed: bool
@@ -64,13 +70,13 @@ async def run_overload(
     bar = progress.add_task("learning the answers", total=3)
     expected, baseline_s = await _learn_answers(client, workload)
     progress.update(bar, description="measuring the capacity", advance=1)
-    capacity_per_s = await _capacity(client, workload, settings)
+    capacity_per_s, at_capacity = await _capacity(client, workload, settings)
     rate = settings.factor * capacity_per_s
     progress.update(bar, description=f"offering {rate:.1f} requests/s", advance=1)
     streams = await _offer(client, workload, rate, settings.duration_s)
     progress.update(bar, description="recovering", advance=1)
     recovery_s = await _recovery(client, workload, baseline_s)
-    return _report(settings, capacity_per_s, streams, expected, baseline_s, recovery_s)
+    return overload_report(settings, capacity_per_s, at_capacity, streams, expected, baseline_s, recovery_s)
 
 
 def _stream(workload: Workload, index: int) -> Stream:
@@ -85,8 +91,10 @@ async def _learn_answers(client: LoadClient, workload: Workload) -> tuple[list[l
     return [stream.token_ids for stream in streams[:_NUM_TASKS]], streams[-1].ended_s - streams[-1].started_s
 
 
-async def _capacity(client: LoadClient, workload: Workload, settings: OverloadSettings) -> float:
-    """Requests completed a second by a closed loop."""
+async def _capacity(
+    client: LoadClient, workload: Workload, settings: OverloadSettings
+) -> tuple[float, Sequence[Stream]]:
+    """Requests completed a second by a closed loop, and they."""
     done: list[Stream] = []
 
     async def worker(first: int) -> None:
@@ -106,7 +114,7 @@ async def _capacity(client: LoadClient, workload: Workload, settings: OverloadSe
     num_complete = sum(stream.outcome is Outcome.COMPLETE for stream in done)
     if not num_complete:
         raise EasyspecError(f"no request was completed in {settings.calibration_s:g} s of calibration")
-    return num_complete / (time.perf_counter() - started_s)
+    return num_complete / (time.perf_counter() - started_s), done
 
 
 async def _offer(client: LoadClient, workload: Workload, rate: float, duration_s: float) -> list[Stream]:
@@ -138,21 +146,26 @@ async def _recovery(client: LoadClient, workload: Workload, baseline_s: float) -
     return None
 
 
-def _report(
+def overload_report(
     settings: OverloadSettings,
     capacity_per_s: float,
+    at_capacity: Sequence[Stream],
     streams: Sequence[Stream],
     expected: Sequence[Sequence[int]],
     baseline_s: float,
     recovery_s: float | None,
 ) -> OverloadReport:
+    """Judge what became of `streams`; `expected` are the tokens of each distinct request, times are in seconds."""
     complete = [stream for stream in streams if stream.outcome is Outcome.COMPLETE]
     refused = [stream for stream in streams if stream.outcome is Outcome.REFUSED]
     wrong = [stream for stream in complete if stream.token_ids != expected[stream.index % _NUM_TASKS]]
     hintless = [stream for stream in refused if not stream.retry_after_s]
     num_failed = len(streams) - len(complete) - len(refused)
     is_recovered = recovery_s is not None and recovery_s <= MAX_RECOVERY_S
-    is_passed = bool(complete) and not wrong and not hintless and num_failed == 0 and is_recovered
+    capacity_gaps, gaps = percentiles([*inter_token_s(at_capacity)]), percentiles([*inter_token_s(complete)])
+    slowdown = gaps.p99 / capacity_gaps.p99 if gaps is not None and capacity_gaps is not None else None
+    is_quick = slowdown is None or slowdown <= settings.max_slowdown  # unknown where each answer came in one message
+    is_passed = bool(complete) and not wrong and not hintless and num_failed == 0 and is_recovered and is_quick
     recovered = f"recovered after {recovery_s:.1f} s" if recovery_s is not None else "did not recover"
     return OverloadReport(
         capacity_per_s=capacity_per_s,
@@ -166,10 +179,14 @@ def _report(
         num_failed=num_failed,
         complete_ms=percentiles([stream.ended_s - stream.started_s for stream in complete]),
         refused_ms=percentiles([stream.ended_s - stream.started_s for stream in refused]),
+        capacity_inter_token_ms=capacity_gaps,
+        inter_token_ms=gaps,
+        slowdown=slowdown,
         baseline_ms=baseline_s * 1e3,
         recovery_s=recovery_s,
         is_passed=is_passed,
         verdict=f"overload {'passed' if is_passed else 'FAILED'}: of {len(streams)} requests {len(complete)} were "
         f"served ({len(wrong)} wrong), {len(refused)} refused ({len(hintless)} without retry-after), "
-        f"{num_failed} failed; {recovered}",
+        f"{num_failed} failed; {recovered}; p99 between tokens "
+        + (f"{slowdown:.2f} times that at capacity" if slowdown is not None else "not known"),
     )

@@ -130,7 +130,9 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
         vs_best=ratio.value,
         vs_best_error=ratio.error,
         ttft_ms=percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
-        inter_token_ms=percentiles([gap for window in windows for gap in _inter_token_s(window)]),
+        inter_token_ms=percentiles(
+            [gap for window in windows for gap in inter_token_s(window.streams, window.start_s, window.end_s)]
+        ),
         mean_acceptance_length=1 + statistics.mean(chunk.num_accepted for chunk in drafted) if drafted else None,
         draft_share=len(drafted) / len(chunks) if chunks else 0.0,
         batch_occupancy=len(weights) / num_steps / concurrency if num_steps else None,
@@ -149,10 +151,11 @@ def _chunks(window: Window) -> Iterator[Chunk]:
         yield from (chunk for chunk in stream.chunks if window.start_s <= chunk.at_s < window.end_s)
 
 
-def _inter_token_s(window: Window) -> Iterator[float]:
-    for stream in window.streams:
+def inter_token_s(streams: Sequence[Stream], start_s: float = -math.inf, end_s: float = math.inf) -> Iterator[float]:
+    """Seconds between tokens that came from `start_s` to `end_s`: those of one message share its gap evenly."""
+    for stream in streams:
         for before, chunk in itertools.pairwise(stream.chunks):
-            if window.start_s <= chunk.at_s < window.end_s and chunk.num_tokens:
+            if start_s <= chunk.at_s < end_s and chunk.num_tokens:
                 yield from [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
 
 

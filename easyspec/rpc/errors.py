@@ -161,6 +161,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
     return rebuilt
 
 
+def has_retry_hint(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a peer's status tells after which time to come again."""
+    return any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in _details(error))
+
+
 class _RemoteValue:
     """A value that a peer refused, known only by how the peer showed it."""
 

@@ -17,7 +17,7 @@ from easyspec.errors import (
     StalePositionError,
     UnknownModelError,
 )
-from easyspec.rpc.errors import ERROR_TABLE, INTERNAL, error_from_rpc, error_to_status, mapping_of
+from easyspec.rpc.errors import ERROR_TABLE, INTERNAL, error_from_rpc, error_to_status, has_retry_hint, mapping_of
 from gateway.rest.errors import failure_of
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -81,6 +81,7 @@ def test_a_service_that_is_lost_says_when_to_come_again() -> None:
         returned = error_from_rpc(received(error))
         assert isinstance(returned, errors.UnavailableError)
         assert returned.retry_after_s == hint_s
+        assert has_retry_hint(received(error)) is (hint_s is not None)
         headers = failure_of(error, "request-1").response.headers
         assert headers.get("retry-after-ms") == (None if hint_s is None else str(round(hint_s * 1000)))
 
