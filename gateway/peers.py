@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,6 +109,7 @@ class Peer:
         self.when_changed: Callable[[], None] = _do_nothing
         self.state = PeerState.UNREACHABLE
         self.info: PeerInfo | None = None
+        self.asked_s = -math.inf  # when `info` was asked for, by the monotonic clock
         self.misfit = ""
 
     @property
@@ -119,7 +122,7 @@ class Peer:
         A session that was lost while the answer was under way knows better: the peer may answer questions and do
         nothing else.
         """
-        num_failures = self._num_failures
+        num_failures, asked_s = self._num_failures, time.monotonic()
         try:
             info = await self._fetch_info()
         except EasyspecError as error:
@@ -129,14 +132,14 @@ class Peer:
         if self._num_failures > num_failures:
             return
         if info.model.tokenizer_fingerprint != self._fingerprint:
-            await self._take_misfit(info)
+            await self._take_misfit(info, asked_s)
         else:
-            self.info = info
+            self.info, self.asked_s = info, asked_s
             self._num_misfits = 0
             self._failed.clear()
             self._become(PeerState.READY, reason="answers")
 
-    async def _take_misfit(self, info: PeerInfo) -> None:
+    async def _take_misfit(self, info: PeerInfo, asked_s: float) -> None:
         self._num_misfits += 1
         reason = f"tokenizer {info.model.tokenizer_fingerprint}, the gateway's is {self._fingerprint}"
         if self.is_ready and self._num_misfits <= self._policy.num_tolerated_misfits:
@@ -145,7 +148,7 @@ class Peer:
             return
         if self.state is not PeerState.REFUSED or not self.misfit.startswith(reason):
             self.misfit = await self._explained(reason)
-        self.info = info
+        self.info, self.asked_s = info, asked_s
         self._num_failures += 1
         self._become(PeerState.REFUSED, reason=self.misfit)
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from easyspec.errors import ConnectionLostError, UnavailableError
+from easyspec.speculation.messages import ModelInfo
 from gateway.affinity import preferred
 from gateway.peers import Peer, PeerInfo, PeerState
 
@@ -72,6 +73,7 @@ class ReplicaSet(Generic[_ClientT]):
             replica.peer.when_changed = self._hurry
         self._turns = itertools.count()
         self._in_force: PeerInfo | None = None
+        self._begun: dict[str, ModelInfo] = {}  # models that have been in force, by fingerprint
 
     @property
     def state(self) -> PeerState:
@@ -94,6 +96,7 @@ class ReplicaSet(Generic[_ClientT]):
             _log.warning("model_changed", role=self._role, model=ready[0].model.name)
             same = [info for info in ready if info.model.fingerprint == ready[0].model.fingerprint]
         self._in_force = replace(same[0], max_tree_nodes=min(info.max_tree_nodes for info in same))
+        self._begun[self._in_force.model.fingerprint] = self._in_force.model
         return self._in_force
 
     def pick(
@@ -107,13 +110,27 @@ class ReplicaSet(Generic[_ClientT]):
         """
         fitting = [replica for replica in self.replicas if _may_serve(replica.peer, fingerprint)]
         if not fitting:
-            raise UnavailableError(f"no {self._role} serves the requested model")
+            raise UnavailableError(self.misfit(fingerprint) or f"no {self._role} serves the requested model")
         ready = [replica for replica in fitting if replica.peer.is_ready] or fitting
         fresh = [replica for replica in ready if replica not in avoiding] or ready
         if len(fresh) > 1 and (found := preferred(fresh, prompt)) is not None:
             return found
         turn = next(self._turns) % len(fresh)
         return min(fresh[turn:] + fresh[:turn], key=lambda replica: replica.num_sessions)
+
+    def misfit(self, fingerprint: str) -> str | None:
+        """Why the replicas that are ready may not serve a session of this model, if they serve others; no addresses."""
+        infos = [replica.peer.info for replica in self.replicas if replica.peer.is_ready]
+        others = [info.model for info in infos if info is not None and info.model.fingerprint != fingerprint]
+        begun = self._begun.get(fingerprint)
+        if begun is None or not others or len(others) < len(infos):
+            return None
+        served = " and ".join(sorted({_described(model) for model in others}))
+        difference = "other weights or settings" if _described(begun) == served else "other bits"
+        return (
+            f"the stream began on {_described(begun)}; {self._role}s that are ready serve {served}, which has "
+            f"{difference} and must not continue it"
+        )
 
     def has_other(self, fingerprint: str, avoiding: Collection[Replica[_ClientT]]) -> bool:
         """Whether a ready replica that serves this model is not among `avoiding`."""
@@ -146,6 +163,11 @@ class ReplicaSet(Generic[_ClientT]):
     async def watch(self) -> None:
         """Keep every replica's state true until cancelled."""
         await asyncio.gather(*(replica.peer.watch() for replica in self.replicas))
+
+
+def _described(model: ModelInfo) -> str:
+    """What decides its bits, as far as it has a name."""
+    return " ".join(filter(None, (model.name, model.executor, model.weight_format or model.dtype)))
 
 
 def _may_serve(peer: Peer, fingerprint: str) -> bool:

@@ -30,7 +30,7 @@ from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.usual_time import UsualTime
 from gateway.decode_loop import TimedVerdict, VerifierSession
-from gateway.peers import Backoff
+from gateway.peers import Backoff, Peer
 from gateway.progress import Progress
 from gateway.replicas import Replica, ReplicaSet
 
@@ -113,7 +113,7 @@ class ResilientVerifySession:
         self._round_time = round_time
         self._has_read = False
         self._is_on_trial = False
-        self._num_deaths = 0
+        self._deaths: list[_Death] = []
         self._instance_id = ""
         self._opening = opening
         self._deadline_s = time.monotonic() + timeout_s
@@ -200,8 +200,14 @@ class ResilientVerifySession:
     def _commit(self, answer: TimedVerdict) -> None:
         self._output.extend(answer.verdict.token_ids)
         self._has_spoken = True
-        self._num_deaths = 0
+        self._deaths.clear()
         self._end_trial()
+
+    @property
+    def _num_deaths(self) -> int:
+        """Verifiers that died with this session in a row, less those that have been seen alive since: they only did
+        not answer for a while, as on a machine with too much to do."""
+        return sum(not death.is_refuted for death in self._deaths)
 
     @property
     def _is_suspected(self) -> bool:
@@ -213,11 +219,15 @@ class ResilientVerifySession:
         """Note a verifier's death; raises UnavailableError if this session, tried alone, has ended one again."""
         if self._stream is None or not isinstance(error, ConnectionLostError | EngineLostError):
             return
+        assert self._replica is not None, "a stream is at a replica"
+        death = _Death(self._replica.peer, self._instance_id, time.monotonic())
         would_suspect = self._num_deaths >= int(self._has_spoken)
-        if would_suspect and isinstance(error, ConnectionLostError) and await self._lives_on():
+        if would_suspect and isinstance(error, ConnectionLostError):
+            await death.peer.probe()
+        self._deaths.append(death)
+        if death.is_refuted:  # then the network was it
             return
-        self._num_deaths += 1
-        if self._is_on_trial:
+        if self._is_on_trial and self._is_suspected:
             _log.error("verify_session_condemned", request_id=self._opening.request_id, num_deaths=self._num_deaths)
             message = f"{self._num_deaths} verifiers in a row were lost with this request: it is not tried again"
             condemned = UnavailableError(message)
@@ -225,14 +235,6 @@ class ResilientVerifySession:
             raise condemned from error
         if self._is_suspected:
             outage.give_up_s = min(outage.give_up_s, time.monotonic() + _SUSPECT_PATIENCE_S)
-
-    async def _lives_on(self) -> bool:
-        """Whether the verifier that was lost is the same process still: then the network was it."""
-        assert self._replica is not None, "a stream is at a replica"
-        peer = self._replica.peer
-        await peer.probe()
-        known = peer.info.instance_id if peer.is_ready and peer.info is not None else ""
-        return bool(known) and known == self._instance_id
 
     async def _begin_trial(self, outage: _Outage) -> None:
         """Wait for the turn of this session; raises UnavailableError if it does not come in time."""
@@ -277,7 +279,7 @@ class ResilientVerifySession:
         """Return when it is time for the next try; raise `error` if there is no sense in one."""
         has_other = self._replicas.has_other(self._opening.model_fingerprint, outage.tried)
         if not self._may_help(outage, error, has_other):
-            raise error
+            raise self._explained(error)
         if has_other:
             return
         # A name stands for several processes and a wrong one has just had its turn.
@@ -285,9 +287,17 @@ class ResilientVerifySession:
         if isinstance(error, CapacityError):
             pause_s = max(pause_s, error.retry_after_s)
         if time.monotonic() + pause_s > outage.give_up_s:
-            raise error
+            raise self._explained(error)
         await asyncio.sleep(pause_s)
         outage.tried.clear()
+
+    def _explained(self, error: EasyspecError) -> EasyspecError:
+        """The error, or, where verifiers are there that must not continue the stream, that they are."""
+        misfit = self._replicas.misfit(self._opening.model_fingerprint)
+        if misfit is None or not isinstance(error, UnavailableError):
+            return error
+        _log.warning("verify_session_misfit", request_id=self._opening.request_id, reason=misfit)
+        return UnavailableError(misfit)
 
     def _may_help(self, outage: _Outage, error: EasyspecError, has_other: bool) -> bool:
         """Whether to open again may end otherwise than with the same error."""
@@ -310,6 +320,21 @@ class ResilientVerifySession:
             num_tries=outage.num_failures,
             pause_ms=round((time.monotonic() - outage.started_s) * 1000, 1),
         )
+
+
+@dataclass(frozen=True)
+class _Death:
+    """A verifier's process that seems to have ended with a stream, and when, by the monotonic clock."""
+
+    peer: Peer
+    instance_id: str
+    at_s: float
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether the same process has answered since. What it said before tells nothing."""
+        info = self.peer.info if self.peer.is_ready and self.peer.asked_s >= self.at_s else None
+        return bool(self.instance_id) and info is not None and info.instance_id == self.instance_id
 
 
 class _Outage:

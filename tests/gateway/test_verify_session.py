@@ -22,6 +22,7 @@ from easyspec.errors import (
     UnavailableError,
     WrongModelError,
 )
+from easyspec.rpc.errors import retry_hint_s
 from easyspec.speculation.messages import ModelInfo, OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
@@ -367,6 +368,29 @@ async def test_a_connection_that_was_cut_is_no_death() -> None:
         assert session._num_deaths == 0
 
 
+async def test_a_verifier_that_is_seen_alive_again_did_not_die_of_a_stream() -> None:
+    """The machine stood still, probes too."""
+    connection, stands_still = FakeConnection(), False
+
+    async def fetch() -> PeerInfo:
+        if stands_still:
+            raise UnavailableError("no answer")
+        return replace(info_of(), instance_id="first")
+
+    replica = Replica[VerifyConnection]("0", Peer("verifier", fetch, "t0", PeerPolicy(1.0, BACKOFF)), connection)
+    pool = VerifierPool(ReplicaSet("verifier", [replica]), FailoverLimits(0.1, 0.1, BACKOFF))
+    await pool.replicas.probe()
+    async with pool.open(OPENING, 10) as session:
+        assert await rounds(session, 1) == [3]
+        stands_still, connection.lasting = True, DEATH
+        with pytest.raises(UnavailableError):
+            await rounds(session, 1, start=4)
+        assert session._num_deaths > 0
+        stands_still = False
+        await pool.replicas.probe()
+        assert session._num_deaths == 0
+
+
 async def test_a_suspected_stream_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_session_module, "_SUSPECT_PATIENCE_S", 0.2)
     first, last = FakeConnection(), FakeConnection()
@@ -483,6 +507,30 @@ async def test_a_wrong_model_is_not_a_reason_to_doubt_the_replica() -> None:
     async with pool.open(OPENING, 10) as session:
         assert await rounds(session, 1) == [3]
     assert probes == []
+
+
+async def test_a_verifier_of_another_executor_does_not_continue_a_stream_and_the_error_says_so() -> None:
+    connection, executor = FakeConnection(), "native-avx2"
+
+    async def fetch() -> PeerInfo:
+        info = info_of(executor)
+        return replace(info, model=replace(info.model, executor=executor, weight_format="bfloat16"))
+
+    replica = Replica[VerifyConnection]("0", Peer("verifier", fetch, "t0", PeerPolicy(1.0, BACKOFF)), connection)
+    pool = VerifierPool(ReplicaSet("verifier", [replica]), FailoverLimits(0.1, 0.1, BACKOFF))
+    await pool.replicas.probe()
+    async with pool.open(OPENING, 10) as session:
+        assert await rounds(session, 2) == [3, 4]
+        executor, connection.lasting = "reference", WrongModelError("native-avx2", "reference")
+        await pool.replicas.probe()
+        with pytest.raises(
+            UnavailableError, match=r"began on base native-avx2 bfloat16;.*base reference bfloat16"
+        ) as told:
+            await rounds(session, 1, start=5)
+    assert retry_hint_s(told.value) is not None
+    connection.lasting = None
+    async with pool.open(OPENING, 10) as session:  # new ones begin there
+        assert await rounds(session, 1) == [3]
 
 
 # --- pauses and misfits -----------------------------------------------------------------------------------------
