@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.provenance import provenance
+from easyspec.engine.shell import CloseTask
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
@@ -33,10 +34,11 @@ from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from verifier_service.scheduler import SchedulerLimits
-from verifier_service.verifier import CloseTask, OpenTask, Verifier, VerifierLimits, VerifyTask
+from verifier_service.verifier import OpenTask, Verifier, VerifierLimits, VerifyTask
 
 _VOCAB, _HIDDEN, _HEADS = 256, 32, 2
 _MAX_LEN = 1 << 18
+_WINDOW = 128
 _TREE = TokenTree(tuple(range(1, 8)), (0, 0, 1, 1, 2, 2, 3))
 
 
@@ -109,9 +111,10 @@ def new_verifier(folder: Path, num_slots: int, max_sessions: int) -> Verifier:
 
 
 def write_model(folder: Path) -> None:
-    """A checkpoint of the Llama family with one small layer."""
+    """A checkpoint with one small layer that sees few positions: reading would take minutes otherwise."""
     config = {
-        "model_type": "llama",
+        "model_type": "mistral",
+        "sliding_window": _WINDOW,
         "vocab_size": _VOCAB,
         "hidden_size": _HIDDEN,
         "intermediate_size": _HIDDEN,

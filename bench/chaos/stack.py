@@ -18,7 +18,7 @@ from easyspec.cli.free_ports import free_port
 from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceProcess
 
 _RESTART_PAUSE_S = 0.5
-_READY_TIMEOUT_S = 180.0
+_READY_TIMEOUT_S = 600.0
 _STOP_GRACE_S = 10.0
 _NUM_REPLICAS = 2
 

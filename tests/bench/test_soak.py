@@ -24,7 +24,8 @@ def report(at_rest: Callable[[int], Footprint]) -> SoakReport:
         (lambda number: Footprint(50.0 if number < 3 else 100.0, 3 if number < 3 else 20, 9), 0),  # while it warms up
         (lambda number: Footprint(100.0 + number, 20, 9), 1),
         (lambda number: Footprint(100.0, 20 + number, 9), 1),
-        (lambda number: Footprint(100.0, 20, 9 + (number == 11)), 1),
+        (lambda number: Footprint(100.0, 20, 9 + (number > 9)), 1),
+        (lambda number: Footprint(100.0, 20, 9 + (number == 11)), 0),
     ],
 )
 def test_what_grows_after_the_warm_up_makes_a_soak_fail(at_rest: Callable[[int], Footprint], num_failures: int) -> None:
