@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from easyspec.errors import InvalidRequestError, UnsupportedFieldError
 from gateway.conversation import ChatTurn, Conversation, ToolCall
 from gateway.hidden_texts import HiddenTexts
+from gateway.template_process import TemplateLimitError, template_process
 
 # What the library takes for itself beside what it hands to a template.
 _RENDER_ARGUMENTS = frozenset(
@@ -82,6 +83,9 @@ class ChatTemplate:
                     continue_final_message=conversation.continues_last_turn,
                     **{name: hidden.hide_in(value) for name, value in arguments.items()},
                 )
+            except TemplateLimitError as error:
+                failure = error
+                break
             except Exception as error:  # templates are programs and refuse in their own words
                 failure = failure or error
                 if not any(turn.tool_calls for turn in conversation.turns):
@@ -150,10 +154,13 @@ class ChatTemplates:
         own = tokenizer.chat_template if replacement is None else replacement
         sources = own if isinstance(own, Mapping) else {_DEFAULT_TEMPLATE: own or ""}
 
+        special_tokens = {
+            name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
+        }
+
         def template(source: str) -> ChatTemplate:
             def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
-                applied = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **arguments)
-                return str(applied)
+                return template_process().render(source, messages=messages, **(special_tokens | arguments))
 
             return ChatTemplate(source, render)
 
