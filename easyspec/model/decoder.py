@@ -30,6 +30,7 @@ from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.packed import PackedWeight
 from easyspec.ops.program import Buffer, Embed, Norm, Product, ProgramWriter, Scale, Select
 from easyspec.ops.rows import PassRows
+from easyspec.ops.workspace import Workspace
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
@@ -39,6 +40,8 @@ from easyspec.speculation.split_choice import NO_ROWS, SplitRows, choose_split
 
 # Programs that are kept ready: clients choose plans, and each has buffers of its own for rounded inputs.
 _MAX_PROGRAMS = 64
+# Of the native executor: positions whose attention sums are formed together, and rows whose spans threads share.
+_SPAN_POSITIONS, _SPLIT_ROWS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class _CompiledPass:
     program: Program
     hidden: Buffer
     logits: Buffer | None
+    buffers: Sequence[Buffer]
 
 
 class Decoder:
@@ -157,6 +161,22 @@ class Decoder:
         """Memory for keys and values of so many tokens, as this rank's layers want it."""
         c = self.layer_config
         return KVPool(c.num_layers, c.num_kv_heads, c.head_dim, num_slots, kv_dtype(c), self.device)
+
+    def step_bytes(self, num_rows: int, context: int) -> int:
+        """Memory that a pass of so many rows, all with logits, behind texts of `context` tokens takes at most, beside
+        weights and KV."""
+        buffers = self._compiled(self.sequential_plan, range(self.config.num_layers), has_head=True).buffers
+        c = self.layer_config
+        floats = Workspace.most_floats(buffers, num_rows, num_rows)
+        if self.executor.name == "reference":
+            # A product on its way into its buffer; the slots that rows see; a row's keys and values.
+            floats += 2 * num_rows * max(buffer.width for buffer in buffers)
+            floats += 2 * num_rows * context + 2 * context * c.num_kv_heads * c.head_dim
+        else:
+            # Inputs of products, rounded; sums over spans of positions for as few rows as are split that way.
+            floats += num_rows * sum(buffer.width for buffer in buffers if not buffer.is_selected)
+            floats += _SPLIT_ROWS * (context // _SPAN_POSITIONS + 1) * c.num_heads * (c.head_dim + 2)
+        return 4 * floats
 
     def forward(
         self,
@@ -304,13 +324,13 @@ class Decoder:
             selected = program.buffer(self.config.hidden_size, is_selected=True)
             program.add(Select(hidden, selected))
             logits = self._write_head(program, selected)
-        return _CompiledPass(self.executor.compile(program, self._ranks), hidden, logits)
+        return _CompiledPass(self.executor.compile(program, self._ranks), hidden, logits, program.buffers)
 
     def _compile_head(self) -> _CompiledPass:
         program = ProgramWriter()
         hidden = program.buffer(self.config.hidden_size, is_selected=True)
         logits = self._write_head(program, hidden)
-        return _CompiledPass(self.executor.compile(program), hidden, logits)
+        return _CompiledPass(self.executor.compile(program), hidden, logits, program.buffers)
 
     def _write_head(self, program: ProgramWriter, selected: Buffer) -> Buffer:
         normed = program.buffer(self.config.hidden_size, is_selected=True)

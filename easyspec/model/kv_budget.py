@@ -20,17 +20,32 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def num_pool_slots(
-    config: ModelConfig, device: torch.device, num_slots: int | None, fraction: float | None, gib: float | None = None
+    config: ModelConfig,
+    device: torch.device,
+    num_slots: int | None,
+    fraction: float | None,
+    gib: float | None = None,
+    step_bytes: int = 0,
 ) -> int:
-    """`num_slots` if set, else what `gib` hold, else what `fraction` of the device's free memory does."""
-    if num_slots is not None:
-        return num_slots
+    """`num_slots` if set, else what `gib` hold, else what `fraction` of the device's free memory does.
+
+    `step_bytes`, what a step takes at most, stay free; raises ConfigurationError where they would not.
+    """
     slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
-    if gib is not None:
-        return int(gib * 2**30) // slot_bytes
+    if num_slots is None and gib is not None:
+        num_slots = int(gib * 2**30) // slot_bytes
+    left = free_bytes(device) - step_bytes
+    if num_slots is not None:
+        if num_slots * slot_bytes > left:
+            wanted, most, step = (size >> 20 for size in (num_slots * slot_bytes, max(0, left), step_bytes))
+            raise ConfigurationError(
+                f"KV memory is {wanted} MiB; allowed: at most {most} MiB, which are free beside {step} MiB for a step "
+                "(less with a smaller max_batch_rows)"
+            )
+        return num_slots
     is_cpu = device.type == "cpu"
     share = (_CPU_FRACTION if is_cpu else _GPU_FRACTION) if fraction is None else fraction
-    fitting = int(share * free_bytes(device)) // slot_bytes
+    fitting = int(share * max(0, left)) // slot_bytes
     return min(fitting, max(_MOST_CPU_SLOTS, _MOST_CPU_CONTEXTS * config.max_model_len)) if is_cpu else fitting
 
 

@@ -63,6 +63,8 @@ class ModelSettings(Protocol):
     def max_model_len(self) -> int | None: ...
     @property
     def max_tree_nodes(self) -> int: ...
+    @property
+    def max_batch_rows(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacem
         folder, config, executor, ranks=ranks, placement=placement, weights=weights, open_tensors=open_tensors
     )
     memory_wishes = settings.num_kv_slots, settings.kv_memory_fraction, settings.kv_memory_gib
-    fitting = num_pool_slots(decoder.layer_config, device, *memory_wishes)
+    step_bytes = decoder.step_bytes(settings.max_batch_rows, config.max_model_len)
+    fitting = num_pool_slots(decoder.layer_config, device, *memory_wishes, step_bytes)
     fingerprint = model_fingerprint(folder, config, executor.name, weights.value)
     num_slots = _agreed_slots(ranks, fitting, fingerprint, device)
     context = context_within(num_slots, settings.max_tree_nodes, config, settings.max_model_len)

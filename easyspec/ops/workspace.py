@@ -23,8 +23,13 @@ class Workspace:
         """Where each buffer begins in the block, which is made large enough."""
         starts = [0, *itertools.accumulate(sizes(buffers, num_rows, num_selected))]
         if starts[-1] > len(self._block):
-            self._block = torch.zeros(starts[-1] + starts[-1] // 4, device=self._block.device)
+            self._block = torch.zeros(_with_spare(starts[-1]), device=self._block.device)
         return starts
+
+    @staticmethod
+    def most_floats(buffers: Sequence[Buffer], num_rows: int, num_selected: int) -> int:
+        """What the block comes to for passes up to this size, a smaller one that it replaces included."""
+        return 2 * _with_spare(sum(sizes(buffers, num_rows, num_selected)))
 
     @property
     def address(self) -> int:
@@ -34,3 +39,7 @@ class Workspace:
         """A buffer that begins at `start`: [num_rows, width]; its rows are `padded_width` apart."""
         width = padded_width(buffer.width)
         return self._block[start : start + num_rows * width].view(num_rows, width)[:, : buffer.width]
+
+
+def _with_spare(num_floats: int) -> int:
+    return num_floats + num_floats // 4

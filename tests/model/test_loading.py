@@ -27,6 +27,7 @@ class Settings:
     share_prefixes: bool = True
     max_model_len: int | None = None
     max_tree_nodes: int = 16
+    max_batch_rows: int = 64
 
 
 def test_a_checkpoint_introduces_itself(tmp_path: Path) -> None:
