@@ -8,7 +8,7 @@ session that drafts comes back much later: no step waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 # How much of the last step's duration a step may wait.
@@ -31,7 +31,7 @@ class Patience:
 
     def __init__(self) -> None:
         self._step_ns = 0
-        self._waiting_since: int | None = None
+        self._due: list[tuple[int, Returning]] | None = None
 
     def came_back(self, session: Returning, now: int) -> None:
         """The session asks for its next verdict."""
@@ -44,16 +44,23 @@ class Patience:
     def stepped(self, duration_ns: int) -> None:
         """A step is over; a further wait begins anew."""
         self._step_ns = duration_ns
-        self._waiting_since = None
+        self._due = None
 
-    def wait_ns(self, absent: Iterable[Returning], now: int) -> int:
-        """How much longer the step should wait for those of `absent` that will be back in time; 0 to begin."""
-        if self._waiting_since is None:
-            self._waiting_since = now
-        latest = self._waiting_since + min(int(_MAX_SHARE * self._step_ns), _MAX_WAIT_NS)
-        due = [
-            session.last_verdict_ns + int(_LENIENCY * session.turnaround_ns)
-            for session in absent
-            if session.last_verdict_ns is not None and session.turnaround_ns is not None
-        ]
-        return max((at for at in due if now < at <= latest), default=now) - now
+    def wait_ns(
+        self, absent: Iterable[Returning], now: int, is_absent: Callable[[Returning], bool] = lambda _session: True
+    ) -> int:
+        """How much longer the step should wait for those of `absent` that will be back in time; 0 to begin.
+
+        They are looked at once after a step; asked again, as each comes back, it looks at who `is_absent` still.
+        """
+        if self._due is None:
+            latest = now + min(int(_MAX_SHARE * self._step_ns), _MAX_WAIT_NS)
+            due = [
+                (session.last_verdict_ns + int(_LENIENCY * session.turnaround_ns), session)
+                for session in absent
+                if session.last_verdict_ns is not None and session.turnaround_ns is not None
+            ]
+            self._due = sorted(((at, session) for at, session in due if at <= latest), key=lambda entry: entry[0])
+        while self._due and not is_absent(self._due[-1][1]):
+            self._due.pop()
+        return max(0, self._due[-1][0] - now) if self._due else 0

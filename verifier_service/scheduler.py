@@ -23,7 +23,7 @@ from easyspec.engine.room import make_room
 from easyspec.errors import CapacityError
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.speculation.token_tree import TokenTree
-from verifier_service.patience import Patience
+from verifier_service.patience import Patience, Returning
 
 # Who had a verdict so recently will soon come with the next tree, and would wait for a long step.
 _DECODING_WITHIN_NS = 1_000_000_000
@@ -226,7 +226,11 @@ class Scheduler(Generic[SessionT]):
         if self.piece is not None or not self._waiting:
             return 0.0
         absent = (session for session in self._sessions.values() if session.tree is None)
-        return self._patience.wait_ns(absent, self._clock()) / 1e9
+        return self._patience.wait_ns(absent, self._clock(), self._is_absent) / 1e9
+
+    def _is_absent(self, session: Returning) -> bool:
+        assert isinstance(session, ScheduledSession), "one of ours"
+        return session.tree is None and session.session_id in self._sessions
 
     def plan(self) -> list[Work[SessionT]]:
         """Who computes what next; they have got the slots for it. All are to be given to `computed`.
