@@ -14,6 +14,7 @@ NUM_BYTES = 4 * 1024 * 1024
 USER = '"messages":[{"role":"user","content":"a"}]'
 FLOODS = {
     "booleans": ("completions", '{"prompt":[', "true", "]}"),
+    "objects": ("completions", '{"prompt":[', "{}", "]}"),
     "lists": ("completions", '{"prompt":[', "[1]", "]}"),
     "a wrong token at the end": ("completions", '{"prompt":[', "1", ",true]}"),
     "stops": ("completions", '{"prompt":"a","stop":[', "1", "]}"),
