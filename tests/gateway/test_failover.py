@@ -53,6 +53,7 @@ class Cluster:
         request.sampling.temperature = 0.0 if seed is None else 1.0
         request.sampling.seed = seed or 0
         request.stop.max_tokens = num_tokens
+        request.speculation.mode = generation_pb2.SpeculationParameters.MODE_ON
         return request
 
     def expected(self, num_tokens: int = 60, seed: int | None = None) -> list[int]:
