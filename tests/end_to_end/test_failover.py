@@ -107,6 +107,7 @@ def settings(base_folder: Path, draft_folder: Path) -> StackSettings:
     return StackSettings(base_folder, draft_folder, num_verifiers=2, flags=FLAGS)
 
 
+@pytest.mark.timeout(400)
 async def test_another_replica_goes_on_where_one_was_killed(settings: StackSettings) -> None:
     async with running(settings) as cluster:
         whole, greedy = await cluster.generate(SAMPLED), await cluster.generate(GREEDY)

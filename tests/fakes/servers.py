@@ -23,7 +23,7 @@ async def serving(application: Application, drain_grace_s: float = 0.0) -> Async
         await server.drain(drain_grace_s)
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 1.0) -> None:
+async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     """Fail unless `condition` becomes true in time."""
     deadline = time.monotonic() + within_s
     while not condition():
