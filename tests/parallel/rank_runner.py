@@ -15,7 +15,7 @@ from typing import Any
 
 from easyspec.cli.free_ports import free_port
 
-_TIMEOUT_S = 100.0
+_TIMEOUT_S = 240.0
 _LEAVING_S = 5.0
 
 
