@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-import ctypes
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from easyspec.engine.device_thread import Core, DeviceThread, Task
+from easyspec.free_memory import return_free_memory
 from easyspec.parallel.launch import group_size
 from easyspec.speculation.messages import KvUsage
 
@@ -59,15 +59,9 @@ class EngineShell(abc.ABC, Generic[CoreT]):
 
     def _build_core(self) -> CoreT:
         self._built = core = self._build()
-        _return_free_memory()
+        return_free_memory()
         return core
 
     @abc.abstractmethod
     def _build(self) -> CoreT:
         """Build the core; called on the device thread."""
-
-
-def _return_free_memory() -> None:
-    """To the system, what reading and packing weights freed: glibc would keep it."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
+from easyspec.free_memory import return_free_memory
 from easyspec.speculation.grammar import CompiledGrammar, grammar_error
 from easyspec.speculation.grammar_compilation import (
     COMPILER_STACK_BYTES,
@@ -171,6 +172,7 @@ class GrammarCompiler:
         with self._tokenizer_lock:
             if self._tokenizer is None:
                 self._tokenizer = load_tokenizer(self._vocabulary, grammar)
+                return_free_memory()
         return compile_grammar(grammar, self._tokenizer, self._vocabulary.vocab_size)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+from transformers import PreTrainedTokenizerFast
 
 from easyspec.checkpoint.generation import end_token_ids, sampling_defaults
 from easyspec.checkpoint.gguf_header import read_header
@@ -70,6 +75,38 @@ def test_single_digits_are_cut_where_the_file_says_so(folder: Path, tmp_path: Pa
     plain = write_gguf(folder, tmp_path / "plain.gguf")
     words = load_backend(plain).pre_tokenizer.pre_tokenize_str("ab  12")
     assert [word for word, _ in words] == ["ab", "Ġ", "Ġ12"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"tokenizer.ggml.bos_token_id": 5, "tokenizer.ggml.add_bos_token": True},
+        {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True},
+        {"tokenizer.ggml.token_type": [3, 4, 3, *[1] * 341]},
+    ],
+    ids=["plain", "begins", "ends", "known texts"],
+)
+def test_it_is_what_transformers_makes_of_the_file(folder: Path, tmp_path: Path, metadata: dict[str, Any]) -> None:
+    file = write_gguf(folder, tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{{ 1 }}", **metadata})
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, gguf_file=file.name, local_files_only=True)
+    ours = load_tokenizer(file)
+    expected = json.loads(theirs.backend_tokenizer.to_str())
+    assert json.loads(ours.backend_tokenizer.to_str()) == expected
+    assert json.loads(load_backend(file).to_str()) == expected
+    assert (ours.special_tokens_map, ours.all_special_ids) == (theirs.special_tokens_map, theirs.all_special_ids)
+    assert ours.chat_template == theirs.chat_template
+    assert ours("def f(12):")["input_ids"] == theirs("def f(12):")["input_ids"]
+
+
+def test_neither_torch_nor_what_takes_seconds_is_imported(file: Path) -> None:
+    """By the gateway torch, by processes that compile grammars transformers either."""
+    script = (
+        "import sys; from pathlib import Path; from easyspec.checkpoint.tokenizer_files import *;"
+        "load_backend(Path(sys.argv[1])); assert 'transformers' not in sys.modules;"
+        "load_tokenizer(Path(sys.argv[1])); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(file)], check=True, timeout=120)
 
 
 def test_an_unknown_rule_is_warned_of(folder: Path, tmp_path: Path) -> None:
