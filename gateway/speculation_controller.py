@@ -177,7 +177,7 @@ class SpeculationController:
             self._find_uniform(now_s)
 
     def break_even_acceptance(self) -> float | None:
-        """Accepted tokens a round below which the present tree brings a request less than plain decoding; None while
+        """Accepted tokens per round below which the present tree brings a request less than plain decoding; None while
         that is not known, in a trial, and while the present choice is off."""
         load = self._loads.get(self._load)
         if load is None or self.arm is OFF or self._trial is not None:

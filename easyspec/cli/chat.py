@@ -173,7 +173,7 @@ def _summary(rounds: list[GenerateResponse]) -> str:
     if statistics.total_ns:
         parts.append(f"{(num_tokens - len(rounds[0].token_ids)) * 1e9 / statistics.total_ns:.0f} tokens/s")
     if statistics.num_draft_rounds:
-        parts.append(f"{statistics.mean_acceptance_length:.2f} tokens a round")
+        parts.append(f"{statistics.mean_acceptance_length:.2f} tokens per round")
     return ", ".join([*parts, f"seed {completion.seed}"])
 
 

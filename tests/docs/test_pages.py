@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import typer
 
 from drafter_service.config import DrafterSettings
+from easyspec import __version__
 from easyspec.cli.main import app
 from easyspec.rpc.errors import ERROR_TABLE
 from gateway.config import GatewaySettings
@@ -127,3 +129,9 @@ def test_pages_call_processes_and_requests_by_their_names(page: Path) -> None:
         r"\b(?:some|no|any|every)body\b|\bwhoever\b|\bwhom\b|\bthose that\b", text_of(page), re.IGNORECASE
     )
     assert found == []
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    project = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
+    (first, *_) = re.findall(r"^## \[(.+?)\]", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert first == project["version"] == __version__
