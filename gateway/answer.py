@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from easyspec.speculation.parameters import Thinking
 from gateway.conversation import Tools
@@ -12,7 +13,7 @@ from gateway.harmony import MARKS as HARMONY_MARKS
 from gateway.harmony import HarmonyParser
 from gateway.reasoning import ReasoningSplitter
 from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ParsedText, ToolCallDelta
+from gateway.tool_parser import ParsedText, Part, Thought, ToolCallDelta
 from gateway.tools import ToolDialect, marks_of, parser_for
 
 
@@ -31,18 +32,16 @@ class AnswerForm:
 
 @dataclass(frozen=True)
 class AnswerRound:
-    """What became final in a round; how many of its tokens stand, and the stop string that cut the rest.
+    """What became final in a round, in its order; how many of its tokens stand, and the stop string that cut the rest.
 
     `num_chars` became final of the output, `written` is what of it comes after any thinking. `num_reasoning_tokens` of
     the tokens belong to thinking. `is_over` means that no further call is wanted and the answer ends here.
     """
 
-    text: str
-    tool_calls: tuple[ToolCallDelta, ...]
+    parsed: ParsedText
     num_tokens: int
     matched_stop: str | None
     is_over: bool
-    reasoning: str = ""
     num_reasoning_tokens: int = 0
     num_chars: int = 0
     written: str = ""
@@ -72,18 +71,17 @@ class AnswerText:
         matched_stop = detokenized.matched_stop
         is_last = is_last or matched_stop is not None
         if isinstance(self._parser, HarmonyParser):
-            parsed, said, num_reasoning_tokens = self._harmony(self._parser, detokenized.pieces, is_last)
-            reasoning, is_over = parsed.reasoning, self._parser.is_finished
+            parts, said, num_reasoning_tokens = self._harmony(self._parser, detokenized.pieces, is_last)
+            is_over = self._parser.is_finished
         else:
-            reasoning, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
-            parsed, is_over = self._parsed(said, is_last)
+            thought, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
+            parts, is_over = self._parsed(said, is_last)
+            parts = [Thought(thought), *parts]
         return AnswerRound(
-            parsed.text,
-            parsed.calls,
+            ParsedText(tuple(_in_runs(parts))),
             detokenized.num_tokens,
             matched_stop,
             is_over,
-            reasoning,
             num_reasoning_tokens,
             len(detokenized.text),
             said,
@@ -106,28 +104,36 @@ class AnswerText:
             thought, said = thought + rest.reasoning, said + rest.text
         return thought, said, num_thinking
 
-    def _harmony(self, parser: HarmonyParser, pieces: Sequence[str], is_last: bool) -> tuple[ParsedText, str, int]:
+    def _harmony(self, parser: HarmonyParser, pieces: Sequence[str], is_last: bool) -> tuple[list[Part], str, int]:
         """(what is thought, said and called, what is said alone, tokens of thinking) in a round."""
-        parts = []
+        parts: list[Part] = []
         num_thinking = 0
         for piece in pieces:
             was_thinking = parser.is_thinking
-            parts.append(parser.push(piece))
+            parts += parser.push(piece).parts
             num_thinking += bool(piece) and (was_thinking or parser.is_thinking)
         if is_last:
-            parts.append(parser.flush())
-        said = "".join(part.text for part in parts)
-        calls = tuple(call for part in parts for call in part.calls)
-        return ParsedText(said, calls, "".join(part.reasoning for part in parts)), said, num_thinking
+            parts += parser.flush().parts
+        return parts, ParsedText(tuple(parts)).text, num_thinking
 
-    def _parsed(self, said: str, is_last: bool) -> tuple[ParsedText, bool]:
+    def _parsed(self, said: str, is_last: bool) -> tuple[list[Part], bool]:
         """What is said and called in a round's text, and whether no further call is wanted."""
         parser = self._parser
         if parser is None:
-            return ParsedText(said), False
-        parsed = parser.push(said)
+            return [said], False
+        parts = list(parser.push(said).parts)
         is_over = parser.is_finished
         if is_last and not is_over:
-            rest = parser.flush()
-            parsed = ParsedText(parsed.text + rest.text, parsed.calls + rest.calls)
-        return parsed, is_over
+            parts += parser.flush().parts
+        return parts, is_over
+
+
+def _in_runs(parts: Iterable[Part]) -> Iterator[Part]:
+    """The same without what is empty, speech and thoughts that follow each other as one."""
+    for kind, run in groupby(parts, type):
+        if kind is ToolCallDelta:
+            yield from run
+            continue
+        texts = ParsedText(tuple(run))
+        if text := texts.text + texts.reasoning:
+            yield text if kind is str else Thought(text)

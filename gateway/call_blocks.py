@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from gateway.text_marks import overlap
-from gateway.tool_parser import ParsedText, ToolCallDelta
+from gateway.tool_parser import ParsedText, Part, ToolCallDelta
 
 # (name, arguments as JSON) of each call of a block; None if it holds anything else.
 ReadBlock: TypeAlias = Callable[[str], "list[tuple[str, str]] | None"]
@@ -61,37 +61,35 @@ class BlockCallParser:
     def push(self, text: str) -> ParsedText:
         """What became certain with `text`."""
         self._pending += text
-        said: list[str] = []
-        calls: list[ToolCallDelta] = []
-        while not self.is_finished and (self._speak(said) if self._framing is None else self._take_block(said, calls)):
+        taken: list[Part] = []
+        while not self.is_finished and (self._speak(taken) if self._framing is None else self._take_block(taken)):
             pass
-        return ParsedText("".join(said), tuple(calls))
+        return ParsedText(tuple(taken))
 
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes: a block may do without its closing mark."""
-        said: list[str] = []
-        calls: list[ToolCallDelta] = []
+        taken: list[Part] = []
         if self._framing is not None:
-            self._finish_block(self._pending, "", said, calls)
+            self._finish_block(self._pending, "", taken)
         elif self._pending.strip() or not self.num_calls:
-            said.append(self._pending)
+            taken.append(self._pending)
         self._pending = ""
-        return ParsedText("".join(said), tuple(calls))
+        return ParsedText(tuple(taken))
 
-    def _speak(self, said: list[str]) -> bool:
+    def _speak(self, taken: list[Part]) -> bool:
         """Speech up to an opening mark; True if one was found."""
         before, mark, after = self._pending.partition(self._block.opening)
         certain = before if mark else before[: len(before) - overlap(before, self._block.opening)]
         # White space before a call is layout.
         certain = certain.rstrip()
-        said.append(certain)
+        taken.append(certain)
         if not mark:
             self._pending = before[len(certain) :]
             return False
         self._framing, self._pending = before[len(certain) :] + mark, after
         return True
 
-    def _take_block(self, said: list[str], calls: list[ToolCallDelta]) -> bool:
+    def _take_block(self, taken: list[Part]) -> bool:
         closing = self._block.closing
         if closing:
             body, mark, rest = self._pending.partition(closing)
@@ -103,18 +101,18 @@ class BlockCallParser:
                 return False
             body, mark, rest = self._pending[:end], "", self._pending[end:]
         self._pending = rest
-        self._finish_block(body, mark, said, calls)
+        self._finish_block(body, mark, taken)
         return True
 
-    def _finish_block(self, body: str, mark: str, said: list[str], calls: list[ToolCallDelta]) -> None:
+    def _finish_block(self, body: str, mark: str, taken: list[Part]) -> None:
         framing, self._framing = self._framing or "", None
         found = self._read(body)
         if not found or not all(name in self._names for name, _ in found):
-            said.append(f"{framing}{body}{mark}")
+            taken.append(f"{framing}{body}{mark}")
             return
         for name, arguments in found:
             if not self.is_finished:
-                calls.append(ToolCallDelta(self.num_calls, arguments, self._new_id(), name))
+                taken.append(ToolCallDelta(self.num_calls, arguments, self._new_id(), name))
                 self.num_calls += 1
 
 
@@ -142,17 +140,17 @@ class PythonicCallParser:
             return ParsedText()
         self._is_speech = True
         said, self._pending = self._pending, ""
-        return ParsedText(said)
+        return ParsedText((said,))
 
     def flush(self) -> ParsedText:
         text, self._pending = self._pending, ""
         found = None if self._is_speech else pythonic_calls(self._unmarked(text).removesuffix("<|python_end|>"))
         if not found or not all(name in self._names for name, _ in found):
-            return ParsedText(text)
+            return ParsedText((text,))
         found = found[: self._max_calls]
         self.num_calls = len(found)
         return ParsedText(
-            calls=tuple(ToolCallDelta(i, arguments, self._new_id(), name) for i, (name, arguments) in enumerate(found))
+            tuple(ToolCallDelta(i, arguments, self._new_id(), name) for i, (name, arguments) in enumerate(found))
         )
 
     def _may_be_calls(self) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from gateway.text_marks import overlap
-from gateway.tool_parser import ParsedText, ToolCallDelta
+from gateway.tool_parser import ParsedText, Part, Thought, ToolCallDelta
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
@@ -44,22 +44,22 @@ class HarmonyParser:
     def push(self, text: str) -> ParsedText:
         """What became certain with `text`."""
         self._pending += text
-        taken = _Taken()
+        taken: list[Part] = []
         while not self._is_over and (self._announce() if self._header is not None else self._take_text(taken)):
             if self._header is None and self._is_call and not self._has_given_out:
                 self._has_given_out = True
-                taken.calls.append(ToolCallDelta(self.num_calls, "", self._new_id(), self._name))
-        return taken.parsed
+                taken.append(ToolCallDelta(self.num_calls, "", self._new_id(), self._name))
+        return ParsedText(tuple(taken))
 
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes."""
         rest, self._pending = self._pending, ""
-        taken = _Taken()
+        taken: list[Part] = []
         if self._header is None:
             self._give_out(rest, taken)
         elif not (self._header + rest).startswith((CHANNEL, START)):
-            taken.said.append(self._header + rest)
-        return taken.parsed
+            taken.append(self._header + rest)
+        return ParsedText(tuple(taken))
 
     def _announce(self) -> bool:
         """A header up to its message; True if that begins. An answer without a header is said."""
@@ -81,7 +81,7 @@ class HarmonyParser:
         self._header, self._pending = None, after
         return True
 
-    def _take_text(self, taken: _Taken) -> bool:
+    def _take_text(self, taken: list[Part]) -> bool:
         """A message's text up to its end; True if that was found."""
         ends = [(self._pending.find(mark), mark) for mark in _ENDS if mark in self._pending]
         if not ends:
@@ -101,25 +101,12 @@ class HarmonyParser:
             self._is_over = self.num_calls == self._max_calls
         return True
 
-    def _give_out(self, text: str, taken: _Taken) -> None:
+    def _give_out(self, text: str, taken: list[Part]) -> None:
         if not text:
             return
         if self._is_call:
-            taken.calls.append(ToolCallDelta(self.num_calls, text))
+            taken.append(ToolCallDelta(self.num_calls, text))
         elif self._channel == "analysis":
-            taken.thought.append(text)
+            taken.append(Thought(text))
         else:
-            taken.said.append(text)
-
-
-class _Taken:
-    """What became certain with one piece."""
-
-    def __init__(self) -> None:
-        self.thought: list[str] = []
-        self.said: list[str] = []
-        self.calls: list[ToolCallDelta] = []
-
-    @property
-    def parsed(self) -> ParsedText:
-        return ParsedText("".join(self.said), tuple(self.calls), "".join(self.thought))
+            taken.append(text)

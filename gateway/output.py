@@ -16,7 +16,7 @@ from gateway.request import GenerationRequest
 from gateway.schema_check import SchemaCheck, UnenforcedSchema, checked
 from gateway.statistics import RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ToolCallDelta
+from gateway.tool_parser import Part, ToolCallDelta
 from gateway.trace import RoundTrace, trace_of
 from gateway.verify_session import ResilientVerifySession
 
@@ -41,8 +41,8 @@ class Completion:
 class GenerationChunk:
     """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
 
-    `text` is what is said, `tool_calls` what is called, `reasoning` what was thought before; `num_chars` of the output
-    became final. With logprobs there is one entry per token, None for a token
+    `text` is what is said, `tool_calls` what is called, `reasoning` what was thought; `parts` are these in the order of
+    the output, of which `num_chars` became final. With logprobs there is one entry per token, None for a token
     that nothing precedes. An echoed prompt is a chunk of its own, the choice's first.
     """
 
@@ -57,6 +57,7 @@ class GenerationChunk:
     trace: RoundTrace | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     reasoning: str = ""
+    parts: tuple[Part, ...] = ()
     num_chars: int = 0
 
 
@@ -104,7 +105,7 @@ class Output:
         is_traced = self._request.speculation.is_traced
         has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
         return GenerationChunk(
-            text=answer.text,
+            text=answer.parsed.text,
             token_ids=token_ids,
             num_accepted=num_accepted,
             token_texts=tuple(map(self._tokenizer.token_text, token_ids)) if has_token_texts else (),
@@ -112,8 +113,9 @@ class Output:
             completion=self._completion(round_, answer),
             logprobs=verdict.logprobs[: len(token_ids)],
             trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
-            tool_calls=answer.tool_calls,
-            reasoning=answer.reasoning,
+            tool_calls=answer.parsed.calls,
+            reasoning=answer.parsed.reasoning,
+            parts=answer.parsed.parts,
             num_chars=answer.num_chars,
         )
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from gateway.text_marks import overlap
 
@@ -44,12 +44,35 @@ def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
 
 
 @dataclass(frozen=True)
-class ParsedText:
-    """What became certain with a piece of text: what is said and called, and what is thought if a dialect tells."""
+class Thought:
+    """A piece of what is thought."""
 
-    text: str = ""
-    calls: tuple[ToolCallDelta, ...] = ()
-    reasoning: str = ""
+    text: str
+
+
+# A piece of an answer: what is said, thought or called.
+Part: TypeAlias = str | Thought | ToolCallDelta
+
+
+@dataclass(frozen=True)
+class ParsedText:
+    """What became certain with a piece of text, in the order in which it was written."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> tuple[ToolCallDelta, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ToolCallDelta))
+
+    @property
+    def reasoning(self) -> str:
+        """What is thought."""
+        return "".join(part.text for part in self.parts if isinstance(part, Thought))
 
 
 class CallParser(Protocol):
@@ -108,51 +131,52 @@ class ToolCallParser:
     def push(self, text: str) -> ParsedText:
         """What became certain with `text`."""
         self._pending += text
-        said: list[str] = []
-        calls: list[ToolCallDelta] = []
+        taken: list[Part] = []
         steps = {
-            _State.SPEECH: lambda: self._speak(said),
-            _State.FRAME: lambda: self._seek_call(said),
-            _State.CALL: lambda: self._take_call(said, calls),
-            _State.PLAIN: lambda: self._speak_on(said),
+            _State.SPEECH: self._speak,
+            _State.FRAME: self._seek_call,
+            _State.CALL: self._take_call,
+            _State.PLAIN: self._speak_on,
         }
-        while not self.is_finished and steps[self._state]():
+        while not self.is_finished and steps[self._state](taken):
             pass
-        return ParsedText("".join(said), tuple(calls))
+        return ParsedText(tuple(taken))
 
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes: a call that was given out stays as it is, anything else was speech."""
         rest = self._pending
         if self._state is _State.CALL:
-            rest = "" if self._call.is_given_out else self._framing + self._call.raw
+            # In an answer that is calls alone, a further one that was cut off is no speech.
+            is_hidden = self._call.is_given_out or (self._has_calls and not self._frame.opening)
+            rest = "" if is_hidden else self._framing + self._call.raw
         elif self._state is _State.FRAME:
             rest = "" if self._has_calls else self._framing + rest
         if self.num_calls and not rest.strip():
             rest = ""
         self._pending = ""
-        return ParsedText(rest)
+        return ParsedText((rest,))
 
-    def _speak(self, said: list[str]) -> bool:
+    def _speak(self, taken: list[Part]) -> bool:
         """Speech up to an opening mark; True if one was found."""
         before, mark, after = self._pending.partition(self._frame.opening)
         if mark:
             certain = before.rstrip()
-            said.append(certain)
+            taken.append(certain)
             self._state, self._has_calls = _State.FRAME, False
             self._framing, self._pending = before[len(certain) :] + mark, after
             return True
         # White space is held back as well: before a call it is layout and not speech.
         certain = before[: len(before) - overlap(before, self._frame.opening)].rstrip()
-        said.append(certain)
+        taken.append(certain)
         self._pending = before[len(certain) :]
         return False
 
-    def _speak_on(self, said: list[str]) -> bool:
-        said.append(self._pending)
+    def _speak_on(self, taken: list[Part]) -> bool:
+        taken.append(self._pending)
         self._pending = ""
         return False
 
-    def _seek_call(self, said: list[str]) -> bool:
+    def _seek_call(self, taken: list[Part]) -> bool:
         """In a frame: the next call, the closing mark, or something that does not belong there."""
         prefix = self._frame.prefix
         rest = self._pending.lstrip("".join(_SEPARATORS))
@@ -175,19 +199,19 @@ class ToolCallParser:
                 return True
             if closing.startswith(rest):
                 return False
-        self._give_back("" if self._has_calls else self._framing, self._pending, said)
+        self._give_back("" if self._has_calls else self._framing, self._pending, taken)
         return True
 
-    def _take_call(self, said: list[str], calls: list[ToolCallDelta]) -> bool:
+    def _take_call(self, taken: list[Part]) -> bool:
         """In a call's object; True if it ended, or turned out to be no call."""
         call = self._call
         self._pending = call.take(self._pending)
         if not call.is_given_out and (begun := call.beginning()) is not None and begun[0] in self._names:
             call.is_given_out = True
             self.num_calls += 1
-            calls.append(ToolCallDelta(self.num_calls - 1, begun[1], self._new_id(), begun[0]))
+            taken.append(ToolCallDelta(self.num_calls - 1, begun[1], self._new_id(), begun[0]))
         if call.is_given_out and (arguments := call.new_arguments()):
-            calls.append(ToolCallDelta(self.num_calls - 1, arguments))
+            taken.append(ToolCallDelta(self.num_calls - 1, arguments))
         if call.is_given_out and call.is_complete:
             self._state, self._has_calls, self._framing = _State.FRAME, True, ""
             return True
@@ -195,15 +219,15 @@ class ToolCallParser:
         is_none = call.is_complete or (not self._frame.opening and call.is_hopeless)
         if call.is_given_out or not is_none:
             return False
-        self._give_back(self._framing, call.raw + self._pending, said)
+        self._give_back(self._framing, call.raw + self._pending, taken)
         return True
 
-    def _give_back(self, framing: str, text: str, said: list[str]) -> None:
+    def _give_back(self, framing: str, text: str, taken: list[Part]) -> None:
         """What was taken for a call, or for a place for one, is speech; a frame may still open behind it."""
         if not self._frame.opening:
             self._state, self._pending = _State.PLAIN, framing + text
         else:
-            said.append(framing)
+            taken.append(framing)
             self._state, self._pending = _State.SPEECH, text
         self._framing = ""
 

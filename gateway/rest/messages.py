@@ -21,6 +21,7 @@ from gateway.rest.messages_request import MessagesFields, MessagesRequest
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.sse import named_event
 from gateway.rest.tokenize import NUM_CONTEXTS
+from gateway.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -64,17 +65,13 @@ class _MessageWriter:
         if not self._has_begun:
             self._has_begun = True
             yield {"type": "message_start", "message": self.reply()}
-        for kind, text in (("thinking", chunk.reasoning), ("text", chunk.text)):
-            if text:
+        for part in chunk.parts:
+            if isinstance(part, ToolCallDelta):
+                yield from self._called(part)
+            else:
+                kind, text = ("thinking", part.text) if isinstance(part, Thought) else ("text", part)
                 yield from self._opened(kind)
                 yield self._extended(kind, text)
-        for call in chunk.tool_calls:
-            if call.id is not None:
-                yield from self._closed()
-                yield from self._opened("tool_use", id=call.id, name=call.name, input={})
-            if call.arguments:
-                self._arguments += call.arguments
-                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
         if chunk.completion is not None:
             if not self._content:
                 yield from self._opened("text")
@@ -84,6 +81,14 @@ class _MessageWriter:
             delta = {name: self.reply()[name] for name in ("stop_reason", "stop_sequence")}
             yield {"type": "message_delta", "delta": delta, "usage": self._usage()}
             yield {"type": "message_stop"}
+
+    def _called(self, call: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        if call.id is not None:
+            yield from self._closed()
+            yield from self._opened("tool_use", id=call.id, name=call.name, input={})
+        if call.arguments:
+            self._arguments += call.arguments
+            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def failed(self, failure: Failure) -> bytes:
         """The last event of a stream that fails."""

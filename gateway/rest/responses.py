@@ -21,6 +21,7 @@ from gateway.rest.logprobs import LogprobFormat
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.responses_request import ResponsesRequest
 from gateway.rest.sse import named_event
+from gateway.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -47,6 +48,7 @@ class _ResponseWriter:
         self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
         tokenizer = caller.generator.tokenizer
         self._track = body.logprob_tracks(tokenizer, 1)[0] if body.num_top_logprobs is not None else None
+        self._logprobs: list[Any] = []  # of text that is held back
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         self._num_events = 0
@@ -58,26 +60,31 @@ class _ResponseWriter:
             yield self._event("response.created", response=self.reply())
             yield self._event("response.in_progress", response=self.reply())
         entries = self._track.push(chunk) if self._track is not None else ()
-        logprobs = self._format.chat(entries)["content"] if entries else []
-        if chunk.reasoning:
-            yield from self._opened("reasoning")
-            yield from self._extended("response.reasoning_text", chunk.reasoning)
-        if chunk.text:
-            yield from self._opened("message")
-            yield from self._extended("response.output_text", chunk.text, logprobs)
-        for call in chunk.tool_calls:
-            if call.id is not None:
-                yield from self._closed("completed")
-                yield from self._opened("function_call", call_id=call.id, name=call.name, arguments="")
-            item = self._open
-            assert item is not None, "a call's first piece carries its id"
-            item["arguments"] += call.arguments
-            if call.arguments:
-                yield self._event(
-                    "response.function_call_arguments.delta", **self._place(item, None), delta=call.arguments
-                )
+        self._logprobs += self._format.chat(entries)["content"] if entries else []
+        for part in chunk.parts:
+            if isinstance(part, Thought):
+                yield from self._opened("reasoning")
+                yield from self._extended("response.reasoning_text", part.text)
+            elif isinstance(part, str):
+                yield from self._opened("message")
+                yield from self._extended("response.output_text", part, self._logprobs)
+                self._logprobs = []
+            else:
+                yield from self._called(part)
+        if chunk.parts:
+            self._logprobs = []  # of what was thought or called
         if chunk.completion is not None:
             yield from self._ended(chunk.completion)
+
+    def _called(self, call: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        if call.id is not None:
+            yield from self._closed("completed")
+            yield from self._opened("function_call", call_id=call.id, name=call.name, arguments="")
+        item = self._open
+        assert item is not None, "a call's first piece carries its id"
+        item["arguments"] += call.arguments
+        if call.arguments:
+            yield self._event("response.function_call_arguments.delta", **self._place(item, None), delta=call.arguments)
 
     def _ended(self, completion: Completion) -> Iterator[dict[str, Any]]:
         is_cut = completion.finish_reason is FinishReason.LENGTH

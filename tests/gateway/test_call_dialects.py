@@ -209,6 +209,6 @@ def test_harmony_is_read_without_tools_and_its_thinking_counted(tokenizer: Token
         answer = AnswerText(tokenizer, AnswerForm(dialect=HARMONY))
         starts = range(0, len(token_ids), size)
         rounds = [answer.push(token_ids[i : i + size], is_last=i + size >= len(token_ids)) for i in starts]
-        assert "".join(one.reasoning for one in rounds) == "hm hm"
-        assert "".join(one.text for one in rounds) == "yes"
+        assert "".join(one.parsed.reasoning for one in rounds) == "hm hm"
+        assert "".join(one.parsed.text for one in rounds) == "yes"
         assert 5 <= sum(one.num_reasoning_tokens for one in rounds) < len(token_ids) / 2

@@ -71,7 +71,7 @@ def test_tokens_of_thinking_are_counted_alike_in_blocks_of_any_size(
             for start, end in itertools.pairwise(edges)
             if start < end
         ]
-        said, thought = "".join(one.text for one in rounds), "".join(one.reasoning for one in rounds)
+        said, thought = "".join(one.parsed.text for one in rounds), "".join(one.parsed.reasoning for one in rounds)
         return thought, said, sum(one.num_reasoning_tokens for one in rounds)
 
     whole = taken([0, len(token_ids)])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -105,6 +106,40 @@ def test_any_cut_gives_the_same(data: st.DataObject, case: tuple[ToolDialect, st
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
     assert run(parser(dialect), pieces) == (said, calls)
+
+
+SPEECH_AMONG_CALLS = (
+    f"a <tool_call>{call('time', '{}')}</tool_call>b<tool_call>{call('weather', PARIS)}</tool_call> c",
+    ["a", ("time", "{}"), "b", ("weather", PARIS), " c"],
+)
+
+
+@given(cuts=st.sets(st.integers(0, len(SPEECH_AMONG_CALLS[0]))))
+def test_speech_and_calls_keep_their_order(cuts: set[int]) -> None:
+    text, expected = SPEECH_AMONG_CALLS
+    one = parser()
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *sorted(cuts), len(text)])]
+    parts = [part for piece in pieces for part in one.push(piece).parts if part != ""]
+    found: list[Any] = []
+    for part in (*parts, *one.flush().parts):
+        if isinstance(part, ToolCallDelta) and part.id is not None:
+            found.append((part.name, part.arguments))
+        elif isinstance(part, ToolCallDelta):
+            name, arguments = found[-1]
+            found[-1] = (name, arguments + part.arguments)
+        elif isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part:
+            found.append(part)
+    assert found == expected
+
+
+@pytest.mark.parametrize("num_chars", range(1, 12))
+def test_of_forced_calls_the_beginning_of_another_is_no_speech(num_chars: int) -> None:
+    """As the length cuts them."""
+    text = f"[{call('time', '{}')}, "
+    rest = call("time", "{}")[:num_chars]
+    assert run(parser(NONE, ToolMode.REQUIRED), list(text + rest)) == ("", [("time", "{}")])
 
 
 FRAGMENTS = [

@@ -200,3 +200,15 @@ async def test_what_is_not_served_is_named(tool_rest: Rest) -> None:
         assert response.status_code == 404
         assert word in response.json()["error"]["message"]
     assert answered(await tool_rest.http.get("/version"))
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3, 7, 12])
+async def test_speech_between_calls_stays_there_however_long_the_rounds(
+    tool_rest: Rest, client: anthropic.AsyncAnthropic, tokenizer: Tokenizer, levels: int
+) -> None:
+    speculation = {"mode": "on", "max_levels": levels} if levels else {"mode": "off"}
+    body = {"temperature": 0, "speculation": speculation}
+    written = f"I look.{CALL}So{CALL}\nis it."
+    message = await asked(tool_rest, client, tokenizer, written, tools=TOOLS, extra_body=body)
+    shown = [block.text if block.type == "text" else block.type for block in message.content]
+    assert shown == ["I look.", "tool_use", "So", "tool_use", "\nis it."]

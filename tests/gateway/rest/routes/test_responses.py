@@ -237,3 +237,16 @@ async def test_a_failure_in_a_stream_is_an_event(tool_rest: Rest, client: openai
     assert error.code == "internal_error"
     assert failed.type == "response.failed"
     assert failed.response.status == "failed"
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3, 7, 12])
+async def test_speech_between_calls_stays_there_however_long_the_rounds(
+    tool_rest: Rest, client: openai.AsyncOpenAI, tokenizer: Tokenizer, levels: int
+) -> None:
+    speculation = {"mode": "on", "max_levels": levels} if levels else {"mode": "off"}
+    text = f"I look.{CALL}So{CALL}\nis it."
+    response = await asked(
+        tool_rest, client, tokenizer, text, tools=TOOLS, extra_body={"speculation": speculation, "top_logprobs": 0}
+    )
+    shown = [item.content[0].text if item.type == "message" else item.type for item in response.output]  # type: ignore[union-attr]
+    assert shown == ["I look.", "function_call", "So", "function_call", "\nis it."]
