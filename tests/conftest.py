@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-requests", type=int, default=10_000, help="requests of each slow fuzz test and surface (default 10000)"
     )
+    parser.addoption("--fuzz-seed", type=int, default=2, help="seed of the slow fuzz tests, which print it (default 2)")
     parser.addoption(
         "--schema-sample", type=int, default=0, help="published schemas that the slow corpus test tries (default: all)"
     )
@@ -41,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def num_fuzz_requests(pytestconfig: pytest.Config) -> int:
     """Requests that a slow fuzz test sends to a surface."""
     return int(pytestconfig.getoption("--fuzz-requests"))
+
+
+@pytest.fixture
+def fuzz_seed(pytestconfig: pytest.Config) -> int:
+    """What a slow fuzz test makes its requests from."""
+    seed = int(pytestconfig.getoption("--fuzz-seed"))
+    print(f"--fuzz-seed {seed}")  # shown if the test fails
+    return seed
 
 
 @pytest.fixture(scope="session", autouse=True)

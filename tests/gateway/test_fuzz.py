@@ -99,5 +99,5 @@ async def test_messages_of_any_kind(client: Client) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-async def test_messages_at_length(client: Client, num_fuzz_requests: int) -> None:
-    await check_messages(client, num_fuzz_requests, seed=2)
+async def test_messages_at_length(client: Client, num_fuzz_requests: int, fuzz_seed: int) -> None:
+    await check_messages(client, num_fuzz_requests, fuzz_seed)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 from gateway.rest.app import create_routes
 from tests.fakes.servers import eventually
@@ -101,11 +101,20 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "stream": True}),
     ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
     ("/tokenize", {"prompt": "x", "return_token_strs": True}),
+    (
+        "/tokenize",
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+            "chat_template_kwargs": {"enable_thinking": True},
+            "add_generation_prompt": True,
+            "thinking": {"type": "disabled"},
+        },
+    ),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
 # On a busy machine; one that never comes is a slot that is lost.
 REPLY_TIMEOUT_S = 100.0
-SURFACES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+SURFACES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
 HEADERS: list[dict[str, str]] = [
     {"content-type": "application/json"},
     {"content-type": "application/json; charset=utf-16"},
@@ -153,11 +162,12 @@ def test_by_the_openapi_document(case: Any, threaded_rest: Rest, session: reques
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("surface", SURFACES)
 def test_by_the_openapi_document_at_length(
-    surface: str, threaded_rest: Rest, session: requests.Session, num_fuzz_requests: int
+    surface: str, threaded_rest: Rest, session: requests.Session, num_fuzz_requests: int, fuzz_seed: int
 ) -> None:
     operations = [one.ok() for one in SCHEMA.get_all_operations() if one.ok().path.startswith(surface)]
     for operation in operations:
 
+        @seed(fuzz_seed)
         @given(case=operation.as_strategy())
         @settings(max_examples=max(1, num_fuzz_requests // len(operations)), **QUIET)
         def check(case: Any) -> None:
@@ -198,8 +208,8 @@ def mutated(random_: random.Random, surface: str) -> tuple[str, bytes, dict[str,
     return path, bytes(raw), HEADERS[0] if random_.random() < 0.85 else random_.choice(HEADERS)
 
 
-async def check_mutations(rest: Rest, num_requests: int, seed: int, surface: str = "/") -> None:
-    random_ = random.Random(seed)
+async def check_mutations(rest: Rest, num_requests: int, random_seed: int, surface: str = "/") -> None:
+    random_ = random.Random(random_seed)
     statuses: dict[int, int] = {}
     places = asyncio.Semaphore(8)
 
@@ -222,17 +232,17 @@ async def check_mutations(rest: Rest, num_requests: int, seed: int, surface: str
 
 async def test_mutated_requests(language: ToyLanguage, tokenizer_folder: Path) -> None:
     async with short_lived(language, tokenizer_folder) as rest:
-        await check_mutations(rest, 400, seed=1)
+        await check_mutations(rest, 400, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("surface", SURFACES)
 async def test_mutated_requests_at_length(
-    language: ToyLanguage, tokenizer_folder: Path, surface: str, num_fuzz_requests: int
+    language: ToyLanguage, tokenizer_folder: Path, surface: str, num_fuzz_requests: int, fuzz_seed: int
 ) -> None:
     async with short_lived(language, tokenizer_folder) as rest:
-        await check_mutations(rest, num_fuzz_requests, seed=2, surface=surface)
+        await check_mutations(rest, num_fuzz_requests, fuzz_seed, surface)
 
 
 def test_nothing_was_left_behind(threaded_rest: Rest) -> None:
