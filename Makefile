@@ -75,8 +75,8 @@ compose-down: ## stop and remove them
 test: dev ## the tests without the slow ones, a process a core
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
-test-slow: test ## every test; the slow ones alone on the machine
-	$(BIN)/python -m pytest -m slow
+test-slow: test ## every test; the slow ones alone on the machine, and which were skipped
+	$(BIN)/python -m pytest -m slow -rs
 
 check: dev check-protos ## lint, format, types, protos and their committed stubs; changes nothing
 	$(BIN)/ruff check .

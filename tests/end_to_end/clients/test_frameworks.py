@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
+from tests.end_to_end.clients.environments import fetched
 
 SCRIPTS = Path(__file__).parent / "scripts"
 CITIES, DAYS = ("Paris", "Rome"), (1, 2, 3)
@@ -23,8 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4000)]
 def ran(folder: Path, package: str, *command: str, **environment: str) -> str:
     """What a command prints that finds `package` and what it needs in `folder`, and nothing of it elsewhere."""
     if not folder.exists() or not any(folder.iterdir()):
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder), package]
-        subprocess.run(install, check=True, timeout=INSTALL_TIMEOUT_S)
+        fetched(sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder), package)
     surroundings = os.environ | {"PYTHONPATH": str(folder), "OPENAI_API_KEY": "none"} | environment
     ended = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=surroundings, timeout=600, check=False
@@ -143,8 +142,7 @@ def test_the_ai_sdk(base_url: str, tmp_path: Path) -> None:
     script = tmp_path / "script.mjs"
     script.write_text(_AI_SDK_SCRIPT % {"schema": json.dumps(schema)})
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "ai", "@ai-sdk/openai", "zod"]
-    subprocess.run(install, cwd=tmp_path, check=True, timeout=INSTALL_TIMEOUT_S)
+    fetched("npm", "install", "--no-audit", "--no-fund", "ai", "@ai-sdk/openai", "zod", folder=tmp_path)
     command = ["node", str(script), base_url]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]

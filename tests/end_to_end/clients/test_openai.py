@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.end_to_end.clients import openai_script
-from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
+from tests.end_to_end.clients.environments import fetched
 from tests.end_to_end.clients.openai_script import CITY, MESSAGES
 
 
@@ -61,10 +61,16 @@ def test_the_installed_version(results: dict[str, Any]) -> None:
 def test_everything_is_the_same_without_speculation(base_url: str, results: dict[str, Any]) -> None:
     """Texts, logprobs, structured output and tool calls, byte for byte."""
     plain = openai_script.run(base_url, speculation="off")
-    assert plain["completion"].pop("num_draft_tokens") == 0
-    drafted = {**results, "completion": {**results["completion"]}}
-    del drafted["completion"]["num_draft_tokens"]
-    assert plain == drafted
+    assert plain["completion"]["num_draft_tokens"] == 0
+    assert said(plain) == said(results)
+
+
+def said(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without what depends on how busy the machine was."""
+    return {
+        **results,
+        "completion": {name: value for name, value in results["completion"].items() if name != "num_draft_tokens"},
+    }
 
 
 def test_a_regex_by_extension(client: openai.OpenAI) -> None:
@@ -138,8 +144,7 @@ def test_responses(client: openai.OpenAI) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(4000)
 def test_the_version_before(base_url: str, results: dict[str, Any], tmp_path: Path) -> None:
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), "openai>=2,<3"]
-    subprocess.run(install, check=True, timeout=INSTALL_TIMEOUT_S)
+    fetched(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), "openai>=2,<3")
     script = Path(openai_script.__file__)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(script), base_url]
@@ -148,4 +153,4 @@ def test_the_version_before(base_url: str, results: dict[str, Any], tmp_path: Pa
     older = json.loads(ended.stdout)
     assert older.pop("version").startswith("2.")
     check(older)
-    assert older == results
+    assert said(older) == said(results)

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.end_to_end.clients.environments import INSTALL_TIMEOUT_S
+from tests.end_to_end.clients.environments import fetched
 from tests.end_to_end.clients.openai_script import CITY
 
 QUESTION = "Write a Python function `add(a, b)`."
@@ -137,8 +137,7 @@ def test_npms_openai(base_url: str, tmp_path: Path) -> None:
     script = tmp_path / "script.mjs"
     script.write_text(_NODE_SCRIPT % {"question": json.dumps(QUESTION), "schema": json.dumps(CITY)})
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "openai"]
-    subprocess.run(install, cwd=tmp_path, check=True, timeout=INSTALL_TIMEOUT_S)
+    fetched("npm", "install", "--no-audit", "--no-fund", "openai", folder=tmp_path)
     command = ["node", str(script), base_url]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
