@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llguidance
 
@@ -36,6 +38,8 @@ _SMALLEST_NUMBER = -(2**63 - 1024)
 _LARGEST_NUMBER = 2**63 - 1
 _MOST_DIGITS = 20
 _LARK_JSON = "%json"
+# A text, a regex, a comment, or what may be the name of a special token.
+_LARK_WORD = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,31 @@ def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> GrammarTo
         raise grammar_error(grammar, "the model has no end-of-sequence token")
     try:
         num_rows = max(vocab_size, num_entries)
-        library = llguidance.LLTokenizer(backend.to_str(), n_vocab=num_rows, eos_token=eos_token_ids)
+        hidden = _with_hidden_specials(backend.to_str(), special_ids)
+        library = llguidance.LLTokenizer(hidden, n_vocab=num_rows, eos_token=eos_token_ids)
         return GrammarTokenizer(library, special_ids)
     except ValueError as error:
         raise grammar_error(grammar, f"the model's tokenizer does not serve grammars ({error})") from error
+
+
+def _with_hidden_specials(tokenizer_json: str, special_ids: Mapping[str, int]) -> str:
+    """The tokenizer with other names for its special tokens, which no text contains.
+
+    Where only one text can follow, the library has the tokenizer cut it. It would cut `<|im_end|>` in a text into the
+    special token, which the library then does not take for that text.
+    """
+    names = {name: f"\ufdd0{secrets.token_hex(8)}{name}" for name in special_ids}
+    content: dict[str, Any] = json.loads(tokenizer_json)
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): token_id for name, token_id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return json.dumps(content)
 
 
 def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: int) -> CompiledGrammar:
@@ -86,7 +111,7 @@ def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: i
     limits = llguidance.LLParserLimits(
         initial_lexer_fuel=_INITIAL_LEXER_FUEL, step_lexer_fuel=_STEP_LEXER_FUEL, verbose_errors=False
     )
-    source = _source(grammar)
+    source = _source(grammar, tokenizer.special_ids)
     if grammar.thinking is not None:
         source = _after_thinking(source, grammar.thinking, tokenizer.special_ids)
     matcher = llguidance.LLMatcher(tokenizer.library, source, log_level=0, limits=limits)
@@ -120,14 +145,14 @@ def check_numbers(grammar: Grammar) -> None:
             decoder.raw_decode(part.lstrip())
 
 
-def _source(grammar: Grammar) -> str:
+def _source(grammar: Grammar, special_ids: Mapping[str, int]) -> str:
     """The grammar as the library wants it."""
     check_numbers(grammar)
     if grammar.kind is GrammarKind.LARK:
         num_lines = grammar.text.count("\n") + 1
         if num_lines > _MAX_LARK_LINES:
             raise grammar_error(grammar, f"it has {num_lines} lines, more than {_MAX_LARK_LINES}")
-        return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+        return llguidance.LLMatcher.grammar_from_lark(_with_ids(grammar.text, special_ids))
     if grammar.kind is GrammarKind.REGEX:
         return llguidance.LLMatcher.grammar_from_regex(grammar.text)
     # The schema that accepts everything may be written as `true`, which takes no options.
@@ -138,6 +163,16 @@ def _source(grammar: Grammar) -> str:
         return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITE_SPACE})
     except ValueError as error:
         raise grammar_error(grammar, str(error)) from error
+
+
+def _with_ids(lark: str, special_ids: Mapping[str, int]) -> str:
+    """The same with special tokens by number in place of their names, which the library does not know."""
+
+    def by_number(found: re.Match[str]) -> str:
+        token_id = special_ids.get(found.group())
+        return found.group() if token_id is None else f"<[{token_id}]>"
+
+    return _LARK_WORD.sub(by_number, lark)
 
 
 def _after_thinking(source: str, thinking: Thinking, special_ids: Mapping[str, int]) -> str:

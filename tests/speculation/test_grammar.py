@@ -98,6 +98,42 @@ async def test_special_and_padding_tokens_are_no_text(compiler: GrammarCompiler,
     assert len(everything) > 200
 
 
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<tool>", "</s>"])
+@pytest.mark.parametrize("is_normalized", [False, True])
+async def test_the_name_of_a_special_token_in_a_grammar_is_text(
+    folder: Path, tmp_path: Path, name: str, is_normalized: bool
+) -> None:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = ["<tool>", "</s>"]
+    backend.add_special_tokens([AddedToken(one, special=True, normalized=is_normalized) for one in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    special = backend.token_to_id(name)
+    quoted = json.dumps(f"a{name}b")
+    grammars = [schema({"const": f"a{name}b"}), lark(f"start: {quoted}"), lark(f"start: {quoted} // {name}")]
+    grammars.append(regex(quoted.replace("|", r"\|").replace("/", r"\/")))
+    with closing(GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,))) as compiler:
+        for grammar in grammars:
+            state, written = GrammarState(await compiler.compile(grammar), ignore_eos=False), b""
+            while (token_ids := allowed(state)) != {EOS}:
+                assert not token_ids & {special, EOS}
+                assert state.advance(min(token_ids))
+                written += backend.decode([min(token_ids)]).encode()
+            assert written.decode() == (f"a{name}b" if grammar.kind is GrammarKind.LARK else quoted)
+        # Without quotes it is the token.
+        if special != EOS:
+            state = GrammarState(await compiler.compile(lark(f'start: {name} "a"')), ignore_eos=False)
+            assert allowed(state) == {special}
+            assert state.advance(special)
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", f"<[{EOS}]>", f"<[{EOS}-{EOS}]>"])
+async def test_an_end_of_sequence_is_an_end_also_if_a_grammar_names_it(compiler: GrammarCompiler, end: str) -> None:
+    with pytest.raises(InvalidRequestError, match="no token of the model fits"):
+        await compiler.compile(lark(f'start: {end} "a"'))
+    state = GrammarState(await compiler.compile(lark(f'start: {end} "a" | "b"')), ignore_eos=False)
+    assert EOS not in allowed(state)
+
+
 async def test_tokens_can_be_taken_back(compiler: GrammarCompiler, backend: Tokenizer) -> None:
     a, b, c = (backend.token_to_id(text) for text in "abc")
     state = GrammarState(await compiler.compile(regex("a(bc|cb)d*")), ignore_eos=False)
