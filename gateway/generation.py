@@ -289,7 +289,7 @@ class Generator:
             token_texts=(),
             timings=NO_ROUND,
             completion=None,
-            logprobs=(None, *logprobs) if logprobs else (),
+            logprobs=(None, *logprobs) if request.wants_prompt_logprobs else (),
         )
 
     def _policy(self, wish: SpeculationWish) -> Policy:

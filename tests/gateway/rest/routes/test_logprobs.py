@@ -154,3 +154,13 @@ async def test_a_stream_has_no_prompt_to_tell_about(rest: Rest, body: Any) -> No
     for fields in ({"prompt_logprobs": 1, "stream": True}, {"prompt_logprobs": 21}, {"prompt_logprobs": -1}):
         error = refused(await rest.http.post(path, json=body(**fields)), 400)
         assert error["param"] == "prompt_logprobs"
+
+
+async def test_a_prompt_of_one_token_has_one_entry(rest: Rest) -> None:
+    told = await rest.completion(prompt=[5], prompt_logprobs=1, max_tokens=2)
+    assert told["choices"][0]["prompt_logprobs"] == [None]
+    for max_tokens in (0, 2):
+        echoed = await rest.completion(prompt=[5], echo=True, logprobs=1, max_tokens=max_tokens)
+        logprobs = echoed["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"][0] is None
+        assert len(logprobs["tokens"]) == max_tokens + 1
