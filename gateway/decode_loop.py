@@ -143,8 +143,13 @@ async def _verified(
 
 
 async def _begun(round_: Coroutine[None, None, Round]) -> asyncio.Task[Round]:
-    """The round under way, its first message written."""
+    """The round under way, its first message written. If the caller is cancelled meanwhile, so is the round."""
     task = asyncio.create_task(round_)
-    for _ in range(_TURNS_TO_ASK):
-        await asyncio.sleep(0)
+    try:
+        for _ in range(_TURNS_TO_ASK):
+            await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
     return task

@@ -129,3 +129,20 @@ async def test_the_first_round_has_no_tree() -> None:
     verifier = CountingVerifier(length=4)
     rounds = [one async for one in decode(3, ScriptedPolicy([BUDGET]), verifier, OneNodeDrafter())]
     assert [one.draft.tree for one in rounds] == [EMPTY_TREE]
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+async def test_a_reader_that_is_cancelled_leaves_no_round_behind(num_turns: int) -> None:
+    verifier = CountingVerifier(gate=asyncio.Event())
+
+    async def read() -> None:
+        async with aclosing(decode(3, ScriptedPolicy(), verifier, OneNodeDrafter())) as rounds:
+            async for _ in rounds:
+                pass
+
+    reader = asyncio.create_task(read())
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
