@@ -146,7 +146,7 @@ def session() -> Iterator[requests.Session]:
 
 
 def check_case(case: Any, rest: Rest, session: requests.Session) -> None:
-    response = case.call(base_url=rest.base_url.rstrip("/"), session=session)
+    response = case.call(base_url=rest.base_url.rstrip("/"), session=session, timeout=REPLY_TIMEOUT_S)
     assert response.status_code < 500, (response.status_code, response.text)
     if response.status_code >= 400 and response.headers.get("content-type") == "application/json":
         assert {"message", "type", "param", "code"} == set(response.json()["error"])
