@@ -12,6 +12,7 @@ from rich.text import Text
 
 from easyspec.cli.clients import verifier_info
 from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
+from easyspec.ops.native_library import widens_bfloat16
 
 _ROLE_STYLES: Mapping[str, str] = MappingProxyType({VERIFIER: "cyan", DRAFTER: "magenta", GATEWAY: "green"})
 
@@ -71,9 +72,18 @@ async def _banner(settings: StackSettings, stack: ServiceStack) -> str:
     lines = [
         f"model      {info.model.name}, {info.model.dtype}, {info.model.max_model_len} tokens of context, "
         f"{info.kv.num_slots} tokens of KV memory",
+        f"computes   {_computation(info.model.executor, info.model.weight_format, info.model.dtype)}",
         f"guesses    {guesses}",
     ]
     if stack.http_address is not None:
         scheme = "https" if settings.has_tls else "http"
         lines += [f"base URL   {scheme}://{stack.http_address}/v1", f"playground {scheme}://{stack.http_address}/"]
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _computation(executor: str, weight_format: str, dtype: str) -> str:
+    """What computes the model, on which weights, and in which type where that is not the model's own."""
+    said = f"{executor}, {weight_format} weights"
+    if dtype == "bfloat16" and widens_bfloat16(executor):
+        return f"{said}; products in float32, as this processor multiplies no bfloat16"
+    return said

@@ -25,6 +25,14 @@ class CodePath(enum.IntEnum):
     AVX512_BF16 = 3
 
 
+def widens_bfloat16(executor: str) -> bool:
+    """Whether an executor of this name multiplies bfloat16 weights in float32, as its instructions know no bfloat16.
+
+    The weights and the KV memory stay bfloat16, and are read at that size; no product is rounded.
+    """
+    return executor.startswith("native-") and executor != f"native-{CodePath.AVX512_BF16.name.lower()}"
+
+
 class Packed(Structure):
     """A packed weight."""
 

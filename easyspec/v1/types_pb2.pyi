@@ -536,7 +536,9 @@ class ModelInfo(_message.Message):
     replica with the same digest.
     """
     executor: _builtins.str
-    """What computes the model: "reference", or "native-" and the instructions it uses: "avx512", "avx2" or "portable"."""
+    """What computes the model: "reference", or "native-" and the instructions it uses: "avx512_bf16", "avx512", "avx2" or
+    "portable". Only the first multiplies bfloat16; elsewhere weights and KV of that type are widened to float32.
+    """
     weight_format: _builtins.str
     """What most of the weight matrices are kept in: "float32", "bfloat16", "float16", "int8" or "int4"."""
     @_builtins.property

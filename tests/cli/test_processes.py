@@ -17,7 +17,7 @@ import pytest
 from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, is_serving
 from easyspec.cli.free_ports import free_port
 from easyspec.cli.processes import ServiceFailedError, ServiceProcess, ServiceStack, StackSettings
-from easyspec.cli.up import RoleLog
+from easyspec.cli.up import RoleLog, _computation
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import StopConditions
 from tests.cli.conftest import CHECKOUT
@@ -199,8 +199,8 @@ async def up(checkpoint: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process
         assert line, seen
         seen.append(line)
     addresses = [word.strip(",") for word in line.split() if ":" in word.strip(":")]
-    banner = (await process.stderr.readline()).decode() + (await process.stderr.readline()).decode()
-    for word in ("model      ", "tokens of context", "tokens of KV memory", "guesses    by "):
+    banner = "".join([(await process.stderr.readline()).decode() for _ in range(3)])
+    for word in ("model      ", "tokens of context", "tokens of KV memory", "computes   ", "guesses    by "):
         assert word in banner
     assert [await is_serving(address) for address in addresses] == [True, True, True]
     try:
@@ -283,3 +283,19 @@ async def test_a_service_of_another_program_at_the_address_is_no_success(setting
             await stack.__aenter__()
     finally:
         await other.stop(5)
+
+
+@pytest.mark.parametrize(
+    ("executor", "dtype", "is_widened"),
+    [
+        ("native-avx2", "bfloat16", True),
+        ("native-avx512", "bfloat16", True),
+        ("native-avx512_bf16", "bfloat16", False),
+        ("native-avx2", "float32", False),
+        ("reference", "bfloat16", False),
+    ],
+)
+def test_the_banner_says_where_bfloat16_is_computed_in_float32(executor: str, dtype: str, is_widened: bool) -> None:
+    said = _computation(executor, dtype, dtype)
+    assert said.startswith(f"{executor}, {dtype} weights")
+    assert ("products in float32" in said) is is_widened

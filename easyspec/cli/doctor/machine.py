@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
-from easyspec.ops.native_library import best_path, library_problem
+from easyspec.ops.native_library import best_path, library_problem, widens_bfloat16
 
 _INSTALL = "run `make install`, or `pip install -c constraints.txt -e .` in the checkout"
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -94,7 +94,9 @@ def check_executor() -> Finding:
         advice = "install a C++20 compiler (g++ 11, clang 14 or newer) and easyspec again, or a wheel made elsewhere"
         return warning("executor", f"reference, several times slower than native: {reason}", advice)
     try:
-        return ok("executor", f"native, by {best_path().name.lower()} instructions")
+        path = best_path().name.lower()
+        widens = "; bfloat16 models are multiplied in float32" if widens_bfloat16(f"native-{path}") else ""
+        return ok("executor", f"native, by {path} instructions{widens}")
     except ValueError as error:
         return problem("executor", str(error), "unset the variable, or name a code path of this processor")
 

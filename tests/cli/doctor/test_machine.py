@@ -62,7 +62,9 @@ def test_the_executor_is_native_where_the_library_was_built_and_else_a_warning(
 ) -> None:
     monkeypatch.setenv("EASYSPEC_CODE_PATH", "portable")
     if native_library.library_problem() is None:
-        assert check_executor() == ok("executor", "native, by portable instructions")
+        assert check_executor() == ok(
+            "executor", "native, by portable instructions; bfloat16 models are multiplied in float32"
+        )
         monkeypatch.setenv("EASYSPEC_CODE_PATH", "mmx")
         assert check_executor().state is State.PROBLEM
     monkeypatch.setattr(native_library, "LIBRARY", tmp_path / "libeasyspec.so")
