@@ -127,14 +127,16 @@ MaxModelLen = Annotated[
 ]
 KvMemory = Annotated[
     float | None,
-    typer.Option("--kv-memory", min=0.001, help="GiB of the base model's KV memory. [default: a share of the free]"),
+    typer.Option(
+        "--kv-memory", min=0.001, help="GiB of the base model's KV memory. [default: a share of what is free]"
+    ),
 ]
 ServedModelName = Annotated[
     str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]", show_default=False)
 ]
 ApiKeyFile = Annotated[
     Path | None,
-    typer.Option(help="File with the API keys of clients, one a line, as name:key. [default: none is asked]"),
+    typer.Option(help="File with the API keys of clients, one a line, as name:key. [default: no key is needed]"),
 ]
 DraftSourcesFlag = Annotated[
     str | None,
@@ -151,7 +153,9 @@ TlsCertificate = Annotated[
 TlsKey = Annotated[Path | None, typer.Option(help="PEM file with its private key.", show_default=False)]
 CorsOrigins = Annotated[
     str | None,
-    typer.Option(help="Web pages that may call the REST API: origins separated by commas, or *. [default: its own]"),
+    typer.Option(
+        help="Web pages that may call the REST API: origins separated by commas, or *. [default: the playground]"
+    ),
 ]
 
 
