@@ -43,7 +43,7 @@ class DrafterEngine(Engine, Protocol):
 
 
 class DrafterServer(EngineServer[DrafterEngine], drafter_pb2_grpc.DrafterServiceServicer):
-    """DrafterService over an engine; an Application of `easyspec.rpc.lifecycle`."""
+    """DrafterService over an engine."""
 
     service_name: str = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 

@@ -17,6 +17,7 @@ from easyspec import __version__
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
+from easyspec.rpc.application import Application
 from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
@@ -71,14 +72,14 @@ _TOOL_MODES: Mapping[int, ToolMode] = MappingProxyType(
 )
 
 
-class GatewayServer(generation_pb2_grpc.GenerationServiceServicer):
-    """GenerationService over the served models; an Application of `easyspec.rpc.lifecycle`."""
+class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
+    """GenerationService over the served models."""
 
     service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
         self._settings = settings
-        self.metrics = metrics or GatewayMetrics()
+        self.metrics: GatewayMetrics = metrics or GatewayMetrics()
         self.metrics.watch(self._state)
         self._watches: list[asyncio.Task[None]] = []
         self._assembly: Assembly | None = None

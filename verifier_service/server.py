@@ -41,7 +41,7 @@ class VerifierEngine(Engine, Protocol):
 
 
 class VerifierServer(EngineServer[VerifierEngine], verifier_pb2_grpc.VerifierServiceServicer):
-    """VerifierService over an engine; an Application of `easyspec.rpc.lifecycle`."""
+    """VerifierService over an engine."""
 
     service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 

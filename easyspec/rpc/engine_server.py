@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import structlog
 
 from easyspec.errors import InvalidRequestError
+from easyspec.rpc.application import Application
 from easyspec.rpc.sessions import TimelyMessages
 from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenSpeculation, OpenVerification
@@ -48,8 +49,8 @@ OpeningT = TypeVar("OpeningT", OpenSpeculation, OpenVerification)
 MessageT = TypeVar("MessageT")
 
 
-class EngineServer(Generic[EngineT]):
-    """The part of an Application of `easyspec.rpc.lifecycle` that is the same over either engine."""
+class EngineServer(Application, Generic[EngineT]):
+    """What is the same over either engine."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class EngineServer(Generic[EngineT]):
         self._session_idle_timeout_s = session_idle_timeout_s
         self._is_started = False
         self.rpc_tracing = tracing
-        self.metrics = metrics or EngineMetrics(role)
+        self.metrics: EngineMetrics = metrics or EngineMetrics(role)
         self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
     async def start(self) -> None:

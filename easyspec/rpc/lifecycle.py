@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -19,15 +19,14 @@ from grpc_reflection.v1alpha import reflection
 
 from easyspec.errors import ConfigurationError, EngineLostError
 from easyspec.parallel.launch import EXIT_LOST, die_with_launcher, is_follower
+from easyspec.rpc.application import Application
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.readiness import tell_ready
 from easyspec.rpc.settings import ServerSettings, load_settings
 from easyspec.rpc.tls import ServerCertificates, ServerTls
 from easyspec.telemetry.logs import configure_logging
-from easyspec.telemetry.metrics import RoleMetrics
 from easyspec.telemetry.metrics_server import MetricsServer
-from easyspec.telemetry.tracing import Tracing
 
 EXIT_CONFIGURATION = 2
 
@@ -55,80 +54,6 @@ _SettingsT = TypeVar("_SettingsT", bound=ServerSettings)
 _log = structlog.get_logger(__name__)
 
 
-class Application(Protocol):
-    """What a process serves; all of it runs in the process's one event loop."""
-
-    @property
-    def service_name(self) -> str:
-        """Full protobuf name, for health and reflection."""
-
-    def add_to_server(self, server: grpc.aio.Server) -> None:
-        """Register the servicer."""
-
-    async def start(self) -> None:
-        """Return when ready for requests; raises ConfigurationError. The port is open by then and says NOT_SERVING."""
-
-    async def stop(self) -> None:
-        """Free everything. Called once, after the last RPC, also if `start` failed or was cancelled."""
-
-
-@runtime_checkable
-class Drainable(Protocol):
-    """An Application that takes requests by another way than RPCs, too."""
-
-    async def drain(self, grace_s: float) -> None:
-        """Refuse new ones, cancel what outlives `grace_s` seconds, return when none is left; before `stop`."""
-
-
-@runtime_checkable
-class Guarded(Protocol):
-    """An application that lets only some callers in."""
-
-    def authenticate(self, authorization: str | None) -> str | None:
-        """The client's name by the `authorization` metadata of an RPC, None where anyone may call; raises
-        UnauthenticatedError."""
-
-
-@runtime_checkable
-class Mortal(Protocol):
-    """An application whose process may have to end by itself."""
-
-    async def wait_lost(self) -> None:
-        """Return when it cannot go on; otherwise never."""
-
-
-@runtime_checkable
-class Composite(Protocol):
-    """An application with parts that may be lost one by one, each with a health of its own."""
-
-    def part_health(self) -> Mapping[str, bool]:
-        """Whether each part can be used, by the name that health checks ask for; cheap, and valid after `start`."""
-
-
-@runtime_checkable
-class Metered(Protocol):
-    """An application that measures itself."""
-
-    @property
-    def metrics(self) -> RoleMetrics: ...
-
-
-@runtime_checkable
-class Traced(Protocol):
-    """An application whose RPCs have spans."""
-
-    @property
-    def rpc_tracing(self) -> Tracing | None: ...
-
-
-@runtime_checkable
-class Reloadable(Protocol):
-    """An application that has something to read again on SIGHUP."""
-
-    def reload(self) -> None:
-        """Read it; never raises."""
-
-
 class RpcServer:
     """One gRPC server with health, reflection and our RpcBoundary; made and used inside the running event loop."""
 
@@ -140,10 +65,9 @@ class RpcServer:
         self._certificates = ServerCertificates(tls) if tls is not None else None
         self._has_reflection = reflection
         self.is_serving = False
-        authenticate = application.authenticate if isinstance(application, Guarded) else None
-        observer = application.metrics if isinstance(application, Metered) else None
-        tracing = application.rpc_tracing if isinstance(application, Traced) else None
-        self._boundary = RpcBoundary("loading: try again later", authenticate, observer, tracing)
+        self._boundary = RpcBoundary(
+            "loading: try again later", application.authenticate, application.metrics, application.rpc_tracing
+        )
         self._health = health.aio.HealthServicer()
         self._parts_watch: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(self._boundary,))
@@ -175,9 +99,8 @@ class RpcServer:
         await self._application.start()
         self._boundary.admit()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        if isinstance(self._application, Composite):
-            await self._tell_parts(self._application)
-            self._parts_watch = asyncio.create_task(self._watch_parts(self._application))
+        await self._tell_parts()
+        self._parts_watch = asyncio.create_task(self._watch_parts())
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new RPCs, cancel what outlives `grace_s` seconds, stop the application.
@@ -198,7 +121,7 @@ class RpcServer:
 
     async def _finish_unless_lost(self, grace_s: float) -> bool:
         finishing = asyncio.ensure_future(self._finish(grace_s))
-        losing = asyncio.ensure_future(_lost(self._application))
+        losing = asyncio.ensure_future(self._application.wait_lost())
         try:
             await asyncio.wait((finishing, losing), return_when=asyncio.FIRST_COMPLETED)
             return finishing.done() and finishing.result()
@@ -207,21 +130,17 @@ class RpcServer:
 
     async def _finish(self, grace_s: float) -> bool:
         """Let what is running end; False if something outlived `grace_s`."""
-        is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._drain_application(grace_s))
+        is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._application.drain(grace_s))
         return is_idle
 
-    async def _drain_application(self, grace_s: float) -> None:
-        if isinstance(self._application, Drainable):
-            await self._application.drain(grace_s)
-
-    async def _watch_parts(self, application: Composite) -> None:
+    async def _watch_parts(self) -> None:
         while True:
             await asyncio.sleep(_PARTS_POLL_S)
-            await self._tell_parts(application)
+            await self._tell_parts()
 
-    async def _tell_parts(self, application: Composite) -> None:
+    async def _tell_parts(self) -> None:
         states = health_pb2.HealthCheckResponse
-        for name, is_usable in application.part_health().items():
+        for name, is_usable in self._application.part_health().items():
             await self._health.set(name, states.SERVING if is_usable else states.NOT_SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
@@ -240,7 +159,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
     _log.info("listening", address=f"{host}:{port}", port=port)
     starting = asyncio.ensure_future(server.start())
     stop_waiter = asyncio.ensure_future(stopping.wait())
-    lost_waiter = asyncio.ensure_future(_lost(application))
+    lost_waiter = asyncio.ensure_future(application.wait_lost())
     grace_s = settings.drain_grace_s
     try:
         await asyncio.wait((starting, stop_waiter), return_when=asyncio.FIRST_COMPLETED)
@@ -270,7 +189,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
 
 async def _serve_metrics(application: Application, server: RpcServer, settings: ServerSettings) -> MetricsServer | None:
     """Open the port of the settings, if there is one: before the model is loaded, so that loading can be watched."""
-    if settings.metrics_address is None or not isinstance(application, Metered):
+    if settings.metrics_address is None:
         return None
     tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
     metrics_server = MetricsServer(application.metrics, lambda: server.is_serving, tls)
@@ -325,16 +244,9 @@ async def _serve_until_signal(application: Application, settings: ServerSettings
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_once)
-    if isinstance(application, Reloadable):
+    if application.reload is not None:
         loop.add_signal_handler(signal.SIGHUP, application.reload)
     await serve(application, settings, stopping)
-
-
-async def _lost(application: Application) -> None:
-    if isinstance(application, Mortal):
-        await application.wait_lost()
-    else:
-        await asyncio.Event().wait()
 
 
 async def _cancelled(*tasks: asyncio.Future[Any]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from easyspec.rpc.lifecycle import Application, RpcServer
+from easyspec.rpc.application import Application
+from easyspec.rpc.lifecycle import RpcServer
 
 
 @asynccontextmanager

@@ -20,7 +20,8 @@ import tokenizers
 from drafter_service.config import DrafterSettings
 from drafter_service.server import DrafterServer
 from easyspec.errors import PromptTooLongError, StalePositionError
-from easyspec.rpc.lifecycle import Application, RpcServer, run_role
+from easyspec.rpc.application import Application
+from easyspec.rpc.lifecycle import RpcServer, run_role
 from easyspec.rpc.settings import EngineSettings
 from easyspec.rpc.tls import ServerTls
 from easyspec.speculation.messages import (

@@ -77,5 +77,5 @@ async def test_messages_that_come_in_time_pass_however_long_they_are_thought_abo
 
 async def test_silence_ends_the_session_as_unavailable() -> None:
     messages = TimelyMessages(said("a", "b", pause_s=0.1), idle_timeout_s=0.02)
-    with pytest.raises(UnavailableError, match=r"said nothing for 0\.02 s"):
+    with pytest.raises(UnavailableError, match=r"sent nothing for 0\.02 s"):
         await anext(messages)

@@ -231,7 +231,7 @@ async def test_a_client_that_says_nothing_frees_its_session(says: str) -> None:
             await call.write(opening())
             await eventually(lambda: engine.kv_usage().num_sessions == 1)
         assert await call.code() is grpc.StatusCode.UNAVAILABLE
-        assert "said nothing" in await call.details()
+        assert "sent nothing" in await call.details()
         assert engine.kv_usage().num_sessions == 0
 
 
