@@ -29,11 +29,17 @@ class LineProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, line: bytes) -> bytes:
-        """The answer, which ends with a line feed as the question does; empty if the process is lost or late."""
+        """The answer, which ends with a line feed as the question does; empty if the process was lost.
+
+        Raises TimeoutError if the answer is late; the process is ended then, too.
+        """
         patience_s = self._patience_s + (self._start_s if self._process is None else 0.0)
         process = self._process or self._started()
         try:
             answer = self._exchange(process, line, patience_s)
+        except TimeoutError:
+            self.close()
+            raise
         except OSError:  # it ended while it was told
             answer = b""
         if not answer:
@@ -58,7 +64,7 @@ class LineProcess:
             while not answer.endswith(b"\n"):
                 ready = selector.select(end_s - time.monotonic())
                 if not ready:
-                    return b""
+                    raise TimeoutError
                 for key, _ in ready:
                     if key.fileobj is process.stdin:
                         pending = pending[os.write(key.fd, pending) :]

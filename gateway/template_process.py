@@ -37,7 +37,10 @@ class TemplateProcess:
         """
         line = json.dumps({**arguments, "chat_template": source}, default=str).encode() + b"\n"
         with self._lock:
-            answered = self._process.ask(line)
+            try:
+                answered = self._process.ask(line)
+            except TimeoutError:
+                answered = b""
         if not answered:
             _log.warning("chat_template_lost")
             raise TemplateLimitError(f"the chat template takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MiB for it")

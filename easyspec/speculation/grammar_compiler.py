@@ -12,12 +12,13 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 
-from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError
+from easyspec.errors import CapacityError, InvalidRequestError
 from easyspec.free_memory import return_free_memory
-from easyspec.speculation.grammar import CompiledGrammar, grammar_error
+from easyspec.speculation.grammar import CompiledGrammar
 from easyspec.speculation.grammar_compilation import (
     COMPILER_STACK_BYTES,
     GrammarTokenizer,
@@ -51,12 +52,22 @@ class _Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Delay:
+    """The machine had no time for a grammar; the next one who asks has it tried anew."""
+
+    reason: str
+
+
+_Outcome: TypeAlias = CompiledGrammar | _Refusal | _Delay
+
+
 @dataclass(eq=False)
 class _Job:
     """A grammar at work or done; the future yields and never raises."""
 
     grammar: Grammar
-    future: Future[CompiledGrammar | _Refusal]
+    future: Future[_Outcome]
     is_started: bool = False
 
 
@@ -86,8 +97,8 @@ class GrammarCompiler:
     async def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar, ready to be walked.
 
-        Raises InvalidRequestError naming the grammar if it is wrong, matches nothing or takes too long, CapacityError
-        if too many others are being compiled.
+        Raises InvalidRequestError naming the grammar if it is wrong, matches nothing or takes too much processor time,
+        CapacityError if it had to wait too long for others or for the machine.
         """
         job = self.submit(grammar)
         try:
@@ -100,7 +111,7 @@ class GrammarCompiler:
         """Begin to read the tokenizer, here and in the process that tries grammars; returns at once."""
         self.submit(Grammar(GrammarKind.REGEX, "a"))
 
-    def submit(self, grammar: Grammar) -> Future[CompiledGrammar | _Refusal]:
+    def submit(self, grammar: Grammar) -> Future[_Outcome]:
         """Have it compiled if it is not yet; raises CapacityError. For `poll`."""
         with self._lock:
             job = self._jobs.get(grammar)
@@ -149,21 +160,25 @@ class GrammarCompiler:
         sandbox = GrammarSandbox(self._vocabulary, self._limits.trial)
         while (job := self._inbox.get()) is not None:
             job.is_started = True
+            outcome: _Outcome
             try:
                 outcome = self._compiled(job.grammar, sandbox)
             except InvalidRequestError as error:
                 outcome = _Refusal(error.allowed)
+            except CapacityError as error:
+                outcome = _Delay(str(error))
             except BaseException as error:  # the library panics with exceptions of its own, which are no Exception
                 _log.exception("grammar_compilation_failed")
                 outcome = _Refusal(f"what can be compiled, but the compiler failed ({type(error).__name__})")
             job.future.set_result(outcome)
         sandbox.close()
 
-    def _late(self, grammar: Grammar) -> EasyspecError:
+    def _late(self, grammar: Grammar) -> CapacityError:
         job = self._jobs.get(grammar)
         if job is not None and not job.is_started:
             return CapacityError("other grammars are being compiled")
-        return grammar_error(grammar, f"it takes longer than {self._limits.timeout_s:g} s to compile")
+        # One that takes too much processor time itself is refused by its trial: waiting took the rest.
+        return CapacityError(f"the grammar was not compiled within {self._limits.timeout_s:g} s; compiling it goes on")
 
     def _compiled(self, grammar: Grammar, sandbox: GrammarSandbox) -> CompiledGrammar | _Refusal:
         reason = sandbox.refusal(grammar)
@@ -180,10 +195,12 @@ def _is_spent(job: _Job) -> bool:
     if not job.future.done():
         return False
     outcome = job.future.result()
-    return isinstance(outcome, CompiledGrammar) and outcome.is_spent
+    return isinstance(outcome, _Delay) or (isinstance(outcome, CompiledGrammar) and outcome.is_spent)
 
 
-def _unwrapped(grammar: Grammar, outcome: CompiledGrammar | _Refusal) -> CompiledGrammar:
+def _unwrapped(grammar: Grammar, outcome: _Outcome) -> CompiledGrammar:
     if isinstance(outcome, _Refusal):
         raise InvalidRequestError(f"sampling.grammar.{grammar.kind.value}", grammar.text, outcome.reason)
+    if isinstance(outcome, _Delay):
+        raise CapacityError(outcome.reason)
     return outcome

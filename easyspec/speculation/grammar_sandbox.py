@@ -6,10 +6,11 @@ import json
 
 import structlog
 
+from easyspec.errors import CapacityError
 from easyspec.line_process import LineProcess
 from easyspec.speculation.grammar import grammar_error
 from easyspec.speculation.grammar_compilation import GrammarVocabulary
-from easyspec.speculation.grammar_trial import TrialLimits, arguments, line_of
+from easyspec.speculation.grammar_trial import Outcome, TrialLimits, arguments, line_of
 from easyspec.speculation.parameters import Grammar
 
 # What the process itself may take to start and to read a large tokenizer on a busy machine.
@@ -32,12 +33,20 @@ class GrammarSandbox:
         self._process = LineProcess(arguments(vocabulary, limits), limits.wall_s + _SLACK_S, _START_S, _ENVIRONMENT)
 
     def refusal(self, grammar: Grammar) -> str | None:
-        """Why the grammar must not be compiled; None if it may be. Blocks within the limits, and never raises."""
+        """Why the grammar must not be compiled; None if it may be. Blocks within the limits.
+
+        Raises CapacityError if the machine had no time to find out.
+        """
         for _ in range(_NUM_TRIES):  # the process may have been killed by another hand
-            answer = self._process.ask(line_of(grammar))
+            try:
+                answer = self._process.ask(line_of(grammar))
+            except TimeoutError:
+                raise CapacityError("the machine is too busy to compile grammars") from None
             if answer:
-                said: str | None = json.loads(answer)
-                return said
+                outcome = Outcome(**json.loads(answer))
+                if outcome.is_late:
+                    raise CapacityError("the machine is too busy to compile the grammar")
+                return outcome.refusal
             _log.warning("grammar_sandbox_lost")
         return grammar_error(grammar, "the compiler does not survive it").allowed
 

@@ -1,7 +1,7 @@
 """A process that tries grammars: each is compiled in a fork of its own, within limits, and thrown away.
 
 `python -m easyspec.speculation.grammar_trial ARGUMENTS` reads grammars from its standard input and answers on its
-standard output, a line of JSON each: why the grammar must not be compiled elsewhere, or null.
+standard output, a line of JSON each: an `Outcome`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class TrialLimits:
     memory_bytes: int = 512 * 1024 * 1024
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Why a grammar must not be compiled elsewhere (None: it may be), unless the machine left no time to find out."""
+
+    refusal: str | None
+    is_late: bool = False
+
+
 def arguments(vocabulary: GrammarVocabulary, limits: TrialLimits) -> tuple[str, ...]:
     """The command line after the interpreter."""
     tokens = (str(vocabulary.folder), vocabulary.vocab_size, vocabulary.eos_token_ids)
@@ -62,8 +70,8 @@ def main() -> None:
     for line in sys.stdin.buffer:
         kind, text, thinking = json.loads(line)
         grammar = Grammar(GrammarKind(kind), text, None if thinking is None else Thinking(**thinking))
-        answer = trial.refusal(grammar)
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        outcome = trial.outcome(grammar)
+        sys.stdout.buffer.write(json.dumps(vars(outcome)).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
@@ -73,27 +81,32 @@ class _Trial:
         self._limits = limits
         self._tokenizer: GrammarTokenizer | None = None
 
-    def refusal(self, grammar: Grammar) -> str | None:
-        """Why the grammar must not be compiled; None if it may be."""
+    def outcome(self, grammar: Grammar) -> Outcome:
+        """What became of compiling the grammar in a fork."""
         try:
             if self._tokenizer is None:
                 self._tokenizer = load_tokenizer(self._vocabulary, grammar)
         except InvalidRequestError as error:
-            return error.allowed
+            return Outcome(error.allowed)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             self._compile_and_exit(grammar, writer)
         os.close(writer)
         try:
-            answer = self._answer(reader, child)
+            is_late = not select.select([reader], [], [], self._limits.wall_s)[0]
+            if is_late:
+                os.kill(child, signal.SIGKILL)
+            answer = os.read(reader, 65536)  # less than a pipe holds; empty if it died
         finally:
             os.close(reader)
-            _, status = os.waitpid(child, 0)
+            _, status, used = os.wait4(child, 0)
         if answer:
-            said: str | None = json.loads(answer)
-            return said
-        return grammar_error(grammar, self._cause_of_death(status)).allowed
+            return Outcome(json.loads(answer))
+        took_its_time = used.ru_utime + used.ru_stime >= self._limits.cpu_s
+        if is_late and not took_its_time:
+            return Outcome(None, is_late=True)
+        return Outcome(grammar_error(grammar, self._cause_of_death(status, took_its_time)).allowed)
 
     def _compile_and_exit(self, grammar: Grammar, writer: int) -> None:
         """In the fork: never returns."""
@@ -128,15 +141,9 @@ class _Trial:
             most = held + COMPILER_STACK_BYTES + limits.memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    def _answer(self, reader: int, child: int) -> bytes:
-        """What the fork wrote, less than a pipe holds; empty if it died, or took so long that it was killed."""
-        if not select.select([reader], [], [], self._limits.wall_s)[0]:
-            os.kill(child, signal.SIGKILL)
-        return os.read(reader, 65536)
-
-    def _cause_of_death(self, status: int) -> str:
+    def _cause_of_death(self, status: int, took_its_time: bool) -> str:
         ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        if ended_by in (signal.SIGXCPU, signal.SIGKILL):
+        if ended_by == signal.SIGXCPU or took_its_time:
             return f"it takes longer than {self._limits.cpu_s} s to compile"
         if ended_by == signal.SIGABRT:
             return f"it takes more than {self._limits.memory_bytes >> 20} MiB to compile"
