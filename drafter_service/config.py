@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from easyspec.errors import InvalidRequestError
-from easyspec.rpc.settings import EngineSettings, address_field
+from easyspec.settings import EngineSettings, address_field
 from easyspec.speculation.sources import MODEL_SOURCES, DraftSources, parse_sources
 
 

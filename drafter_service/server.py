@@ -11,7 +11,7 @@ from easyspec import __version__
 from easyspec.rpc import convert
 from easyspec.rpc.engine_server import Engine, EngineServer, first_message, part
 from easyspec.rpc.sessions import open_session
-from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
+from easyspec.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.speculation.sources import DraftSources

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from easyspec.rpc.settings import ServerSettings, address_field, check_address, check_plaintext
-from easyspec.rpc.tls import ChannelTls, is_loopback
+from easyspec.settings import ServerSettings, address_field, check_address, check_plaintext
 from easyspec.speculation.parameters import TreeBudget
+from easyspec.tls import ChannelTls, is_loopback
 from gateway.limits import RequestLimits
 from gateway.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
 

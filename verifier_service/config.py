@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from easyspec.rpc.settings import EngineSettings, address_field
+from easyspec.settings import EngineSettings, address_field
 
 
 class VerifierSettings(EngineSettings):

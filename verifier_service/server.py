@@ -12,7 +12,7 @@ from easyspec import __version__
 from easyspec.rpc import convert
 from easyspec.rpc.engine_server import Engine, EngineServer, first_message, part
 from easyspec.rpc.sessions import open_session
-from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
+from easyspec.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.checks import check_fingerprint
 from easyspec.speculation.messages import OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree

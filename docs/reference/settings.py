@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from docs.reference.markdown import code, page, table
 from drafter_service.config import DrafterSettings
-from easyspec.rpc.settings import EngineSettings, ServerSettings
+from easyspec.settings import EngineSettings, ServerSettings
 from gateway.config import GatewaySettings
 from gateway.model_routes import FurtherModel
 from verifier_service.config import VerifierSettings

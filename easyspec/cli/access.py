@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from easyspec.rpc.tls import ChannelTls
+from easyspec.tls import ChannelTls
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from easyspec.cli.clients import GenerateFlags
 from easyspec.cli.processes import DRAFTER, VERIFIER
 from easyspec.errors import InvalidRequestError
 from easyspec.planner.placement import Wishes
-from easyspec.rpc.tls import is_loopback
 from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from easyspec.tls import is_loopback
 
 # Nothing of a model is known before its services run; they check again, by their own limits.
 _ANY_VOCAB_SIZE = 2**31

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 import torch
@@ -25,6 +24,7 @@ from easyspec.parallel.launch import local_rank
 from easyspec.parallel.lifeline import Lifeline, open_lifeline
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import Ranks, join_group
+from easyspec.settings import EngineSettings
 from easyspec.speculation.messages import ModelInfo
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
@@ -32,39 +32,6 @@ from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 _MIN_SHARED_WEIGHTS = 2_000_000
 # Hexadecimal digits that fit an int64.
 _COMPARED_DIGITS = 15
-
-
-class ModelSettings(Protocol):
-    """The settings that loading needs; the services' settings have them."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def served_model_name(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def executor(self) -> str: ...
-    @property
-    def weights(self) -> str: ...
-    @property
-    def num_threads(self) -> int | None: ...
-    @property
-    def num_kv_slots(self) -> int | None: ...
-    @property
-    def kv_memory_fraction(self) -> float | None: ...
-    @property
-    def kv_memory_gib(self) -> float | None: ...
-    @property
-    def share_prefixes(self) -> bool: ...
-    @property
-    def max_model_len(self) -> int | None: ...
-    @property
-    def max_tree_nodes(self) -> int: ...
-    @property
-    def max_batch_rows(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +58,7 @@ class LoadedModel:
         self.lifeline.leave()
 
 
-def load_model(settings: ModelSettings, *, placement: RankPlacement = RankPlacement.TENSOR) -> LoadedModel:
+def load_model(settings: EngineSettings, *, placement: RankPlacement = RankPlacement.TENSOR) -> LoadedModel:
     """Read checkpoint and tokenizer onto the device; raises ConfigurationError.
 
     Under torchrun it reads this rank's part, and all ranks agree on the size of their pools.

@@ -6,8 +6,9 @@ import json
 
 import grpc
 
-from easyspec.rpc.tls import ChannelTls, channel_credentials
+from easyspec.rpc.tls import channel_credentials
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, current_traceparent
+from easyspec.tls import ChannelTls
 
 # A prompt of 131 072 token ids is at most 0.7 MB on the wire; 16 MiB leaves room for long chats as text.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024

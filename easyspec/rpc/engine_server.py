@@ -10,7 +10,7 @@ import structlog
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc.application import Application
 from easyspec.rpc.sessions import TimelyMessages
-from easyspec.rpc.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
+from easyspec.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import KvUsage, ModelInfo, OpenSpeculation, OpenVerification
 from easyspec.telemetry.metrics import EngineMetrics
 from easyspec.telemetry.tracing import Tracing

@@ -14,7 +14,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.tls import ChannelTls, channel_credentials
+from easyspec.rpc.tls import channel_credentials
+from easyspec.tls import ChannelTls
 
 _TIMEOUT_S = 3.0
 

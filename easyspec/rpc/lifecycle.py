@@ -23,10 +23,11 @@ from easyspec.rpc.application import Application
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.rpc.readiness import tell_ready
-from easyspec.rpc.settings import ServerSettings, load_settings
-from easyspec.rpc.tls import ServerCertificates, ServerTls
+from easyspec.rpc.tls import ServerCertificates
+from easyspec.settings import ServerSettings, load_settings
 from easyspec.telemetry.logs import configure_logging
 from easyspec.telemetry.metrics_server import MetricsServer
+from easyspec.tls import ServerTls
 
 EXIT_CONFIGURATION = 2
 

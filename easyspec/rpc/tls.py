@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import threading
 from dataclasses import dataclass
@@ -12,30 +11,11 @@ import grpc
 import structlog
 
 from easyspec.errors import ConfigurationError
+from easyspec.tls import ChannelTls, ServerTls
 
 _Stamp = tuple[tuple[int, int, int], ...]
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ServerTls:
-    """Files of a server, in PEM. With `client_ca` only clients whose certificate it has signed are let in."""
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
-
-
-@dataclass(frozen=True)
-class ChannelTls:
-    """Files of a client, in PEM. The server's certificate must be signed by `ca` (None: the system's) and name the
-    host, or `server_name` if given; `certificate` and `key` are shown to servers that ask for one."""
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    server_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,22 +92,6 @@ def channel_credentials(tls: ChannelTls) -> grpc.ChannelCredentials:
         private_key=_read(tls.key) if tls.key is not None else None,
         certificate_chain=_read(tls.certificate) if tls.certificate is not None else None,
     )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `address` is reached on this machine alone: `host:port`, or a gRPC target such as `dns:///host:port` or
-    `ipv4:address:port,address:port`."""
-    places = address.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").split(",")
-    return all(_is_loopback_host(place.rpartition(":")[0].strip("[]")) for place in places)
-
-
-def _is_loopback_host(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _load(tls: ServerTls) -> _Loaded:

@@ -11,7 +11,7 @@ import pytest
 
 from easyspec.cli.access import ANONYMOUS, access_from_environment
 from easyspec.cli.clients import is_drafter_ready
-from easyspec.rpc.tls import ServerTls
+from easyspec.tls import ServerTls
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
 from gateway.tokenizer import Tokenizer

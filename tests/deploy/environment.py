@@ -7,7 +7,7 @@ from types import MappingProxyType
 from unittest import mock
 
 from drafter_service.config import DrafterSettings
-from easyspec.rpc.settings import ServerSettings
+from easyspec.settings import ServerSettings
 from gateway.config import GatewaySettings
 from verifier_service.config import VerifierSettings
 

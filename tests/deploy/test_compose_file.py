@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from easyspec.ops.native_library import LIBRARY
-from easyspec.rpc.settings import EngineSettings
+from easyspec.settings import EngineSettings
 from gateway.config import GatewaySettings
 from tests.deploy.environment import AFTER_DRAIN_S, SERVICE_NAMES, SETTINGS, settings_of
 

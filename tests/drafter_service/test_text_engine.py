@@ -10,7 +10,7 @@ import pytest
 
 from drafter_service.config import DrafterSettings
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.settings import load_settings
+from easyspec.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 # Drafts once in a process of its own, then says what was imported and how much memory that took.

@@ -22,8 +22,7 @@ from drafter_service.server import DrafterServer
 from easyspec.errors import PromptTooLongError, StalePositionError
 from easyspec.rpc.application import Application
 from easyspec.rpc.lifecycle import RpcServer, run_role
-from easyspec.rpc.settings import EngineSettings
-from easyspec.rpc.tls import ServerTls
+from easyspec.settings import EngineSettings
 from easyspec.speculation.messages import (
     Calibration,
     Draft,
@@ -39,6 +38,7 @@ from easyspec.speculation.messages import (
 from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, MlpPlacement, SamplingParameters
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from easyspec.tls import ServerTls
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
 from verifier_service.config import VerifierSettings
 from verifier_service.server import VerifierServer

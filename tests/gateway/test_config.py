@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.settings import load_settings
+from easyspec.settings import load_settings
 from gateway.config import GatewaySettings
 
 

@@ -20,7 +20,7 @@ from easyspec.errors import ConfigurationError, UnknownModelError
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.rpc.health import check
-from easyspec.rpc.settings import load_settings
+from easyspec.settings import load_settings
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer

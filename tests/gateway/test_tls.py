@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.tls import ChannelTls, ServerTls
+from easyspec.tls import ChannelTls, ServerTls
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer

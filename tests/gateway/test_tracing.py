@@ -17,7 +17,7 @@ import pytest
 from drafter_service.server import DrafterServer
 from easyspec.errors import CapacityError, ConfigurationError
 from easyspec.rpc.channels import open_channel, request_metadata
-from easyspec.rpc.settings import load_settings
+from easyspec.settings import load_settings
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings

@@ -14,11 +14,12 @@ import pytest
 from easyspec.errors import ConfigurationError
 from easyspec.rpc import convert, health
 from easyspec.rpc.channels import open_channel
-from easyspec.rpc.settings import load_settings
-from easyspec.rpc.tls import ChannelTls, ServerCertificates, ServerTls, channel_credentials, is_loopback
+from easyspec.rpc.tls import ServerCertificates, channel_credentials
+from easyspec.settings import load_settings
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE
+from easyspec.tls import ChannelTls, ServerTls, is_loopback
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
 from gateway.config import GatewaySettings
 from tests.fakes.captured_logs import captured_logs

@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from easyspec.errors import ConfigurationError
 from easyspec.rpc.lifecycle import RpcServer, serve
-from easyspec.rpc.tls import ServerCertificates, ServerTls
+from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.metrics import EngineMetrics, StepReport
 from easyspec.telemetry.metrics_server import MetricsServer
+from easyspec.tls import ServerTls
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.certificates import Authority
 from tests.fakes.engines import FakeVerifierEngine

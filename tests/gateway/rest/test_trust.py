@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.settings import load_settings
+from easyspec.settings import load_settings
 from gateway.config import GatewaySettings
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.certificates import Authority

@@ -15,8 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from easyspec.engine.prefill_pace import MIN_PROMPT_ROWS
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.tls import ServerTls, is_loopback
 from easyspec.telemetry.logs import LogFormat, LogLevel
+from easyspec.tls import ServerTls, is_loopback
 
 MAX_PORT = 65_535
 DEFAULT_SESSION_IDLE_TIMEOUT_S = 300.0

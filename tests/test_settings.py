@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from drafter_service.config import DrafterSettings
 from easyspec.errors import ConfigurationError
-from easyspec.rpc.settings import EngineSettings, load_settings
+from easyspec.settings import EngineSettings, load_settings
 from verifier_service.config import VerifierSettings
 
 ROLES = [VerifierSettings, DrafterSettings]
