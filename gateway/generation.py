@@ -61,7 +61,7 @@ class Generator:
     """Turns requests to one base model into completions, many at a time.
 
     `drafters`, which other models may share, is None when no drafter is configured. `served_name` is what requests call
-    the model; empty: what its verifiers call it. `sampling_defaults` are for whoever reads a request.
+    the model; empty: what its verifiers call it. `sampling_defaults` are for readers of requests.
     """
 
     def __init__(

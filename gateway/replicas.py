@@ -105,7 +105,7 @@ class ReplicaSet(Generic[_ClientT]):
         """The ready replica for prompts that begin like `prompt`, else the one with the fewest sessions, in turn among
         equals; UnavailableError if all are refused.
 
-        With a `fingerprint` only those that serve this model. Replicas in `avoiding` are the last choice, and those
+        With a `fingerprint` only replicas that serve this model. Replicas in `avoiding` are the last choice, and those
         that did not answer lately are a better one than none: what is known may be old.
         """
         fitting = [replica for replica in self.replicas if _may_serve(replica.peer, fingerprint)]

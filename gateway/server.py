@@ -125,8 +125,8 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Wait for a verifier, of whichever model; everybody else may come whenever they like. REST is refused
-        meanwhile, like RPCs."""
+        """Wait for a verifier, of whichever model; other services may come later. REST is refused meanwhile, like
+        RPCs."""
         if self._rest is not None:
             await self._rest.open()
         tokenizers = await asyncio.to_thread(load_tokenizers, self._settings)

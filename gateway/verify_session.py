@@ -205,7 +205,7 @@ class ResilientVerifySession:
 
     @property
     def _num_deaths(self) -> int:
-        """Verifiers that died with this session in a row, less those that have been seen alive since: they only did
+        """Verifiers that died with this session in a row, less verifiers that were alive since: they only did
         not answer for a while, as on a machine with too much to do."""
         return sum(not death.is_refuted for death in self._deaths)
 

@@ -87,7 +87,7 @@ class LearnedGate:
         ]
         wanted = [value > price.value for value in worth]
         total = sum(value for value, is_wanted in zip(worth, wanted, strict=True) if is_wanted)
-        if total < price.value * len(levels):  # all levels wait for those that go on
+        if total < price.value * len(levels):  # all levels wait for the levels that go on
             wanted = [False] * len(levels)
         return [is_wanted or gain.is_to_explore() for is_wanted, gain in zip(wanted, gains, strict=True)]
 

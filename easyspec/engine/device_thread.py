@@ -221,5 +221,5 @@ class DeviceThread:
 
 
 def _for_askers(error: Exception) -> Exception:
-    """What is told of an error: that memory is full is nobody's mistake, and passes."""
+    """What callers see of an error: full memory is not a bug, and passes."""
     return CapacityError("memory is full") if is_out_of_memory(error) else error

@@ -87,7 +87,7 @@ INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL"
 
 
 def mapping_of(error: BaseException) -> ErrorMapping:
-    """The row of the table for `error`; INTERNAL for what is not in it. Memory that is full is no bug, and passes."""
+    """The row of the table for `error`; INTERNAL for what is not in it. Full memory is not a bug, and passes."""
     kind = CapacityError if isinstance(error, MemoryError) else type(error)
     return next((row for row in ERROR_TABLE if row.error is kind), INTERNAL)
 
