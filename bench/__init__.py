@@ -1,1 +1,1 @@
-"""Measurements: `decode` runs them, `report` renders them; nothing here is needed to serve."""
+"""Benchmarks: `python -m bench` lists them."""

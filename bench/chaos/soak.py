@@ -1,16 +1,14 @@
-"""`python -m bench.chaos.soak`: clients that come, go and give up, for an hour; what the processes have must not grow.
+"""`python -m bench soak`: clients that come, go and give up, for an hour; what the processes have must not grow.
 
 Once a minute the clients rest, so that what is counted then is what was left over.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -19,19 +17,36 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from rich.console import Console
 
 from bench.chaos.answers import Answer, Verdict
+from bench.chaos.chaos import NOTHING, leftovers
 from bench.chaos.clients import Kind, ask, gateway_at, kinds, undisturbed
 from bench.chaos.limits import Footprint, footprint
-from bench.chaos.run import NOTHING, leftovers
 from bench.chaos.stack import ChaosStack
-from bench.provenance import provenance
+from bench.harness.benchmark import Benchmark, Findings
+from bench.harness.flags import flag
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
-from easyspec.cli.signals import run_until_signal
 
 MOST_GROWTH = 0.02
 _REST_S = 3.0
+
+
+@dataclass(frozen=True)
+class SoakSettings:
+    """One run."""
+
+    base: Annotated[Path, flag("Checkpoint folder of the verifiers.")] = DEFAULT_BASE
+    draft: Annotated[Path, flag("Checkpoint folder of the drafters.")] = DEFAULT_DRAFT
+    seconds: Annotated[float, flag("How long.")] = 3600.0
+    load_s: Annotated[float, flag("Seconds of load between two rests.")] = 57.0
+    warm_up_rests: Annotated[int, flag("Rests before those that count.")] = 10
+    clients: Annotated[int, flag("Requests at the same time.", minimum=1)] = 8
+    tokens: Annotated[int, flag("Longest answers.", minimum=1)] = 64
+    kv_slots: Annotated[int, flag("Slots of each KV pool, which fill up.")] = 8192
+    seed: Annotated[int | None, flag("Of the load [default: drawn].")] = None
 
 
 @dataclass
@@ -82,38 +97,31 @@ class SoakReport:
         }
 
 
-def main(argv: list[str]) -> int:
-    """Run it; 0 if everything held, 1 if not, 128 + a signal's number if interrupted."""
-    arguments = _parser().parse_args(argv)
-    seed = arguments.seed if arguments.seed is not None else random.randrange(2**32)
-    report = SoakReport(seed, arguments.warm_up_rests)
-    interrupted = run_until_signal(_soak(arguments, report))
-    if interrupted:
-        return interrupted
-    command = shlex.join(["python", "-m", "bench.chaos.soak", *argv])
-    made = {"command": command, **provenance((arguments.base, arguments.draft)), **report.as_json()}
-    text = json.dumps(made, indent=1)
-    if arguments.json is not None:
-        arguments.json.write_text(f"{text}\n", encoding="utf-8")
-    print(json.dumps({**made, "footprints": "..."}, indent=1))
-    return 1 if report.failures else 0
+async def measure(settings: SoakSettings, console: Console) -> Findings:
+    """Load and rests in turns; what the processes have at rest must not grow."""
+    seed = settings.seed if settings.seed is not None else random.randrange(2**32)
+    report = SoakReport(seed, settings.warm_up_rests)
+    await _soak(settings, report)
+    return Findings(
+        report.as_json(), checkpoints=(settings.base, settings.draft), exit_code=1 if report.failures else 0
+    )
 
 
-async def _soak(arguments: argparse.Namespace, report: SoakReport) -> None:
-    wanted = kinds(arguments.tokens)
-    flags = ("--num-threads", "1", "--num-kv-slots", str(arguments.kv_slots))
+async def _soak(settings: SoakSettings, report: SoakReport) -> None:
+    wanted = kinds(settings.tokens)
+    flags = ("--num-threads", "1", "--num-kv-slots", str(settings.kv_slots))
     with tempfile.TemporaryDirectory() as logs:
-        stack = ChaosStack(arguments.base, arguments.draft, flags, Path(logs))
+        stack = ChaosStack(settings.base, settings.draft, flags, Path(logs))
         async with stack, gateway_at(stack.address) as stub:
             whole = await undisturbed(stub, wanted)
-            end_s = time.monotonic() + arguments.seconds
+            end_s = time.monotonic() + settings.seconds
             for rest in itertools.count():
                 if time.monotonic() > end_s:
                     return
-                until_s = time.monotonic() + arguments.load_s
+                until_s = time.monotonic() + settings.load_s
                 clients = [
                     _client(stack.address, wanted, whole, report, until_s, f"{report.seed}-{rest}-{number}")
-                    for number in range(arguments.clients)
+                    for number in range(settings.clients)
                 ]
                 await asyncio.gather(*clients)
                 await asyncio.sleep(_REST_S)
@@ -150,22 +158,4 @@ async def _count(stack: ChaosStack, report: SoakReport) -> None:
     print(json.dumps({"answers": dict(report.answers), **latest}), file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.chaos.soak", description=__doc__)
-    parser.add_argument("--base", type=Path, default=DEFAULT_BASE, help="checkpoint folder of the verifiers")
-    parser.add_argument("--draft", type=Path, default=DEFAULT_DRAFT, help="checkpoint folder of the drafters")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="how long (default 3600)")
-    parser.add_argument("--load-s", type=float, default=57.0, help="seconds of load between two rests (default 57)")
-    parser.add_argument("--warm-up-rests", type=int, default=10, help="rests before what counts (default 10)")
-    parser.add_argument("--clients", type=int, default=8, help="requests at the same time (default 8)")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answers (default 64 tokens)")
-    parser.add_argument(
-        "--kv-slots", type=int, default=8192, help="slots of each KV pool, which fill up (default 8192)"
-    )
-    parser.add_argument("--json", type=Path, default=None, help="file for the report, which is printed too")
-    parser.add_argument("--seed", type=int, default=None, help="of the load; drawn if not given")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+BENCHMARK = Benchmark("python -m bench soak", __doc__, SoakSettings, measure)

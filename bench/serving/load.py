@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from bench.serving.clients import LoadClient, VerifierProbe
-from bench.serving.streams import Outcome, Stream
-from bench.serving.workload import Speculation, Workload
+from bench.harness.clients import GatewayClient, VerifierProbe
+from bench.harness.streams import Outcome, Speculation, Stream
+from bench.serving.workload import Workload
 
 _KV_PROBE_INTERVAL_S = 0.25
 # A refused client of a closed loop comes again after this, not at once.
@@ -46,7 +46,7 @@ class Window:
 class LoadGenerator:
     """Runs windows of a workload against one gateway."""
 
-    def __init__(self, client: LoadClient, probe: VerifierProbe, workload: Workload) -> None:
+    def __init__(self, client: GatewayClient, probe: VerifierProbe, workload: Workload) -> None:
         self._client = client
         self._probe = probe
         self._workload = workload
@@ -133,6 +133,6 @@ async def _ramp(window: Window, settings: WindowSettings) -> None:
     deadline_s = time.perf_counter() + settings.max_ramp_s
     wanted = settings.concurrency if settings.rate is None else 1
     while time.perf_counter() < deadline_s:
-        if sum(1 for stream in window.streams if stream.chunks) >= wanted:
+        if sum(1 for stream in window.streams if stream.rounds) >= wanted:
             return
         await asyncio.sleep(_RAMP_POLL_S)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from rich.progress import Progress
 
-from bench.serving.clients import LoadClient
-from bench.serving.streams import Outcome, Stream
+from bench.harness.clients import GatewayClient
+from bench.harness.streams import Outcome, Speculation, Stream
 from bench.serving.summary import Percentiles, inter_token_s, percentiles
-from bench.serving.workload import Speculation, Workload
+from bench.serving.workload import Workload
 from easyspec.errors import EasyspecError
 
 # Distinct requests; their outputs are known from having been asked for one at a time.
@@ -64,7 +64,7 @@ class OverloadReport:
 
 
 async def run_overload(
-    client: LoadClient, workload: Workload, settings: OverloadSettings, progress: Progress
+    client: GatewayClient, workload: Workload, settings: OverloadSettings, progress: Progress
 ) -> OverloadReport:
     """Learn the right answers and the capacity, overload, then watch the recovery."""
     bar = progress.add_task("learning the answers", total=3)
@@ -83,7 +83,7 @@ def _stream(workload: Workload, index: int) -> Stream:
     return Stream(workload.task(index % _NUM_TASKS, Speculation.AUTO), index)
 
 
-async def _learn_answers(client: LoadClient, workload: Workload) -> tuple[list[list[int]], float]:
+async def _learn_answers(client: GatewayClient, workload: Workload) -> tuple[list[list[int]], float]:
     """The tokens of every distinct request when it is alone, and the seconds the first of them took the second time."""
     streams = [_stream(workload, index) for index in [*range(_NUM_TASKS), 0]]
     for stream in streams:
@@ -92,7 +92,7 @@ async def _learn_answers(client: LoadClient, workload: Workload) -> tuple[list[l
 
 
 async def _capacity(
-    client: LoadClient, workload: Workload, settings: OverloadSettings
+    client: GatewayClient, workload: Workload, settings: OverloadSettings
 ) -> tuple[float, Sequence[Stream]]:
     """Requests completed a second by a closed loop, and they."""
     done: list[Stream] = []
@@ -117,7 +117,7 @@ async def _capacity(
     return num_complete / (time.perf_counter() - started_s), done
 
 
-async def _offer(client: LoadClient, workload: Workload, rate: float, duration_s: float) -> list[Stream]:
+async def _offer(client: GatewayClient, workload: Workload, rate: float, duration_s: float) -> list[Stream]:
     """Poisson arrivals, whatever becomes of them; returns when the last has its answer."""
     chooser = random.Random(1)
     streams: list[Stream] = []
@@ -131,7 +131,7 @@ async def _offer(client: LoadClient, workload: Workload, rate: float, duration_s
     return streams
 
 
-async def _recovery(client: LoadClient, workload: Workload, baseline_s: float) -> float | None:
+async def _recovery(client: GatewayClient, workload: Workload, baseline_s: float) -> float | None:
     """Seconds until a lone request is as quick as before; None if it is not within twice the time allowed."""
     started_s = time.perf_counter()
     while (now_s := time.perf_counter()) - started_s < 2 * MAX_RECOVERY_S:

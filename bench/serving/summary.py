@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.harness.streams import Outcome, Round, Speculation, Stream
 from bench.serving.load import Window
-from bench.serving.streams import Chunk, Outcome, Stream
-from bench.serving.workload import Speculation
 
 _MS_PER_S = 1e3
 
@@ -84,7 +83,7 @@ def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[Serve
 
 def throughput(window: Window) -> float:
     """Output tokens a second inside the window."""
-    num_tokens = sum(chunk.num_tokens for chunk in _chunks(window))
+    num_tokens = sum(each.num_tokens for each in _rounds(window))
     return num_tokens / (window.end_s - window.start_s)
 
 
@@ -113,15 +112,15 @@ def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> _Ratio:
 
 
 def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratio: _Ratio) -> ServeResult:
-    chunks = [chunk for window in windows for chunk in _chunks(window)]
+    rounds = [each for window in windows for each in _rounds(window)]
     streams = [stream for window in windows for stream in window.streams]
-    drafted = [chunk for chunk in chunks if chunk.num_draft_tokens]
+    drafted = [each for each in rounds if each.num_draft_tokens]
     speeds = tuple(throughput(window) for window in windows)
     kv_uses = [use for window in windows for use in window.kv_uses]
     # A step with s sessions is seen s times: weighting by 1 / s counts it once.
-    weights = [1 / chunk.num_batch_sessions for chunk in chunks if chunk.num_batch_sessions]
+    weights = [1 / each.num_batch_sessions for each in rounds if each.num_batch_sessions]
     num_steps = sum(weights)
-    rows = sum(chunk.num_batch_rows / chunk.num_batch_sessions for chunk in chunks if chunk.num_batch_sessions)
+    rows = sum(each.num_batch_rows / each.num_batch_sessions for each in rounds if each.num_batch_sessions)
     return ServeResult(
         concurrency=concurrency,
         speculation=setting.value,
@@ -133,8 +132,8 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
         inter_token_ms=percentiles(
             [gap for window in windows for gap in inter_token_s(window.streams, window.start_s, window.end_s)]
         ),
-        mean_acceptance_length=1 + statistics.mean(chunk.num_accepted for chunk in drafted) if drafted else None,
-        draft_share=len(drafted) / len(chunks) if chunks else 0.0,
+        mean_acceptance_length=1 + statistics.mean(each.num_accepted for each in drafted) if drafted else None,
+        draft_share=len(drafted) / len(rounds) if rounds else 0.0,
         batch_occupancy=len(weights) / num_steps / concurrency if num_steps else None,
         batch_sessions=len(weights) / num_steps if num_steps else None,
         batch_rows=rows / num_steps if num_steps else None,
@@ -146,17 +145,17 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
     )
 
 
-def _chunks(window: Window) -> Iterator[Chunk]:
+def _rounds(window: Window) -> Iterator[Round]:
     for stream in window.streams:
-        yield from (chunk for chunk in stream.chunks if window.start_s <= chunk.at_s < window.end_s)
+        yield from (each for each in stream.rounds if window.start_s <= each.at_s < window.end_s)
 
 
 def inter_token_s(streams: Sequence[Stream], start_s: float = -math.inf, end_s: float = math.inf) -> Iterator[float]:
     """Seconds between tokens that came from `start_s` to `end_s`: those of one message share its gap evenly."""
     for stream in streams:
-        for before, chunk in itertools.pairwise(stream.chunks):
-            if start_s <= chunk.at_s < end_s and chunk.num_tokens:
-                yield from [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
+        for before, each in itertools.pairwise(stream.rounds):
+            if start_s <= each.at_s < end_s and each.num_tokens:
+                yield from [(each.at_s - before.at_s) / each.num_tokens] * each.num_tokens
 
 
 def _count(streams: Sequence[Stream], outcome: Outcome) -> int:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.pair_prompts import HELD_OUT_TEXT, PairPrompts
+from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts
+from bench.harness.streams import Speculation, Task
 from models.heldout import held_out_prompts
 
 _SHARED_PREFIX_CHARS = 1500
 _SHARED_TAIL_CHARS = 200
-
-
-class Speculation(enum.Enum):
-    """The per-request setting of the gateway; the values are the report's."""
-
-    OFF = "off"
-    ON = "on"
-    AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One completion to ask for."""
-
-    prompt: str
-    max_tokens: int
-    temperature: float
-    seed: int
-    speculation: Speculation
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import typer
 from easyspec import __version__
 from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
-from easyspec.cli.bench import OWN_FLAGS, bench, run_bench
+from easyspec.cli.bench import OWN_FLAGS, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import (
@@ -59,7 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 
 
@@ -359,10 +358,16 @@ def doctor(
     raise typer.Exit(EXIT_FAILURE if has_problem(findings) else 0)
 
 
-@app.command("chaos", context_settings=OWN_FLAGS, add_help_option=False)
+@app.command(context_settings=OWN_FLAGS, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure a MODEL, plain and speculating, or what else `bench` alone lists; `--help` lists flags."""
+    raise typer.Exit(run_bench(context.args))
+
+
+@app.command(context_settings=OWN_FLAGS, add_help_option=False)
 def chaos(context: typer.Context) -> None:
     """Kill, stop and cut off services of a stack under load, and compare every answer; `--help` lists its flags."""
-    raise typer.Exit(run_bench("bench.chaos.run", context.args))
+    raise typer.Exit(run_bench(["chaos", *context.args]))
 
 
 @app.command()

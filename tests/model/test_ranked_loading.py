@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.rank_memory import measure, replicated_bytes, write_random_llama
+from bench.ranks.rank_memory import load_on, replicated_bytes, write_random_llama
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
 from easyspec.model.loading import LoadedModel, load_model
@@ -57,7 +57,7 @@ def test_another_checkpoint_on_another_machine_is_refused(tmp_path: Path) -> Non
 def test_memory_while_loading_is_divided_by_the_ranks(tmp_path: Path) -> None:
     folder = write_random_llama(tmp_path)
     replicated = replicated_bytes(load_config(folder))
-    ((alone,), *groups) = [measure(folder, num_ranks) for num_ranks in (1, 2, 4)]
+    ((alone,), *groups) = [load_on(folder, num_ranks) for num_ranks in (1, 2, 4)]
     for memories in groups:
         planned = replicated + (alone.peak_bytes - replicated) / len(memories)
         for memory in memories:

@@ -1,0 +1,1 @@
+"""easyspec beside other programs."""

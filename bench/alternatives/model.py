@@ -1,0 +1,132 @@
+"""`easyspec bench MODEL`: any model through the services, plain and speculating, on questions of six kinds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import typer
+from rich.console import Console
+
+from bench.alternatives.alternatives import AlternativesSettings, both_ways, complete_all
+from bench.alternatives.summary import OURS
+from bench.alternatives.timed_completion import Maker, TimedCompletion
+from bench.alternatives.verifier_memory import verifier_memory
+from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.clients import GatewayClient
+from bench.harness.flags import flag
+from bench.harness.pairs import ModelPair, start_services
+from bench.harness.prompts import Questions
+from bench.harness.tables import Column, ResultTable
+from bench.harness.turns import progress_on
+from easyspec.cli.clients import verifier_info
+from easyspec.cli.models import choose_models
+from easyspec.cli.up import say
+
+_ALL = "all"
+_COLUMNS = (
+    Column("task", "task"),
+    Column("T", "temperature", "g"),
+    Column("plain tokens/s", "plain_tokens_per_s", ".1f"),
+    Column("speculating", "tokens_per_s", ".1f"),
+    Column("x plain", "vs_plain", ".2f"),
+    Column("differ", lambda row: f"{row['num_differing']} of {row['num_completions']}"),
+)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One run; questions and noise follow from `seed`."""
+
+    QUICK: ClassVar = {"num_prompts": 1, "max_tokens": 48}
+
+    model: Annotated[
+        str, typer.Argument(help="Folder, GGUF file, hub id, or a name that `easyspec models` lists.", metavar="MODEL")
+    ]
+    draft: Annotated[str | None, flag("The draft model [default: as for `up`].", metavar="MODEL")] = None
+    temperatures: Annotated[tuple[float, ...], flag("One or several.", "--temperature")] = (0.0, 0.8)
+    num_prompts: Annotated[int, flag("Questions of each kind.", minimum=1)] = 4
+    max_tokens: Annotated[int, flag("Tokens per completion.", minimum=1)] = 128
+    seed: Annotated[int, flag("Chooses questions and noise.")] = 7
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One row: decoding from the first message to the last. Speeds are medians over prompts, `vs_plain` the median of
+    per-prompt ratios; `num_differing` counts completions that are not plain decoding's."""
+
+    task: str
+    temperature: float
+    plain_tokens_per_s: float
+    tokens_per_s: float
+    vs_plain: float
+    num_differing: int
+    num_completions: int
+
+
+async def measure(settings: ModelSettings, console: Console) -> Findings:
+    """Start the services and ask in turns; fails if speculation changed what the model says."""
+    choice = choose_models(settings.model, draft=settings.draft)
+    if choice.note is not None:
+        say(choice.note)
+    pair = ModelPair(choice.base_name, choice.base, choice.draft, "easyspec models", Questions(choice.base))
+    asked = AlternativesSettings(
+        temperatures=settings.temperatures,
+        num_prompts=settings.num_prompts,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+    )
+    async with start_services(pair) as stack, GatewayClient(stack.gateway_address) as client:
+        with progress_on(console) as progress:
+            completions = await complete_all(both_ways(client), asked, progress, pair.prompts)
+        kv = (await verifier_info(stack.verifier.address)).kv
+        memory = verifier_memory(stack.verifier.pid, pair.base, kv.num_used_slots + kv.num_cached_slots)
+    results = summarize_model(completions)
+    num_differing = sum(result.num_differing for result in results if result.task == _ALL)
+    title = f"{pair.name}: tokens/s of decoding, medians over prompts"
+    return Findings(
+        content={
+            "model": pair.name,
+            "verifier_memory": {**as_plain(memory), "rest_mib": memory.rest_mib},
+            "results": results,
+        },
+        tables=[ResultTable(title, _COLUMNS, as_plain(results))],
+        notes=[str(memory), f"{num_differing} completions differ from plain decoding (expected 0)"],
+        checkpoints=pair.checkpoints,
+        exit_code=1 if num_differing else 0,
+    )
+
+
+def summarize_model(completions: Sequence[TimedCompletion]) -> list[ModelResult]:
+    """One row per kind of task and temperature, and one of all tasks per temperature."""
+    found: dict[tuple[str, float], dict[tuple[str, int], dict[Maker, TimedCompletion]]] = {}
+    for one in completions:
+        for task in (one.task_name, _ALL):
+            prompts = found.setdefault((task, one.temperature), {})
+            prompts.setdefault((one.task_name, one.prompt_index), {})[one.maker] = one
+    in_order = sorted(found, key=lambda key: (key[1], key[0] == _ALL))
+    return [_result(task, temperature, list(found[task, temperature].values())) for task, temperature in in_order]
+
+
+def _result(task: str, temperature: float, prompts: Sequence[Mapping[Maker, TimedCompletion]]) -> ModelResult:
+    plain = [by_maker[Maker(OURS)] for by_maker in prompts]
+    drafted = [next(one for maker, one in by_maker.items() if maker != maker.plain) for by_maker in prompts]
+    return ModelResult(
+        task=task,
+        temperature=temperature,
+        plain_tokens_per_s=statistics.median(map(_speed, plain)),
+        tokens_per_s=statistics.median(map(_speed, drafted)),
+        vs_plain=statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in zip(drafted, plain, strict=True)),
+        num_differing=sum(a.answer.content != b.answer.content for a, b in zip(drafted, plain, strict=True)),
+        num_completions=len(prompts),
+    )
+
+
+def _speed(one: TimedCompletion) -> float:
+    """Tokens a second of decoding; of the whole completion where all tokens came at once."""
+    return one.decode_tokens_per_s or one.tokens_per_s
+
+
+BENCHMARK = Benchmark("easyspec bench", __doc__, ModelSettings, measure)

@@ -1,0 +1,129 @@
+"""The figures of `bench alternatives`: summary, columns and section of the pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.alternatives.timed_completion import Maker, TimedCompletion
+from bench.harness.provenance import provenance_lines
+from bench.harness.tables import Column, markdown_table
+
+OURS = "easyspec"
+_TRANSFORMERS = Maker("transformers")
+
+
+COLUMNS = (
+    Column("by", lambda row: f"{row['program']}, {row['way']}"),
+    Column("task", "task"),
+    Column("T", "temperature", "g"),
+    Column("tokens/s", "tokens_per_s", ".1f"),
+    Column("decoding", "decode_tokens_per_s", ".1f"),
+    Column("x transformers", "vs_transformers", ".2f"),
+    Column("x best other", "vs_best_other", ".2f"),
+    Column("as its own plain", lambda row: _of(row["num_as_plain"], row["num_completions"])),
+)
+
+
+def _of(number: int | None, total: int) -> str | None:
+    return None if number is None else f"{number} of {total}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AlternativeResult:
+    """One row. Speeds are medians over prompts, of whole completions and from the first token to the last.
+
+    `vs_transformers` and `vs_best_other` are medians of per-prompt ratios of whole completions: to transformers' plain
+    decoding, and to the fastest way of any program but easyspec. `num_as_plain` counts completions with the tokens that
+    the same program says without speculation. None is what was not measured.
+    """
+
+    program: str
+    way: str
+    task: str
+    temperature: float
+    tokens_per_s: float
+    decode_tokens_per_s: float | None
+    vs_transformers: float | None
+    vs_best_other: float | None
+    num_as_plain: int | None
+    num_completions: int
+
+
+def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[AlternativeResult]:
+    """One row per kind of task, temperature and maker, who must all have completed the same prompts."""
+    groups: dict[tuple[str, float], dict[Maker, dict[int, TimedCompletion]]] = {}
+    for one in completions:
+        makers = groups.setdefault((one.task_name, one.temperature), {})
+        makers.setdefault(one.maker, {})[one.prompt_index] = one
+    return [
+        _summary(task_name, temperature, maker, makers)
+        for (task_name, temperature), makers in groups.items()
+        for maker in makers
+    ]
+
+
+def _summary(
+    task_name: str, temperature: float, maker: Maker, makers: Mapping[Maker, Mapping[int, TimedCompletion]]
+) -> AlternativeResult:
+    own = makers[maker]
+    decode_speeds = [one.decode_tokens_per_s for one in own.values()]
+    others = [other for other in makers if other.program != OURS]
+    best_other = max(others, key=lambda other: _median_speed(makers[other]), default=None)
+
+    def ratio_to(other: Maker | None) -> float | None:
+        if other is None or other not in makers:
+            return None
+        return statistics.median(one.tokens_per_s / makers[other][index].tokens_per_s for index, one in own.items())
+
+    plain = makers.get(maker.plain)
+    return AlternativeResult(
+        program=maker.program,
+        way=maker.way,
+        task=task_name,
+        temperature=temperature,
+        tokens_per_s=_median_speed(own),
+        decode_tokens_per_s=None if None in decode_speeds else statistics.median(filter(None, decode_speeds)),
+        vs_transformers=ratio_to(_TRANSFORMERS),
+        vs_best_other=ratio_to(best_other),
+        num_as_plain=None if plain is None else _num_equal(own, plain),
+        num_completions=len(own),
+    )
+
+
+def _num_equal(own: Mapping[int, TimedCompletion], plain: Mapping[int, TimedCompletion]) -> int:
+    return sum(one.answer.content == plain[index].answer.content for index, one in own.items())
+
+
+def _median_speed(completions: Mapping[int, TimedCompletion]) -> float:
+    return statistics.median(one.tokens_per_s for one in completions.values())
+
+
+def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
+    """One run as Markdown."""
+    settings = report["settings"]
+    return "\n".join(
+        [
+            f"## What users would otherwise pick, the {report['pair']} pair ({name})\n",
+            "The same checkpoints and prompts by easyspec's three services over gRPC and by other programs, one",
+            f"request at a time, in rotating order: {_others_of(report)}.",
+            "*tokens/s* is of whole completions, reading the prompt included; *decoding* is from the first token to",
+            "the last, where they are streamed. *x transformers* is the median of per-prompt ratios of whole",
+            "completions to transformers' plain decoding, *x best other* to the fastest way that is not easyspec's.",
+            "*as its own plain* counts completions with the very tokens that the same program says without",
+            "speculation, from the same seed. easyspec keeps prompts it has read: of the turns of a prompt it reads",
+            "only the first in full, so the second temperature and whichever of its two ways comes second flatter it;",
+            "*decoding* is free of that.\n",
+            *provenance_lines(report),
+            f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
+            f"seed {settings['seed']}\n",
+            markdown_table(COLUMNS, report["results"]) + "\n",
+        ]
+    )
+
+
+def _others_of(report: Mapping[str, Any]) -> str:
+    names = [f"transformers {report['transformers']} inside the measuring process"] if report["transformers"] else []
+    return ", ".join([*names, *(f"the server {name}" for name in report.get("servers", []))])

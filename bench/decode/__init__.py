@@ -1,0 +1,1 @@
+"""One stream at a time: plain decoding beside drafting."""

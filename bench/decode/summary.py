@@ -1,0 +1,147 @@
+"""From samples to one row of results per mode and temperature."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.decode.samples import PLAIN, Mode, Sample
+from bench.harness.streams import Round
+
+_NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True)
+class Result:
+    """One mode at one temperature.
+
+    Times are milliseconds per round: the mean over a completion's rounds after the second, then the median over
+    prompts. Speeds are medians over prompts, ratios medians of per-prompt ratios. Acceptance is pooled over all
+    rounds. None: does not apply to plain decoding, or nothing was measured.
+    """
+
+    mode: str
+    temperature: float
+    layer_parallel_size: int | None
+    mlp: str | None
+    calibration: bool | None
+    num_completions: int
+    num_output_tokens: int
+    tokens_per_s: float | None
+    speedup_vs_plain: float | None
+    speedup_quartiles: tuple[float, float] | None
+    time_to_first_token_ms: float | None
+    round_ms: float | None
+    draft_ms_per_round: float | None
+    calibrate_ms_per_round: float | None
+    fuzzy_ms_per_round: float | None
+    fuzzy_ms_per_step: float | None
+    verify_ms_per_round: float | None
+    verify_compute_ms_per_round: float | None
+    overhead_ms_per_round: float | None
+    acceptance_rate: float | None
+    acceptance_by_level: tuple[float, ...]
+    mean_acceptance_length: float | None
+    draft_token_acceptance_rate: float | None
+    draft_tokens_per_round: float | None
+    num_drafter_failures: int
+    num_differing_completions: int
+
+
+def summarize(samples: Sequence[Sample]) -> list[Result]:
+    """One result per (temperature, mode), in the order they first occur; plain must be among the samples."""
+    keys = list(dict.fromkeys((sample.temperature, sample.mode) for sample in samples))
+    return [_result(mode, temperature, samples) for temperature, mode in sorted(keys, key=lambda key: key[0])]
+
+
+def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result:
+    own = [sample for sample in samples if (sample.mode, sample.temperature) == (mode, temperature)]
+    plain = {s.prompt_index: s for s in samples if (s.mode, s.temperature) == (PLAIN, temperature)}
+    ratios = _ratios(own, plain)
+    plan = mode.layer_plan
+    drafted = [item for sample in own for item in sample.rounds if item.num_draft_levels]
+    num_accepted = sum(item.num_accepted for item in drafted)
+    num_draft_tokens = sum(item.num_draft_tokens for item in drafted)
+    return Result(
+        mode=mode.name,
+        temperature=temperature,
+        layer_parallel_size=plan.layer_parallel_size if plan else None,
+        mlp=plan.mlp.value if plan and plan.mlp else None,
+        calibration=plan.calibration if plan else None,
+        num_completions=len(own),
+        num_output_tokens=sum(len(sample.token_ids) for sample in own),
+        tokens_per_s=_median(sample.tokens_per_s for sample in own),
+        speedup_vs_plain=_median(ratios),
+        speedup_quartiles=_quartiles(ratios),
+        time_to_first_token_ms=_median(1e3 * sample.time_to_first_token_s for sample in own),
+        round_ms=_ms(own, lambda item: item.round_ns),
+        draft_ms_per_round=_ms(own, lambda item: item.draft_ns) if plan else None,
+        calibrate_ms_per_round=_ms(own, lambda item: item.calibrate_ns) if plan else None,
+        fuzzy_ms_per_round=_ms(own, lambda item: item.fuzzy_ns) if plan else None,
+        fuzzy_ms_per_step=_median(_fuzzy_ms_per_step(sample) for sample in own) if plan else None,
+        verify_ms_per_round=_ms(own, lambda item: item.verify_ns),
+        verify_compute_ms_per_round=_ms(own, lambda item: item.compute_ns),
+        overhead_ms_per_round=_ms(own, lambda item: item.round_ns - item.draft_ns - item.verify_ns),
+        acceptance_rate=_level_rate(own),
+        acceptance_by_level=_rates_by_level(own),
+        mean_acceptance_length=1 + num_accepted / len(drafted) if drafted else None,
+        draft_token_acceptance_rate=num_accepted / num_draft_tokens if num_draft_tokens else None,
+        draft_tokens_per_round=num_draft_tokens / len(drafted) if drafted else None,
+        num_drafter_failures=sum(sample.counts.num_drafter_failures for sample in own),
+        num_differing_completions=sum(sample.token_ids != plain[sample.prompt_index].token_ids for sample in own),
+    )
+
+
+def _ratios(own: Sequence[Sample], plain: dict[int, Sample]) -> list[float]:
+    pairs = [(sample.tokens_per_s, plain[sample.prompt_index].tokens_per_s) for sample in own]
+    return [speed / plain_speed for speed, plain_speed in pairs if speed is not None and plain_speed is not None]
+
+
+def _ms(samples: Iterable[Sample], cost_ns: Callable[[Round], int]) -> float | None:
+    return _median(
+        statistics.fmean(cost_ns(item) for item in sample.steady_rounds) / _NS_PER_MS
+        for sample in samples
+        if sample.steady_rounds
+    )
+
+
+def _fuzzy_ms_per_step(sample: Sample) -> float | None:
+    num_steps = sum(item.num_fuzzy_steps for item in sample.steady_rounds)
+    fuzzy_ns = sum(item.fuzzy_ns for item in sample.steady_rounds)
+    return fuzzy_ns / num_steps / _NS_PER_MS if num_steps else None
+
+
+def _sum_levels(counts: Iterable[Sequence[int]]) -> list[int]:
+    total: list[int] = []
+    for count in counts:
+        total.extend([0] * (len(count) - len(total)))
+        for level, value in enumerate(count):
+            total[level] += value
+    return total
+
+
+def _level_rate(samples: Sequence[Sample]) -> float | None:
+    """The paper's rate: accepted levels / drafted levels."""
+    num_drafted = sum(sum(sample.counts.num_drafted_by_level) for sample in samples)
+    num_accepted = sum(sum(sample.counts.num_accepted_by_level) for sample in samples)
+    return num_accepted / num_drafted if num_drafted else None
+
+
+def _rates_by_level(samples: Sequence[Sample]) -> tuple[float, ...]:
+    drafted = _sum_levels(sample.counts.num_drafted_by_level for sample in samples)
+    accepted = _sum_levels(sample.counts.num_accepted_by_level for sample in samples)
+    accepted.extend([0] * (len(drafted) - len(accepted)))
+    return tuple(hits / tries if tries else 0.0 for hits, tries in zip(accepted, drafted, strict=True))
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

@@ -1,0 +1,110 @@
+"""A benchmark: its settings and what it measures. Running one, its result file and its tables are the same for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import shlex
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+
+from bench.harness.flags import parse_settings
+from bench.harness.provenance import provenance, provenance_lines
+from bench.harness.tables import ResultTable
+from easyspec.cli.signals import run_until_signal
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run found: `content` goes into the result file, tables and notes to the reader.
+
+    `checkpoints` are those whose weights the figures are of. Without tables the whole result is printed.
+    """
+
+    content: Mapping[str, Any]
+    tables: Sequence[ResultTable] = ()
+    notes: Sequence[str] = ()
+    checkpoints: Sequence[Path] = ()
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[S]):
+    """`command` is what its documentation says is typed. Markdown goes with the provenance, to be kept as it is."""
+
+    command: str
+    about: str
+    settings: type[S]
+    measure: Callable[[S, Console], Findings | Awaitable[Findings]]
+    is_markdown: bool = False
+
+    def main(self, argv: Sequence[str]) -> int:
+        """Measure as `argv` says; returns the exit code, or 128 + the number of a signal that came.
+
+        Raises EasyspecError if the services do not come up or fail, SystemExit for bad flags.
+        """
+        settings, path = parse_settings(self.settings, self.command, self.about, argv)
+        console = Console()
+        outcomes: list[Findings] = []
+        measured = self.measure(settings, console)
+        if isinstance(measured, Findings):
+            outcomes.append(measured)
+        else:
+
+            async def run() -> None:
+                outcomes.append(await measured)
+
+            if interrupted := run_until_signal(run()):
+                return interrupted
+        (outcome,) = outcomes
+        command = shlex.join([*self.command.split(), *argv])
+        report = {
+            "command": command,
+            **provenance(outcome.checkpoints),
+            "settings": as_plain(settings),
+            **as_plain(outcome.content),
+        }
+        self._print(report, outcome, console)
+        if path is not None:
+            write_report(path, report)
+            console.print(f"written to {path}", soft_wrap=True)
+        for note in outcome.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        return outcome.exit_code
+
+    def _print(self, report: dict[str, Any], outcome: Findings, console: Console) -> None:
+        if outcome.content and not outcome.tables:
+            print(json.dumps(report, indent=1))
+        elif self.is_markdown:
+            print("\n".join(provenance_lines(report)))
+            for table in outcome.tables:
+                print(f"\n{table.title}\n\n{table.markdown()}")
+        else:
+            for table in outcome.tables:
+                table.print(console)
+
+
+def as_plain(value: Any) -> Any:
+    """As JSON has it: dataclasses as objects, enums by value, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_plain(each) for each in value]
+    if isinstance(value, enum.Enum):
+        return as_plain(value.value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a result file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Passes over random weights, on CPU and GPU."""

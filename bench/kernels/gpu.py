@@ -1,0 +1,274 @@
+"""`python -m bench.gpu --json FILE`: passes of an 8B base and a 1B draft of random weights on one GPU.
+
+Passes run on the reference executor. Every pass is timed as a round pays for it: from segments on the host to logits
+that the host could read. It is compared with the byte floor: the time in which the bytes that the pass must read
+(weights and KV) go through the memory at the measured speed of a copy. `--tiny` runs small shapes, on a CPU too: its
+figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from rich.console import Console
+
+from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.flags import flag
+from bench.harness.random_weights import RandomWeights, write_config
+from bench.harness.tables import Column, ResultTable
+from easyspec.errors import ConfigurationError
+from easyspec.model.config import load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KvMemory, SessionSlots
+from easyspec.model.row_layout import Segment, lay_out
+from easyspec.model.row_probe import is_row_invariant
+from easyspec.ops.reference import ReferenceExecutor
+from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
+from easyspec.planner.shape import KNOWN_SHAPES, ModelShape
+from easyspec.speculation.parameters import MlpPlacement
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """One run."""
+
+    tiny: Annotated[bool, flag("Small shapes, on whatever there is: tests that it runs.")] = False
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes and sizes of one run; `context` tokens stand before the rows that are measured."""
+
+    base: ModelShape
+    draft: ModelShape
+    dtype: str
+    max_model_len: int
+    context: int
+    base_rows: tuple[int, ...]
+    num_sessions: tuple[int, ...]
+    draft_width: int
+    layer_parallel_size: int
+    num_kv_slots: int
+    num_copied_bytes: int
+    num_repeats: int
+
+
+FULL = Shapes(
+    base=KNOWN_SHAPES["llama-3-8b"],
+    draft=KNOWN_SHAPES["llama-3.2-1b"],
+    dtype="bfloat16",
+    max_model_len=8192,
+    context=500,
+    base_rows=(1, 4, 8, 16, 32, 64),
+    num_sessions=(1, 4, 16),
+    draft_width=4,
+    layer_parallel_size=4,
+    num_kv_slots=16_384,
+    num_copied_bytes=2**30,
+    num_repeats=30,
+)
+TINY = Shapes(
+    base=ModelShape("tiny-base", 3, 64, 4, 2, 16, 96, 340),
+    draft=ModelShape("tiny-draft", 6, 64, 4, 2, 16, 96, 340),
+    dtype="float32",
+    max_model_len=64,
+    context=20,
+    base_rows=(1, 4),
+    num_sessions=(1, 2),
+    draft_width=4,
+    layer_parallel_size=2,
+    num_kv_slots=1024,
+    num_copied_bytes=2**20,
+    num_repeats=2,
+)
+
+
+_COLUMNS = (
+    Column("model", "model"),
+    Column("plan", "plan"),
+    Column("sessions", "num_sessions"),
+    Column("rows", "num_rows"),
+    Column("median ms", "median_ms", ".3f"),
+    Column("best ms", "best_ms", ".3f"),
+    Column("floor ms", "floor_ms", ".3f"),
+    Column("x floor", "times_floor", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One kind of pass: `num_sessions` times `num_rows` rows. `floor_ms` is what its bytes take at the copy's speed."""
+
+    model: str
+    plan: str
+    num_sessions: int
+    num_rows: int
+    median_ms: float
+    best_ms: float
+    floor_ms: float
+    times_floor: float
+
+
+class Device:
+    """Where it runs, and what its memory is measured to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def times_s(self, run: Callable[[], object], num_repeats: int) -> list[float]:
+        """Seconds of each run, the device's work included, after three that do not count."""
+        times: list[float] = []
+        for index in range(num_repeats + 3):
+            self.wait()
+            started = time.perf_counter()
+            run()
+            self.wait()
+            if index >= 3:
+                times.append(time.perf_counter() - started)
+        return times
+
+    def copy_bytes_per_s(self, num_bytes: int, num_repeats: int) -> float:
+        """Bytes read and written by a copy of `num_bytes`, in a second; the best of several."""
+        source = torch.ones(num_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * num_bytes / min(self.times_s(lambda: target.copy_(source), num_repeats))
+
+    def describe(self) -> dict[str, Any]:
+        if self.device.type != "cuda":
+            return {"name": "cpu"}
+        found = torch.cuda.get_device_properties(self.device)
+        return {
+            "name": found.name,
+            "memory_gib": round(found.total_memory / 2**30, 1),
+            "multiprocessors": found.multi_processor_count,
+            "capability": f"{found.major}.{found.minor}",
+            "cuda": torch.version.cuda,
+        }
+
+
+class Bench:
+    """A model of random weights, sessions with a context in its KV pool, and its passes."""
+
+    def __init__(self, shape: ModelShape, shapes: Shapes, device: Device, folder: Path) -> None:
+        self._shape, self._shapes, self._device = shape, shapes, device
+        config = load_config(write_config(folder, shape, shapes.dtype, shapes.max_model_len))
+        executor = ReferenceExecutor(device.device)
+        self.decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(device.device))
+        self._pool = self.decoder.new_pool(shapes.num_kv_slots)
+        self._memory = KvMemory(self._pool, shares_prefixes=False)
+        self._sessions: list[SessionSlots] = []
+
+    def prepare(self) -> bool:
+        """Fill contexts; returns whether all forms of pass have the same bits."""
+        is_invariant = is_row_invariant(self.decoder, self._pool)
+        self._sessions = [SessionSlots(self._memory) for _ in range(max(self._shapes.num_sessions))]
+        for slots in self._sessions:
+            segment = self._segment(slots, self._shapes.context)
+            self.decoder.forward(lay_out([segment]), self._pool)
+        return is_invariant
+
+    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> PassResult:
+        """Passes of `num_rows` more rows for each of so many sessions."""
+        slots = self._sessions[:num_sessions]
+        segments = [self._segment(each, num_rows) for each in slots]
+
+        def run() -> torch.Tensor:
+            layout = lay_out(segments)
+            return self.decoder.forward(layout, self._pool, plan, range(len(layout.rows))).logits
+
+        times = self._device.times_s(run, self._shapes.num_repeats)
+        for each in slots:
+            each.truncate(self._shapes.context)
+        floor_ms = 1e3 * self._read_bytes(num_sessions, num_rows) / speed
+        return PassResult(
+            model=self._shape.name,
+            plan=name,
+            num_sessions=num_sessions,
+            num_rows=num_rows,
+            median_ms=round(1e3 * statistics.median(times), 4),
+            best_ms=round(1e3 * min(times), 4),
+            floor_ms=round(floor_ms, 4),
+            times_floor=round(1e3 * statistics.median(times) / floor_ms, 2),
+        )
+
+    def _segment(self, slots: SessionSlots, num_rows: int) -> Segment:
+        start = slots.num_cached
+        positions = range(start, start + num_rows)
+        own = slots.extend(num_rows)
+        token_ids = [position % self._shape.vocab_size for position in positions]
+        return Segment(token_ids, positions, own, [position + 1 for position in positions], slots.by_position)
+
+    def _read_bytes(self, num_sessions: int, num_rows: int) -> float:
+        """Weights but for the embedding table, and every session's keys and values."""
+        shape, itemsize = self._shape, self.decoder.config.dtype.itemsize
+        layers = shape.num_layers * (shape.attention_parameters + shape.mlp_parameters)
+        num_values = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        num_tokens = num_sessions * (self._shapes.context + num_rows)
+        return float(itemsize * (layers + shape.head_parameters + num_values * num_tokens))
+
+
+def base_results(shapes: Shapes, device: Device, folder: Path, speed: float) -> tuple[list[PassResult], bool]:
+    """Verifier passes by rows of one session, and by sessions of a plain row each; whether their bits are the same."""
+    bench = Bench(shapes.base, shapes, device, folder)
+    is_invariant = bench.prepare()
+    plan = sequential_plan(shapes.base.num_layers)
+    kinds = [(1, rows) for rows in shapes.base_rows] + [(count, 1) for count in shapes.num_sessions if count > 1]
+    return [bench.measure(plan, "sequential", *kind, speed) for kind in kinds], is_invariant
+
+
+def draft_results(shapes: Shapes, device: Device, folder: Path, speed: float) -> list[PassResult]:
+    """Steps of a level's width: sequential, and the fuzzy plans of the same model."""
+    bench = Bench(shapes.draft, shapes, device, folder)
+    bench.prepare()
+    num_layers, size = shapes.draft.num_layers, shapes.layer_parallel_size
+    plans = {
+        "sequential": sequential_plan(num_layers),
+        f"n{size}-sequential": paper_plan(num_layers, size, MlpPlacement.SEQUENTIAL),
+        f"n{size}-staged": paper_plan(num_layers, size, MlpPlacement.STAGED),
+    }
+    return [
+        bench.measure(plan, name, count, shapes.draft_width, speed)
+        for count in shapes.num_sessions
+        for name, plan in plans.items()
+    ]
+
+
+@torch.inference_mode()
+def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
+    """Everything, as it stands in the result file."""
+    speed = device.copy_bytes_per_s(shapes.num_copied_bytes, shapes.num_repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        base, is_invariant = base_results(shapes, device, Path(folder) / "base", speed)
+        draft = draft_results(shapes, device, Path(folder) / "draft", speed)
+    return {
+        "device": device.describe(),
+        "copy_gb_per_s": round(speed / 1e9, 1),
+        "row_invariant": is_invariant,
+        "settings": shapes,
+        "results": as_plain([*base, *draft]),
+    }
+
+
+def measure(settings: GpuSettings, console: Console) -> Findings:
+    """ConfigurationError where there is no GPU for the full shapes."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not settings.tiny:
+        raise ConfigurationError("torch finds no GPU; --tiny runs small shapes on the CPU")
+    found = measure_on(TINY if settings.tiny else FULL, Device(torch.device("cuda" if has_gpu else "cpu")))
+    title = f"{found['device']['name']}, a copy moves {found['copy_gb_per_s']} GB/s"
+    note = f"every form of the base model's passes has the same bits: {found['row_invariant']}"
+    return Findings(found, [ResultTable(title, _COLUMNS, found["results"])], [note])
+
+
+BENCHMARK = Benchmark("python -m bench.gpu", __doc__, GpuSettings, measure)

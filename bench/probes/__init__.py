@@ -1,0 +1,1 @@
+"""One part of the product alone, in this process."""

@@ -1,0 +1,232 @@
+"""`python -m bench bookkeeping`: what the verifier's Python takes beside its passes where texts or sessions are many.
+
+Time is processor time of the device thread, less what it spends inside the library, so that a busy machine changes
+little. The model is as small as one can be: its passes do not matter here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.flags import flag
+from bench.harness.random_weights import RandomWeights
+from bench.harness.tables import Column, ResultTable
+from easyspec.engine.shell import CloseTask
+from easyspec.model.config import load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.kv_cache import KvMemory
+from easyspec.ops.executor import choose_executor
+from easyspec.ops.native_library import load
+from easyspec.speculation.messages import OpenVerification
+from easyspec.speculation.parameters import SamplingParameters, StopConditions
+from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
+from verifier_service.scheduler import SchedulerLimits
+from verifier_service.verifier import OpenTask, Verifier, VerifierLimits, VerifyTask
+
+_VOCAB, _HIDDEN, _HEADS = 256, 32, 2
+_MAX_LEN = 1 << 18
+_WINDOW = 128
+_TREE = TokenTree(tuple(range(1, 8)), (0, 0, 1, 1, 2, 2, 3))
+
+
+_READING = (Column("tokens", "num_tokens"), Column("seconds", "seconds"), Column("us a token", "us_a_token"))
+_STEPS = (
+    Column("sessions", "num_sessions"),
+    Column("tokens before", "num_context_tokens"),
+    Column("median ms", "median_ms"),
+    Column("p99 ms", "p99_ms"),
+)
+
+
+@dataclass(frozen=True)
+class BookkeepingSettings:
+    """One run."""
+
+    steps: Annotated[int, flag("Steps to time.", minimum=2)] = 100
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Python of a step with so many sessions decoding behind so many tokens each: milliseconds."""
+
+    num_sessions: int
+    num_context_tokens: int
+    num_steps: int
+    median_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class ReadTime:
+    """Python of reading a prompt: seconds in all, and microseconds a token."""
+
+    num_tokens: int
+    seconds: float
+    us_a_token: float
+
+
+class Stopwatch:
+    """Processor time of this thread outside the library."""
+
+    def __init__(self) -> None:
+        self._inside_ns = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what calls of the library take."""
+        library = load()  # the same for all
+        originals = {name: getattr(library, name) for name in ("easyspec_program_run", "easyspec_choose")}
+        for name, function in originals.items():
+            setattr(library, name, self._timed(function))
+        try:
+            yield
+        finally:
+            for name, function in originals.items():
+                setattr(library, name, function)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            started_ns = time.thread_time_ns()
+            result = function(*arguments)
+            self._inside_ns += time.thread_time_ns() - started_ns
+            return result
+
+        return call
+
+    def now_ns(self) -> int:
+        return time.thread_time_ns() - self._inside_ns
+
+
+def new_verifier(folder: Path, num_slots: int, max_sessions: int) -> Verifier:
+    """A verifier of a model of one layer, which takes texts of any length."""
+    config = load_config(folder, "float32", None)
+    cpu = torch.device("cpu")
+    executor = choose_executor("native", cpu, num_threads=1)
+    decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(cpu))
+    memory = KvMemory(decoder.new_pool(num_slots), shares_prefixes=True)
+    limits = SchedulerLimits(
+        max_batch_rows=max(512, 10 * max_sessions),
+        prefill_chunk=512,
+        max_tree_nodes=16,
+        max_waiting_sessions=max_sessions,
+        retry_after_s=1.0,
+        max_prefill_slowdown=1.7,
+    )
+    return Verifier(decoder, memory, VerifierLimits("bench", _MAX_LEN, 16), limits)
+
+
+def write_config(folder: Path) -> None:
+    """The configuration of one small layer that sees few positions: reading would take minutes otherwise."""
+    config = {
+        "model_type": "mistral",
+        "sliding_window": _WINDOW,
+        "vocab_size": _VOCAB,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": _MAX_LEN,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _opened(verifier: Verifier, prompt: Sequence[int]) -> int:
+    stop = StopConditions(max_tokens=4096, ignore_eos=True)
+    opening = OpenTask(OpenVerification(tuple(prompt), SamplingParameters(seed=0, temperature=0.8), stop))
+    verifier.accept(opening)
+    return opening.future.result(timeout=0)
+
+
+def _prompts(num_prompts: int, num_tokens: int) -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, _VOCAB, num_tokens).tolist() for _ in range(num_prompts)]
+
+
+def time_reading(folder: Path, num_tokens: int) -> ReadTime:
+    """Read one prompt that shares nothing with another."""
+    watch = Stopwatch()
+    (prompt,) = _prompts(1, num_tokens)
+    with watch.watching():
+        verifier = new_verifier(folder, num_tokens + 64, 1)
+        started_ns = watch.now_ns()
+        task = VerifyTask(_opened(verifier, prompt), num_tokens, EMPTY_TREE)
+        verifier.accept(task)
+        while not task.future.done():
+            verifier.step()
+        seconds = (watch.now_ns() - started_ns) / 1e9
+    task.future.result()
+    return ReadTime(num_tokens, round(seconds, 4), round(1e6 * seconds / num_tokens, 2))
+
+
+def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int) -> StepTimes:
+    """Let sessions decode with trees of seven nodes, all in one pass; what is timed begins when all have read."""
+    watch = Stopwatch()
+    with watch.watching():
+        verifier = new_verifier(folder, num_sessions * (num_tokens + 1024), num_sessions)
+        lengths = {_opened(verifier, prompt): num_tokens for prompt in _prompts(num_sessions, num_tokens)}
+        _round(verifier, lengths, EMPTY_TREE, watch)
+        times_ms = [_round(verifier, lengths, _TREE, watch) for _ in range(num_steps)]
+        for session_id in lengths:
+            verifier.accept(CloseTask(session_id))
+    return StepTimes(
+        num_sessions,
+        num_tokens,
+        num_steps,
+        round(statistics.median(times_ms), 3),
+        round(float(np.percentile(times_ms, 99)), 3),
+    )
+
+
+def _round(verifier: Verifier, lengths: dict[int, int], tree: TokenTree, watch: Stopwatch) -> float:
+    """A verdict for each; milliseconds from taking the trees up to the last verdict."""
+    started_ns = watch.now_ns()
+    tasks = {session_id: VerifyTask(session_id, length, tree) for session_id, length in lengths.items()}
+    for task in tasks.values():
+        verifier.accept(task)
+    while not all(task.future.done() for task in tasks.values()):
+        verifier.step()
+    elapsed_ms = (watch.now_ns() - started_ns) / 1e6
+    for session_id, task in tasks.items():
+        verdict, _ = task.future.result()
+        lengths[session_id] += len(verdict.token_ids)
+    return elapsed_ms
+
+
+def measure(settings: BookkeepingSettings, console: Console) -> Findings:
+    """Prompts of three lengths, then steps of few and of many sessions."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_config(folder)
+        reading = [time_reading(folder, num_tokens) for num_tokens in (32_768, 65_536, 131_072)]
+        steps = [
+            time_steps(folder, num_sessions, num_tokens, settings.steps)
+            for num_sessions, num_tokens in ((64, 256), (64, 32_768), (250, 256), (1000, 256))
+        ]
+    return Findings(
+        {"reading": reading, "steps": steps},
+        [
+            ResultTable("Python of reading a prompt", _READING, as_plain(reading)),
+            ResultTable("Python of a step", _STEPS, as_plain(steps)),
+        ],
+    )
+
+
+BENCHMARK = Benchmark("python -m bench bookkeeping", __doc__, BookkeepingSettings, measure)

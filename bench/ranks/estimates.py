@@ -1,0 +1,74 @@
+"""The planner's estimates from measured constants, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.ranks.constants import ATTENTION_OPERATIONS, MLP_OPERATIONS, Constants
+from bench.ranks.models import BASE, DRAFT
+from bench.ranks.passes import CALIBRATED_ROWS, WORKLOAD, RoundTimes
+from easyspec.planner.costs import CostModel, Load
+from easyspec.planner.hardware import Device, Stack
+from easyspec.planner.planner import draft_pass_us
+from easyspec.planner.scheme import DraftScheme
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: estimated and measured, milliseconds."""
+
+    num_ranks: int
+    scheme: str
+    figure: str
+    model_ms: float
+    measured_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 the model is too slow."""
+        return self.model_ms / self.measured_ms
+
+
+def cost_model(constants: Constants) -> CostModel:
+    """The planner's cost model with every constant measured, but for the operations of a layer, which are counted."""
+    device = Device(
+        name=f"one of {constants.num_ranks} ranks on this CPU",
+        memory_bytes=0.0,
+        memory_bytes_per_s=constants.memory_bytes_per_s,
+        flops_per_s=constants.flops_per_s,
+        link_bytes_per_s=constants.link_bytes_per_s,
+        source="measured",
+    )
+    stack = Stack(
+        name="gloo",
+        launch_us=0.0,
+        kernel_floor_us=constants.op_us,
+        attention_kernels=ATTENTION_OPERATIONS,
+        mlp_kernels=MLP_OPERATIONS,
+        collective_us=constants.collective_us,
+        order_us=constants.order_us,
+        memory_efficiency=1.0,
+        compute_efficiency=1.0,
+        source="measured",
+    )
+    return CostModel(device, stack)
+
+
+def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) -> Iterator[Row]:
+    """Estimates of a round's parts beside the measurement."""
+    costs, w = cost_model(constants), WORKLOAD
+    calibrate, level = Load(CALIBRATED_ROWS, w.context_tokens), Load(w.tree_width, w.context_tokens)
+    calibrate_ms = draft_pass_us(costs, DRAFT, scheme, calibrate, is_calibration=True) / 1e3
+    fuzzy_ms = draft_pass_us(costs, DRAFT, scheme, level, is_calibration=False) / 1e3
+    verify = Load(w.num_nodes + 1, w.context_tokens)
+    verify_ms = costs.tensor_parallel_us(BASE, verify, constants.num_ranks) / 1e3
+    round_ms = calibrate_ms + (w.num_levels - 1) * fuzzy_ms + verify_ms
+    figures = {
+        "calibrate": (calibrate_ms, measured.calibrate_ms),
+        "step": (fuzzy_ms, measured.fuzzy_step_ms),
+        "verify": (verify_ms, measured.verify_ms),
+        "round": (round_ms, measured.round_ms),
+    }
+    for figure, (model_ms, measured_ms) in figures.items():
+        yield Row(constants.num_ranks, scheme.name, figure, model_ms, measured_ms)

@@ -1,0 +1,1 @@
+"""Which source guesses, alone and fused."""

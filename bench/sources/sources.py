@@ -1,0 +1,225 @@
+"""`easyspec bench sources`: every source of guesses alone, in pairs and all fused, at equal node budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Annotated, ClassVar
+
+from rich.console import Console
+
+from bench.decode.samples import PLAIN, Mode, Sample
+from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.clients import GatewayClient
+from bench.harness.flags import flag
+from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
+from bench.harness.prompts import prompts_in_turn
+from bench.harness.streams import Task
+from bench.harness.tables import Column, ResultTable
+from bench.harness.turns import one_by_one, progress_on, rotated
+from bench.sources.datastore import ensure_datastore
+from bench.sources.lengths import GAIN_COLUMNS, gain_rows
+from easyspec.cli.processes import DRAFTER
+from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
+from easyspec.speculation.sources import ALL_SOURCES, SINGLE_SOURCES, TEXT_SOURCES, DraftSources, parse_sources
+
+_NUM_LEVELS, _WIDTH = 5, 4
+_WARM_UP_TOKENS, _NUM_WARM_UPS = 16, 8
+COLUMNS = (
+    Column("task", "task"),
+    Column("sources", lambda row: "+".join(row["sources"])),
+    Column("nodes", "node_budget"),
+    Column("T", "temperature", "g"),
+    Column("length", "mean_acceptance_length", ".2f"),
+    Column("draft ms", "draft_ms_per_round", ".2f"),
+    Column("tokens/s", "tokens_per_s", ".1f"),
+    Column("x plain", "speedup_vs_plain", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class SourcesSettings:
+    """One run; tasks and noise follow from `seed`."""
+
+    QUICK: ClassVar = {"node_budgets": (16,), "num_prompts": 2, "max_tokens": 48}
+
+    pair: Annotated[str, PAIR] = "bundled"
+    sources: Annotated[tuple[str, ...], flag("A set, say model,ngram; one or several [default: all worth a row].")] = ()
+    ask: Annotated[
+        str,
+        flag(
+            "The drafter's --ask: always shows how long fused trees are, where-it-pays how fast decoding is.",
+            choices=("where-it-pays", "always"),
+        ),
+    ] = "where-it-pays"
+    node_budgets: Annotated[tuple[int, ...], flag("Nodes of a tree; one or several.", "--nodes")] = (8, 16, 32, 64)
+    temperatures: Annotated[tuple[float, ...], flag("One or several.", "--temperature")] = (0.0, 0.8)
+    num_prompts: Annotated[int, flag("Prompts of each kind.", minimum=1)] = 8
+    max_tokens: Annotated[int, flag("Tokens per completion.", minimum=1)] = 96
+    seed: Annotated[int, flag("Chooses prompts and noise.")] = 7
+
+    def source_sets(self) -> list[DraftSources]:
+        """Raises ConfigurationError for a name that is none."""
+        return [parse_sources(names.split(",")) for names in self.sources] or source_sets()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A completion to be measured: of which kind, with how many nodes a tree."""
+
+    task_name: str
+    prompt_index: int
+    node_budget: int
+    mode: Mode
+    task: Task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One completion: of which task, with how many nodes a tree."""
+
+    task_name: str
+    node_budget: int
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class SourcesResult:
+    """One row. Lengths are over all rounds with a tree; speeds are medians over prompts."""
+
+    task: str
+    sources: list[str]
+    node_budget: int
+    temperature: float
+    mean_acceptance_length: float
+    draft_ms_per_round: float
+    tokens_per_s: float
+    speedup_vs_plain: float
+    accepted_by_source: dict[str, int]
+    num_differing_completions: int
+
+
+async def measure(settings: SourcesSettings, console: Console) -> Findings:
+    """Start the services and ask; a completion that differs from plain decoding's makes the run fail."""
+    pair = PAIRS[settings.pair]
+    results = summarize_sources(await _complete_all(pair, settings, console))
+    rows = as_plain(results)
+    num_differing = sum(result.num_differing_completions for result in results)
+    sets = ["+".join(sources.names) for sources in settings.source_sets()]
+    tables = [ResultTable("lengths of rounds, and medians over prompts", COLUMNS, rows)]
+    if gains := gain_rows(rows):
+        tables.append(ResultTable("tokens a round, fused and of the best single source", GAIN_COLUMNS, gains))
+    return Findings(
+        content={
+            "pair": pair.name,
+            "settings": {**as_plain(settings), "source_sets": sets, "num_levels": _NUM_LEVELS, "width": _WIDTH},
+            "results": results,
+        },
+        tables=tables,
+        notes=[f"{num_differing} completions differ from plain decoding (expected 0)"],
+        checkpoints=pair.checkpoints,
+        exit_code=1 if num_differing else 0,
+    )
+
+
+def source_sets() -> list[DraftSources]:
+    """Model, retrieval and n-grams: each alone, the pairs, all; then early exit in the model's place and beside it."""
+    independent = [source for source in SINGLE_SOURCES if source is not DraftSources.EARLY_EXIT]
+    sets = [
+        functools.reduce(operator.or_, members)
+        for size in range(1, len(independent) + 1)
+        for members in combinations(independent, size)
+    ]
+    early = DraftSources.EARLY_EXIT
+    return [*sets, early, early | DraftSources.MODEL, early | TEXT_SOURCES, ALL_SOURCES]
+
+
+def summarize_sources(measured: Sequence[Measured]) -> list[SourcesResult]:
+    """One row per task, set of sources, node budget and temperature, in the order in which they were measured."""
+    plain = {
+        (one.task_name, one.sample.temperature, one.sample.prompt_index): one.sample
+        for one in measured
+        if one.sample.mode.layer_plan is None
+    }
+    groups: dict[tuple[str, DraftSources, int, float], list[Sample]] = {}
+    for one in measured:
+        if one.sample.mode.layer_plan is not None:
+            key = (one.task_name, one.sample.mode.sources, one.node_budget, one.sample.temperature)
+            groups.setdefault(key, []).append(one.sample)
+    return [_result(key, samples, plain) for key, samples in groups.items()]
+
+
+def _result(
+    key: tuple[str, DraftSources, int, float],
+    samples: Sequence[Sample],
+    plain: Mapping[tuple[str, float, int], Sample],
+) -> SourcesResult:
+    task_name, sources, node_budget, temperature = key
+    drafted = [item for sample in samples for item in sample.rounds if item.num_draft_tokens]
+    steady = [item for sample in samples for item in sample.steady_rounds]
+    references = [plain[task_name, temperature, sample.prompt_index] for sample in samples]
+    speeds = [sample.tokens_per_s or 0.0 for sample in samples]
+    ratios = [speed / (other.tokens_per_s or 1.0) for speed, other in zip(speeds, references, strict=True)]
+    accepted: Counter[str] = Counter()
+    for sample in samples:
+        accepted.update({source.names[0]: count for source, count in sample.counts.num_accepted_by_source if source})
+    num_accepted = sum(item.num_accepted for item in drafted)
+    return SourcesResult(
+        task=task_name,
+        sources=list(sources.names),
+        node_budget=node_budget,
+        temperature=temperature,
+        mean_acceptance_length=1 + num_accepted / len(drafted) if drafted else 0.0,
+        draft_ms_per_round=statistics.fmean(item.draft_ns / 1e6 for item in steady) if steady else 0.0,
+        tokens_per_s=statistics.median(speeds),
+        speedup_vs_plain=statistics.median(ratios),
+        accepted_by_source=dict(accepted),
+        num_differing_completions=sum(
+            sample.token_ids != other.token_ids for sample, other in zip(samples, references, strict=True)
+        ),
+    )
+
+
+def interleaved(prompts: Sequence[tuple[str, str]], settings: SourcesSettings) -> Iterator[Planned]:
+    """Every prompt (kind, text) plainly and with every set and budget before the next; the order of sets rotates."""
+    modes = [Mode("+".join(sources.names), LayerPlanRequest(), sources) for sources in settings.source_sets()]
+    for index, (kind, prompt) in enumerate(prompts):
+        for temperature in settings.temperatures:
+            ways = [(PLAIN, 0), *((mode, n) for n in settings.node_budgets for mode in rotated(modes, index))]
+            for mode, num_nodes in ways:
+                budget = TreeBudget(_NUM_LEVELS, _WIDTH, num_nodes) if num_nodes else None
+                task = mode.task(prompt, settings.max_tokens, temperature, settings.seed + index, budget)
+                yield Planned(kind, index, num_nodes, mode, task)
+
+
+async def _complete_all(pair: ModelPair, settings: SourcesSettings, console: Console) -> list[Measured]:
+    pair.check()
+    planned = list(interleaved(prompts_in_turn(pair.prompts, settings.num_prompts, settings.seed), settings))
+    console.print("preparing the index (made once)")
+    flags = {DRAFTER: (*ensure_datastore(pair.base), "--ask", settings.ask)}
+    async with start_services(pair, flags) as stack, GatewayClient(stack.gateway_address) as client:
+
+        async def complete(each: Planned) -> Measured:
+            sample = Sample.of_stream(each.mode, await client.complete(each.task, each.prompt_index))
+            return Measured(each.task_name, each.node_budget, sample)
+
+        for each in planned[:_NUM_WARM_UPS]:
+            await client.complete(dataclasses.replace(each.task, max_tokens=_WARM_UP_TOKENS))
+        with progress_on(console) as progress:
+            return await one_by_one(
+                planned,
+                lambda each: (
+                    f"{each.task_name}, T = {each.task.temperature:g}, {each.mode.name}, {each.node_budget} nodes"
+                ),
+                complete,
+                progress,
+            )
+
+
+BENCHMARK = Benchmark("easyspec bench sources", __doc__, SourcesSettings, measure)
