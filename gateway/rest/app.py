@@ -32,6 +32,7 @@ from gateway.rest.errors import (
     failure_of_validation,
 )
 from gateway.rest.gate import Gate
+from gateway.rest.recent_items import RecentItems
 from gateway.rest.trust import Door, RestTrust, metrics_router
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
@@ -81,6 +82,7 @@ def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROU
     app = FastAPI(title="easyspec", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.backend = backend
     app.state.started_s = int(time.time())
+    app.state.recent_items = RecentItems()
     for router in (*open_routers, *API_ROUTERS):
         app.include_router(router)
     app.add_exception_handler(EasyspecError, _on_error)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,6 +19,7 @@ from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import Failure
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat
+from gateway.rest.recent_items import RecentItems
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.responses_request import ResponsesRequest
 from gateway.rest.sse import named_event
@@ -31,16 +33,27 @@ async def create_response(body: ResponsesRequest, caller: InCaller, request: Req
     """Answer an input."""
     caller = caller.for_model(body.model)
     generated, progress = Generated(body, caller), Progress()
-    writer = _ResponseWriter(body, caller, generated.sampling)
-    chunks = generated.chunks(body.prompt_conversation(), body.max_output_tokens, progress)
+    recent: RecentItems = request.app.state.recent_items
+    remember = partial(recent.remember, caller.client) if body.store is not False else None
+    writer = _ResponseWriter(body, caller, generated.sampling, remember)
+    conversation = body.prompt_conversation(partial(recent.find, caller.client))
+    chunks = generated.chunks(conversation, body.max_output_tokens, progress)
     return await answered(body, request, NamedEventsAnswer(writer, chunks, progress))
 
 
 class _ResponseWriter:
-    """Turns chunks into the events of a response. At any time one item of its output is open, or none."""
+    """Turns chunks into the events of a response. At any time one item of its output is open, or none. `remember` is
+    called with all items in the end."""
 
-    def __init__(self, body: ResponsesRequest, caller: Caller, sampling: SamplingParameters) -> None:
+    def __init__(
+        self,
+        body: ResponsesRequest,
+        caller: Caller,
+        sampling: SamplingParameters,
+        remember: Callable[[list[dict[str, Any]]], None] | None,
+    ) -> None:
         self._body = body
+        self._remember = remember
         self._model = caller.model.name
         self._id = _new_id("resp")
         self._created_s = int(time.time())
@@ -93,6 +106,8 @@ class _ResponseWriter:
         yield from self._closed("incomplete" if is_cut else "completed")
         self._tally.add(0, completion)
         self._completion = completion
+        if self._remember is not None:
+            self._remember(self._output)
         kind = "response.incomplete" if is_cut else "response.completed"
         yield self._event(kind, response=self.reply())
 

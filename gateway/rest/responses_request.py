@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -18,8 +18,10 @@ from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of
 from gateway.rest.unknown_fields import ignores_unknown
 
 MAX_ITEMS = 4096
+# The item of an id, as it was given out.
+FindItem: TypeAlias = Callable[[str], "dict[str, Any] | None"]
 
-_ItemKind = Literal["message", "function_call", "function_call_output", "reasoning"]
+_ItemKind = Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"]
 _ASSISTANTS_KINDS = ("output_text", "refusal", "reasoning_text", "summary_text")
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
 
@@ -54,7 +56,7 @@ class InputItem(RestModel):
     arguments: Text | None = None
     output: Text | list[ContentPart] | None = None
     summary: list[ContentPart] | None = None
-    id: Any = Field(None, description="Accepted; has no effect.")
+    id: Any = Field(None, description="Of type item_reference: the item's. Else it has no effect.")
     status: Any = Field(None, description="Accepted; has no effect.")
     phase: Any = Field(None, description="Accepted; has no effect.")
     caller: Any = Field(None, description="Accepted; has no effect.")
@@ -167,12 +169,12 @@ class ResponsesRequest(GenerationFields):
         own = grammar_of_format(form.response_format) if form is not None else None
         return [("text.format", own), *super().found_grammars()]
 
-    def prompt_conversation(self) -> Conversation:
-        """The plain form; InvalidRequestError for what types cannot tell."""
+    def prompt_conversation(self, find: FindItem) -> Conversation:
+        """The plain form; `find` knows what ids refer to. InvalidRequestError for what types cannot tell."""
         if self.num_choices != 1:
             raise InvalidRequestError("n", self.n, "1: a response is one")
         turns = [ChatTurn("system", self.instructions)] if self.instructions else []
-        turns += [ChatTurn("user", self.input)] if isinstance(self.input, str) else _turns(self.input)
+        turns += [ChatTurn("user", self.input)] if isinstance(self.input, str) else _turns(_resolved(self.input, find))
         return Conversation(
             tuple(turns),
             self._tools(),
@@ -196,6 +198,22 @@ class ResponsesRequest(GenerationFields):
 def _definition(tool: ResponseTool) -> ToolDefinition:
     parameters = json.dumps(tool.parameters, ensure_ascii=False) if tool.parameters is not None else ""
     return ToolDefinition(tool.name, tool.description or "", parameters, bool(tool.strict))
+
+
+def _resolved(items: list[InputItem], find: FindItem) -> list[InputItem]:
+    """The items, with what they refer to in place of references."""
+    found = []
+    for index, item in enumerate(items):
+        if item.type == "item_reference":
+            known = find(item.id) if isinstance(item.id, str) else None
+            if known is None:
+                allowed = (
+                    "the id of an item that this gateway gave lately: set store to false, and send items themselves"
+                )
+                raise InvalidRequestError(f"input[{index}].id", item.id, allowed)
+            item = InputItem.model_validate(known)
+        found.append(item)
+    return found
 
 
 def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:

@@ -124,8 +124,11 @@ for (const [name, model] of [["chat", provider.chat("base")], ["responses", prov
   const messages = [{ role: "user", content: prompt }, ...called.response.messages];
   const after = await generateText({ ...common, messages, tools: { weather }, maxOutputTokens: 24 });
   const typed = await generateObject({ ...common, prompt, schema });
+  const first = await generateText({ ...common, prompt, maxOutputTokens: 8 });
+  const turns = [{ role: "user", content: prompt }, ...first.response.messages, { role: "user", content: "And now?" }];
+  const second = await generateText({ ...common, messages: turns, maxOutputTokens: 8 });
   results[name] = { texts: [whole, streamed], call: called.toolCalls[0].input, typed: typed.object,
-    result: called.toolResults[0].output, after: after.finishReason };
+    result: called.toolResults[0].output, after: after.finishReason, second: second.finishReason };
 }
 console.log(JSON.stringify(results));
 """
@@ -152,4 +155,5 @@ def test_the_ai_sdk(base_url: str, tmp_path: Path) -> None:
         check_typed(results["call"])
         check_typed(results["typed"])
         assert results["result"] == "sunny"
+        assert results["second"] in ("stop", "length")
         assert results["after"] in ("stop", "length", "tool-calls")

@@ -182,7 +182,7 @@ async def test_thinking_is_an_item_of_its_own(thinking_rest: Rest, tokenizer: To
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
@@ -250,3 +250,32 @@ async def test_speech_between_calls_stays_there_however_long_the_rounds(
     )
     shown = [item.content[0].text if item.type == "message" else item.type for item in response.output]  # type: ignore[union-attr]
     assert shown == ["I look.", "function_call", "So", "function_call", "\nis it."]
+
+
+async def test_items_of_answers_can_be_referred_to(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    def user(text: str) -> dict[str, Any]:
+        return {"role": "user", "content": text}
+
+    async def post(**fields: Any) -> Any:
+        return await tool_rest.http.post(
+            "/v1/responses", json={"max_output_tokens": 20, "temperature": 0, "input": [user("hello")], **fields}
+        )
+
+    count = (await post(tools=TOOLS, max_output_tokens=1)).json()["usage"]["input_tokens"]
+    say(tool_rest, tokenizer, f"I look.{CALL}", count)
+    said = (await post(tools=TOOLS, max_output_tokens=200)).json()["output"]
+    assert [item["type"] for item in said] == ["message", "function_call"]
+    result = {"output": "sunny", "type": "function_call_output", "call_id": "1"}
+    whole, referred = [
+        (await post(input=[user("hello"), *items, result, user("and?")])).json()
+        for items in (said, [{"type": "item_reference", "id": item["id"]} for item in said])
+    ]
+    assert referred["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+    streamed = json.loads((await post(stream=True)).text.rpartition("data: ")[2])["response"]["output"][0]
+    hidden = (await post(store=False)).json()["output"]
+    for item, status in ((streamed, 200), (hidden[0], 400), ({"id": "msg_1"}, 400), ({"id": None}, 400)):
+        reply = await post(input=[{"type": "item_reference", "id": item["id"]}, user("and?")])
+        assert reply.status_code == status, reply.text
+        if status == 400:
+            assert reply.json()["error"]["param"] == "input[0].id"
+            assert "store" in reply.json()["error"]["message"]

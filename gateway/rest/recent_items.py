@@ -1,0 +1,60 @@
+"""Items of recent answers of `/v1/responses`, so that clients may refer to them by id instead of sending them again.
+
+Some clients do so unless they are told that nothing is stored. Kept in this process alone, for a while, as far as
+there is room.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_MAX_AGE_S = 3600.0
+_MAX_BYTES = 32 * 1024 * 1024
+# What Python needs for an entry beside its text.
+_ENTRY_BYTES = 500
+
+
+@dataclass(frozen=True)
+class _Entry:
+    text: str
+    end_s: float
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text) + _ENTRY_BYTES
+
+
+class RecentItems:
+    """Items by their client and id; the oldest go first when they are too many. `clock` counts seconds."""
+
+    def __init__(self, max_bytes: int = _MAX_BYTES, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._num_bytes = 0
+
+    def remember(self, client: str, items: Iterable[Mapping[str, Any]]) -> None:
+        """Keep these items of an answer to `client`."""
+        for item in items:
+            entry = _Entry(json.dumps(item), self._clock() + _MAX_AGE_S)
+            self._entries[client, item["id"]] = entry
+            self._num_bytes += entry.num_bytes
+        while self._entries:
+            oldest = next(iter(self._entries.values()))
+            if self._num_bytes <= self._max_bytes and oldest.end_s > self._clock():
+                break
+            self._entries.popitem(last=False)
+            self._num_bytes -= oldest.num_bytes
+
+    def find(self, client: str, item_id: str) -> dict[str, Any] | None:
+        """The item; None if `client` was given none of that id, or it is not kept any more."""
+        entry = self._entries.get((client, item_id))
+        if entry is None or entry.end_s <= self._clock():
+            return None
+        item: dict[str, Any] = json.loads(entry.text)
+        return item
