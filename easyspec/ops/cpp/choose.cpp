@@ -18,6 +18,7 @@ namespace {
 
 constexpr float MAX_NOISE = 22.873857f;
 constexpr float MIN_TEMPERATURE = 1.17549435e-38f;  // the smallest normal number
+constexpr int64_t BLOCK = 1024;  // tokens whose largest logit is kept, so that most are looked at once
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 uint64_t element(uint64_t index, uint64_t state) { return (index + 1) * uint64_t(NOISE_STEP) + state; }
@@ -69,6 +70,7 @@ class Adjusted {
     std::sort(slots.begin(), slots.end());
     auto slot = std::lower_bound(slots.begin(), slots.end(), int64_t(0));
     for (int64_t i = 0; i < c.num_seen; i++) {
+      if (i + 16 < c.num_seen) __builtin_prefetch(logits_ + c.seen_ids[i + 16], 1);
       float count = c.counts[i];
       for (; slot != slots.end() && *slot == i; ++slot) count += 1.0f;
       penalise(c, c.seen_ids[i], count);
@@ -111,16 +113,21 @@ class Chooser {
         size_(choice.vocab_size),
         found_(scratch.found),
         scores_(scratch.scores),
-        masses_(scratch.masses) {
+        masses_(scratch.masses),
+        block_tops_(scratch.block_tops) {
     if (int64_t(found_.size()) < size_) found_.resize(size_t(size_));
-    top_ = k_.largest(logits_, size_);
+    block_tops_.clear();
+    for (int64_t first = 0; first < size_; first += BLOCK)
+      block_tops_.push_back(k_.largest(logits_ + first, std::min(BLOCK, size_ - first)));
+    top_ = *std::max_element(block_tops_.begin(), block_tops_.end());
   }
 
   int64_t choose() {
     if (!(top_ > -INFINITE)) return -1;
     if (c_.temperature == 0.0f) {
-      k_.collect(logits_, size_, top_, INFINITE, found_.data());
-      return found_.front();
+      const int64_t first = BLOCK * (std::find(block_tops_.begin(), block_tops_.end(), top_) - block_tops_.begin());
+      k_.collect(logits_ + first, std::min(BLOCK, size_ - first), top_, INFINITE, found_.data());
+      return first + found_.front();
     }
     temperature_ = std::max(c_.temperature, MIN_TEMPERATURE);
     float least = -INFINITE;
@@ -143,16 +150,35 @@ class Chooser {
 
   // Tokens with scores from `low` on and below `high`, which may be infinite, at the front of `found_`.
   int64_t collect(float low, float high) {
-    return kept(k_.collect(logits_, size_, logit_below(low), logit_above(high), found_.data()), low, high);
+    const float from = logit_below(low), to = logit_above(high);
+    const auto of_block = [&](int64_t first, int64_t size, int32_t* found) {
+      return k_.collect(logits_ + first, size, from, to, found);
+    };
+    return kept(collect_blocks(from, of_block), low, high);
+  }
+
+  // What `of_block` finds in each block that reaches `from`, at the front of `found_`.
+  template <typename OfBlock>
+  int64_t collect_blocks(float from, const OfBlock& of_block) {
+    int64_t count = 0;
+    for (size_t block = 0; block < block_tops_.size(); block++) {
+      if (!(block_tops_[block] >= from)) continue;
+      const int64_t first = int64_t(block) * BLOCK;
+      const int64_t end = count + of_block(first, std::min(BLOCK, size_ - first), found_.data() + count);
+      for (; count < end; count++) found_[size_t(count)] += int32_t(first);
+    }
+    return count;
   }
 
   // The same of those whose noise may lift them to `best`.
   int64_t collect_lucky(float low, float high, const Noise& noise, float best) {
     const uint64_t least = Noise::least_bits(best - high);
     if (least > 0xffffffffull) return 0;
-    return kept(k_.collect_lucky(logits_, size_, logit_below(low), logit_above(high), noise.state(0), uint32_t(least),
-                                 found_.data()),
-                low, high);
+    const float from = logit_below(low), to = logit_above(high);
+    const auto of_block = [&](int64_t first, int64_t size, int32_t* found) {
+      return k_.collect_lucky(logits_ + first, size, from, to, noise.state(first), uint32_t(least), found);
+    };
+    return kept(collect_blocks(from, of_block), low, high);
   }
 
   float logit_below(float low) const {
@@ -279,7 +305,7 @@ class Chooser {
   const int64_t size_;
   float top_, temperature_ = 1.0f;
   std::vector<int32_t>& found_;
-  std::vector<float>&scores_, &masses_;
+  std::vector<float>&scores_, &masses_, &block_tops_;
 };
 
 const float* allowed_only(const EasyspecChoice& c, std::vector<float>& masked) {

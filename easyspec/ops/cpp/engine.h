@@ -19,7 +19,7 @@ inline const Kernels& kernels_of(Path path) {
 // Memory of the choice rule, kept from row to row.
 struct ChoiceScratch {
   std::vector<int32_t> found;
-  std::vector<float> scores, masses, masked;
+  std::vector<float> scores, masses, masked, block_tops;
   std::vector<std::pair<int64_t, float>> before;
 };
 
