@@ -148,10 +148,24 @@ class _Reader:
                 values = struct.unpack_from(f"<{count}{_NUMBERS[kind]}", self._content, self._position)
                 self._position += struct.calcsize(f"<{count}{_NUMBERS[kind]}")
                 return list(values)
-            return [self._value(kind) for _ in range(count)]
+            return self._strings(count) if kind == _STRING else [self._value(kind) for _ in range(count)]
         if kind not in _NUMBERS:
             raise ValueError(f"a value of the unknown type {kind}")
         return self._number(_NUMBERS[kind])
+
+    def _strings(self, count: int) -> list[str]:
+        """As `_string`, without its calls: a vocabulary and its merges are a hundred thousand, read by every role."""
+        content, position, size = self._content, self._position, len(self._content)
+        length_at = struct.Struct("<Q").unpack_from
+        texts: list[str] = []
+        for _ in range(count):
+            start = position + 8
+            position = start + length_at(content, position)[0]
+            if position > size:
+                raise ValueError(f"a text of {position - start} bytes")
+            texts.append(content[start:position].decode("utf-8"))
+        self._position = position
+        return texts
 
     def _string(self) -> str:
         length = self._number("Q")
