@@ -22,7 +22,7 @@ stubs_into = $(PROTOC) --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) 
 RUN_FLAGS = --temperature 0 --max-tokens 256 --show-speculation --compare
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev wheel run serve up image compose-up compose-down test test-slow check check-protos format protos docs bench bench-pair train-models
+.PHONY: help install dev wheel run serve up image compose-up compose-down test test-slow check check-protos format protos docs release-check bench bench-pair train-models
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ wheel: install ## make dist/easyspec-*.whl with the built library: where it is i
 	rm -rf build dist/easyspec-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/easyspec-*linux*.whl || { echo "the wheel has no library: run 'pip wheel -v .' to see why"; exit 1; }
+
+release-check: wheel ## build and install what would be released, and say what was checked
+	TORCH_INDEX_URL='$(TORCH_INDEX_URL)' deploy/release_check.sh $(BIN)/python
 
 run: install ## ask a real model a question (PROMPT=...) through all three services; it is fetched once, 98 MB
 	@if $(BIN)/easyspec fetch smollm2 >/dev/null; then \
