@@ -90,7 +90,8 @@ def test_the_gateway_finds_the_headless_services(base: list[dict[str, Any]]) -> 
         assert service["spec"]["clusterIP"] == "None"
         (port,) = service["spec"]["ports"]
         assert wired[f"EASYSPEC_GATEWAY_{role.upper()}_ADDRESS"] == f"dns:///easyspec-{role}:{port['port']}"
-    assert wired["EASYSPEC_GATEWAY_TOKENIZER"] == base_variables("verifier")["EASYSPEC_VERIFIER_MODEL"]
+    model = base_variables("verifier")["EASYSPEC_VERIFIER_MODEL"]
+    assert wired["EASYSPEC_GATEWAY_TOKENIZER"] == base_variables("drafter")["EASYSPEC_DRAFTER_TOKENIZER"] == model
 
 
 def test_every_selector_finds_its_pods_and_every_port_its_name(base: list[dict[str, Any]]) -> None:
@@ -246,3 +247,11 @@ def test_kustomize_makes_objects_whose_references_resolve(name: str) -> None:
         settings_of(role, settings[source["configMapRef"]["name"]]["data"])
         mounted = {mount["name"] for mount in container_of(workload)["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod_of(workload)["spec"]["volumes"]}
+
+
+def test_the_example_tells_all_roles_of_the_same_base_model() -> None:
+    example = documents(FOLDER / "examples" / "production" / "kustomization.yaml")[0]
+    literals = [line for one in example["configMapGenerator"] for line in one.get("literals", [])]
+    told = dict(line.split("=", 1) for line in literals)
+    model = told["EASYSPEC_VERIFIER_MODEL"]
+    assert told["EASYSPEC_GATEWAY_TOKENIZER"] == told["EASYSPEC_DRAFTER_TOKENIZER"] == model
