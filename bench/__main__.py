@@ -29,6 +29,7 @@ COMMANDS = {
     "kernels": ("bench.kernels.kernels", "passes of the native executor"),
     "gpu": ("bench.kernels.gpu", "passes of large models of random weights on one GPU"),
     "acceptance": ("bench.probes.acceptance", "how much of a base's answers a draft model guesses"),
+    "layer-groups": ("bench.probes.layer_groups", "fuzzy steps of drafts of many shapes beside exact ones"),
     "grammar": ("bench.probes.grammar", "what structured output costs, and what it does to acceptance"),
     "observation": ("bench.probes.observation", "what logs and metrics cost a round"),
     "bookkeeping": ("bench.probes.bookkeeping", "what the verifier's Python takes beside its passes"),
