@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from easyspec.speculation.parameters import Thinking
@@ -68,64 +68,78 @@ class AnswerText:
         """Take a round's tokens; `is_last` gives out what was held back, `has_stop_token` says that the last one is a
         stop token."""
         detokenized = self._detokenizer.push(token_ids, is_last, has_stop_token)
-        matched_stop = detokenized.matched_stop
-        is_last = is_last or matched_stop is not None
-        if isinstance(self._parser, HarmonyParser):
-            parts, said, num_reasoning_tokens = self._harmony(self._parser, detokenized.pieces, is_last)
-            is_over = self._parser.is_finished
-        else:
-            thought, said, num_reasoning_tokens = self._split(detokenized.pieces, is_last, detokenized.num_tokens)
-            parts, is_over = self._parsed(said, is_last)
-            parts = [Thought(thought), *parts]
+        taken = _Taken()
+        for piece in detokenized.pieces:
+            self._take(piece, taken, is_tokens=taken.num_pieces < detokenized.num_tokens)
+            if self._is_finished:  # what comes behind, as blocks of tokens are long or short, is no part of the answer
+                break
+        if (is_last or detokenized.matched_stop is not None) and not self._is_finished:
+            self._flush(taken)
+        is_over = self._is_finished
         return AnswerRound(
-            ParsedText(tuple(_in_runs(parts))),
-            detokenized.num_tokens,
-            matched_stop,
+            ParsedText(tuple(_in_runs(taken.parts))),
+            min(detokenized.num_tokens, taken.num_pieces) if is_over else detokenized.num_tokens,
+            None if is_over else detokenized.matched_stop,
             is_over,
-            num_reasoning_tokens,
-            len(detokenized.text),
-            said,
+            taken.num_reasoning_tokens,
+            sum(map(len, detokenized.pieces[: taken.num_pieces])),
+            "".join(taken.written),
         )
 
-    def _split(self, pieces: Sequence[str], is_last: bool, num_tokens: int) -> tuple[str, str, int]:
-        """(thought, said, tokens of thinking) in a round; a piece is a token's, the last may be none's."""
-        splitter = self._splitter
-        if splitter is None:
-            return "", "".join(pieces), 0
-        thought, said, num_thinking = "", "", 0
-        for index, piece in enumerate(pieces):
-            was_thinking = splitter.is_thinking
-            split = splitter.push(piece)
-            thought, said = thought + split.reasoning, said + split.text
-            is_thinking = was_thinking or splitter.is_thinking
-            num_thinking += is_thinking and index < num_tokens
-        if is_last:
-            rest = splitter.flush()
-            thought, said = thought + rest.reasoning, said + rest.text
-        return thought, said, num_thinking
+    @property
+    def _is_finished(self) -> bool:
+        """Whether no further call is wanted."""
+        return self._parser is not None and self._parser.is_finished
 
-    def _harmony(self, parser: HarmonyParser, pieces: Sequence[str], is_last: bool) -> tuple[list[Part], str, int]:
-        """(what is thought, said and called, what is said alone, tokens of thinking) in a round."""
-        parts: list[Part] = []
-        num_thinking = 0
-        for piece in pieces:
-            was_thinking = parser.is_thinking
-            parts += parser.push(piece).parts
-            num_thinking += bool(piece) and (was_thinking or parser.is_thinking)
-        if is_last:
-            parts += parser.flush().parts
-        return parts, ParsedText(tuple(parts)).text, num_thinking
+    @property
+    def _is_thinking(self) -> bool:
+        if isinstance(self._parser, HarmonyParser):
+            return self._parser.is_thinking
+        return self._splitter is not None and self._splitter.is_thinking
 
-    def _parsed(self, said: str, is_last: bool) -> tuple[list[Part], bool]:
-        """What is said and called in a round's text, and whether no further call is wanted."""
-        parser = self._parser
-        if parser is None:
-            return [said], False
-        parts = list(parser.push(said).parts)
-        is_over = parser.is_finished
-        if is_last and not is_over:
-            parts += parser.flush().parts
-        return parts, is_over
+    def _take(self, piece: str, taken: _Taken, *, is_tokens: bool) -> None:
+        """Take a piece of text; `is_tokens` says that it is a token's, as all are but for what was held back."""
+        was_thinking = self._is_thinking
+        if isinstance(self._parser, HarmonyParser):
+            parts = self._parser.push(piece).parts
+            is_tokens = bool(piece)
+            taken.add(parts, ParsedText(parts).text)
+        elif self._splitter is None:
+            self._read(piece, taken)
+        else:
+            split = self._splitter.push(piece)
+            taken.parts.append(Thought(split.reasoning))
+            self._read(split.text, taken)
+        taken.num_pieces += 1
+        taken.num_reasoning_tokens += is_tokens and (was_thinking or self._is_thinking)
+
+    def _read(self, said: str, taken: _Taken) -> None:
+        """Take what is written after any thinking."""
+        taken.add(self._parser.push(said).parts if self._parser is not None else (said,), said)
+
+    def _flush(self, taken: _Taken) -> None:
+        """Take what was held back."""
+        if self._splitter is not None and not isinstance(self._parser, HarmonyParser):
+            rest = self._splitter.flush()
+            taken.parts.append(Thought(rest.reasoning))
+            self._read(rest.text, taken)
+        if self._parser is not None and not self._parser.is_finished:
+            parts = self._parser.flush().parts
+            taken.add(parts, ParsedText(parts).text if isinstance(self._parser, HarmonyParser) else "")
+
+
+@dataclass
+class _Taken:
+    """What was read in a round: its parts, the text of it that comes after thinking, how many pieces it was."""
+
+    parts: list[Part] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    num_pieces: int = 0
+    num_reasoning_tokens: int = 0
+
+    def add(self, parts: Sequence[Part], written: str) -> None:
+        self.parts += parts
+        self.written.append(written)
 
 
 def _in_runs(parts: Iterable[Part]) -> Iterator[Part]:

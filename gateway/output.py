@@ -23,7 +23,7 @@ from gateway.verify_session import ResilientVerifySession
 
 @dataclass(frozen=True)
 class Completion:
-    """The end of a choice. With STOP exactly one of the `matched_` fields is set."""
+    """The end of a choice. With STOP exactly one of the `matched_` fields is set; none where a call ended it."""
 
     finish_reason: FinishReason
     matched_token_id: int | None
@@ -137,7 +137,7 @@ class Output:
         num_failures = drafter.num_failures if isinstance(drafter, ResilientDraftSession) else 0
         return Completion(
             finish_reason=reason,
-            matched_token_id=verdict.matched_stop_token_id if matched_stop is None else None,
+            matched_token_id=None if matched_stop is not None or answer.is_over else verdict.matched_stop_token_id,
             matched_stop_string=matched_stop,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
