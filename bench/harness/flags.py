@@ -23,11 +23,11 @@ def flag(
 ) -> Any:
     """What a field says of its flag in `Annotated`; `name` is the field's by default."""
     if choices:
-        rest |= {"parser": one_of(choices), "metavar": "|".join(choices)}
+        rest |= {"parser": _one_of(choices), "metavar": "|".join(choices)}
     return typer.Option(*([name] if name else []), help=text, min=minimum, **rest)
 
 
-def one_of(choices: Collection[str]) -> Callable[[str], str]:
+def _one_of(choices: Collection[str]) -> Callable[[str], str]:
     """A parser that takes no other names."""
 
     def choice(text: str) -> str:

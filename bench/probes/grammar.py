@@ -1,56 +1,37 @@
-"""`python -m bench grammar`: what structured output costs, and what it does to acceptance.
+"""`python -m bench grammar`: what structured output costs the verifier.
 
-`masks`: microseconds per row of what the verifier does under a grammar, on the bundled vocabulary and on a made-up one
-of 128 000 tokens. `acceptance`: tokens per round under JSON schemas on the bundled pair, the engines in this process,
-with a drafter that knows the grammar and with one that does not; what counts is which tokens are accepted.
+Microseconds per row of what it does under a grammar, on the bundled vocabulary and on a made-up one of 128 000 tokens.
 """
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import aclosing, closing
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from bench.harness.benchmark import Benchmark, Findings, as_plain
-from bench.harness.flags import flag, one_of
+from bench.harness.flags import flag
 from bench.harness.tables import Column, ResultTable
-from drafter_service.config import DrafterSettings
-from drafter_service.engine import DrafterEngine
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
+from easyspec.cli.processes import DEFAULT_BASE
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import (
     Grammar,
     GrammarKind,
     LayerPlanRequest,
     MlpPlacement,
-    SamplingParameters,
-    StopConditions,
-    TreeBudget,
 )
-from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_mask import mask_forbidden_
-from easyspec.speculation.token_tree import TokenTree
 from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
-from gateway.decode_loop import TimedDraft, TimedVerdict, decode
-from gateway.speculation_policy import FixedPolicy
-from gateway.tokenizer import Tokenizer
-from models.heldout import held_out_prompts
-from verifier_service.config import VerifierSettings
-from verifier_service.engine import VerifierEngine
 
 _PERSON = """{"type": "object", "properties": {
   "name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
@@ -71,7 +52,7 @@ _WIDE_VOCAB_SIZE = 128_000
 _PLAN = LayerPlanRequest(6, MlpPlacement.STAGED)
 
 
-_MASK_COLUMNS = (
+_COLUMNS = (
     Column("V", "vocab_size"),
     Column("grammar", "grammar"),
     Column("compile ms", "compile_ms", ".1f"),
@@ -80,23 +61,13 @@ _MASK_COLUMNS = (
     Column("advance", "advance_us", ".1f"),
     Column("apply", "apply_us", ".1f"),
 )
-_ACCEPTANCE_COLUMNS = (
-    Column("T", "temperature", "g"),
-    Column("grammar", "grammar"),
-    Column("preferring", "preferring", ".2f"),
-    Column("ignorant", "ignorant", ".2f"),
-)
 
 
 @dataclass(frozen=True)
 class GrammarSettings:
     """One run."""
 
-    table: Annotated[str, typer.Argument(metavar="masks|acceptance", parser=one_of(("masks", "acceptance")))]
     repetitions: Annotated[int, flag("Texts that masks are measured on.", minimum=1)] = 50
-    budget: Annotated[tuple[int, int, int], flag("Tree.", metavar="LEVELS WIDTH NODES")] = (5, 4, 15)
-    num_prompts: Annotated[int, flag("Held-out prompts.", minimum=1)] = 16
-    max_tokens: Annotated[int, flag("Tokens per completion.", minimum=1)] = 96
 
 
 @dataclass(frozen=True)
@@ -175,115 +146,11 @@ async def mask_costs(num_repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Session:
-    """Both sides of one request, as the decode loop wants them."""
-
-    verifier: VerifierEngine
-    drafter: DrafterEngine
-    verifier_id: int
-    drafter_id: int
-
-    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
-        verdict, timings = await self.verifier.verify(self.verifier_id, base_length, tree)
-        return TimedVerdict(verdict, timings, elapsed_ns=0)
-
-    async def draft(self, calibration: Calibration) -> TimedDraft:
-        draft = await self.drafter.draft(self.drafter_id, calibration)
-        return TimedDraft(draft.tree, draft.timings)
-
-    def skip(self, token_ids: Sequence[int]) -> None:
-        """A fixed budget skips nothing."""
-
-
-async def _count_tokens(
-    verifier: VerifierEngine,
-    drafter: DrafterEngine,
-    opening: OpenVerification,
-    budget: TreeBudget,
-    draft_sampling: SamplingParameters | None = None,
-) -> tuple[int, int]:
-    """Output tokens and rounds of one completion, the first round (the empty tree) left out.
-
-    The drafter is told `draft_sampling`, by default the verifier's.
-    """
-    prompt, sampling = opening.prompt_token_ids, draft_sampling or opening.sampling
-    length = len(prompt) + (opening.stop.max_tokens or 0)
-    session = _Session(
-        verifier,
-        drafter,
-        await verifier.open(opening),
-        await drafter.open(
-            OpenSpeculation(prompt, sampling, _PLAN, max_total_length=length, sources=DraftSources.MODEL)
-        ),
-    )
-    async with aclosing(decode(len(prompt), FixedPolicy(None, budget), session, session)) as rounds:
-        counts = [len(round_.answer.verdict.token_ids) async for round_ in rounds]
-    verifier.close(session.verifier_id)
-    drafter.close(session.drafter_id)
-    return sum(counts[1:]), len(counts) - 1
-
-
-async def acceptance(settings: GrammarSettings) -> list[dict[str, Any]]:
-    """One row a temperature and grammar: tokens per round of a drafter that knows it, and of one that does not."""
-    verifier = VerifierEngine(VerifierSettings(model=str(DEFAULT_BASE)))
-    drafter = DrafterEngine(DrafterSettings(model=str(DEFAULT_DRAFT)))
-    tokenizer = Tokenizer.load(DEFAULT_BASE)
-    texts = held_out_prompts(settings.num_prompts, seed=7, max_chars=600)
-    prompts = [tuple(tokenizer.encode(text)) for text in texts]
-    budget, stop = TreeBudget(*settings.budget), StopConditions(settings.max_tokens)
-    rows = []
-    await asyncio.gather(verifier.start(), drafter.start())
-    try:
-        for temperature in (0.0, 0.8):
-            for name, grammar in GRAMMARS.items():
-                sampling = SamplingParameters(seed=0, temperature=temperature, grammar=grammar)
-                openings = [
-                    OpenVerification(prompt, replace(sampling, seed=100 + index), stop)
-                    for index, prompt in enumerate(prompts)
-                ]
-                preferring, ignorant = [
-                    await _tokens_per_round(verifier, drafter, openings, budget, knows=knows) for knows in (True, False)
-                ]
-                row = {"temperature": temperature, "grammar": name, "preferring": preferring, "ignorant": ignorant}
-                rows.append(row)
-    finally:
-        await asyncio.gather(verifier.stop(), drafter.stop())
-    return rows
-
-
-async def _tokens_per_round(
-    verifier: VerifierEngine,
-    drafter: DrafterEngine,
-    openings: Sequence[OpenVerification],
-    budget: TreeBudget,
-    *,
-    knows: bool,
-) -> float:
-    counts = await asyncio.gather(
-        *(
-            _count_tokens(
-                verifier,
-                drafter,
-                opening,
-                budget,
-                opening.sampling if knows else replace(opening.sampling, grammar=None),
-            )
-            for opening in openings
-        )
-    )
-    return sum(tokens for tokens, _ in counts) / max(1, sum(rounds for _, rounds in counts))
-
-
 async def measure(settings: GrammarSettings, console: Console) -> Findings:
-    """One of the tables."""
-    if settings.table == "masks":
-        torch.set_num_threads(1)
-        rows = await mask_costs(settings.repetitions)
-        return Findings({"results": rows}, [ResultTable("microseconds a row", _MASK_COLUMNS, rows)])
-    rows = await acceptance(settings)
-    table = ResultTable("tokens per round, by what the drafter knows", _ACCEPTANCE_COLUMNS, rows)
-    return Findings({"results": rows}, [table], checkpoints=[DEFAULT_BASE, DEFAULT_DRAFT])
+    """One row a vocabulary and grammar, on one thread."""
+    torch.set_num_threads(1)
+    rows = await mask_costs(settings.repetitions)
+    return Findings({"results": rows}, [ResultTable("microseconds a row", _COLUMNS, rows)])
 
 
 BENCHMARK = Benchmark("python -m bench grammar", __doc__, GrammarSettings, measure)
