@@ -18,7 +18,6 @@ from typing import Annotated
 
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.flags import flag
@@ -73,6 +72,8 @@ def measure(settings: MemorySettings, console: Console) -> Findings:
 
 def write_random_llama(folder: Path) -> Path:
     """A checkpoint of 500 MB of small random weights in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # not in the ranks, whose memory is measured
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
