@@ -30,7 +30,10 @@ def test_langchain(base_url: str) -> None:
         assert isinstance(chunk, AIMessageChunk)
         streamed += chunk
     assert streamed.content == whole.content != ""
-    assert streamed.usage_metadata == whole.usage_metadata
+    assert streamed.usage_metadata is not None
+    assert whole.usage_metadata is not None
+    for name in ("input_tokens", "output_tokens", "total_tokens"):  # how many were cached, others before may change
+        assert streamed.usage_metadata[name] == whole.usage_metadata[name]  # type: ignore[literal-required]
     tool = {"type": "function", "function": {"name": "weather", "description": "tells", "parameters": CITY}}
     called = chat.bind_tools([tool], tool_choice="weather").invoke(QUESTION)
     assert isinstance(called, AIMessage)
@@ -145,6 +148,8 @@ def test_npms_openai(base_url: str, tmp_path: Path) -> None:
     assert results["completion"]
     assert results["numLogprobs"] == 24
     assert results["streamed"] == results["chat"]
+    for usage in results["usage"]:
+        del usage["prompt_tokens_details"]  # how many were cached
     assert results["usage"][0] == results["usage"][1]
     assert results["call"]["name"] == "weather"
     jsonschema.validate(json.loads(results["call"]["arguments"]), CITY)
