@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from easyspec.speculation.parameters import Thinking
-from gateway.conversation import Tools
-from gateway.detokenizer import Detokenizer
-from gateway.harmony import MARKS as HARMONY_MARKS
-from gateway.harmony import HarmonyParser
-from gateway.reasoning import ReasoningSplitter
-from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ParsedText, Part, Thought, ToolCallDelta
-from gateway.tools import ToolDialect, marks_of, parser_for
+from gateway.text.conversation import Tools
+from gateway.text.detokenizer import Detokenizer
+from gateway.text.harmony import MARKS as HARMONY_MARKS
+from gateway.text.harmony import HarmonyParser
+from gateway.text.reasoning import ReasoningSplitter
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_parser import ParsedText, Part, Thought, ToolCallDelta
+from gateway.text.tools import ToolDialect, marks_of, parser_for
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,20 @@ from easyspec.errors import ConfigurationError, UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.tokenizer_fingerprint import tokens_by_id
 from easyspec.vocabulary import vocabulary_difference
-from gateway.admission import Admission
-from gateway.api_keys import ClientLimiter
-from gateway.clients import DrafterClient, VerifierClient
 from gateway.config import GatewaySettings
-from gateway.draft_session import DraftConnection, DrafterPool, DraftLimits
+from gateway.doorway.admission import Admission
+from gateway.doorway.api_keys import ClientLimiter
+from gateway.doorway.served_models import ServedModels
 from gateway.generation import Generator
-from gateway.model_routes import ModelRoute
-from gateway.observation import GenerationObserver
-from gateway.peers import ExponentialBackoff, JitteredBackoff, Peer, PeerPolicy
-from gateway.replicas import Replica, ReplicaSet
-from gateway.served_models import ServedModels
-from gateway.tokenizer import ChatOptions, Tokenizer
-from gateway.tools import ToolDialect, dialect_of
-from gateway.verify_session import FailoverLimits, VerifierPool, VerifyConnection
+from gateway.peers.clients import DrafterClient, VerifierClient
+from gateway.peers.draft_session import DraftConnection, DrafterPool, DraftLimits
+from gateway.peers.model_routes import ModelRoute
+from gateway.peers.peer import ExponentialBackoff, JitteredBackoff, Peer, PeerPolicy
+from gateway.peers.replica_set import Replica, ReplicaSet
+from gateway.peers.verify_session import FailoverLimits, VerifierPool, VerifyConnection
+from gateway.telemetry.observation import GenerationObserver
+from gateway.text.tokenizer import ChatOptions, Tokenizer
+from gateway.text.tools import ToolDialect, dialect_of
 
 # A peer that is loading does not answer at all; one that answers does so in milliseconds.
 _INFO_TIMEOUT_S = 2.0

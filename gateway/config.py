@@ -12,7 +12,7 @@ from easyspec.settings import ServerSettings, address_field, check_address, chec
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.tls import ChannelTls, is_loopback
 from gateway.limits import RequestLimits
-from gateway.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
+from gateway.peers.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
 
 HTTP_OFF = "off"
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})

@@ -21,28 +21,28 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from easyspec.speculation.schemas import enforceable
-from gateway.admission import Admission
 from gateway.answer import AnswerForm, AnswerText
-from gateway.api_keys import ClientLimiter
-from gateway.backpressure import ended_when_unread
 from gateway.choices import choice_seed, merged
-from gateway.conversation import Conversation
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
-from gateway.draft_session import DrafterPool
+from gateway.doorway.admission import Admission
+from gateway.doorway.api_keys import ClientLimiter
+from gateway.doorway.backpressure import ended_when_unread
 from gateway.limits import RequestLimits
-from gateway.observation import GenerationObserver, RequestObserver, observed
-from gateway.output import GenerationChunk, Output
-from gateway.peers import PeerInfo, PeerState
-from gateway.progress import Progress
-from gateway.replicas import ReplicaSet
+from gateway.peers.draft_session import DrafterPool
+from gateway.peers.peer import PeerInfo, PeerState
+from gateway.peers.replica_set import ReplicaSet
+from gateway.peers.verify_session import VerifierPool
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
-from gateway.schema_check import UnenforcedSchema
-from gateway.speculation_controller import SpeculationController
-from gateway.speculation_policy import FixedPolicy, Policy, SpeculationPolicy, following
-from gateway.statistics import NO_ROUND
-from gateway.tokenizer import Tokenizer
-from gateway.tools import ToolDialect, forced_grammar
-from gateway.verify_session import VerifierPool
+from gateway.speculation.controller import SpeculationController
+from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy, following
+from gateway.telemetry.observation import GenerationObserver, RequestObserver, observed
+from gateway.telemetry.progress import Progress
+from gateway.telemetry.statistics import NO_ROUND
+from gateway.text.conversation import Conversation
+from gateway.text.output import GenerationChunk, Output
+from gateway.text.schema_check import UnenforcedSchema
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tools import ToolDialect, forced_grammar
 
 _NUM_TOKENIZING = 4
 

@@ -12,7 +12,7 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from easyspec.speculation.sources import DraftSources
-from gateway.conversation import Conversation
+from gateway.text.conversation import Conversation
 
 
 @dataclass(frozen=True)

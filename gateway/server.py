@@ -21,25 +21,25 @@ from easyspec.rpc.application import Application
 from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.api_keys import ApiKeys, ClientLimiter
 from gateway.assembly import Assembly, load_tokenizers
 from gateway.config import HTTP_OFF, GatewaySettings
-from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.doorway.api_keys import ApiKeys, ClientLimiter
+from gateway.doorway.served_models import ServedModels
 from gateway.generation import Generator
-from gateway.metrics import GatewayMetrics
-from gateway.observation import GenerationObserver, RequestLog, everyone
-from gateway.output import Completion, GenerationChunk
-from gateway.peers import PeerState
+from gateway.peers.peer import PeerState
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
-from gateway.request_span import request_spans
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
-from gateway.served_models import ServedModels
-from gateway.speculation_controller import ControllerState
-from gateway.state_metrics import GatewayState, ModelSample, PeerSample
-from gateway.statistics import RoundTimings, SpeculationStatistics
-from gateway.tool_parser import ToolCallDelta
-from gateway.trace import RoundTrace
+from gateway.speculation.controller import ControllerState
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.observation import GenerationObserver, RequestLog, everyone
+from gateway.telemetry.request_span import request_spans
+from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
+from gateway.telemetry.statistics import RoundTimings, SpeculationStatistics
+from gateway.telemetry.trace import RoundTrace
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.text.output import Completion, GenerationChunk
+from gateway.text.tool_parser import ToolCallDelta
 
 _KEYS_POLL_S = 2.0
 

@@ -21,7 +21,7 @@ from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, Tree
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import DraftSession, NoDraft, Round, TimedDraft, TimedVerdict, decode
-from gateway.speculation_policy import FixedPolicy
+from gateway.speculation.policy import FixedPolicy
 from verifier_service.engine import VerifierEngine
 
 BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=16)

@@ -90,7 +90,7 @@ def test_a_violation_is_seen(path: str, source: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("gateway/clients.py", "import grpc\nfrom easyspec.v1 import types_pb2"),
+        ("gateway/peers/clients.py", "import grpc\nfrom easyspec.v1 import types_pb2"),
         ("gateway/__main__.py", "from easyspec.rpc.lifecycle import run_role"),
         ("easyspec/cli/main.py", "from bench import decode"),
         ("drafter_service/engine.py", "import torch\nfrom drafter_service import drafter"),

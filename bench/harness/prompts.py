@@ -11,8 +11,8 @@ from typing import Protocol
 
 from bench.harness.tasks import TASK_NAMES, source_tasks
 from easyspec.errors import ConfigurationError
-from gateway.conversation import ChatTurn, Conversation
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation
+from gateway.text.tokenizer import Tokenizer
 from models.evaluation_prompts import EVALUATION_KINDS, chosen_prompts, evaluation_prompts
 from models.heldout import held_out_prompts
 

@@ -29,8 +29,8 @@ from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
-from gateway.conversation import ChatTurn, Conversation
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation
+from gateway.text.tokenizer import Tokenizer
 from models.evaluation_prompts import EVALUATION_KINDS, chosen_prompts
 from verifier_service.config import VerifierSettings
 from verifier_service.engine import VerifierEngine

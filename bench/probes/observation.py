@@ -16,11 +16,11 @@ from bench.harness.flags import flag
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.telemetry.logs import configure_logging
 from easyspec.telemetry.metrics import EngineMetrics, StepReport
-from gateway.metrics import GatewayMetrics
-from gateway.observation import RequestLog, everyone
-from gateway.output import GenerationChunk
 from gateway.request import GenerationRequest
-from gateway.statistics import RoundTimings
+from gateway.telemetry.metrics import GatewayMetrics
+from gateway.telemetry.observation import RequestLog, everyone
+from gateway.telemetry.statistics import RoundTimings
+from gateway.text.output import GenerationChunk
 
 _NUM_REPEATS = 15
 _CHUNK = GenerationChunk(

@@ -27,7 +27,7 @@ from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import MlpPlacement, SamplingParameters, StopConditions, TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from verifier_service.config import VerifierSettings
 from verifier_service.engine import VerifierEngine
 

@@ -15,7 +15,7 @@ from docs.reference.markdown import code, page, table
 from drafter_service.config import DrafterSettings
 from easyspec.settings import EngineSettings, ServerSettings
 from gateway.config import GatewaySettings
-from gateway.model_routes import FurtherModel
+from gateway.peers.model_routes import FurtherModel
 from verifier_service.config import VerifierSettings
 
 _HEADER = ("flag and variable", "type", "default", "what")

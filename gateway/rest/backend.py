@@ -11,8 +11,8 @@ from fastapi import Depends, Request
 
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
+from gateway.doorway.served_models import ServedModels
 from gateway.generation import Generator
-from gateway.served_models import ServedModels
 
 # As gRPC clients set a deadline: seconds after which the answer is of no use any more.
 TIMEOUT_HEADER = "x-request-timeout"

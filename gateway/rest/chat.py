@@ -9,8 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gateway.output import GenerationChunk
-from gateway.progress import Progress
 from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
@@ -19,7 +17,9 @@ from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
 from gateway.rest.sse import DONE, openai_last_words
 from gateway.rest.trace import trace_fields
-from gateway.tool_parser import ToolCallDelta, joined
+from gateway.telemetry.progress import Progress
+from gateway.text.output import GenerationChunk
+from gateway.text.tool_parser import ToolCallDelta, joined
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
-from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported, known_kinds
 from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
 from gateway.rest.unknown_fields import ignores_unknown
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096

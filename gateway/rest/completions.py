@@ -14,8 +14,6 @@ from starlette.responses import Response
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
 from gateway.choices import merged
-from gateway.output import GenerationChunk
-from gateway.progress import Progress
 from gateway.request import TokenIds
 from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
@@ -26,6 +24,8 @@ from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
 from gateway.rest.sse import DONE, openai_last_words
 from gateway.rest.trace import trace_fields
+from gateway.telemetry.progress import Progress
+from gateway.text.output import GenerationChunk
 
 router = APIRouter(route_class=JsonRoute)
 

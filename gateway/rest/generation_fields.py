@@ -12,7 +12,6 @@ from pydantic import Field, Strict
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParameters, StopConditions, TreeBudget
-from gateway.conversation import Conversation
 from gateway.request import GenerationRequest, SpeculationWish, TokenIds
 from gateway.rest.backend import Caller
 from gateway.rest.fields import (
@@ -29,7 +28,8 @@ from gateway.rest.fields import (
 )
 from gateway.rest.logprobs import LogprobTrack
 from gateway.rest.structured import StructuredFields
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import Conversation
+from gateway.text.tokenizer import Tokenizer
 
 # JavaScript clients hold integers up to here exactly, and are told the seed.
 _SEED_BITS = 53

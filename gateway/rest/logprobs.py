@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyspec.speculation.messages import TokenLogprobs
-from gateway.detokenizer import TokenTextStream
-from gateway.output import Completion, GenerationChunk
-from gateway.tokenizer import Tokenizer
+from gateway.text.detokenizer import TokenTextStream
+from gateway.text.output import Completion, GenerationChunk
+from gateway.text.tokenizer import Tokenizer
 
 # JSON knows no infinity; this is what OpenAI's API says for "practically impossible".
 _LEAST_LOGPROB = -9999.0

@@ -10,11 +10,11 @@ from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
-from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.chat_request import MAX_MESSAGES, ToolName
 from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.unknown_fields import ignores_unknown
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 
 _BlockKind = Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
 _ToolKind = Literal["custom"]

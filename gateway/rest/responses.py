@@ -12,8 +12,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
-from gateway.output import Completion, GenerationChunk
-from gateway.progress import Progress
 from gateway.rest.answering import Generated, NamedEventsAnswer, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import Failure
@@ -23,7 +21,9 @@ from gateway.rest.recent_items import RecentItems
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.responses_request import ResponsesRequest
 from gateway.rest.sse import named_event
-from gateway.tool_parser import Thought, ToolCallDelta
+from gateway.telemetry.progress import Progress
+from gateway.text.output import Completion, GenerationChunk
+from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -10,12 +10,12 @@ from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
-from gateway.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.rest.chat_request import ToolName
 from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of_format
 from gateway.rest.unknown_fields import ignores_unknown
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 
 MAX_ITEMS = 4096
 # The item of an id, as it was given out.

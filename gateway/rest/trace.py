@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.output import GenerationChunk
-from gateway.statistics import RoundTimings
+from gateway.telemetry.statistics import RoundTimings
+from gateway.text.output import GenerationChunk
 
 _NS_PER_MS = 1e6
 

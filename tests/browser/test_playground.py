@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.conversation import ChatTurn, Conversation
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation
+from gateway.text.tokenizer import Tokenizer
 from tests.browser.axe import axe_source, violations
 from tests.browser.chromium import EXECUTABLE, Page, chromium
 from tests.browser.conftest import NUM_TOKENS

@@ -20,8 +20,8 @@ from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.parameters import Grammar, GrammarKind
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
-from gateway.conversation import ChatTurn, Conversation
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.gguf_files import write_gguf
 from tests.fakes.tiny_tokenizer import END_OF_TEXT, TEXTS, write_tokenizer

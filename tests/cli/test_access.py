@@ -14,7 +14,7 @@ from easyspec.cli.clients import is_drafter_ready
 from easyspec.tls import ServerTls
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.certificates import Authority
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer

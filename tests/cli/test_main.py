@@ -11,7 +11,7 @@ import pytest
 from easyspec import __version__
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.cli.conftest import CHECKOUT, Command
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.scripted_gateway import serve_scripted_gateway
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer
 from tests.gateway.gateway_client import Client, gateway

@@ -12,8 +12,8 @@ from easyspec.speculation.messages import Verdict, VerifyTimings
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from gateway.decode_loop import Round, TimedDraft, TimedVerdict
-from gateway.speculation_controller import SpeculationController
-from gateway.speculation_policy import FixedPolicy, SpeculationPolicy
+from gateway.speculation.controller import SpeculationController
+from gateway.speculation.policy import FixedPolicy, SpeculationPolicy
 
 
 @dataclass

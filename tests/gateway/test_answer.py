@@ -9,10 +9,10 @@ import pytest
 
 from easyspec.speculation.parameters import Thinking
 from gateway.answer import AnswerForm, AnswerText
-from gateway.conversation import ToolDefinition, ToolMode, Tools
-from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import ParsedText, joined
-from gateway.tools import ToolDialect
+from gateway.text.conversation import ToolDefinition, ToolMode, Tools
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_parser import ParsedText, joined
+from gateway.text.tools import ToolDialect
 
 CALL = '{"name": "time", "arguments": {"a": 1}}'
 THINKING = Thinking("<think>", "</think>", is_open=True)

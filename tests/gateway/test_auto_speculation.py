@@ -15,9 +15,9 @@ from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.speculation_arms import OFF
-from gateway.speculation_controller import SpeculationController
-from gateway.tokenizer import Tokenizer
+from gateway.speculation.arms import OFF
+from gateway.speculation.controller import SpeculationController
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.answer import AnswerForm, AnswerText
-from gateway.conversation import ToolDefinition, Tools
-from gateway.harmony import HarmonyParser
-from gateway.tokenizer import Tokenizer
-from gateway.tool_parser import CallParser
-from gateway.tools import ToolDialect, dialect_of, parser_for
+from gateway.text.conversation import ToolDefinition, Tools
+from gateway.text.harmony import HarmonyParser
+from gateway.text.tokenizer import Tokenizer
+from gateway.text.tool_parser import CallParser
+from gateway.text.tools import ToolDialect, dialect_of, parser_for
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = (ToolDefinition("weather", "tells", json.dumps(SCHEMA)), ToolDefinition("time"))

@@ -20,7 +20,7 @@ from easyspec.rpc.errors import error_from_rpc
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.fakes.services import (
     TOY_TEXT,

@@ -13,9 +13,9 @@ import pytest
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
-from gateway.conversation import ChatTurn, Conversation, ToolDefinition, Tools
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation, ToolDefinition, Tools
+from gateway.text.tokenizer import Tokenizer
 from models.recipe.chat import CHAT_TEMPLATE
 from tests.fakes.services import FakePair, running
 from tests.fakes.tiny_tokenizer import write_tokenizer

@@ -18,7 +18,7 @@ from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.limits import RequestLimits
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair
 
 LIMITS = RequestLimits(

@@ -12,7 +12,7 @@ import pytest
 
 from easyspec.errors import CapacityError, InvalidRequestError, UnavailableError
 from easyspec.v1 import generation_pb2
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import FakePair
 from tests.gateway.gateway_client import (
     Client,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from easyspec.v1 import types_pb2
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.gateway.gateway_client import (
     Client,
     Mode,

@@ -22,7 +22,7 @@ from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.otlp_collector import CollectedSpan, Collector, collecting
 from tests.fakes.services import TOY_TEXT, FakeDrafterEngine, FakeVerifierEngine, ToyLanguage, running
 from verifier_service.server import VerifierServer

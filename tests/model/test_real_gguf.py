@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from easyspec.model.loading import LoadedModel, load_model
-from gateway.conversation import ChatTurn, Conversation
-from gateway.tokenizer import Tokenizer
+from gateway.text.conversation import ChatTurn, Conversation
+from gateway.text.tokenizer import Tokenizer
 from tests.model.passes import Passes
 from tests.model.test_loading import Settings
 

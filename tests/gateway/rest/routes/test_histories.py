@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.gateway.rest.conftest import Rest, answered, chat_body, completion_body, refused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -11,7 +11,7 @@ import pytest_asyncio
 from anthropic.types import Message
 from pydantic import BaseModel
 
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.gateway.rest.conftest import Rest, answered
 from tests.gateway.rest.routes.test_reasoning import thinking_rest  # noqa: F401  a fixture
 from tests.gateway.rest.routes.test_responses import CALL, CITY, say

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import Thinking
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from models.recipe.chat import CHAT_TEMPLATE
 from tests.fakes.services import ToyLanguage, running_pair
 from tests.fakes.tiny_tokenizer import write_tokenizer

@@ -13,7 +13,7 @@ import pytest_asyncio
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.gateway.rest.conftest import Rest, answered, refused
 from tests.gateway.rest.routes.test_reasoning import thinking_rest  # noqa: F401  a fixture
 

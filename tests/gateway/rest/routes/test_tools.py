@@ -12,7 +12,7 @@ import pytest
 
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import GrammarKind
-from gateway.tokenizer import Tokenizer
+from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.gateway.rest.conftest import Rest, answered, chat_body, refused
 

@@ -1,0 +1,171 @@
+"""The one place where a request is observed: which observers there are, and what they are told."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from gateway.telemetry.statistics import NO_ROUND
+
+if TYPE_CHECKING:
+    from gateway.request import GenerationRequest
+    from gateway.text.output import Completion, GenerationChunk
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a request ended. `reason` is stop or length (of its last choice), abort (the client went away) or error;
+    `completions` are those choices that came to their end, by index, and `error` is there for the last."""
+
+    reason: str
+    completions: Mapping[int, Completion]
+    is_complete: bool = False
+    error: Exception | None = None
+
+
+class RequestObserver(Protocol):
+    """Follows one request. Called in the event loop, so quick; raises nothing."""
+
+    def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
+        """The request has its place, after waiting for it `queue_ns` nanoseconds; decoding begins."""
+
+    def round(self, chunk: GenerationChunk) -> None:
+        """A round of one choice is over; called before its chunk goes to the client. Not for an echoed prompt."""
+
+    def finished(self, ending: Ending) -> None:
+        """Called once, last, however the request ended."""
+
+
+class GenerationObserver(Protocol):
+    """Called when a request comes in, for the one who follows it. `model` is the base model's name."""
+
+    def __call__(self, request: GenerationRequest, model: str) -> RequestObserver: ...
+
+
+class _Everyone:
+    """Several observers as one. One that breaks is a bug, which is logged, and costs neither request nor others."""
+
+    def __init__(self, observers: Sequence[RequestObserver]) -> None:
+        self._observers = observers
+
+    def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
+        for observer in self._observers:
+            with _bugs_logged():
+                observer.started(num_prompt_tokens, queue_ns)
+
+    def round(self, chunk: GenerationChunk) -> None:
+        for observer in self._observers:
+            with _bugs_logged():
+                observer.round(chunk)
+
+    def finished(self, ending: Ending) -> None:
+        for observer in self._observers:
+            with _bugs_logged():
+                observer.finished(ending)
+
+
+class _bugs_logged:  # noqa: N801
+    """Around an observer's work. A class, not a generator: it is entered every round."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            _log.exception("observer_bug")
+        return isinstance(error, Exception)
+
+
+def everyone(*observers: GenerationObserver) -> GenerationObserver:
+    """An observer that tells all of them."""
+
+    def begin(request: GenerationRequest, model: str) -> RequestObserver:
+        return _Everyone([observer(request, model) for observer in observers])
+
+    return begin
+
+
+class RequestLog:
+    """One event per request, at its end: counts, reasons and durations; no text, no token ids."""
+
+    def __init__(self, request: GenerationRequest, model: str) -> None:
+        self._request = request
+        self._model = model
+        self._started_ns = time.monotonic_ns()
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_rounds = 0
+        self._num_accepted = 0
+        self._num_draft_tokens = 0
+        self._queue_ns = 0
+        self._first_ns: int | None = None
+
+    def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
+        self._num_prompt_tokens, self._queue_ns = num_prompt_tokens, queue_ns
+
+    def round(self, chunk: GenerationChunk) -> None:
+        self._first_ns = self._first_ns or time.monotonic_ns()
+        self._num_rounds += 1
+        self._num_output_tokens += len(chunk.token_ids)
+        self._num_accepted += chunk.num_accepted
+        self._num_draft_tokens += chunk.timings.num_draft_tokens
+
+    def finished(self, ending: Ending) -> None:
+        now_ns = time.monotonic_ns()
+        first_ns = self._first_ns
+        statistics = [completion.statistics for completion in ending.completions.values()]
+        _log.info(
+            "request_finished",
+            request_id=self._request.request_id,
+            client=self._request.client,
+            model=self._model,
+            num_choices=self._request.num_choices,
+            reason=ending.reason,
+            error=type(ending.error).__name__ if ending.error is not None else None,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_rounds=self._num_rounds,
+            num_accepted_tokens=self._num_accepted,
+            num_draft_tokens=self._num_draft_tokens,
+            num_drafter_failures=sum(each.num_drafter_failures for each in statistics),
+            num_verifier_failures=sum(each.num_verifier_failures for each in statistics),
+            queue_ms=round(self._queue_ns / 1e6, 3),
+            first_token_ms=round((first_ns - self._started_ns) / 1e6, 3) if first_ns is not None else None,
+            duration_ms=round((now_ns - self._started_ns) / 1e6, 3),
+        )
+
+
+@contextlib.contextmanager
+def observed(observer: RequestObserver, num_choices: int) -> Iterator[Callable[[GenerationChunk], None]]:
+    """Follow a request through the block, which calls what this yields with every chunk; then tell how it ended."""
+    completions: dict[int, Completion] = {}
+
+    def after_chunk(chunk: GenerationChunk) -> None:
+        if chunk.completion is not None:
+            completions[chunk.choice_index] = chunk.completion
+        if chunk.timings is not NO_ROUND:
+            observer.round(chunk)
+
+    error: Exception | None = None
+    try:
+        yield after_chunk
+    except Exception as raised:
+        error = raised
+        raise
+    finally:
+        # A client may well go away, or be cancelled, once it has the last chunk.
+        observer.finished(_ending(completions, num_choices, error))
+
+
+def _ending(completions: Mapping[int, Completion], num_choices: int, error: Exception | None) -> Ending:
+    if error is not None:
+        return Ending("error", completions, error=error)
+    if len(completions) < num_choices:
+        return Ending("abort", completions)
+    return Ending([*completions.values()][-1].finish_reason.value, completions, is_complete=True)

@@ -1,0 +1,76 @@
+"""One span per request, its rounds being events of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from easyspec.telemetry.trace_context import bind_traceparent, current_traceparent
+from easyspec.telemetry.tracing import Attributes, TracedSpan, Tracing
+
+if TYPE_CHECKING:
+    from gateway.request import GenerationRequest
+    from gateway.telemetry.observation import Ending, GenerationObserver, RequestObserver
+    from gateway.text.output import GenerationChunk
+
+
+def request_spans(tracing: Tracing) -> GenerationObserver:
+    """An observer that traces every request, under the client's span if it sent one. The streams to drafter and
+    verifier, which are opened afterwards in the same task or in tasks of it, become children."""
+
+    def begin(request: GenerationRequest, model: str) -> RequestObserver:
+        attributes: Attributes = {
+            "easyspec.request_id": request.request_id,
+            "easyspec.client": request.client,
+            "easyspec.model": model,
+            "easyspec.num_choices": request.num_choices,
+        }
+        span = tracing.span("generate", current_traceparent(), attributes)
+        bind_traceparent(span.traceparent)
+        return _RequestSpan(span)
+
+    return begin
+
+
+class _RequestSpan:
+    """Follows one request."""
+
+    def __init__(self, span: TracedSpan) -> None:
+        self._span = span
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_rounds = 0
+        self._num_accepted = 0
+
+    def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
+        self._span.event("started", {"num_prompt_tokens": num_prompt_tokens, "queue_ms": queue_ns / 1e6})
+
+    def round(self, chunk: GenerationChunk) -> None:
+        timings = chunk.timings
+        self._num_rounds += 1
+        self._num_output_tokens += len(chunk.token_ids)
+        self._num_accepted += chunk.num_accepted
+        attributes: Attributes = {
+            "choice": chunk.choice_index,
+            "num_draft_tokens": timings.num_draft_tokens,
+            "num_draft_levels": timings.num_draft_levels,
+            "num_accepted": chunk.num_accepted,
+            "num_output_tokens": len(chunk.token_ids),
+            "draft_ms": timings.draft_ns / 1e6,
+            "calibrate_ms": timings.calibrate_ns / 1e6,
+            "fuzzy_ms": timings.fuzzy_ns / 1e6,
+            "verify_ms": timings.verify_ns / 1e6,
+            "compute_ms": timings.compute_ns / 1e6,
+            "round_ms": timings.round_ns / 1e6,
+        }
+        self._span.event("round", attributes)
+
+    def finished(self, ending: Ending) -> None:
+        attributes: Attributes = {
+            "easyspec.finish_reason": ending.reason,
+            "easyspec.num_prompt_tokens": self._num_prompt_tokens,
+            "easyspec.num_output_tokens": self._num_output_tokens,
+            "easyspec.num_rounds": self._num_rounds,
+            "easyspec.num_accepted_tokens": self._num_accepted,
+        }
+        self._span.end(attributes, type(ending.error).__name__ if ending.error is not None else None)

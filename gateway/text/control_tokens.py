@@ -1,0 +1,71 @@
+"""The tokens that structure a conversation: tokens where the chat template wrote them, text in what clients say."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from gateway.text.hidden_texts import HiddenTexts
+
+
+class ControlTokens:
+    """The control tokens of one chat template: the tokenizer's special ones, and added ones that the template writes.
+
+    `backend` is the tokenizer as the library has it, `added` its added tokens: text -> whether it is special.
+    """
+
+    def __init__(self, backend: Any, added: Mapping[str, bool], template: str) -> None:
+        self._backend = backend
+        self._special = [text for text, is_special in added.items() if is_special]
+        marks = [text for text in added if not added[text] and not text.isspace() and text in template]
+        self._texts = [*self._special, *marks]
+
+    def hidden_texts(self) -> HiddenTexts:
+        """For one rendering: hides these tokens in what clients say."""
+        return HiddenTexts(_any_of(self._texts), _any_of(self._special))
+
+    def encode(self, rendered: str, hidden: HiddenTexts) -> tuple[int, ...]:
+        """Token ids of a rendered text in which `hidden` stands for clients' texts: these are read as text."""
+        names, renamed_backend = self._renamed
+        pattern = _any_of(self._texts)
+        assert pattern is not None, "a token was hidden"
+        named = pattern.sub(lambda found: names[found.group()], rendered)
+        return tuple(renamed_backend.encode(hidden.with_tokens(named), add_special_tokens=False).ids)
+
+    @cached_property
+    def _renamed(self) -> tuple[Mapping[str, str], Any]:
+        """New names for these tokens, and a copy of the tokenizer that knows them by these alone.
+
+        So one call reads the whole text, with the same tokens, merges and rules for blanks as without new names. Takes
+        a second with a large vocabulary; no client can know the names.
+        """
+        nonce = secrets.token_hex(8)
+        names = {text: f"\uf8f2{nonce}:{index}\uf8f3" for index, text in enumerate(self._texts)}
+        content = json.loads(self._backend.to_str())
+        for token in content["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = content["model"]
+        vocabulary = model.get("vocab")
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(text, text): token_id for text, token_id in vocabulary.items()}
+        elif isinstance(vocabulary, list):
+            model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        content["post_processor"] = None  # names special tokens, and is for texts without a template
+        return names, type(self._backend).from_str(json.dumps(content))
+
+
+def added_tokens(tokens: Iterable[Any]) -> dict[str, bool]:
+    """The texts of added tokens, longest first, and whether each is special."""
+    found = {str(token.content): bool(token.special) for token in tokens if token.content}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
+    ordered = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
