@@ -86,7 +86,7 @@ class DrafterEngine(DrafterShell):
             bridge=bridge,
             always_deepens=settings.ask == "always",
         )
-        rounds = Rounds(is_everybody_asked=settings.ask == "always")
+        rounds = Rounds(asks_all_sources=settings.ask == "always")
         resources = open_text_resources(settings, fingerprint)
         no_exits_because = _why_no_exits(loaded)
         if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:

@@ -32,7 +32,7 @@ from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.speculation.controller import ControllerState
 from gateway.telemetry.metrics import GatewayMetrics
-from gateway.telemetry.observation import GenerationObserver, RequestLog, everyone
+from gateway.telemetry.observation import GenerationObserver, RequestLog, all_observers
 from gateway.telemetry.request_span import request_spans
 from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
 from gateway.telemetry.statistics import RoundTimings, SpeculationStatistics
@@ -169,8 +169,8 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
 
     def _observer(self) -> GenerationObserver:
         if self._tracing is None:
-            return everyone(self.metrics, RequestLog)
-        return everyone(self.metrics, RequestLog, request_spans(self._tracing))
+            return all_observers(self.metrics, RequestLog)
+        return all_observers(self.metrics, RequestLog, request_spans(self._tracing))
 
     def _rest_server(self) -> RestServer:
         settings = self._settings

@@ -1,4 +1,4 @@
-"""A completion and how long its client waited for it, whoever made it."""
+"""A completion and how long its client waited for it, of any server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that nobody has to download: a model's shape with random weights, made on the device itself."""
+"""Checkpoints that need no download: a model's shape with random weights, made on the device itself."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from easyspec.telemetry.logs import configure_logging
 from easyspec.telemetry.metrics import EngineMetrics, StepReport
 from gateway.request import GenerationRequest
 from gateway.telemetry.metrics import GatewayMetrics
-from gateway.telemetry.observation import RequestLog, everyone
+from gateway.telemetry.observation import RequestLog, all_observers
 from gateway.telemetry.statistics import RoundTimings
 from gateway.text.output import GenerationChunk
 
@@ -55,7 +55,7 @@ def measure(settings: ObservationSettings, console: Console) -> Findings:
     """Microseconds of a round at the gateway, a pass at an engine, and a scrape."""
     configure_logging("bench", "json", io.StringIO())
     metrics = GatewayMetrics()
-    request = everyone(metrics, RequestLog)(GenerationRequest("prompt", SamplingParameters(0)), "model")
+    request = all_observers(metrics, RequestLog)(GenerationRequest("prompt", SamplingParameters(0)), "model")
     request.started(10, 1000)
     engine = EngineMetrics("verifier")
     report = StepReport("verify", 5_000_000, 32, 2)

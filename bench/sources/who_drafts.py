@@ -133,11 +133,11 @@ def run(
     num_nodes: int,
     durations: Durations,
     *,
-    is_everybody_asked: bool = False,
+    asks_all_sources: bool = False,
 ) -> dict[tuple[str, float], Outcome]:
     """Draft all recorded completions, one after the other, with a drafter that begins knowing nothing."""
     clock, learned = Clock(), Learned()
-    rounds = Rounds(is_everybody_asked=is_everybody_asked, clock_ns=clock.read_ns)
+    rounds = Rounds(asks_all_sources=asks_all_sources, clock_ns=clock.read_ns)
     outcomes: dict[tuple[str, float], Outcome] = defaultdict(Outcome)
     budget = TreeBudget(NUM_LEVELS, WIDTH, num_nodes)
     for number, one in enumerate(recorded):
@@ -184,18 +184,18 @@ async def measure(settings: WhoDraftsSettings, console: Console) -> Findings:
     recorded = await record(settings.num_prompts, settings.seed, settings.temperatures, settings.max_tokens)
     resources = text_resources()
     kinds = [(name, temperature) for temperature in settings.temperatures for name in TASK_NAMES]
-    everybody = DraftSources.MODEL | TEXT_SOURCES
+    everything = DraftSources.MODEL | TEXT_SOURCES
     choices = [
         ("the model alone", DraftSources.MODEL, False),
         ("text alone", TEXT_SOURCES, False),
-        ("all, always", everybody, True),
-        ("all, where it pays", everybody, False),
+        ("all, always", everything, True),
+        ("all, where it pays", everything, False),
     ]
     rows: list[dict[str, Any]] = []
     for rest_ms in settings.rest_ms:
         durations = Durations(settings.text_ms, settings.fuse_ms, settings.model_ms, rest_ms)
         for label, sources, always in choices:
-            outcomes = run(recorded, resources, sources, settings.nodes, durations, is_everybody_asked=always)
+            outcomes = run(recorded, resources, sources, settings.nodes, durations, asks_all_sources=always)
             cells = {f"{name}, T = {t:g}": str(outcomes[name, t]) for name, t in kinds}
             rows.append({"rest, ms": rest_ms, "asked": label, **cells})
     columns = [Column(name, name, "g" if name == "rest, ms" else "") for name in rows[0]]

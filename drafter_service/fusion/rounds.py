@@ -26,11 +26,11 @@ _NO_ROWS: Mapping[int, int] = MappingProxyType({})
 class Rounds:
     """Begins and ends rounds. Rounds that text alone drafts at a better rate are drafted by text alone, and those in
     which text brings less than its work costs by the model alone (`drafter_service/worth.py`); the other catches up in
-    the next round that it takes part in. With `is_everybody_asked` no round leaves a source out.
+    the next round that it takes part in. With `asks_all_sources` no round leaves a source out.
     """
 
-    def __init__(self, *, is_everybody_asked: bool = False, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._is_everybody_asked = is_everybody_asked
+    def __init__(self, *, asks_all_sources: bool = False, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._is_everybody_asked = asks_all_sources
         self._clock_ns = clock_ns
 
     def begin(self, session: Session, num_new_tokens: int, budget: TreeBudget, num_sharing: int) -> Round:

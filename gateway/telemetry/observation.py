@@ -82,7 +82,7 @@ class _bugs_logged:  # noqa: N801
         return isinstance(error, Exception)
 
 
-def everyone(*observers: GenerationObserver) -> GenerationObserver:
+def all_observers(*observers: GenerationObserver) -> GenerationObserver:
     """An observer that tells all of them."""
 
     def begin(request: GenerationRequest, model: str) -> RequestObserver:

@@ -63,7 +63,7 @@ def test_two_runs_on_the_made_up_clock_are_the_same(novel: Recorded, copied: Rec
 def test_the_model_is_asked_where_it_pays_or_always(copied: Recorded) -> None:
     copies = [copied] * 8
     [where_it_pays] = run(copies, TextResources(), EVERYBODY, 16, DURATIONS).values()
-    [always] = run(copies, TextResources(), EVERYBODY, 16, DURATIONS, is_everybody_asked=True).values()
+    [always] = run(copies, TextResources(), EVERYBODY, 16, DURATIONS, asks_all_sources=True).values()
     assert always.num_model_rounds == always.num_rounds
     assert where_it_pays.num_model_rounds < where_it_pays.num_rounds / 2
     assert where_it_pays.num_tokens == always.num_tokens

@@ -18,11 +18,11 @@ from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, C
 PROMPT = (5, 8, 13, 21, 34, 55) * 6
 
 
-def fusing(core: CoreDriver, *, is_everybody_asked: bool = False) -> CoreDriver:
+def fusing(core: CoreDriver, *, asks_all_sources: bool = False) -> CoreDriver:
     """The same model and memory, text beside it."""
     limits = DrafterLimits("draft", core.drafter.max_model_len, MAX_TREE_NODES, TEXT_SOURCES | DraftSources.MODEL)
     decoder = core.model.decoder
-    rounds = Rounds(is_everybody_asked=is_everybody_asked)
+    rounds = Rounds(asks_all_sources=asks_all_sources)
     drafter = Drafter(decoder.config, core.memory, core.model, rounds, decoder.sequential_plan, limits)
     return replace(core, drafter=drafter)
 
@@ -85,7 +85,7 @@ def test_text_catches_up_after_rounds_without_it(core: CoreDriver, monkeypatch: 
 def test_a_round_says_how_far_either_would_have_come_alone(
     core: CoreDriver, monkeypatch: pytest.MonkeyPatch, observed: dict[str, list[float]]
 ) -> None:
-    driver = fusing(core, is_everybody_asked=True)
+    driver = fusing(core, asks_all_sources=True)
     prompt = (*range(10, 30), 5, 8, 13)  # of which 5, 8 comes back, so that text expects a little
     session_id = driver.open(prompt, SAMPLED)
     (draft,) = driver.finish([driver.ask(session_id, len(prompt), (5, 8), replace(BUDGET, num_nodes=60))])
@@ -103,7 +103,7 @@ def test_everybody_is_asked_where_that_is_asked_for(
     """Whatever would pay."""
     monkeypatch.setattr(RoundChoices, "is_text_worth_it", lambda self, num_sharing: False)
     monkeypatch.setattr(RoundChoices, "is_model_worth_it", lambda self, expected: False)
-    driver = fusing(core, is_everybody_asked=True)
+    driver = fusing(core, asks_all_sources=True)
     session_id = driver.open(PROMPT, SAMPLED)
     for length in range(len(PROMPT), len(PROMPT) + 10, 2):
         (draft,) = driver.finish([driver.ask(session_id, length, (5, 8), BUDGET)])
