@@ -38,7 +38,9 @@ def checked(output: str, schema: UnenforcedSchema) -> SchemaCheck:
 
     try:
         content = json.loads(schema.text)
-        kind = jsonschema.validators.extend(jsonschema.validators.validator_for(content), _WITH_SAFE_PATTERNS)
+        # The latest for a dialect that the library does not know; without a default it would warn.
+        found = jsonschema.validators.validator_for(content, default=jsonschema.Draft202012Validator)
+        kind = jsonschema.validators.extend(found, _WITH_SAFE_PATTERNS)
         error = jsonschema.exceptions.best_match(kind(content, registry=Registry()).iter_errors(json.loads(output)))
     except Exception as failure:  # of many types, where the schema is none or the output no JSON
         return SchemaCheck(schema.keywords, False, f"it cannot be checked: {failure}"[:_MAX_REASON_CHARS])

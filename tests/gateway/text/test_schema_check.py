@@ -14,6 +14,7 @@ from gateway.text.schema_check import UnenforcedSchema, checked
         ({"uniqueItems": True}, "[1, 2]", True),
         ({"uniqueItems": True}, "[1, 1]", False),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "dependencies": {"a": ["b"]}}, '{"a": 1}', False),
+        ({"$schema": "https://example.org/own", "uniqueItems": True}, "[1, 2]", True),
         ({"not": {"required": ["a"]}}, '{"b": 1}', True),
         ({"uniqueItems": True}, "[1, ", False),
         ({"not": {"$ref": "http://localhost:1/x"}}, "1", False),
