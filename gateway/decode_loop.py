@@ -21,7 +21,7 @@ _TURNS_TO_ASK = 2
 class TimedDraft:
     """A tree to verify, and what it cost; `elapsed_ns` is the gateway's own measure, 0 if no draft was asked for.
 
-    `node_sources` says who guessed each node, where the drafter tells.
+    `node_sources` are the sources of each node, where the drafter tells.
     """
 
     tree: TokenTree

@@ -51,7 +51,7 @@ class Patience:
     ) -> int:
         """How much longer the step should wait for those of `absent` that will be back in time; 0 to begin.
 
-        They are looked at once after a step; asked again, as each comes back, it looks at who `is_absent` still.
+        They are looked at once after a step; asked again, as each comes back, it looks at which `is_absent` still.
         """
         if self._due is None:
             latest = now + min(int(_MAX_SHARE * self._step_ns), _MAX_WAIT_NS)

@@ -1,4 +1,4 @@
-"""Who computes in the next step, and who gives way when KV memory runs out (docs/decisions/0005).
+"""Which sessions compute in the next step, and which give way when KV memory runs out (docs/decisions/0005).
 
 A session takes slots as it grows. When there are none left, the youngest sessions are preempted: their slots go back,
 and their tokens are computed again, like a prompt, once there is room. The oldest that computes is never preempted, so
@@ -143,7 +143,7 @@ class Scheduler(Generic[SessionT]):
         self._waiting: dict[int, SessionT] = {}  # for a verdict, by id, least recently served first
         self._refusal = _NO_REFUSAL
         self.piece: list[Work[SessionT]] | None = None
-        self._num_step_rows = 0  # of those who decode in the present step
+        self._num_step_rows = 0  # of those that decode in the present step
         self._has_read_prompts = False
 
     @property
@@ -345,7 +345,7 @@ class Scheduler(Generic[SessionT]):
         return bool(self._waiting)
 
     def _admit(self) -> None:
-        """Let in who has room: first those who were preempted, oldest first, then newcomers in order."""
+        """Let in sessions that have room: first the preempted, oldest first, then newcomers in order."""
         outside = [session for session in self._waiting.values() if not session.is_admitted]
         for session in sorted(outside, key=lambda session: session.session_id):
             if not self._try_to_admit(session):
@@ -399,7 +399,7 @@ class Scheduler(Generic[SessionT]):
     def _fair_shares(
         self, prefilling: Sequence[SessionT], num_rows: int, *, is_on_the_side: bool = False
     ) -> list[_Share[SessionT]]:
-        """Give the rows to those who waited longest, a fair share each; what short prompts leave goes to the long."""
+        """Give the rows to those that waited longest, a fair share each; what short prompts leave goes to the long."""
         shares: list[_Share[SessionT]] = []
 
         def give(session: SessionT, num_tokens: int) -> int:
@@ -417,7 +417,7 @@ class Scheduler(Generic[SessionT]):
         return shares
 
     def _with_slots(self, share: _Share[SessionT]) -> Work[SessionT] | None:
-        """Take the slots, preempting who is younger; None if there are too few. Called for the oldest first."""
+        """Take the slots, preempting younger sessions; None if there are too few. Called for the oldest first."""
         session, tree = share.session, share.tree
         num_nodes = len(tree) if tree is not None else 0
         if not session.is_admitted or not self._make_room(share.num_tokens + num_nodes, session):

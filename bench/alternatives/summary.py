@@ -53,7 +53,7 @@ class AlternativeResult:
 
 
 def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[AlternativeResult]:
-    """One row per kind of task, temperature and maker, who must all have completed the same prompts."""
+    """One row per kind of task, temperature and maker; all makers must have completed the same prompts."""
     groups: dict[tuple[str, float], dict[Maker, dict[int, TimedCompletion]]] = {}
     for one in completions:
         makers = groups.setdefault((one.task_name, one.temperature), {})

@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class TimedCompletion:
-    """`maker` says who made it, `elapsed_s` the time from asking to the last token, reading the prompt included."""
+    """`maker` made it, `elapsed_s` is the time from asking to the last token, reading the prompt included."""
 
     maker: Maker
     task_name: str

@@ -1,4 +1,4 @@
-"""More load than there is capacity: who is accepted is served right, who is refused is told so in time."""
+"""More load than there is capacity: accepted requests are served right, others are refused in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m bench who-drafts`: tokens a second by who is asked in a round, on a clock that does not jitter.
+"""`python -m bench who-drafts`: tokens per second by the sources asked in a round, on a clock that does not jitter.
 
 Recorded rounds go through the drafter's own `Rounds`. Only time is made up: what the draft model, text and the
 rest of a round (verifier, gateway, wire) take is said by flags, so that decisions depend on nothing else and two runs

@@ -9,7 +9,7 @@ attention reads at any layer was written there, and committed tokens are exact i
 A calibration is the same thing without the tree: an exact pass over the new tokens as deep as its level goes. The
 layers below it repair nothing that is read, and wait.
 
-Sessions of a batch go down together; who has left does not hold a row in what follows.
+Sessions of a batch go down together; a session that has left holds no row in what follows.
 
 Dimensions: `E` hidden size.
 """

@@ -53,7 +53,7 @@ class Stage:
 
 
 class ExitGate(Protocol):
-    """Decides who goes on, and hears what came of it."""
+    """Decides which levels go on, and learns what came of it."""
 
     def goes_on(self, stage: Stage, levels: Sequence[LevelView]) -> list[bool]:
         """Which of the levels that have come to an exit together go on to the next one."""

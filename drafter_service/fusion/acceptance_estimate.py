@@ -38,7 +38,7 @@ _UNNAMED = -4.0
 class JudgedPlace:
     """All that was said after one path, and what became of it: enough to learn from the verdict.
 
-    `probabilities` are the estimates by token, `cases` say who named the token. `inputs` holds, per guesser of the
+    `probabilities` are the estimates by token, `cases` say which named the token. `inputs` holds, per guesser of the
     place, the calibrated log-odds of the tokens that it named.
     """
 
@@ -190,7 +190,7 @@ class AcceptanceEstimate:
                 unnamed_curve.observe_unnamed(is_missed, num_unnamed)
 
     def _mix(self, place: JudgedPlace, probabilities: dict[int, float]) -> None:
-        """The estimate of every token: log-odds of who named it and of who did not, weighed by the case."""
+        """The estimate of every token: log-odds of guessers that named it and of the others, weighed by the case."""
         terms_of: dict[int, tuple[float, list[tuple[float, Mapping[int, float]]]]] = {}
         for token_id, case in place.cases.items():
             known = terms_of.get(case)

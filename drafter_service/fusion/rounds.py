@@ -1,4 +1,4 @@
-"""The rounds of sessions: who takes part in each, and the one tree that comes of it."""
+"""The rounds of sessions: which sources take part in each, and the one tree that comes of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rounds:
         self._clock_ns = clock_ns
 
     def begin(self, session: Session, num_new_tokens: int, budget: TreeBudget, num_sharing: int) -> Round:
-        """Learn from the verdict on the last round, and choose who takes part in the next; text looks things up.
+        """Learn from the verdict on the last round, and choose the sources of the next; text looks things up.
 
         `num_sharing` sessions share the thread.
         """
@@ -75,7 +75,7 @@ class Rounds:
             session.choices.observe_text(gain, last.text_ns / 1e9)
 
     def finish(self, session: Session, num_layers: int) -> tuple[TokenTree, Sources]:
-        """The round's tree within its budget, and who guessed each node.
+        """The round's tree within its budget, and the sources of each node.
 
         Nodes that the draft model guessed before the last of its `num_layers` are named after that.
         """

@@ -82,7 +82,7 @@ class GrowingUnion(GrowingTree):
         self._bias = bias
         self._min_value = min_value
         self._cursors: list[list[object | None]] = []
-        # Negative value, number (the older wins a tie), row of the parent, token, who named it.
+        # Negative value, number (the older wins a tie), row of the parent, token, the guessers that named it.
         self._heap: list[tuple[float, int, int, int, int]] = []
         self._num_pushed = 0
         self.values = [1.0]  # by row
@@ -147,7 +147,7 @@ class GrowingUnion(GrowingTree):
 
 
 def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
-    """What was said without tokens that a grammar forbids; guessers who said nothing else are left out."""
+    """What was said without tokens that a grammar forbids; guessers that said nothing else are left out."""
     if bits is None:
         return dict(stated)
     kept: dict[Guesser, Stated] = {}

@@ -145,7 +145,7 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
 
 
 def _mode(flags: GenerateFlags) -> _Mode.Mode.ValueType:
-    """Who names a tree wants that tree, and who is alone drafts; otherwise the gateway chooses by what it earns."""
+    """A named tree is used, and one's own stack always drafts; else the gateway chooses by what drafts earn."""
     if not flags.is_drafting:
         return _Mode.MODE_OFF
     is_named = any(value is not None for value in (flags.num_draft_levels, flags.tree_width, flags.num_nodes))

@@ -1,4 +1,4 @@
-"""What the decoder supports, for those who must know without loading a model."""
+"""What the decoder supports, for code that must know without loading a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV memory: the token slots of a process's pool, who holds them, and who may take them back."""
+"""KV memory: the token slots of a process's pool, the sessions that hold them, and which may take them back."""
 
 from __future__ import annotations
 

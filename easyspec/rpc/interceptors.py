@@ -162,7 +162,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             await abort(context, error, structlog.contextvars.get_contextvars()["request_id"])
         finally:
             duration_ms = (time.monotonic_ns() - started_ns) / 1e6
-            # Services ask each other who they are every few seconds.
+            # Services ask each other for their info every few seconds.
             log = _log.debug if outcome["code"] == "OK" and _is_routine(method) else _log.info
             log("rpc_finished", method=method, duration_ms=round(duration_ms, 3), **outcome)
             self._count(method, outcome)

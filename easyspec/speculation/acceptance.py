@@ -29,7 +29,7 @@ def stop_limits(
 
 
 class Walk:
-    """The walk over one tree, one choice at a time, for those who can only choose where it comes by.
+    """The walk over one tree, one choice at a time, for callers that can only choose where it comes by.
 
     `row` is the row whose choice is wanted next, None once the walk is over. A child that carries its parent's
     choice is accepted; the first choice without a child is the bonus token and ends the walk. A stop token is

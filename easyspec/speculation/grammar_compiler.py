@@ -54,7 +54,7 @@ class _Refusal:
 
 @dataclass(frozen=True)
 class _Delay:
-    """The machine had no time for a grammar; the next one who asks has it tried anew."""
+    """The machine had no time for a grammar; the next request has it tried anew."""
 
     reason: str
 

@@ -75,7 +75,7 @@ class DrafterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetDrafterVocabulary(self, request, context):
-        """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ.
+        """What its token ids mean: asked for where the tokenizer is another, to say where they differ.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

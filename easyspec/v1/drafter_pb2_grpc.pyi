@@ -43,7 +43,7 @@ class DrafterServiceStub:
     GetDrafterInfo: _grpc.UnaryUnaryMultiCallable[_drafter_pb2.GetDrafterInfoRequest, _drafter_pb2.GetDrafterInfoResponse]
     """What runs here."""
     GetDrafterVocabulary: _grpc.UnaryUnaryMultiCallable[_drafter_pb2.GetDrafterVocabularyRequest, _drafter_pb2.GetDrafterVocabularyResponse]
-    """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+    """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 @_typing.type_check_only
 class DrafterServiceAsyncStub(DrafterServiceStub):
@@ -60,7 +60,7 @@ class DrafterServiceAsyncStub(DrafterServiceStub):
     GetDrafterInfo: _aio.UnaryUnaryMultiCallable[_drafter_pb2.GetDrafterInfoRequest, _drafter_pb2.GetDrafterInfoResponse]  # type: ignore[assignment]
     """What runs here."""
     GetDrafterVocabulary: _aio.UnaryUnaryMultiCallable[_drafter_pb2.GetDrafterVocabularyRequest, _drafter_pb2.GetDrafterVocabularyResponse]  # type: ignore[assignment]
-    """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+    """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 class DrafterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Errors common to all RPCs: UNAVAILABLE while loading or draining, INTERNAL for a bug of ours."""
@@ -92,6 +92,6 @@ class DrafterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _drafter_pb2.GetDrafterVocabularyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_drafter_pb2.GetDrafterVocabularyResponse, _abc.Awaitable[_drafter_pb2.GetDrafterVocabularyResponse]]:
-        """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+        """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 def add_DrafterServiceServicer_to_server(servicer: DrafterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -44,7 +44,7 @@ class VerifierServiceStub:
     GetVerifierInfo: _grpc.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierInfoRequest, _verifier_pb2.GetVerifierInfoResponse]
     """What runs here."""
     GetVerifierVocabulary: _grpc.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierVocabularyRequest, _verifier_pb2.GetVerifierVocabularyResponse]
-    """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+    """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 @_typing.type_check_only
 class VerifierServiceAsyncStub(VerifierServiceStub):
@@ -62,7 +62,7 @@ class VerifierServiceAsyncStub(VerifierServiceStub):
     GetVerifierInfo: _aio.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierInfoRequest, _verifier_pb2.GetVerifierInfoResponse]  # type: ignore[assignment]
     """What runs here."""
     GetVerifierVocabulary: _aio.UnaryUnaryMultiCallable[_verifier_pb2.GetVerifierVocabularyRequest, _verifier_pb2.GetVerifierVocabularyResponse]  # type: ignore[assignment]
-    """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+    """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
     """Errors common to all RPCs: UNAVAILABLE while loading or draining, INTERNAL for a bug of ours."""
@@ -95,6 +95,6 @@ class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _verifier_pb2.GetVerifierVocabularyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_verifier_pb2.GetVerifierVocabularyResponse, _abc.Awaitable[_verifier_pb2.GetVerifierVocabularyResponse]]:
-        """What its token ids mean: asked for by who finds another tokenizer than its own, to say where they differ."""
+        """What its token ids mean: asked for where the tokenizer is another, to say where they differ."""
 
 def add_VerifierServiceServicer_to_server(servicer: VerifierServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

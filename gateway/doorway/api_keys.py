@@ -1,4 +1,4 @@
-"""API keys: who a client is, told by the bearer token it presents."""
+"""API keys: a client's name, found by the bearer token it presents."""
 
 from __future__ import annotations
 

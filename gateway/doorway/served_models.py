@@ -64,7 +64,7 @@ class ServedModels:
     async def wait_for_answer(self) -> None:
         """Return when the verifier of one model has answered, and every other service was asked once.
 
-        Raises ConfigurationError if one who answered has another vocabulary, and if two models have one name.
+        Raises ConfigurationError if a verifier that answered has another vocabulary, and if two models have one name.
         """
         waits = [asyncio.create_task(generator.verifier_peer.wait_for_answer()) for generator in self]
         try:

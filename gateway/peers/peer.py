@@ -1,4 +1,4 @@
-"""What the gateway knows about the services behind it: who answers, who must not be used."""
+"""What the gateway knows about the services behind it: which of them answer, and which must not be used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ExponentialBackoff:
 
 @dataclass(frozen=True)
 class JitteredBackoff:
-    """Another backoff's pause, shortened at random by up to half, so that those who wait do not all come at once."""
+    """Another backoff's pause, shortened at random by up to half, so that those that wait do not all come at once."""
 
     backoff: Backoff
 

@@ -1,4 +1,4 @@
-"""The replicas of one role: who can be used, which model they serve, and who is next."""
+"""The replicas of one role: which can be used, which model they serve, and which is next."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Replica(Generic[_ClientT]):
 
 
 class ReplicaSet(Generic[_ClientT]):
-    """All replicas of a role; to those who only ask whether the role can be used, one peer.
+    """All replicas of a role; to callers that only ask whether the role can be used, one peer.
 
     One lost replica is not a lost role: the set is ready while any replica is. New requests are for the model that is
     in force, which is the first one found and stays so while any ready replica serves it.

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Caller:
-    """One HTTP request on its way in: the models, who asks, how long it may take, and since when we serve.
+    """One HTTP request on its way in: the models, the client's name, how long it may take, and since when we serve.
 
     `generator` is the model that is asked: the first one, until `for_model` says otherwise.
     """

@@ -21,7 +21,7 @@ from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
 from gateway.rest.trust import Door, RestTrust
 
 REQUEST_ID_HEADER = b"x-request-id"
-# Answer while the gateway is loading or draining, too: who asks wants to know what is going on.
+# Answer while the gateway is loading or draining, too: these tell what is going on.
 ALWAYS_OPEN = frozenset({"/version", "/metrics"}) | PLAYGROUND_PATHS
 _MAX_REQUEST_ID_CHARS = 128
 _BODY_TIMEOUT_S = 60.0

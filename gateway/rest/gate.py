@@ -1,4 +1,4 @@
-"""Who may come in, and who is inside: readiness and draining of the HTTP side."""
+"""Which requests may come in, and how many are inside: readiness and draining of the HTTP side."""
 
 from __future__ import annotations
 

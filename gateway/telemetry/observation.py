@@ -44,12 +44,12 @@ class RequestObserver(Protocol):
 
 
 class GenerationObserver(Protocol):
-    """Called when a request comes in, for the one who follows it. `model` is the base model's name."""
+    """Called when a request comes in, for the observer that follows it. `model` is the base model's name."""
 
     def __call__(self, request: GenerationRequest, model: str) -> RequestObserver: ...
 
 
-class _Everyone:
+class _AllObservers:
     """Several observers as one. One that breaks is a bug, which is logged, and costs neither request nor others."""
 
     def __init__(self, observers: Sequence[RequestObserver]) -> None:
@@ -86,7 +86,7 @@ def all_observers(*observers: GenerationObserver) -> GenerationObserver:
     """An observer that tells all of them."""
 
     def begin(request: GenerationRequest, model: str) -> RequestObserver:
-        return _Everyone([observer(request, model) for observer in observers])
+        return _AllObservers([observer(request, model) for observer in observers])
 
     return begin
 

@@ -6,7 +6,7 @@ import asyncio
 
 
 class Progress:
-    """One request on its way to its first token, for those who wait for it.
+    """One request on its way to its first token, for code that waits for it.
 
     `num_prompt_tokens` is known once it is admitted. It does not move while its verifier is lost.
     """

@@ -1,4 +1,4 @@
-"""What was guessed in a round and which of it was right, for those who want to look."""
+"""What was guessed in a round and which of it was right, for display."""
 
 from __future__ import annotations
 

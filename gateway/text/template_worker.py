@@ -22,7 +22,7 @@ _MOST_CHARS = 32 << 20
 
 
 def main() -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template  # not for those who want the limits
+    from transformers.utils.chat_template_utils import render_jinja_template  # not for importers of the limits
 
     _limit_memory()
     for line in sys.stdin.buffer:

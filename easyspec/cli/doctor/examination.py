@@ -41,7 +41,7 @@ async def examine(patient: Patient) -> list[Finding]:
 
 
 def _compare(reports: dict[str, PeerReport], base: Path) -> list[Finding]:
-    """Whether all who answered, and the base checkpoint here, have one tokenizer."""
+    """Whether all services that answered, and the base checkpoint here, have one tokenizer."""
     fingerprints = {
         role: report.model.tokenizer_fingerprint for role, report in reports.items() if report.model is not None
     }

@@ -1,4 +1,4 @@
-"""Checks of the ports that `easyspec up` takes: free, or who is there."""
+"""Checks of the ports that `easyspec up` takes: free, or taken by what."""
 
 from __future__ import annotations
 
