@@ -220,7 +220,7 @@ def test_quit_leaves_and_help_names_every_command(conversation: Conversation) ->
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("/nonsense", "no command"),
+        ("/nonsense", "unknown command"),
         ("/seed x", "seed is 'x'"),
         (f"/seed {2**64}", "allowed: 0 to"),
         ("/stats", "no answer yet"),
