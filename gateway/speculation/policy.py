@@ -24,6 +24,9 @@ _RETRY_ROUNDS = 2
 # this share of its levels takes them away again.
 _PERFECT_ROUNDS = 3
 _POOR_SHARE = 0.5
+# Behind an empty tree come plain rounds: one, then twice as many each time, up to this many. Where text repeats, it
+# does so for longer.
+_MAX_ROUNDS_AFTER_EMPTY = 8
 # Plain rounds are asked for ahead, up to so many and as many as fit so long a time, after which the policy may change.
 _MAX_PLAIN_ROUNDS, _PLAIN_ROUNDS_S = 16, 0.1
 # Of what a round takes besides draft and verdict, this much and as long as these counts.
@@ -50,6 +53,7 @@ class SpeculationPolicy:
         self._num_perfect = 0
         self._num_steps = 0  # up from the process's choice
         self._num_drafted = 0
+        self._num_empty = 0  # trees in a row
         self._rest_left = 0
         self._rest_rounds = _FIRST_REST_ROUNDS
 
@@ -76,7 +80,11 @@ class SpeculationPolicy:
             self._is_first = False
             return
         if self._asked is not None and len(round_.draft.tree) > 0:
+            self._num_empty = 0
             self._learn_acceptance(round_)
+        elif self._asked is not None and round_.draft.elapsed_ns > 0:
+            self._rest_left = min(2**self._num_empty, _MAX_ROUNDS_AFTER_EMPTY)
+            self._num_empty += 1
         self._controller.observe(self._participant, _sample(self._followed(round_), round_, other_s))
 
     def leave(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from easyspec.speculation.messages import Verdict, VerifyTimings
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.token_tree import TokenTree
-from gateway.decode_loop import Round, TimedDraft, TimedVerdict
+from gateway.decode_loop import NOTHING_DRAFTED, Round, TimedDraft, TimedVerdict
 from gateway.speculation.arms import OFF, Arm, arms_within, deepened, within
 from gateway.speculation.controller import SpeculationController
 from gateway.speculation.estimates import AcceptanceCurve, CostCurve, Throughput
@@ -233,6 +233,28 @@ def test_a_request_whose_guesses_are_all_right_gets_larger_trees_step_by_step() 
     assert policy.next_budget() == deepened(BUDGET), "there is nothing above"
     policy.learn(drafted_round(5, 1))
     assert policy.next_budget() == sizes[-1]
+
+
+def test_empty_trees_are_asked_for_less_and_less_until_there_is_one_again() -> None:
+    policy = SpeculationPolicy(SpeculationController(BUDGET, lambda: 0.0), None)
+    policy.learn(drafted_round(0, 0))  # the prompt
+
+    def num_plain_rounds() -> int:
+        """Until the next tree is asked for."""
+        num_rounds = 0
+        while policy.next_budget() is None:
+            policy.learn(Round(NOTHING_DRAFTED, drafted_round(0, 0).answer))
+            num_rounds += 1
+        return num_rounds
+
+    assert num_plain_rounds() == 0
+    for expected in (1, 2, 4, 8, 8):
+        policy.learn(drafted_round(0, 0))
+        assert num_plain_rounds() == expected
+    policy.learn(drafted_round(3, 0))
+    assert num_plain_rounds() == 0
+    policy.learn(drafted_round(0, 0))
+    assert num_plain_rounds() == 1
 
 
 def test_requests_of_another_gateway_are_load_as_well() -> None:
