@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -29,6 +29,9 @@ from easyspec.speculation.grammar_compilation import (
 from easyspec.speculation.grammar_sandbox import GrammarSandbox
 from easyspec.speculation.grammar_trial import TrialLimits
 from easyspec.speculation.parameters import Grammar, GrammarKind
+
+# An idle core reads 50 000 tokens in 2 s.
+_PREPARING_S = 5.0
 
 _log = structlog.get_logger()
 
@@ -108,8 +111,11 @@ class GrammarCompiler:
         return _unwrapped(grammar, outcome)
 
     def prepare(self) -> None:
-        """Begin to read the tokenizer, here and in the process that tries grammars; returns at once."""
-        self.submit(Grammar(GrammarKind.REGEX, "a"))
+        """Read the tokenizer, here and in the process that tries grammars, before the first requests want the cores.
+
+        What takes longer than a few seconds goes on behind them.
+        """
+        wait([self.submit(Grammar(GrammarKind.REGEX, "a"))], _PREPARING_S)
 
     def submit(self, grammar: Grammar) -> Future[_Outcome]:
         """Have it compiled if it is not yet; raises CapacityError. For `poll`."""
