@@ -51,8 +51,7 @@ class Turn:
 class GenerateFlags:
     """A request as given on the command line; with `is_chat` the prompt is a user's message after `earlier_turns`.
 
-    `model` empty is the gateway's first one. `is_alone`: the services are started for it, so there is no load for the
-    gateway to weigh and every round drafts.
+    `model` empty is the gateway's first one.
     """
 
     prompt: str
@@ -63,7 +62,6 @@ class GenerateFlags:
     is_chat: bool = False
     earlier_turns: tuple[Turn, ...] = ()
     is_drafting: bool = True
-    is_alone: bool = False
     num_draft_levels: int | None = None
     tree_width: int | None = None
     num_nodes: int | None = None
@@ -145,11 +143,11 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
 
 
 def _mode(flags: GenerateFlags) -> _Mode.Mode.ValueType:
-    """A named tree is used, and one's own stack always drafts; else the gateway chooses by what drafts earn."""
+    """A named tree is used; else the gateway chooses by what drafts earn."""
     if not flags.is_drafting:
         return _Mode.MODE_OFF
     is_named = any(value is not None for value in (flags.num_draft_levels, flags.tree_width, flags.num_nodes))
-    return _Mode.MODE_ON if is_named or flags.is_alone else _Mode.MODE_AUTO
+    return _Mode.MODE_ON if is_named else _Mode.MODE_AUTO
 
 
 def _given(value: int | None, default: int) -> int:

@@ -194,7 +194,6 @@ def generate(
         stop_strings=tuple(stop or ()),
         is_chat=chat,
         is_drafting=not no_draft,
-        is_alone=gateway is None,
         num_draft_levels=num_draft_levels,
         tree_width=tree_width,
         num_nodes=num_nodes,
