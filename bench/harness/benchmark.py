@@ -19,6 +19,7 @@ from bench.harness.tables import ResultTable
 from easyspec.cli.signals import run_until_signal
 
 S = TypeVar("S")
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ def as_plain(value: Any) -> Any:
         return [as_plain(each) for each in value]
     if isinstance(value, enum.Enum):
         return as_plain(value.value)
-    return str(value) if isinstance(value, Path) else value
+    return _shown(value) if isinstance(value, Path) else value
+
+
+def _shown(path: Path) -> str:
+    """As the repository names it, where it is inside: a result file says nothing about the machine's folders."""
+    return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
