@@ -42,7 +42,7 @@ class SoakSettings:
     draft: Annotated[Path, flag("Checkpoint folder of the drafters.")] = DEFAULT_DRAFT
     seconds: Annotated[float, flag("How long.")] = 3600.0
     load_s: Annotated[float, flag("Seconds of load between two rests.")] = 57.0
-    warm_up_rests: Annotated[int, flag("Rests before those that count.")] = 10
+    warm_up_rests: Annotated[int, flag("Rests at the beginning, which are not measured.")] = 10
     clients: Annotated[int, flag("Requests at the same time.", minimum=1)] = 8
     tokens: Annotated[int, flag("Longest answers.", minimum=1)] = 64
     kv_slots: Annotated[int, flag("Slots of each KV pool, which fill up.")] = 8192

@@ -17,7 +17,7 @@ LAYER_PARALLEL_SIZES = (2, 3, 4, 6)
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to decode; `layer_plan` is None for plain decoding, `sources` are those that guess."""
+    """One way to decode; `layer_plan` is None for plain decoding, `sources` make the guesses."""
 
     name: str
     layer_plan: LayerPlanRequest | None = None

@@ -58,7 +58,7 @@ class ExponentialBackoff:
 
 @dataclass(frozen=True)
 class JitteredBackoff:
-    """Another backoff's pause, shortened at random by up to half, so that those that wait do not all come at once."""
+    """Another backoff's pause, shortened at random by up to half, so that waiting tries do not all come at once."""
 
     backoff: Backoff
 

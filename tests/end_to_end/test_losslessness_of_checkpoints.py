@@ -1,4 +1,4 @@
-"""Experts, windows and blocks of four bits say what plain decoding says, whoever drafts, in float32 and bfloat16."""
+"""Experts, windows and blocks of four bits say what plain decoding says with any drafter, in float32 and bfloat16."""
 
 from __future__ import annotations
 

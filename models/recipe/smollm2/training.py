@@ -25,7 +25,7 @@ from models.recipe.smollm2.texts import Batch, WrittenText, batches, collate
 from models.recipe.smollm2.writing import ASSISTANT, GIVEN
 from models.recipe.trainer import Effort, Trainer
 
-# Tokens of a Zipf distribution over ids that count like those that the base said.
+# So many imagined tokens, of a Zipf distribution over ids, are added to the counts of what the base said.
 _NUM_IMAGINED = 20_000.0
 
 

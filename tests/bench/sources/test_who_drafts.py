@@ -14,7 +14,7 @@ from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
 
-MODEL, EVERYBODY = DraftSources.MODEL, DraftSources.MODEL | TEXT_SOURCES
+MODEL, ALL_SOURCES = DraftSources.MODEL, DraftSources.MODEL | TEXT_SOURCES
 NOWHERE = 999
 DURATIONS = Durations(text=1.0, fuse=2.0, model=14.0, rest=22.0)
 
@@ -57,13 +57,15 @@ def test_time_passes_as_it_is_said_to(novel: Recorded) -> None:
 
 def test_two_runs_on_the_made_up_clock_are_the_same(novel: Recorded, copied: Recorded) -> None:
     both = [novel, copied] * 4
-    assert run(both, TextResources(), EVERYBODY, 16, DURATIONS) == run(both, TextResources(), EVERYBODY, 16, DURATIONS)
+    assert run(both, TextResources(), ALL_SOURCES, 16, DURATIONS) == run(
+        both, TextResources(), ALL_SOURCES, 16, DURATIONS
+    )
 
 
 def test_the_model_is_asked_where_it_pays_or_always(copied: Recorded) -> None:
     copies = [copied] * 8
-    [where_it_pays] = run(copies, TextResources(), EVERYBODY, 16, DURATIONS).values()
-    [always] = run(copies, TextResources(), EVERYBODY, 16, DURATIONS, asks_all_sources=True).values()
+    [where_it_pays] = run(copies, TextResources(), ALL_SOURCES, 16, DURATIONS).values()
+    [always] = run(copies, TextResources(), ALL_SOURCES, 16, DURATIONS, asks_all_sources=True).values()
     assert always.num_model_rounds == always.num_rounds
     assert where_it_pays.num_model_rounds < where_it_pays.num_rounds / 2
     assert where_it_pays.num_tokens == always.num_tokens
