@@ -48,8 +48,15 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU a page is taken when its first token comes, where torch would fill gigabytes at start-up."""
+    """Zeros; on a CPU a page is taken when its first token comes, where torch would fill gigabytes at start-up.
+
+    Raises MemoryError where the system promises less than that.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {num_bytes} bytes of keys or values") from error
     return torch.frombuffer(pages, dtype=dtype).view(shape)

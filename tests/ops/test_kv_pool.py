@@ -20,3 +20,8 @@ def test_a_slot_takes_its_bytes(dtype: torch.dtype) -> None:
     assert pool.keys.nbytes + pool.values.nbytes == 12 * KVPool.slot_bytes(3, 2, 20, dtype)
     assert not pool.keys.any()
     assert not pool.values.any()
+
+
+def test_a_pool_beyond_all_memory_is_an_error_of_memory() -> None:
+    with pytest.raises(MemoryError, match="bytes of keys or values"):
+        KVPool(64, 64, 128, 1 << 36, torch.float32, CPU)
