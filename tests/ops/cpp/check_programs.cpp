@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t HIDDEN = 52, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 20, MLP = 72, VOCABULARY = 203, LAYERS = 2;
 constexpr int64_t NUM_SLOTS = 1024, SLOT_FLOATS = 32, MAX_ROWS = 1024, ROTARY_DIM = 16;
 constexpr int64_t WIDTHS[] = {64, 64, 192, 96, 96, 64, 224, 64, 64};
-constexpr int32_t IS_SELECTED[] = {0, 0, 0, 0, 0, 1, 1, 0, 0};
+constexpr int32_t ROWS_PER_ROW[] = {1, 1, 1, 1, 1, 0, 0, 1, 1};  // 0: of selected rows alone
 enum Buffer : int32_t { STATE, NORMED, QKV, ATTENDED, GATES, CHOSEN, LOGITS, FIRST_PART, SECOND_PART, NUM_BUFFERS };
 
 // Rows that are computed together: of several texts, each behind tokens it has.
@@ -43,7 +43,7 @@ class Model {
     append({.kind = EASYSPEC_NORM, .input = CHOSEN, .output = CHOSEN, .width = HIDDEN, .eps = 1e-5f, .norm = norm_.data()});
     append({.kind = EASYSPEC_PRODUCT, .input = CHOSEN, .output = LOGITS, .weight = add(format, VOCABULARY, HIDDEN)});
     append({.kind = EASYSPEC_SCALE, .input = LOGITS, .factor = 2.0f, .soft_cap = 20.0f});
-    program_ = easyspec_program_new(engine_, ops_.data(), int64_t(ops_.size()), WIDTHS, IS_SELECTED, NUM_BUFFERS);
+    program_ = easyspec_program_new(engine_, ops_.data(), int64_t(ops_.size()), WIDTHS, ROWS_PER_ROW, NUM_BUFFERS);
     keys_.assign(size_t(LAYERS * KV_HEADS * NUM_SLOTS * SLOT_FLOATS), 0.0f);
     values_ = keys_;
   }
@@ -62,7 +62,7 @@ class Model {
     std::vector<float*> buffers;
     for (int i = 0; i < NUM_BUFFERS; i++) {
       // What an earlier pass left there is no number.
-      storage.emplace_back(size_t(WIDTHS[i] * (IS_SELECTED[i] ? num_selected : num_rows)), NAN);
+      storage.emplace_back(size_t(WIDTHS[i] * (ROWS_PER_ROW[i] ? num_rows : num_selected)), NAN);
       buffers.push_back(storage.back().data());
     }
     const EasyspecPass pass = {
