@@ -225,7 +225,9 @@ void check_choices(void* engine) {
     const std::vector<float> before = logits;
     const int64_t token = easyspec_choose(engine, &choice);
     CHECK(std::memcmp(before.data(), logits.data(), logits.size() * 4) == 0, "trial %d leaves other logits", trial);
-    CHECK(token < size && token >= (choice.allowed_bits ? -1 : 0), "trial %d: token %d", trial, int(token));
+    const bool are_finite = std::all_of(before.begin(), before.end(), [](float each) { return std::isfinite(each); });
+    const int64_t least = choice.allowed_bits || !are_finite ? -1 : 0;
+    CHECK(token < size && token >= least && (are_finite || token == -1), "trial %d: token %d", trial, int(token));
     if (token < 0) continue;
     CHECK(std::isfinite(logits[size_t(token)]), "trial %d: token %d has no probability", trial, int(token));
     CHECK(!choice.allowed_bits || allowed[size_t(token / 8)] >> (token % 8) & 1, "trial %d: token %d", trial, int(token));
