@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 NUM_EVIDENCE_CLASSES = 5
 """Evidence is a class 0 (a hint) to 4 (as good as it gets): how much stands behind a prediction."""
@@ -22,23 +22,24 @@ class Guesser(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Stated:
-    """What a guesser says comes after a path: token -> its own probability, and its class of evidence."""
+    """What a guesser says comes after a path: token -> its own probability, at most 1 in all, and its class of
+    evidence."""
 
     probabilities: Mapping[int, float]
     evidence: int
 
 
 class PathGuesser(Protocol):
-    """A guesser at work on one round of one request. A cursor is its own idea of a path."""
+    """A guesser at work on one round of one request. A cursor is its own idea of a path, None where it has none."""
 
     @property
     def kind(self) -> Guesser: ...
 
-    def root(self) -> object | None:
-        """The cursor of the committed text; None if there is nothing to say."""
+    def root(self) -> Any | None:
+        """The cursor of the committed text."""
 
-    def step(self, cursor: object, token_id: int) -> object | None:
-        """The cursor one token further; None if there is nothing to say from there on."""
+    def step(self, cursor: Any, token_id: int) -> Any | None:
+        """The cursor one token further."""
 
-    def state(self, cursor: object, depth: int) -> Stated | None:
+    def state(self, cursor: Any, depth: int) -> Stated | None:
         """What comes next, at level `depth`; None if it does not know."""

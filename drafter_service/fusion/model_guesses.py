@@ -26,15 +26,13 @@ class ModelGuesser:
         self._log_values = scored.log_values
         self._early_rows = early_rows
 
-    def root(self) -> object | None:
+    def root(self) -> int | None:
         return 0 if len(self._tree) else None
 
-    def step(self, cursor: object, token_id: int) -> object | None:
-        assert isinstance(cursor, int)
+    def step(self, cursor: int, token_id: int) -> int | None:
         return self._tree.child(cursor, token_id)
 
-    def state(self, cursor: object, depth: int) -> Stated | None:
-        assert isinstance(cursor, int)
+    def state(self, cursor: int, depth: int) -> Stated | None:
         children = self._tree.children[cursor]
         if not children:
             return None

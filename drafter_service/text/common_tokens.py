@@ -7,12 +7,12 @@ next token once in six times. A greedy request has no noise, and this nothing to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from drafter_service.text.prediction import Prediction
+from drafter_service.guesser import Stated
 from easyspec.speculation.host_noise import PositionNoise
 
 _NUM_FAVOURED = 6
@@ -36,22 +36,10 @@ class CommonTokens:
         return dict(zip(self._token_ids[chosen].tolist(), self._shares[chosen].tolist(), strict=True))
 
 
-class FavouredTokens:
-    """The tokens that are favoured at each level of one round; `noise_of` gives a level's noise."""
-
-    def __init__(self, tokens: CommonTokens, temperature: float, noise_of: Callable[[int], PositionNoise]) -> None:
-        self._tokens = tokens
-        self._temperature = temperature
-        self._noise_of = noise_of
-        self._levels: dict[int, Mapping[int, float]] = {}
-
-    def beside(self, prediction: Prediction | None, depth: int) -> Prediction:
-        """A prediction, and what it leaves open given to the common tokens."""
-        favoured = self._levels.get(depth)
-        if favoured is None:
-            favoured = self._levels[depth] = self._tokens.favoured(self._temperature, self._noise_of(depth))
-        probabilities = dict(prediction.probabilities) if prediction is not None else {}
-        share = max(_MIN_SHARE, 1.0 - sum(probabilities.values()))
-        for token_id, of_corpus in favoured.items():
-            probabilities[token_id] = probabilities.get(token_id, 0.0) + share * of_corpus
-        return Prediction(probabilities, prediction.evidence if prediction is not None else 0)
+def beside(said: Stated | None, favoured: Mapping[int, float]) -> Stated:
+    """What text says, and what it leaves open given to the favoured tokens."""
+    probabilities = dict(said.probabilities) if said is not None else {}
+    share = max(_MIN_SHARE, 1.0 - sum(probabilities.values()))
+    for token_id, of_corpus in favoured.items():
+        probabilities[token_id] = probabilities.get(token_id, 0.0) + share * of_corpus
+    return Stated(probabilities, said.evidence if said is not None else 0)

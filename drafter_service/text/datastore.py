@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from drafter_service.text.prediction import Prediction, best
+from drafter_service.guesser import Stated
+from drafter_service.text.prediction import best
 from easyspec.datastore.suffix_index import Match, SuffixIndex
 
 _MIN_LENGTH = 2
@@ -20,57 +22,39 @@ _UNSEEN = 1.0
 _EVIDENCE_LENGTHS = (4, 6, 9, 14)
 
 
-@dataclass(frozen=True, slots=True)
-class TrieNode:
-    """A place in the trie of continuations, which is made when it is looked at.
-
-    `numbers` are the continuations that went this way, `depth` how far.
-    """
-
-    trie: Trie
-    depth: int
-    numbers: Sequence[int]
-
-    def weights(self) -> dict[int, float]:
-        """Where they go on from here, and how much weight goes there."""
-        continuations, depth = self.trie.continuations, self.depth
-        weights: dict[int, float] = {}
-        for number in self.numbers:
-            token_ids, weight = continuations[number]
-            if depth < len(token_ids):
-                token_id = token_ids[depth]
-                weights[token_id] = weights.get(token_id, 0.0) + weight
-        return weights
-
-    def child(self, token_id: int) -> TrieNode | None:
-        """One token further; None if no continuation goes there."""
-        continuations, depth = self.trie.continuations, self.depth
-        numbers = [
-            number
-            for number in self.numbers
-            if depth < len(continuations[number][0]) and continuations[number][0][depth] == token_id
-        ]
-        return TrieNode(self.trie, depth + 1, numbers) if numbers else None
+Branch: TypeAlias = tuple[int, Sequence[int]]
+"""A place in the trie: how deep it is, and the numbers of the continuations that went this way."""
 
 
 @dataclass(frozen=True)
-class Trie:
-    """Continuations with their weights, to be counted by prefix."""
+class Continuations:
+    """What a lookup found: token ids with their weights, a trie that is counted where it is looked at."""
 
-    continuations: Sequence[tuple[Sequence[int], float]]
-
-    @property
-    def root(self) -> TrieNode:
-        """Where all of them begin."""
-        return TrieNode(self, 0, range(len(self.continuations)))
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a lookup found: the trie of continuations and how strong the match was."""
-
-    root: TrieNode
+    weighted: Sequence[tuple[Sequence[int], float]]
     evidence: int
+
+    def end(self) -> Branch:
+        """Where all of them begin."""
+        return 0, range(len(self.weighted))
+
+    def step(self, branch: Branch, token_id: int) -> Branch | None:
+        """One token further; None if no continuation goes there."""
+        weighted, (depth, numbers) = self.weighted, branch
+        going = [
+            number for number in numbers if depth < len(weighted[number][0]) and weighted[number][0][depth] == token_id
+        ]
+        return (depth + 1, going) if going else None
+
+    def predict(self, branch: Branch) -> Stated | None:
+        """How they go on from a place."""
+        depth, numbers = branch
+        weights: dict[int, float] = {}
+        for number in numbers:
+            token_ids, weight = self.weighted[number]
+            if depth < len(token_ids):
+                weights[token_ids[depth]] = weights.get(token_ids[depth], 0.0) + weight
+        total = sum(weights.values()) + _UNSEEN
+        return best({token_id: weight / total for token_id, weight in weights.items()}, self.evidence)
 
 
 class Datastore:
@@ -79,7 +63,7 @@ class Datastore:
     def __init__(self, index: SuffixIndex) -> None:
         self._index = index
 
-    def look_up(self, token_ids: Sequence[int]) -> Found | None:
+    def look_up(self, token_ids: Sequence[int]) -> Continuations | None:
         """Continuations of the longest suffixes of the text that the corpus has."""
         context = list(token_ids[-_MAX_LENGTH:])
         matches = self._index.longest_matches(context, _MIN_LENGTH, _MAX_LENGTH)
@@ -92,7 +76,7 @@ class Datastore:
                 continuations += self._collected(match, context)
         if not any(token_ids for token_ids, _ in continuations):
             return None
-        return Found(Trie(continuations).root, sum(length >= bound for bound in _EVIDENCE_LENGTHS))
+        return Continuations(continuations, sum(length >= bound for bound in _EVIDENCE_LENGTHS))
 
     def _collected(self, match: Match, context: list[int]) -> list[tuple[Sequence[int], float]]:
         shorter = match.length // 2
@@ -102,12 +86,3 @@ class Datastore:
             found += [(each, 1.0) for each in self._index.continuations(wider, _MAX_PLACES, _NUM_TOKENS)]
         found += [(each, _LONGEST_WEIGHT) for each in self._index.continuations(match, _MAX_PLACES, _NUM_TOKENS)]
         return found
-
-
-def predict_in_trie(node: TrieNode, evidence: int) -> Prediction | None:
-    """How the continuations went on from here."""
-    weights = node.weights()
-    if not weights:
-        return None
-    total = sum(weights.values()) + _UNSEEN
-    return best({token_id: weight / total for token_id, weight in weights.items()}, evidence)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
 from drafter_service.guesser import Guesser, PathGuesser, Stated
-from drafter_service.text.common_tokens import CommonTokens, FavouredTokens
-from drafter_service.text.datastore import Datastore, Found, TrieNode, predict_in_trie
+from drafter_service.text.common_tokens import CommonTokens, beside
+from drafter_service.text.datastore import Datastore
 from drafter_service.text.memory import TextMemory
 from drafter_service.text.ngram import AdaptiveNgrams
 from drafter_service.text.own_text import OwnText
-from drafter_service.text.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, Breadth, Prediction, coupled
-from drafter_service.text.suffix_automaton import Place
+from drafter_service.text.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, coupled
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.speculation.host_noise import HostNoise, PositionNoise
@@ -44,20 +44,42 @@ class TextResources:
 NO_RESOURCES = TextResources()
 
 
-class RoundNoise:
-    """The verifier's noise at the levels of one round; level 1 is chosen at position `base_length`."""
+class TextSource(Protocol):
+    """Text that predicts. A cursor is a place in it; it knows nothing of noise."""
 
-    def __init__(self, noise: HostNoise, base_length: int) -> None:
-        self._noise = noise
-        self._base_length = base_length
-        self._levels: dict[int, PositionNoise] = {}
+    def end(self) -> Any | None:
+        """Where the committed text stands; None if there is nothing to say."""
 
-    def level(self, depth: int) -> PositionNoise:
-        """The noise of a level's choice."""
-        noise = self._levels.get(depth)
-        if noise is None:
-            noise = self._levels[depth] = self._noise.at(self._base_length + depth - 1)
-        return noise
+    def step(self, cursor: Any, token_id: int) -> Any | None:
+        """One token further; None if there is nothing to say from there on."""
+
+    def predict(self, cursor: Any) -> Stated | None:
+        """What follows; None if it does not know."""
+
+
+@dataclass(frozen=True)
+class TextGuesser:
+    """A PathGuesser over text: turns what is expected at a level into what the verifier will choose, by `couple`.
+
+    `favoured` has the common tokens of a level, where they stand beside what text says.
+    """
+
+    kind: Guesser
+    source: TextSource
+    couple: Callable[[Stated, int], dict[int, float]]
+    favoured: Callable[[int], Mapping[int, float]] | None = None
+
+    def root(self) -> Any | None:
+        return self.source.end()
+
+    def step(self, cursor: Any, token_id: int) -> Any | None:
+        return self.source.step(cursor, token_id)
+
+    def state(self, cursor: Any, depth: int) -> Stated | None:
+        said = self.source.predict(cursor)
+        if self.favoured is not None:
+            said = beside(said, self.favoured(depth))
+        return None if said is None else Stated(self.couple(said, depth), said.evidence)
 
 
 class TextDrafting:
@@ -96,89 +118,28 @@ class TextDrafting:
 
     def guessers(self, base_length: int) -> list[PathGuesser]:
         """Every guesser that has a guess after the `base_length` committed tokens; looks things up."""
-        coupling = _Coupling(self._sampling, RoundNoise(self._noise, base_length), self._breadth)
-        guessers: list[PathGuesser] = []
-        if self._own is not None:
-            guessers.append(_OwnTextGuesser(self._own, coupling))
+        sampling, temperature = self._sampling, max(self._sampling.temperature, MIN_TEMPERATURE)
+        common_tokens = self._common_tokens
+
+        @cache
+        def noise(depth: int) -> PositionNoise:
+            return self._noise.at(base_length + depth - 1)
+
+        @cache
+        def favoured(depth: int) -> Mapping[int, float]:
+            return common_tokens.favoured(temperature, noise(depth)) if common_tokens is not None else {}
+
+        def couple(said: Stated, depth: int) -> dict[int, float]:
+            return coupled(said, sampling, noise(depth), self._breadth)
+
         found = self._datastore.look_up(self._recent) if self._datastore is not None else None
-        if found is not None:
-            guessers.append(_DatastoreGuesser(found, coupling))
-        if self._ngrams is not None:
-            favoured = None
-            if self._common_tokens is not None:
-                temperature = max(self._sampling.temperature, MIN_TEMPERATURE)
-                favoured = FavouredTokens(self._common_tokens, temperature, coupling.noise.level)
-            guessers.append(_NgramGuesser(self._ngrams, coupling, favoured))
-        return guessers
-
-
-@dataclass(frozen=True)
-class _Coupling:
-    """Turns what a guesser expects into what the verifier will choose, knowing the noise."""
-
-    sampling: SamplingParameters
-    noise: RoundNoise
-    breadth: Breadth
-
-    def __call__(self, prediction: Prediction | None, depth: int) -> Stated | None:
-        if prediction is None:
-            return None
-        probabilities = coupled(prediction, self.sampling, self.noise.level(depth), self.breadth)
-        return Stated(probabilities, prediction.evidence)
-
-
-class _OwnTextGuesser:
-    kind = Guesser.OWN_TEXT
-
-    def __init__(self, text: OwnText, coupling: _Coupling) -> None:
-        self._text, self._coupling = text, coupling
-
-    def root(self) -> object | None:
-        return self._text.end()
-
-    def step(self, cursor: object, token_id: int) -> object | None:
-        assert isinstance(cursor, Place)
-        return self._text.step(cursor, token_id)
-
-    def state(self, cursor: object, depth: int) -> Stated | None:
-        assert isinstance(cursor, Place)
-        return self._coupling(self._text.predict(cursor), depth)
-
-
-class _DatastoreGuesser:
-    kind = Guesser.DATASTORE
-
-    def __init__(self, found: Found, coupling: _Coupling) -> None:
-        self._found, self._coupling = found, coupling
-
-    def root(self) -> object | None:
-        return self._found.root
-
-    def step(self, cursor: object, token_id: int) -> object | None:
-        assert isinstance(cursor, TrieNode)
-        return cursor.child(token_id)
-
-    def state(self, cursor: object, depth: int) -> Stated | None:
-        assert isinstance(cursor, TrieNode)
-        return self._coupling(predict_in_trie(cursor, self._found.evidence), depth)
-
-
-class _NgramGuesser:
-    kind = Guesser.NGRAM
-
-    def __init__(self, ngrams: AdaptiveNgrams, coupling: _Coupling, favoured: FavouredTokens | None) -> None:
-        self._ngrams, self._coupling, self._favoured = ngrams, coupling, favoured
-
-    def root(self) -> object | None:
-        return self._ngrams.end()
-
-    def step(self, cursor: object, token_id: int) -> object | None:
-        assert isinstance(cursor, tuple)
-        return self._ngrams.step(cursor, token_id)
-
-    def state(self, cursor: object, depth: int) -> Stated | None:
-        assert isinstance(cursor, tuple)
-        prediction = self._ngrams.predict(cursor)
-        if self._favoured is not None:
-            prediction = self._favoured.beside(prediction, depth)
-        return self._coupling(prediction, depth)
+        sources: list[tuple[Guesser, TextSource | None]] = [
+            (Guesser.OWN_TEXT, self._own),
+            (Guesser.DATASTORE, found),
+            (Guesser.NGRAM, self._ngrams),
+        ]
+        return [
+            TextGuesser(kind, source, couple, favoured if kind is Guesser.NGRAM and common_tokens is not None else None)
+            for kind, source in sources
+            if source is not None
+        ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drafter_service.text.prediction import Prediction, best
+from drafter_service.guesser import Stated
+from drafter_service.text.prediction import best
 from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable, Successors
 
 # Per token: what was seen 700 tokens ago counts half.
@@ -47,7 +48,7 @@ class AdaptiveNgrams:
             self._unit /= _DECAY
             for order in range(1, len(self._last) + 1):
                 self._count(self._tables[order - 1], self._last[-order:], token_id)
-            self._last = (*self._last[1 - MAX_ORDER :], token_id) if MAX_ORDER > 1 else (token_id,)
+            self._last = self.step(self._last, token_id)
             if self._unit > _RESCALE_AT:
                 self._rescale()
 
@@ -60,7 +61,7 @@ class AdaptiveNgrams:
         """The context after one token more."""
         return (*context, token_id)[-MAX_ORDER:]
 
-    def predict(self, context: tuple[int, ...]) -> Prediction | None:
+    def predict(self, context: tuple[int, ...]) -> Stated | None:
         """Successors of the context, each order's counts smoothed by the next shorter one's opinion.
 
         From the longest context down, each takes its share of what the longer ones leave open.
@@ -91,7 +92,7 @@ class AdaptiveNgrams:
             share = _BACKOFF * scale
             if share < _MIN_SHARE:
                 break
-        return best(probabilities, evidence) if probabilities else None
+        return best(probabilities, evidence)
 
     def _prior_successors(self, context: tuple[int, ...]) -> Successors | None:
         """What the corpus has; rounds ask for the same contexts again and again."""

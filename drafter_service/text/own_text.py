@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drafter_service.text.prediction import Prediction, best
+from drafter_service.guesser import Stated
+from drafter_service.text.prediction import best
 from drafter_service.text.suffix_automaton import Place, SuffixAutomaton
 
 # Shorter contexts have many followers and predict little; the n-gram table has them.
@@ -15,33 +16,23 @@ _MIN_ESCAPE = 0.02
 _EVIDENCE_LENGTHS = (4, 6, 10, 20)
 
 
-class OwnText:
+class OwnText(SuffixAutomaton):
     """The text of one request. Bounded: beyond `max_tokens` the older half is forgotten."""
 
     def __init__(self, max_tokens: int) -> None:
+        super().__init__()
         self.max_tokens = max_tokens
-        self._automaton = SuffixAutomaton()
         self._recent: list[int] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append tokens of the request."""
         self._recent.extend(token_ids)
         if len(self._recent) > self.max_tokens:
-            self._recent = self._recent[-(self.max_tokens // 2) :]
-            self._automaton = SuffixAutomaton()
-            self._automaton.extend(self._recent)
-        else:
-            self._automaton.extend(token_ids)
+            token_ids = self._recent = self._recent[-(self.max_tokens // 2) :]
+            self.clear()
+        super().extend(token_ids)
 
-    def end(self) -> Place:
-        """Where the text stands."""
-        return self._automaton.end()
-
-    def step(self, place: Place, token_id: int) -> Place:
-        """Where it would stand after one token more."""
-        return self._automaton.step(place, token_id)
-
-    def predict(self, place: Place) -> Prediction | None:
+    def predict(self, place: Place) -> Stated | None:
         """Followers of the suffix at `place`, and of shorter ones for what that leaves open (as PPM's method C)."""
         if place.length < _MIN_LENGTH:
             return None
@@ -52,15 +43,13 @@ class OwnText:
             if context is None or context.length < _MIN_LENGTH or escape < _MIN_ESCAPE:
                 break
             escape = self._blend(probabilities, context, escape)
-            context = self._automaton.shorter(context)
-        if not probabilities:
-            return None
+            context = self.shorter(context)
         return best(probabilities, sum(place.length >= length for length in _EVIDENCE_LENGTHS))
 
     def _blend(self, probabilities: dict[int, float], context: Place, escape: float) -> float:
         """Give the followers their share of `escape`; returns what is left of it."""
-        followers = self._automaton.followers(context)
-        latest = self._automaton.latest_follower(context)
+        followers = self.followers(context)
+        latest = self.latest_follower(context)
         if latest is not None and latest in followers:
             followers[latest] += 1  # what came last is likelier to come again
         total = sum(followers.values()) + len(followers)

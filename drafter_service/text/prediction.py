@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from drafter_service.guesser import Stated
 from easyspec.speculation.host_noise import PositionNoise
 from easyspec.speculation.parameters import SamplingParameters
 
@@ -36,30 +37,22 @@ BESIDE_A_MODEL = Breadth(4, 0.02, 5)
 """What text thinks unlikely is then never worth a node, and costs time: equal lengths, a fifth less work."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Candidates for the next token, in no order, with the guesser's own probabilities: at most 1 in all."""
-
-    probabilities: Mapping[int, float]
-    evidence: int
-
-
-def best(probabilities: Mapping[int, float], evidence: int) -> Prediction:
-    """The likeliest candidates; ties go to the lower token id."""
+def best(probabilities: Mapping[int, float], evidence: int) -> Stated | None:
+    """The likeliest candidates, if there are any; ties go to the lower token id."""
     if len(probabilities) > NUM_CANDIDATES:
         probabilities = _likeliest(probabilities, NUM_CANDIDATES)
-    return Prediction(probabilities, evidence)
+    return Stated(probabilities, evidence) if probabilities else None
 
 
 def coupled(
-    prediction: Prediction, sampling: SamplingParameters, noise: PositionNoise, breadth: Breadth = ALONE
+    said: Stated, sampling: SamplingParameters, noise: PositionNoise, breadth: Breadth = ALONE
 ) -> dict[int, float]:
     """How likely each candidate is chosen, given the noise that the verifier will choose with.
 
     The verifier takes the best of log-probability / temperature + noise. What is not among the candidates competes
     as one more, with the noise that is expected of it. Greedy requests have no noise.
     """
-    probabilities = prediction.probabilities
+    probabilities = said.probabilities
     if sampling.is_greedy:
         return _likely(probabilities, breadth)
     if len(probabilities) > breadth.num_noised:

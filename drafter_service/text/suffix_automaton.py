@@ -6,7 +6,7 @@ also ends elsewhere, so walking links shortens the context to where more is know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Counts are brought up to date on this many states of the suffix path: those with the longest contexts, the ones that
@@ -27,7 +27,10 @@ class SuffixAutomaton:
     """About two states a token, amortised constant time per token."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the text."""
         self._next: list[dict[int, int]] = [{}]
         self._link: list[int | None] = [None]
         self._length = [0]
@@ -73,7 +76,8 @@ class SuffixAutomaton:
 
     def _append(self, token_id: int) -> None:
         current = self._new_state(self._length[self._last] + 1, {}, count=0)
-        self._note_follower(token_id)
+        for suffix in self._suffix_path(self._last):
+            self._latest[suffix] = token_id
         state: int | None = self._last
         while state is not None and token_id not in self._next[state]:
             self._next[state][token_id] = current
@@ -86,8 +90,8 @@ class SuffixAutomaton:
                 target = self._split(state, target, token_id)
             self._link[current] = target
         self._last = current
-        self.num_tokens += 1
-        self._count_occurrence(current)
+        for suffix in self._suffix_path(current):
+            self._count[suffix] += 1
 
     def _split(self, state: int | None, target: int, token_id: int) -> int:
         """A state for the shorter substrings of `target`, which from now on end at one place more than the longer."""
@@ -110,17 +114,10 @@ class SuffixAutomaton:
         self._latest.append(None)
         return len(self._next) - 1
 
-    def _note_follower(self, token_id: int) -> None:
-        state: int | None = self._last
+    def _suffix_path(self, state: int | None) -> Iterator[int]:
+        """A state and those of shorter suffixes, the longest first."""
         for _ in range(_MAX_UPDATED_STATES):
             if state is None:
-                break
-            self._latest[state] = token_id
-            state = self._link[state]
-
-    def _count_occurrence(self, state: int | None) -> None:
-        for _ in range(_MAX_UPDATED_STATES):
-            if state is None:
-                break
-            self._count[state] += 1
+                return
+            yield state
             state = self._link[state]

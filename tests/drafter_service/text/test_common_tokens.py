@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drafter_service.text.common_tokens import CommonTokens, FavouredTokens
+from drafter_service.guesser import Stated
+from drafter_service.text.common_tokens import CommonTokens, beside
 from drafter_service.text.guessers import TextDrafting, TextResources
-from drafter_service.text.prediction import Prediction
 from easyspec.datastore.corpus import SEPARATOR
 from easyspec.datastore.ngram_table import NgramTable, build_ngram_table
 from easyspec.speculation.host_noise import HostNoise
@@ -44,9 +44,9 @@ def test_the_best_by_share_and_noise_are_favoured() -> None:
 
 def test_they_stand_beside_what_text_says() -> None:
     tokens = CommonTokens(np.array([1, 2]), np.array([0.6, 0.4]))
-    favoured = FavouredTokens(tokens, 1.0, HostNoise(7).at)
-    assert favoured.beside(None, 1) == Prediction({1: 0.6, 2: 0.4}, 0)
-    said = favoured.beside(Prediction({1: 0.2, 3: 0.1}, 4), 1)
+    favoured = tokens.favoured(1.0, HostNoise(7).at(1))
+    assert beside(None, favoured) == Stated({1: 0.6, 2: 0.4}, 0)
+    said = beside(Stated({1: 0.2, 3: 0.1}, 4), favoured)
     assert said.evidence == 4
     assert said.probabilities == pytest.approx({1: 0.2 + 0.7 * 0.6, 2: 0.7 * 0.4, 3: 0.1})
 
