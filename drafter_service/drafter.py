@@ -8,24 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.learned import Learned, RoundChoices
+from drafter_service.fusion.learned import Learned
 from drafter_service.fusion.rounds import Rounds, read_prompts
-from drafter_service.grammar_preference import GrammarPreference
-from drafter_service.limits import DrafterLimits, DrafterShape, MeasuredMemory
-from drafter_service.request import DraftRequest
-from drafter_service.session import Session
-from drafter_service.tasks import DraftTask, OpenTask
+from drafter_service.request import DrafterLimits, DraftRequest
+from drafter_service.session import DraftTask, OpenTask, Session
 from drafter_service.text.guessers import NO_RESOURCES, TextResources
 from drafter_service.worth import ByTarget
 from easyspec.engine.device_thread import Task
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
-from easyspec.parallel.layer_groups import LayerPlan, paper_plan
-from easyspec.speculation.checks import check_model, check_prompt, check_token_ids
+from easyspec.speculation.checks import check_token_ids
 from easyspec.speculation.grammar_compiler import GrammarCompiler
-from easyspec.speculation.messages import Draft, DraftTimings, KvUsage, OpenSpeculation
-from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.messages import Calibration, Draft, DraftTimings, KvUsage, OpenSpeculation
 from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
@@ -42,32 +36,25 @@ class Drafter:
 
     def __init__(
         self,
-        config: DrafterShape,
-        memory: MeasuredMemory,
-        model: ModelDrafting | None,
-        rounds: Rounds,
-        default_plan: LayerPlan,
         limits: DrafterLimits,
+        rounds: Rounds,
         resources: TextResources = NO_RESOURCES,
-        on_step: StepObserver = ignore_step,
-        grammars: GrammarCompiler | None = None,
+        model: ModelDrafting | None = None,
         ahead: AheadDrafting | None = None,
+        grammars: GrammarCompiler | None = None,
+        on_step: StepObserver = ignore_step,
     ) -> None:
-        self._config = config
-        self._memory = memory
-        self._model = model
+        self._limits = limits
         self._rounds = rounds
         self._resources = resources
-        self._default_plan = default_plan
-        self._limits = limits
-        self._on_step = on_step
-        self._grammars = grammars
+        self._model = model
         self._ahead = ahead
+        self._grammars = grammars
+        self._on_step = on_step
         self._learned = ByTarget(Learned)
         self._sessions: dict[int, Session] = {}  # in the order of their age
         self._session_ids = itertools.count(1)
         self._evicted: set[int] = set()
-        self._new: list[Session] = []  # with a task that no round has begun for
 
     @property
     def max_model_len(self) -> int:
@@ -76,7 +63,8 @@ class Drafter:
 
     def usage(self) -> KvUsage:
         """KV memory as it is now; may be read from another thread."""
-        return self._memory.usage(len(self._sessions))
+        num_sessions = len(self._sessions)
+        return KvUsage(0, 0, num_sessions) if self._model is None else self._model.memory.usage(num_sessions)
 
     def accept(self, task: Task[Any]) -> None:
         """Open, commit or close; an error that the caller made is the answer to that task alone."""
@@ -95,9 +83,10 @@ class Drafter:
     def step(self) -> bool:
         """One piece of work for every session that has some; True if there is more."""
         started_ns = time.monotonic_ns()
-        new, self._new = self._new, []
-        for session in new:
-            self._begin(session, started_ns)
+        for session in self._sessions.values():
+            if session.task is not None and session.task.begun_ns is None:
+                session.task.begun_ns = started_ns
+                self._begin(session, session.task.calibration)
         read_prompts(self._sessions.values())
         self._step_model()
         drafted = [session for session in self._sessions.values() if session.is_drafted]
@@ -111,21 +100,18 @@ class Drafter:
             self._on_step(StepReport("prefill", duration_ns, 0, 0))
         return has_more or is_going_ahead
 
-    def _begin(self, session: Session, started_ns: int) -> None:
-        task = session.task
-        assert task is not None, "it has just come"
-        task.begun_ns = started_ns
-        budget = task.calibration.budget
-        budget = replace(budget, num_levels=min(budget.num_levels, self._max_level(session)))
-        round_ = self._rounds.begin(session, len(task.calibration.token_ids), budget, len(self._sessions))
-        if self._model is not None and session.model is not None and round_.has_model:
-            self._begin_model(self._model, session, session.model, budget)
-        elif session.model is not None:
-            session.model.drop_ahead()
-
-    def _begin_model(self, model: ModelDrafting, session: Session, state: ModelState, budget: TreeBudget) -> None:
+    def _begin(self, session: Session, calibration: Calibration) -> None:
+        levels = min(calibration.budget.num_levels, self._max_level(session))
+        budget = replace(calibration.budget, num_levels=levels)
+        round_ = self._rounds.begin(session, len(calibration.token_ids), budget, len(self._sessions))
+        state = session.model
+        if self._model is None or state is None:
+            return
+        if not round_.has_model:
+            state.drop_ahead()
+            return
         said = state.said_since
-        model.begin(state, budget, session.choices.token_time.seconds)
+        self._model.begin(state, budget, session.choices.token_time.seconds)
         if self._ahead is not None:
             self._ahead.take_up(state, said, budget)
 
@@ -143,22 +129,22 @@ class Drafter:
 
     def _go_ahead(self) -> bool:
         """One pass of what sessions draft ahead, as none waits for the device; whether it computed anything."""
-        states = (session.model for session in self._sessions.values())
-        return self._ahead is not None and self._ahead.step([state for state in states if state is not None])
+        states = [session.model for session in self._sessions.values() if session.model is not None]
+        return self._ahead is not None and self._ahead.step(states)
 
     def _answer(self, session: Session) -> int:
         """Answer the session's task with its tree; returns the rows of the round."""
         task, session.task = session.task, None
         assert task is not None, "it is drafted"
-        tree, node_sources = self._rounds.finish(session, self._config.num_layers)
+        tree, node_sources = self._rounds.finish(session)
         timings, state, round_ = DraftTimings(), session.model, session.round
         if state is not None and state.drafting is not None and round_ is not None:
             timings = state.drafting.timings()
             state.drafting = None
-            if self._ahead is not None and session.choices.shared.ahead.is_on and session.request.drafts_ahead:
+            if self._ahead is not None and session.choices.ahead.is_on and session.request.drafts_ahead:
                 self._ahead.begin(state, round_.sent, round_.budget)
                 round_.went_ahead = True
-        timings = replace(timings, queue_ns=task.begun_ns - task.arrived_ns)
+        timings = replace(timings, queue_ns=(task.begun_ns or task.arrived_ns) - task.arrived_ns)
         task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
         return len(task.calibration.token_ids) + len(tree)
 
@@ -180,33 +166,11 @@ class Drafter:
         if task is not None:
             task.fail(error)
 
-    def _open(self, request: OpenSpeculation) -> int:
-        config = self._config
-        check_model(request.model, self._limits.served_model_name)
-        check_prompt(request.prompt_token_ids, config.vocab_size, self.max_model_len)
-        request.sampling.check(config.vocab_size)
-        if request.num_output_tokens > len(request.prompt_token_ids):
-            most = len(request.prompt_token_ids)
-            raise InvalidRequestError("num_output_tokens", request.num_output_tokens, f"0 to {most}")
-        sources = self._sources(request.sources)
-        draft_request = DraftRequest(
-            sampling=request.sampling,
-            plan=self._plan(request.layer_plan, sources),
-            max_length=self._max_length(request),
-            calibration=request.layer_plan.calibration,
-            sources=sources,
-            preference=self._preference(request),
-            target=request.base_fingerprint,
-            drafts_ahead=request.draft_ahead,
-        )
-        session = self._session(draft_request, [*request.prompt_token_ids])
-        self._sessions[session.session_id] = session
-        return session.session_id
-
-    def _session(self, request: DraftRequest, token_ids: list[int]) -> Session:
-        """A session with what it asks for; raises CapacityError."""
+    def _open(self, opening: OpenSpeculation) -> int:
+        """A new session with what it asks for; raises the EasyspecError that it deserves."""
+        request, token_ids = self._limits.checked(opening, self._grammars), [*opening.prompt_token_ids]
         learned = self._learned.of(request.target)
-        choices = RoundChoices(learned.rounds(is_greedy=request.sampling.is_greedy))
+        choices = learned.choices(is_greedy=request.sampling.is_greedy)
         session = Session(next(self._session_ids), request, token_ids, choices)
         if request.asks_model:
             assert self._model is not None, "sessions ask for sources that are here"
@@ -214,7 +178,8 @@ class Drafter:
             session.model = self._open_model(self._model, request, token_ids, is_alone=is_alone)
         if request.asks_text:
             session.text = FusedDrafting(self._resources, request, token_ids, learned.estimate)
-        return session
+        self._sessions[session.session_id] = session
+        return session.session_id
 
     def _open_model(
         self, model: ModelDrafting, request: DraftRequest, token_ids: list[int], *, is_alone: bool
@@ -228,36 +193,6 @@ class Drafter:
                     other.model.drop_ahead()
             return model.open(request, token_ids, is_alone=is_alone)
 
-    def _preference(self, request: OpenSpeculation) -> GrammarPreference | None:
-        grammar = request.sampling.grammar
-        if grammar is None or self._grammars is None:
-            return None
-        return GrammarPreference(self._grammars, grammar, len(request.prompt_token_ids) - request.num_output_tokens)
-
-    def _sources(self, wanted: DraftSources | None) -> DraftSources:
-        if wanted is None:
-            return self._limits.sources
-        missing = wanted & ~self._limits.known_sources
-        if missing:
-            known = f"some of {', '.join(self._limits.known_sources.names)}"
-            if DraftSources.EARLY_EXIT in missing and self._limits.no_exits_because:
-                known += f" ({self._limits.no_exits_because})"
-            raise InvalidRequestError("sources", ", ".join(wanted.names), known)
-        return wanted
-
-    def _plan(self, request: LayerPlanRequest, sources: DraftSources) -> LayerPlan:
-        mlp = request.mlp or self._default_plan.mlp
-        if request.layer_parallel_size is None:
-            plan = replace(self._default_plan, mlp=mlp)
-        else:
-            plan = paper_plan(self._config.num_layers, request.layer_parallel_size, mlp)
-        return plan.cut_at(self._limits.early_exits) if DraftSources.EARLY_EXIT in sources else plan
-
-    def _max_length(self, request: OpenSpeculation) -> int:
-        """Most tokens the session can come to hold."""
-        wanted = request.max_total_length or self.max_model_len
-        return min(max(wanted, len(request.prompt_token_ids)), self.max_model_len)
-
     def _commit(self, task: DraftTask) -> None:
         """Append the verdict's tokens; the stale and the malformed change nothing."""
         calibration = task.calibration
@@ -270,30 +205,22 @@ class Drafter:
             raise StalePositionError(calibration.base_length, len(session.token_ids))
         if not calibration.token_ids:
             raise InvalidRequestError("calibration.token_ids", [], "at least the bonus token")
-        check_token_ids("calibration.token_ids", calibration.token_ids, self._config.vocab_size)
+        check_token_ids("calibration.token_ids", calibration.token_ids, self._limits.vocab_size)
         length, most = len(session.token_ids) + len(calibration.token_ids), session.request.max_length
         if length > most:
             raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{most} in all")
-        self._check_budget(calibration.budget)
+        self._limits.check_budget(calibration.budget)
         session.token_ids.extend(calibration.token_ids)
         if self._max_level(session) < 1:  # the draft model's context is full
             task.finish(Draft(len(session.token_ids), EMPTY_TREE))
             return
         session.task = task
-        self._new.append(session)
-
-    def _check_budget(self, budget: TreeBudget) -> None:
-        most = self._limits.max_tree_nodes
-        budget.check(most)
-        if budget.width * (budget.num_levels - 1) > most:
-            raise InvalidRequestError("budget.width", budget.width, f"width x (num_levels - 1) up to {most}")
 
     def _close(self, session_id: int) -> None:
         self._evicted.discard(session_id)
         session = self._sessions.pop(session_id, None)
         if session is not None:
             session.close()
-            self._new = [other for other in self._new if other is not session]
 
     def _max_level(self, session: Session) -> int:
         """Deepest level whose expanded nodes still have a position in the draft model's context."""

@@ -11,16 +11,16 @@ import torch
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.early_exit.exits import EarlyExits
-from drafter_service.early_exit.gate import LearnedGate
+from drafter_service.early_exit.gate import ExitGate
 from drafter_service.fusion.rounds import Rounds
-from drafter_service.limits import DrafterLimits
 from drafter_service.model.ahead_drafting import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.growth import RankingSettings
 from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
+from drafter_service.request import DrafterLimits
+from drafter_service.session import DraftTask, OpenTask
 from drafter_service.shell import DrafterShell, open_text_resources
-from drafter_service.tasks import DraftTask, OpenTask
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import ConfigurationError, InvalidRequestError
@@ -44,25 +44,12 @@ class DrafterEngine(DrafterShell):
 
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         super().__init__("drafter-device", settings, on_step)
-        self._plan: LayerPlan | None = None
         self._grammars: GrammarCompiler | None = None
 
     async def stop(self) -> None:
         await super().stop()
         if self._grammars is not None:
             self._grammars.close()
-
-    @property
-    def layer_groups(self) -> str:
-        """The default plan's groups, as "0 | 1-3 | 4-7 | 8"."""
-        return str(self._plan)
-
-    @property
-    def layer_plan(self) -> LayerPlanRequest:
-        """The default plan."""
-        assert self._plan is not None, "started"
-        size = max(len(group) for group in self._plan.groups)
-        return LayerPlanRequest(size, self._plan.mlp, calibration=True)
 
     def _build(self) -> Drafter:
         settings = self._settings
@@ -72,7 +59,9 @@ class DrafterEngine(DrafterShell):
         self._info = replace(loaded.info, tokenizer_fingerprint=fingerprint)
         self._thread.when_idle = loaded.decoder.keep_followers
         self._thread.when_stopped = loaded.dismiss_followers
-        self._plan = _default_plan(settings, loaded)
+        plan = _default_plan(settings, loaded)
+        self.layer_groups = str(plan)
+        self.layer_plan = LayerPlanRequest(max(len(group) for group in plan.groups), plan.mlp, calibration=True)
         ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         model = ModelDrafting(
             loaded.decoder,
@@ -81,7 +70,7 @@ class DrafterEngine(DrafterShell):
             settings.max_tree_nodes,
             ranking,
             settings.max_prefill_slowdown,
-            early_exits=EarlyExits(loaded.decoder, loaded.memory.pool, LearnedGate(), settings.max_batch_rows),
+            early_exits=EarlyExits(loaded.decoder, loaded.memory.pool, ExitGate(), settings.max_batch_rows),
             max_batch_rows=settings.max_batch_rows,
             bridge=bridge,
             always_deepens=settings.ask == "always",
@@ -93,20 +82,18 @@ class DrafterEngine(DrafterShell):
             raise ConfigurationError(f"sources is {settings.sources!r}, but {no_exits_because}")
         limits = DrafterLimits(
             settings.served_model_name,
+            loaded.info.vocab_size if bridge is None else bridge.num_ids,
             loaded.info.max_model_len,
             settings.max_tree_nodes,
+            plan,
             settings.draft_sources,
             () if no_exits_because else loaded.decoder.config.early_exits,
             no_exits_because,
         )
         self._grammars = GrammarCompiler(self._tokenizer, loaded.info.vocab_size, loaded.info.eos_token_ids)
         self._grammars.prepare()
-        config = loaded.decoder.config
-        shape = config if bridge is None else replace(config, vocab_size=bridge.num_ids)
         ahead = AheadDrafting(model, settings.draft_ahead) if settings.draft_ahead else None
-        drafter = Drafter(
-            shape, loaded.memory, model, rounds, self._plan, limits, resources, self._on_step, self._grammars, ahead
-        )
+        drafter = Drafter(limits, rounds, resources, model, ahead, self._grammars, self._on_step)
         _warm_up(drafter, settings.max_tree_nodes)
         return drafter
 

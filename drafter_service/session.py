@@ -9,15 +9,32 @@ from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.learned import RoundChoices
 from drafter_service.fusion.union import FusedTree
 from drafter_service.request import DraftRequest
-from drafter_service.tasks import DraftTask
+from easyspec.engine.device_thread import Task
+from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import TreeBudget
-from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree
 
 if TYPE_CHECKING:  # a drafter without a model has no torch
     from drafter_service.model.state import ModelState
 
 
 NOTHING_SENT = ScoredTree(EMPTY_TREE, ())
+
+
+@dataclass(eq=False)
+class OpenTask(Task[int]):
+    """Open a session; the result is its id."""
+
+    request: OpenSpeculation
+
+
+@dataclass(eq=False)
+class DraftTask(Task[Draft]):
+    """Commit the verdict's tokens and draft the next tree, which has begun at `begun_ns`, if it has."""
+
+    session_id: int
+    calibration: Calibration
+    begun_ns: int | None = None
 
 
 @dataclass
@@ -31,7 +48,7 @@ class Round:
     has_text: bool
     text_tree: FusedTree | None = None
     text_ns: int = 0
-    model_tree: TokenTree | None = None
+    model_tree: ScoredTree | None = None
     model_ns: int = 0
     sent: ScoredTree = NOTHING_SENT
     went_ahead: bool = False

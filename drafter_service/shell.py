@@ -8,20 +8,21 @@ from pathlib import Path
 
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
-from drafter_service.tasks import DraftTask, OpenTask
+from drafter_service.session import DraftTask, OpenTask
 from drafter_service.text.guessers import TextResources
 from drafter_service.text.memory import TextMemory
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.engine.shell import EngineShell
 from easyspec.speculation.messages import Calibration, Draft, ModelInfo, OpenSpeculation
-from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.telemetry.metrics import StepObserver, ignore_step
 from easyspec.tokenizer_fingerprint import tokens_by_id
 
 
 class DrafterShell(EngineShell[Drafter]):
-    """Hands sessions' tasks to the drafter's core; building it sets `_info` and `_tokenizer`."""
+    """Hands sessions' tasks to the drafter's core; building it sets `_info`, `_tokenizer` and, if there are layers, the
+    default plan."""
 
     def __init__(self, thread_name: str, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         super().__init__(thread_name, settings.step_timeout_s)
@@ -29,18 +30,16 @@ class DrafterShell(EngineShell[Drafter]):
         self._on_step = on_step
         self._info: ModelInfo | None = None
         self._tokenizer: Path | None = None
+        self.sources = settings.draft_sources
         self.max_tree_nodes = settings.max_tree_nodes
+        self.layer_groups = ""
+        self.layer_plan = LayerPlanRequest()
 
     @property
     def model_info(self) -> ModelInfo:
         """The draft model, with the tokenizer of the base it guesses for; valid after `start`."""
         assert self._info is not None, "started"
         return self._info
-
-    @property
-    def sources(self) -> DraftSources:
-        """The sources that guess where a request names none."""
-        return self._settings.draft_sources
 
     async def vocabulary(self) -> Mapping[int, str]:
         """That tokenizer's entries, read from its file: seldom asked for."""

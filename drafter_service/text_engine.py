@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.fusion.rounds import Rounds
-from drafter_service.limits import DrafterLimits
+from drafter_service.request import DrafterLimits
 from drafter_service.shell import DrafterShell, open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.parallel.layer_groups import sequential_plan
-from easyspec.speculation.messages import KvUsage, ModelInfo
-from easyspec.speculation.parameters import LayerPlanRequest
+from easyspec.speculation.messages import ModelInfo
 from easyspec.telemetry.metrics import StepObserver, ignore_step
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
@@ -23,36 +20,11 @@ _DEFAULT_MAX_LEN = 1 << 20
 _MAX_VOCAB_SIZE = 1 << 21
 
 
-@dataclass(frozen=True)
-class TextShape:
-    """What sessions must fit where no model says so."""
-
-    vocab_size: int
-    num_layers: int = 1
-
-
-class NoMemory:
-    """The KV memory of a drafter without a model."""
-
-    def usage(self, num_sessions: int) -> KvUsage:
-        return KvUsage(0, 0, num_sessions)
-
-
 class TextDrafterEngine(DrafterShell):
     """Guesses on a thread of its own, as the engine with a model does."""
 
     def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
         super().__init__("drafter-text", settings, on_step)
-
-    @property
-    def layer_groups(self) -> str:
-        """There are no layers."""
-        return ""
-
-    @property
-    def layer_plan(self) -> LayerPlanRequest:
-        """There are no layers."""
-        return LayerPlanRequest()
 
     def _build(self) -> Drafter:
         settings = self._settings
@@ -70,7 +42,12 @@ class TextDrafterEngine(DrafterShell):
             eos_token_ids=(),
             num_layers=0,
         )
-        resources = open_text_resources(settings, fingerprint)
-        limits = DrafterLimits(settings.served_model_name, max_len, settings.max_tree_nodes, settings.draft_sources)
-        shape, plan = TextShape(_MAX_VOCAB_SIZE), sequential_plan(1)
-        return Drafter(shape, NoMemory(), None, Rounds(), plan, limits, resources, self._on_step)
+        limits = DrafterLimits(
+            settings.served_model_name,
+            _MAX_VOCAB_SIZE,
+            max_len,
+            settings.max_tree_nodes,
+            sequential_plan(1),
+            settings.draft_sources,
+        )
+        return Drafter(limits, Rounds(), open_text_resources(settings, fingerprint), on_step=self._on_step)

@@ -12,13 +12,12 @@ is tried again after a while, the later the further it was from paying.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-# A measurement counts as at most so many times the average: a pause of the client, or of the machine, is no cost.
-MAX_OUTLIER = 4.0
-# How fast averages of clocks follow; gains of single rounds scatter by more than they are worth, and follow slowly.
-CLOCK_RATE = 0.1
+from easyspec.engine.average import CLOCK_RATE, Average, clock_average
+
+# Gains of single rounds scatter by more than they are worth, and are followed slowly.
 GAIN_RATE = 0.02
 # Rounds, of any request, before anything is believed of an option.
 _MIN_ROUNDS = 8
@@ -34,28 +33,6 @@ _BLOCK_ROUNDS, _MIN_BLOCKS, _RETRIAL_BLOCKS = 8, 2, 16
 _MAX_TARGETS = 32
 
 KnownT = TypeVar("KnownT")
-
-
-class Average:
-    """What a number is of late; the first few count alike. `max_outlier` bounds a later one by the average."""
-
-    def __init__(self, rate: float = CLOCK_RATE, max_outlier: float | None = None) -> None:
-        self.value = 0.0
-        self.count = 0
-        self._rate = rate
-        self._max_outlier = max_outlier
-
-    def add(self, number: float) -> None:
-        """One number more."""
-        self.count += 1
-        if self._max_outlier is not None and self.count > 1 and self.value > 0.0:
-            number = min(number, self._max_outlier * self.value)
-        self.value += (number - self.value) * max(self._rate, 1.0 / self.count)
-
-
-def clock_average() -> Average:
-    """An average of durations, in seconds."""
-    return Average(CLOCK_RATE, MAX_OUTLIER)
 
 
 class TokenTime:
@@ -90,15 +67,20 @@ class Option:
 
 
 class Choice:
-    """Decides about one option in one request, and learns from what came of it."""
+    """Whether one source takes part in the rounds of one request, and what came of it. Rounds are of several kinds,
+    with an option each; what the source takes is alike in all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Sequence[Option], token_time: TokenTime) -> None:
+        self._options = options
+        self._token_time = token_time
         self._excess = 0.0  # gains of this request's rounds, less those of other requests
         self._weight = 0.0
         self._num_left_out = 0
 
-    def is_worth_it(self, option: Option, token_s: float | None, price_s: float) -> bool:
-        """Whether `option` takes part in the next round, where it would take `price_s` seconds."""
+    def is_worth_it(self, kind: int = 0, num_sharing: int = 1) -> bool:
+        """Whether it takes part in the next round, which is of a `kind`; `num_sharing` requests wait for its work."""
+        option, token_s = self._options[kind], self._token_time.seconds
+        price_s = num_sharing * max((each.time_s for each in self._options), key=lambda each: each.count).value
         if option.gain.count < _MIN_ROUNDS or token_s is None or price_s <= 0.0:
             return True
         gain = option.gain.value + self._excess / (_PRIOR_ROUNDS + self._weight)
@@ -110,9 +92,11 @@ class Choice:
         self._num_left_out = 0
         return True
 
-    def observe(self, option: Option, gain: float) -> None:
-        """A round with the option came to `gain` tokens more than it would have without."""
+    def observe(self, gain: float, time_s: float, kind: int = 0) -> None:
+        """A round came to `gain` tokens more than it would have without, and took so much longer."""
+        option = self._options[kind]
         option.gain.add(gain)
+        option.time_s.add(time_s)
         self._excess = _KEPT * self._excess + gain - option.gain.value
         self._weight = _KEPT * self._weight + 1.0
 

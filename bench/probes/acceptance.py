@@ -145,7 +145,7 @@ def _drafted(drafting: ModelDrafting, state: ModelState, new: Sequence[int], bud
     drafting.begin(state, budget, token_s=None)
     while not state.is_done:
         drafting.step([state])
-    tree = state.growing.scored().pruned(budget.num_nodes)
+    tree = state.growing.scored().pruned(budget.num_nodes).tree
     state.drafting = None
     return tree
 

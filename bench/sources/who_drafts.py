@@ -20,7 +20,7 @@ from bench.harness.tables import Column, ResultTable
 from bench.harness.tasks import TASK_NAMES
 from bench.sources.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, record, text_resources
 from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.learned import Learned, RoundChoices
+from drafter_service.fusion.learned import Learned
 from drafter_service.fusion.model_guesses import ModelGuesser
 from drafter_service.fusion.rounds import Rounds
 from drafter_service.fusion.union import FusedTree
@@ -91,7 +91,8 @@ class _RecordedState:
         assert self.tree is not None, "a round is under way"
         return self.tree
 
-    def early_rows(self, num_layers: int) -> Mapping[int, int]:
+    @property
+    def early_rows(self) -> Mapping[int, int]:
         return {}
 
 
@@ -142,7 +143,7 @@ def run(
     budget = TreeBudget(NUM_LEVELS, WIDTH, num_nodes)
     for number, one in enumerate(recorded):
         request = DraftRequest(one.sampling, _UNUSED_PLAN, len(one.prompt) + len(one.output), sources=sources)
-        choices = RoundChoices(learned.rounds(is_greedy=one.sampling.is_greedy))
+        choices = learned.choices(is_greedy=one.sampling.is_greedy)
         session = Session(number, request, [*one.prompt], choices)
         if request.asks_text:
             session.text = text = _TimedDrafting(resources, request, session.token_ids, learned.estimate)
@@ -171,7 +172,7 @@ def _decode(
             clock.advance(durations.model)
             state.tree = one.model_trees[position - 1]
             outcome.num_model_rounds += 1
-        tree, _ = rounds.finish(session, num_layers=1)
+        tree, _ = rounds.finish(session)
         num_new = num_output_tokens(tree, one.output[position:])
         clock.advance(durations.rest)
         outcome.num_rounds += 1

@@ -124,7 +124,7 @@ class EarlyExits:
         for state, _ in chains:
             exits = _exits(state)
             is_exact = state.request.calibration and plan == self._decoder.sequential_plan
-            if is_exact and exits.exits[-1] == self._decoder.config.num_layers:
+            if is_exact and exits.is_whole_asked:
                 state.num_exact = state.slots.num_cached - exits.num_waiting
             assert state.drafting is not None, "a round is under way"
             state.drafting.is_calibrated = True

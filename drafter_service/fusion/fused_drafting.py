@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, RequestBias
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Judge
 from drafter_service.fusion.model_guesses import ModelGuesser
 from drafter_service.fusion.union import AllowedAfter, FusedTree, fuse, learn
 from drafter_service.guesser import PathGuesser
@@ -16,7 +16,7 @@ from drafter_service.request import DraftRequest
 from drafter_service.text.guessers import TextDrafting, TextResources
 
 # Nodes worth less than this cost the verifier more than they can bring.
-DEFAULT_MIN_NODE_VALUE = 0.002
+_MIN_NODE_VALUE = 0.002
 _READ_TOKENS = 2048
 
 
@@ -29,13 +29,10 @@ class FusedDrafting:
         request: DraftRequest,
         token_ids: Sequence[int],
         estimate: AcceptanceEstimate,
-        min_node_value: float = DEFAULT_MIN_NODE_VALUE,
     ) -> None:
         self._text = TextDrafting(resources, request.sources, request.sampling)
         self._preference = request.preference
-        self._estimate = estimate
-        self._min_node_value = min_node_value
-        self._bias = RequestBias()
+        self._judge = Judge(estimate)
         self._committed = token_ids  # the session's own, which grows
         self._num_prompt_tokens = len(token_ids)
         self._num_read = 0
@@ -56,7 +53,7 @@ class FusedDrafting:
     def learn(self, said: Sequence[int]) -> None:
         """Learn from the verdict on the last tree, if there was one."""
         if self.last is not None:
-            learn(self.last, said, self._estimate, self._bias)
+            learn(self.last, said, self._judge)
             self.last = None
 
     def begin(self) -> None:
@@ -68,7 +65,7 @@ class FusedDrafting:
     def fuse(self, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
         """The tree of all guesses; `model` has the draft model's, where it takes part: what is allowed only."""
         guessers = self._guessers if model is None else [model, *self._guessers]
-        return fuse(guessers, self._estimate, self._bias, num_nodes, self._min_node_value, self._allowed_after())
+        return fuse(guessers, self._judge, num_nodes, _MIN_NODE_VALUE, self._allowed_after())
 
     def _allowed_after(self) -> AllowedAfter | None:
         """What the request's grammar lets follow a path."""

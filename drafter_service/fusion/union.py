@@ -13,21 +13,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, JudgedPlace, RequestBias
+from drafter_service.fusion.acceptance_estimate import Judge, JudgedPlace
 from drafter_service.grammar_preference import may_follow
 from drafter_service.guesser import Guesser, PathGuesser, Stated
 from easyspec.speculation.growing_tree import GrowingTree, follow
 from easyspec.speculation.sources import NO_SOURCES, DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
-MAX_LEVELS = 32
-"""Deepest level of a fused tree."""
-
+_MAX_LEVELS = 32
 _MAX_TOTAL = 0.995
 # Where others have spoken, n-grams are asked on paths worth as much: on lesser ones, of which there are more, they
 # change nothing that the verifier would notice, and they are the slowest to ask.
@@ -64,28 +62,22 @@ class FusedTree:
         return 1.0 + sum(math.exp(value) for value in self.scored.log_values)
 
 
-class GrowingUnion(GrowingTree):
+class _GrowingUnion(GrowingTree):
     """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""
 
     def __init__(
-        self,
-        guessers: Sequence[PathGuesser],
-        estimate: AcceptanceEstimate,
-        bias: RequestBias,
-        min_value: float = 0.0,
-        allowed_after: AllowedAfter | None = None,
+        self, guessers: Sequence[PathGuesser], judge: Judge, min_value: float, allowed_after: AllowedAfter | None
     ) -> None:
         super().__init__()
         self._guessers = guessers
-        self._allowed_after = allowed_after
-        self._estimate = estimate
-        self._bias = bias
+        self._judge = judge
         self._min_value = min_value
-        self._cursors: list[list[object | None]] = []
+        self._allowed_after = allowed_after
+        self._cursors: list[list[Any | None]] = []
         # Negative value, number (the older wins a tie), row of the parent, token, the guessers that named it.
         self._heap: list[tuple[float, int, int, int, int]] = []
         self._num_pushed = 0
-        self.values = [1.0]  # by row
+        self._values = [1.0]  # by row
         self.node_sources: list[DraftSources] = []
         self.places: dict[int, JudgedPlace] = {}
 
@@ -94,31 +86,26 @@ class GrowingUnion(GrowingTree):
         depth = self.depths[row] + 1
         cursors = self._moved(row)
         self._cursors.append(cursors)
-        if depth > MAX_LEVELS:
+        if depth > _MAX_LEVELS:
             return
         stated: dict[Guesser, Stated] = {}
         for guesser, cursor in zip(self._guessers, cursors, strict=True):
-            is_spared = guesser.kind is Guesser.NGRAM and stated and self.values[row] < _MIN_NGRAM_VALUE
+            is_spared = guesser.kind is Guesser.NGRAM and stated and self._values[row] < _MIN_NGRAM_VALUE
             if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
                 stated[guesser.kind] = said
         if stated and self._allowed_after is not None:
             stated = _without_forbidden(stated, self._allowed_after(self.path_token_ids(row)))
         if not stated:
             return
-        place = self._estimate.judge(stated, depth, self._bias)
-        self.places[row] = place
-        self._push(row, place)
-
-    def _push(self, row: int, place: JudgedPlace) -> None:
-        """Queue what may follow the path to `row`, by value."""
-        scale = self.values[row] / max(1.0, sum(place.probabilities.values()) / _MAX_TOTAL)
+        place = self.places[row] = self._judge.judge(stated, depth)
+        scale = self._values[row] / max(1.0, sum(place.probabilities.values()) / _MAX_TOTAL)
         for token_id, probability in place.probabilities.items():
             value = scale * probability
             if value >= self._min_value:
                 heapq.heappush(self._heap, (-value, self._num_pushed, row, token_id, place.cases[token_id]))
                 self._num_pushed += 1
 
-    def _moved(self, row: int) -> list[object | None]:
+    def _moved(self, row: int) -> list[Any | None]:
         """Every guesser's cursor at a row."""
         if row == 0:
             return [guesser.root() for guesser in self._guessers]
@@ -133,17 +120,9 @@ class GrowingUnion(GrowingTree):
         if not self._heap:
             return None
         negative_value, _, parent_row, token_id, case = heapq.heappop(self._heap)
-        return self.add_named(parent_row, token_id, case, -negative_value)
-
-    def add_named(self, parent_row: int, token_id: int, case: int, value: float) -> int:
-        """Make a candidate a node and return its row."""
         self.node_sources.append(_sources_of(case))
-        self.values.append(value)
-        return self.add(parent_row, token_id, math.log(max(value, _LEAST_VALUE)))
-
-    def finished(self) -> FusedTree:
-        """What has grown."""
-        return FusedTree(self.scored(), tuple(self.node_sources), self.places)
+        self._values.append(-negative_value)
+        return self.add(parent_row, token_id, math.log(max(-negative_value, _LEAST_VALUE)))
 
 
 def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
@@ -170,8 +149,7 @@ def _sources_of(case: int) -> DraftSources:
 
 def fuse(
     guessers: Sequence[PathGuesser],
-    estimate: AcceptanceEstimate,
-    bias: RequestBias,
+    judge: Judge,
     num_nodes: int,
     min_value: float = 0.0,
     allowed_after: AllowedAfter | None = None,
@@ -180,25 +158,16 @@ def fuse(
 
     `allowed_after` says what a grammar lets follow a path, if there is one.
     """
-    growing = GrowingUnion(guessers, estimate, bias, min_value, allowed_after)
-    growing.expand(0)
-    for num_left in reversed(range(num_nodes)):
+    growing = _GrowingUnion(guessers, judge, min_value, allowed_after)
+    row: int | None = 0
+    while row is not None and row < num_nodes:  # the last is not expanded
+        growing.expand(row)
         row = growing.add_best()
-        if row is None:
-            break
-        if num_left:
-            growing.expand(row)
-    return growing.finished()
+    return FusedTree(growing.scored(), tuple(growing.node_sources), growing.places)
 
 
-def learn(fused: FusedTree, chosen: Sequence[int], estimate: AcceptanceEstimate, bias: RequestBias) -> int:
-    """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token.
-
-    Returns how many of them the tree brought, the bonus token among them.
-    """
-    num_brought = 0
+def learn(fused: FusedTree, chosen: Sequence[int], judge: Judge) -> None:
+    """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token."""
     for row, token_id, _ in follow(fused.tree, chosen):
-        num_brought += 1
         if row in fused.places:
-            estimate.observe(fused.places[row], token_id, bias)
-    return num_brought
+            judge.observe(fused.places[row], token_id)

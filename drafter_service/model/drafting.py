@@ -24,7 +24,7 @@ from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import Drafting, ModelState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.request import DraftRequest
-from drafter_service.worth import clock_average
+from easyspec.engine.average import clock_average
 from easyspec.engine.prefill_pace import PrefillPace
 from easyspec.engine.prompt_shares import served_readers, share_out
 from easyspec.errors import CapacityError
@@ -108,7 +108,8 @@ class ModelDrafting:
             return None
         assert config.early_exits, "sessions ask for sources that are here"
         is_whole_asked = DraftSources.MODEL in request.sources
-        return ExitState([*config.early_exits, *([config.num_layers] if is_whole_asked else [])])
+        exits = [*config.early_exits, *([config.num_layers] if is_whole_asked else [])]
+        return ExitState(exits, config.num_layers)
 
     @property
     def _early_levels(self) -> EarlyLevels:

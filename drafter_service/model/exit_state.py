@@ -22,13 +22,15 @@ class Look:
 
 
 class ExitState:
-    """One session's exits: `exits` are numbers of layers, rising; a level leaves at one of them.
+    """One session's exits: `exits` are numbers of layers, rising, those of all `num_layers` at most; a level leaves at
+    one of them.
 
     `looks` holds, by expanded row, what the exits said there; `exit_of_row` the one whose candidates were taken.
     """
 
-    def __init__(self, exits: Sequence[int]) -> None:
+    def __init__(self, exits: Sequence[int], num_layers: int) -> None:
         self.exits = tuple(exits)
+        self.is_whole_asked = self.exits[-1] == num_layers
         self.looks: dict[int, list[Look]] = {}
         self.exit_of_row: dict[int, int] = {}
         self.num_counted = 1
@@ -39,6 +41,12 @@ class ExitState:
     @property
     def last_exit(self) -> int:
         return len(self.exits) - 1
+
+    @property
+    def early_rows(self) -> dict[int, int]:
+        """Rows whose children do not come from all layers, and the exit that they come from, from 1."""
+        first_whole = self.last_exit if self.is_whole_asked else len(self.exits)
+        return {row: index + 1 for row, index in self.exit_of_row.items() if index < first_whole}
 
     @property
     def num_waiting(self) -> int:

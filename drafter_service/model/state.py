@@ -196,12 +196,10 @@ class ModelState:
         if self.slots.num_cached == self.num_exact:
             self.slots.share(self.token_ids)
 
-    def early_rows(self, num_layers: int) -> Mapping[int, int]:
+    @property
+    def early_rows(self) -> Mapping[int, int]:
         """Rows whose children come from an early exit, and which, from 1."""
-        if self.exits is None:
-            return {}
-        depths = self.exits.exits
-        return {row: index + 1 for row, index in self.exits.exit_of_row.items() if depths[index] < num_layers}
+        return {} if self.exits is None else self.exits.early_rows
 
     def chain_segment(self, slots: Sequence[int]) -> Segment:
         """Rows for the last cached tokens, which live in `slots`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from easyspec.engine.average import Average
+
 # Never fewer, or a prompt would hardly advance; and what is tried before anything has been measured.
 MIN_PROMPT_ROWS = 16
 _FIRST_PROMPT_ROWS = 32
@@ -18,30 +20,30 @@ class PrefillPace:
     def __init__(self, max_slowdown: float, most_rows: int) -> None:
         self._max_slowdown = max_slowdown
         self._most_rows = most_rows
-        self._step_ns: dict[int, float] = {}  # by class of rows
-        self._row_ns: float | None = None
-        self._layer_row_ns: float | None = None
+        self._step_ns: dict[int, Average] = {}  # by class of rows
+        self._row_ns = _average()
+        self._layer_row_ns = _average()
 
     def num_prompt_rows(self, num_decode_rows: int, *, is_anyone_decoding: bool) -> int:
         """The most prompt rows for a step that has `num_decode_rows` others."""
         if not is_anyone_decoding:
             return self._most_rows
         step_ns = self._expected_step_ns(num_decode_rows)
-        if step_ns is None or self._row_ns is None:
+        if step_ns is None or not self._row_ns.count:
             return min(_FIRST_PROMPT_ROWS, self._most_rows)
-        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._row_ns)
+        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._row_ns.value)
         return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
 
     def observe(self, num_decode_rows: int, num_prompt_rows: int, elapsed_ns: int) -> None:
         """What a step took."""
         if num_prompt_rows == 0:
             size = _row_class(num_decode_rows)
-            self._step_ns[size] = _followed(self._step_ns.get(size), float(elapsed_ns))
+            self._step_ns.setdefault(size, _average()).add(elapsed_ns)
             return
         without_ns = self._expected_step_ns(num_decode_rows)
         if without_ns is not None and num_prompt_rows >= MIN_PROMPT_ROWS:
             row_ns = max(elapsed_ns - without_ns, 0.05 * elapsed_ns) / num_prompt_rows
-            self._row_ns = _followed(self._row_ns, row_ns)
+            self._row_ns.add(row_ns)
 
     def slice_ns(self, num_decode_rows: int) -> float:
         """How long a step may compute layers of a prompt beside `num_decode_rows` others."""
@@ -50,14 +52,14 @@ class PrefillPace:
     def num_sliced_rows(self) -> int:
         """Rows of a piece that is computed layer by layer: as many as a layer may have within a step."""
         step_ns = self._expected_step_ns(0)
-        if step_ns is None or self._layer_row_ns is None:
+        if step_ns is None or not self._layer_row_ns.count:
             return min(_FIRST_SLICED_ROWS, self._most_rows)
-        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._layer_row_ns)
+        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._layer_row_ns.value)
         return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
 
     def observe_layers(self, num_rows: int, num_layers: int, elapsed_ns: int) -> None:
         """What a slice of a piece took."""
-        self._layer_row_ns = _followed(self._layer_row_ns, elapsed_ns / (num_rows * num_layers))
+        self._layer_row_ns.add(elapsed_ns / (num_rows * num_layers))
 
     def _expected_step_ns(self, num_rows: int) -> float | None:
         """Of the largest measured class up to that of `num_rows`, else of the smallest."""
@@ -65,7 +67,7 @@ class PrefillPace:
             return None
         size = _row_class(num_rows)
         known = [other for other in self._step_ns if other <= size]
-        return self._step_ns[max(known)] if known else self._step_ns[min(self._step_ns)]
+        return self._step_ns[max(known, default=min(self._step_ns))].value
 
 
 def _row_class(num_rows: int) -> int:
@@ -73,8 +75,5 @@ def _row_class(num_rows: int) -> int:
     return 1 << max(0, num_rows - 1).bit_length()
 
 
-def _followed(estimate: float | None, measured: float) -> float:
-    if estimate is None:
-        return measured
-    bounded = min(max(measured, estimate / _MOST_STRAY), estimate * _MOST_STRAY)
-    return estimate + _RATE * (bounded - estimate)
+def _average() -> Average:
+    return Average(_RATE, _MOST_STRAY)

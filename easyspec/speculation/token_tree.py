@@ -104,12 +104,8 @@ class ScoredTree:
     tree: TokenTree
     log_values: tuple[float, ...]
 
-    def pruned(self, num_nodes: int) -> TokenTree:
+    def pruned(self, num_nodes: int) -> ScoredTree:
         """The `num_nodes` most valuable nodes; ties go to the earlier node."""
-        return self.pruned_scored(num_nodes).tree
-
-    def pruned_scored(self, num_nodes: int) -> ScoredTree:
-        """The same with their values."""
         order = sorted(range(len(self.tree)), key=lambda node: (-self.log_values[node], node))[:num_nodes]
         nodes = sorted(order)
         return ScoredTree(_subtree(self.tree, nodes), tuple(self.log_values[node] for node in nodes))

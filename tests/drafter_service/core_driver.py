@@ -12,13 +12,13 @@ import torch
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.early_exit.exits import EarlyExits
-from drafter_service.early_exit.gate import ExitGate, LearnedGate
+from drafter_service.early_exit.gate import ExitGate
 from drafter_service.fusion.rounds import Rounds
-from drafter_service.limits import DrafterLimits
 from drafter_service.model.ahead_drafting import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.state import ModelState
-from drafter_service.tasks import DraftTask, OpenTask
+from drafter_service.request import DrafterLimits
+from drafter_service.session import DraftTask, OpenTask
 from easyspec.engine.shell import CloseTask
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.loading import load_model
@@ -112,7 +112,7 @@ def build_core(
         executor=executor,
     )
     loaded = load_model(settings)
-    early_exits = EarlyExits(loaded.decoder, loaded.memory.pool, gate or LearnedGate(), max_batch_rows)
+    early_exits = EarlyExits(loaded.decoder, loaded.memory.pool, gate or ExitGate(), max_batch_rows)
     model = ModelDrafting(
         loaded.decoder,
         loaded.memory,
@@ -123,11 +123,12 @@ def build_core(
         always_deepens=True,
     )
     plan = paper_plan(loaded.decoder.config.num_layers, 4, MlpPlacement.STAGED)
+    config = loaded.decoder.config
     limits = DrafterLimits(
-        "draft", loaded.info.max_model_len, MAX_TREE_NODES, early_exits=loaded.decoder.config.early_exits
+        "draft", config.vocab_size, loaded.info.max_model_len, MAX_TREE_NODES, plan, early_exits=config.early_exits
     )
     ahead = AheadDrafting(model, num_guesses) if num_guesses else None
-    drafter = Drafter(loaded.decoder.config, loaded.memory, model, Rounds(), plan, limits, ahead=ahead)
+    drafter = Drafter(limits, Rounds(), model=model, ahead=ahead)
     return CoreDriver(drafter, model, early_exits, loaded.memory)
 
 

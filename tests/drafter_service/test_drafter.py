@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drafter_service.tasks import OpenTask
+from drafter_service.session import OpenTask
 from easyspec.errors import (
     CapacityError,
     EasyspecError,

@@ -14,9 +14,9 @@ import torch
 
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
-from drafter_service.fusion.learned import RoundChoices
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.plan_choice import candidate_plans
+from drafter_service.worth import Choice
 from easyspec.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from easyspec.model.decoder import Decoder
 from easyspec.speculation.messages import Calibration, OpenSpeculation, OpenVerification
@@ -64,7 +64,7 @@ async def drafted(
 async def test_the_operator_may_have_everybody_asked(
     draft_folder: Path, ask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RoundChoices, "is_model_worth_it", lambda self, expected_of_text: False)
+    monkeypatch.setattr(Choice, "is_worth_it", lambda self, kind=None, num_sharing=1: kind is None)  # not the model
     engine = DrafterEngine(settings(draft_folder, ask=ask))
     await engine.start()
     session_id = await engine.open(replace(OPENING, sources=None))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from drafter_service.drafter import Drafter
 from drafter_service.engine import DrafterEngine
 from drafter_service.fusion.fused_drafting import FusedDrafting
+from drafter_service.grammar_preference import GrammarPreference
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.grammar_compiler import GrammarCompiler
@@ -93,7 +93,7 @@ async def test_drafts_hold_what_is_allowed_and_more_of_them_is_accepted(
         check_allowed(state, round_.draft.tree)
         for token_id in round_.answer.verdict.token_ids:
             state.advance(token_id)
-    monkeypatch.setattr(Drafter, "_preference", lambda *_: None)
+    monkeypatch.setattr(GrammarPreference, "allowed_after", lambda self, tokens, paths: [None] * len(paths))
     ignorant = await drafted(verifier, drafter, request)
     assert ignorant.said == plain.said
     assert preferring.num_accepted > ignorant.num_accepted

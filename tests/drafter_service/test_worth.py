@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from drafter_service.worth import MAX_OUTLIER, Average, ByTarget, Choice, Option, TokenTime, Trial, clock_average
+from drafter_service.worth import ByTarget, Choice, Option, TokenTime, Trial
+from easyspec.engine.average import MAX_OUTLIER, Average, clock_average
 
 WITHOUT_S, PRICE_S = 0.026, 0.014
 
@@ -15,16 +16,14 @@ class Request:
     """Rounds of one request: `plain` tokens without the option, and what it brings with it."""
 
     def __init__(self, option: Option, others: TokenTime | None = None) -> None:
-        self._option, self._choice = option, Choice()
         self._token_time = TokenTime(others)
+        self._choice = Choice([option], self._token_time)
 
     def round(self, plain: int, with_option: int) -> bool:
         """Whether the option took part; the request learns what the round came to."""
-        option = self._option
-        has_option = self._choice.is_worth_it(option, self._token_time.seconds, option.time_s.value)
+        has_option = self._choice.is_worth_it()
         if has_option:
-            self._choice.observe(option, with_option - plain)
-            option.time_s.add(PRICE_S)
+            self._choice.observe(with_option - plain, PRICE_S)
         duration_s = WITHOUT_S + PRICE_S if has_option else WITHOUT_S
         self._token_time.observe(duration_s, with_option if has_option else plain)
         return has_option
@@ -88,7 +87,7 @@ def test_what_many_requests_have_shown_spares_a_new_one_the_trying() -> None:
 
 
 def test_without_any_measurement_everything_takes_part() -> None:
-    assert Choice().is_worth_it(Option(), None, 1.0)
+    assert Choice([Option()], TokenTime()).is_worth_it()
     assert TokenTime().seconds is None
     shared = TokenTime()
     shared.observe(0.2, 4)

@@ -91,7 +91,7 @@ def test_pruning_keeps_the_most_valuable_nodes_as_a_tree(data: st.DataObject) ->
         step = data.draw(st.sampled_from([0.0, -0.5, -1.0]))
         log_values.append(step + (log_values[parent_row - 1] if parent_row else 0.0))
     num_nodes = data.draw(st.integers(0, len(tree) + 2))
-    pruned = ScoredTree(tree, tuple(log_values)).pruned(num_nodes)
+    pruned = ScoredTree(tree, tuple(log_values)).pruned(num_nodes).tree
     pruned.check(V, num_nodes)
     assert len(pruned) == min(num_nodes, len(tree))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from drafter_service.early_exit.exits import MAX_WAITING
-from drafter_service.early_exit.gate import LevelView, Stage
+from drafter_service.early_exit.gate import ExitGate, LevelView, Stage
 from drafter_service.model.exit_state import Look
 from easyspec.errors import InvalidRequestError
 from easyspec.model.row_layout import RowLayout
@@ -47,7 +47,7 @@ Decide = Callable[[Stage, LevelView], bool]
 
 
 @dataclass
-class ScriptedGate:
+class ScriptedGate(ExitGate):
     """Goes on where it is told to; remembers what it heard."""
 
     decide: Decide

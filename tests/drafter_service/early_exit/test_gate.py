@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from drafter_service.early_exit.gate import LearnedGate, LevelView, Stage
+from drafter_service.early_exit.gate import ExitGate, LevelView, Stage
 from drafter_service.model.exit_state import Look
 
 FIRST = Stage(0, is_first=True, catches_up=False)
@@ -16,9 +16,9 @@ TOKEN_S = 0.01
 BASE = ""
 
 
-def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: int = 400) -> LearnedGate:
+def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: int = 400) -> ExitGate:
     """A gate after rounds in which going on helped as often as `gain_of` says, by confidence."""
-    gate, generator = LearnedGate(), random.Random(1)
+    gate, generator = ExitGate(), random.Random(1)
     for stage in (FIRST, LATER):
         gate.observe_stage(stage, stage_s)
     for _ in range(num_places):
@@ -29,12 +29,12 @@ def gate_that_has_seen(gain_of: dict[float, float], stage_s: float, num_places: 
     return gate
 
 
-def share_going_on(gate: LearnedGate, stage: Stage, level: LevelView, times: int = 64) -> float:
+def share_going_on(gate: ExitGate, stage: Stage, level: LevelView, times: int = 64) -> float:
     return sum(gate.goes_on(stage, [level])[0] for _ in range(times)) / times
 
 
 def test_without_any_verdict_or_measurement_everybody_goes_on() -> None:
-    assert LearnedGate().goes_on(FIRST, [LevelView(SURE, 1.0, 1)]) == [True]
+    assert ExitGate().goes_on(FIRST, [LevelView(SURE, 1.0, 1)]) == [True]
 
 
 def test_who_is_unsure_goes_on_and_who_is_sure_leaves() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter_service.fusion import union
-from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Guesser, RequestBias, Stated
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Judge
 from drafter_service.fusion.model_guesses import ModelGuesser
-from drafter_service.fusion.union import FusedTree, PathGuesser, fuse, learn
+from drafter_service.fusion.union import FusedTree, fuse, learn
+from drafter_service.guesser import Guesser, PathGuesser, Stated
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
@@ -61,7 +62,7 @@ def fused(made: Sequence[PathGuesser], num_nodes: int, estimate: AcceptanceEstim
     """Everybody is asked everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(union, "_MIN_NGRAM_VALUE", 0.0)
-        return fuse(made, estimate or AcceptanceEstimate(), RequestBias(), num_nodes)
+        return fuse(made, Judge(estimate or AcceptanceEstimate()), num_nodes)
 
 
 @settings(deadline=None, max_examples=50)
@@ -115,14 +116,14 @@ def test_every_guess_is_in_the_union(made: list[PathGuesser]) -> None:
 def test_ngrams_are_spared_on_paths_of_little_worth_where_others_speak() -> None:
     paths = {(): {1: 0.9, 2: 0.05}, (1,): {3: 0.9}, (2,): {4: 0.9}}
     own, ngrams = TrieGuesser(Guesser.OWN_TEXT, paths), TrieGuesser(Guesser.NGRAM, paths)
-    result = fuse([own, ngrams], AcceptanceEstimate(), RequestBias(), 10)
+    result = fuse([own, ngrams], Judge(AcceptanceEstimate()), 10)
     of_path = {
         tuple(result.tree.token_ids[above - 1] for above in result.tree.path_rows(row)): source
         for row, source in enumerate(result.node_sources, start=1)
     }
     both = DraftSources.RETRIEVAL | DraftSources.NGRAM
     assert of_path == {(1,): both, (2,): both, (1, 3): both, (2, 4): DraftSources.RETRIEVAL}
-    alone = fuse([ngrams], AcceptanceEstimate(), RequestBias(), 10)
+    alone = fuse([ngrams], Judge(AcceptanceEstimate()), 10)
     assert len(alone.tree) == 4
 
 
@@ -137,22 +138,21 @@ def test_two_who_agree_are_worth_more_than_one() -> None:
 
 def test_it_learns_whom_to_believe() -> None:
     """Both are equally sure; one is right nine times of ten, the other once."""
-    estimate, bias = AcceptanceEstimate(), RequestBias()
+    estimate = AcceptanceEstimate()
+    judge = Judge(estimate)
     rng = random.Random(3)
     for _ in range(300):
         good, bad = rng.sample(range(VOCAB_SIZE), 2)
         result = fuse(
             [TrieGuesser(Guesser.OWN_TEXT, {(): {bad: 0.5}}), TrieGuesser(Guesser.NGRAM, {(): {good: 0.5}})],
-            estimate,
-            bias,
+            judge,
             4,
         )
         draw = rng.random()
-        learn(result, [good if draw < 0.9 else bad], estimate, bias)
+        learn(result, [good if draw < 0.9 else bad], judge)
     result = fuse(
         [TrieGuesser(Guesser.OWN_TEXT, {(): {7: 0.5}}), TrieGuesser(Guesser.NGRAM, {(): {8: 0.5}})],
-        estimate,
-        RequestBias(),
+        Judge(estimate),
         1,
     )
     assert result.tree.token_ids == (8,)
@@ -165,14 +165,15 @@ def test_what_is_learned_holds_no_tokens() -> None:
     """Permuting the tokens of all requests changes nothing in what is shared between them."""
 
     def state_after(rename: Sequence[int]) -> object:
-        estimate, bias = AcceptanceEstimate(), RequestBias()
+        estimate = AcceptanceEstimate()
+        judge = Judge(estimate)
         rng = random.Random(5)
         for _ in range(50):
             first, second = rng.sample(range(VOCAB_SIZE), 2)
             guesser = TrieGuesser(Guesser.NGRAM, {(): {rename[first]: 0.7}, (rename[first],): {rename[second]: 0.4}})
-            learn(fuse([guesser], estimate, bias, 4), [rename[first], rename[second]], estimate, bias)
-        curves = [(curve._accepted, curve._tried) for curve in (*estimate._curves, *estimate._unnamed)]
-        return curves, estimate._weights, bias.values
+            learn(fuse([guesser], judge, 4), [rename[first], rename[second]], judge)
+        curves = [(curve._accepted, curve._tried) for both in estimate.curves for curve in both]
+        return curves, estimate._weights, judge.biases
 
     shifted = [*range(VOCAB_SIZE)]
     random.Random(1).shuffle(shifted)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from drafter_service.model.ahead import Ahead, likeliest_rows
-from drafter_service.tasks import DraftTask
+from drafter_service.session import DraftTask
 from drafter_service.worth import Trial
 from easyspec.speculation.messages import Draft
 from easyspec.speculation.parameters import TreeBudget

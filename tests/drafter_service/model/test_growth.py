@@ -91,7 +91,7 @@ def test_extreme_temperatures_give_finite_values_and_the_right_first_candidate(t
     tree = LevelTree(TreeBudget(3, 2, 6), Sharpness())
     tree.add_level(ranked[:1])
     tree.add_level([ranked[0], ranked[1]])
-    assert len(tree.scored().pruned(6)) == 6
+    assert len(tree.scored().pruned(6).tree) == 6
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=8), st.floats(0.25, 4.0))
@@ -155,7 +155,7 @@ def test_the_best_nodes_of_a_level_are_expanded_and_the_best_of_all_are_kept() -
     assert [tree.token_ids[row - 1] for row in tree.frontier] == [20, 10]
     tree.add_level([candidates(3.0, 0.0, first_token_id=30), candidates(3.0, 0.0, first_token_id=40)])
     assert tree.frontier == []
-    kept = tree.scored().pruned(4)
+    kept = tree.scored().pruned(4).tree
     assert kept.token_ids == (0, 1, 20, 30)
     assert kept.parent_rows == (0, 0, 2, 3)
 
@@ -184,7 +184,7 @@ def test_whatever_is_kept_is_a_tree_within_the_budget_and_the_best_of_its_size(
         logits = random_logits(len(tree.frontier), 12, seed + len(tree.token_ids))
         tree.add_level(rank_candidates(RANKER, logits, [0] * len(logits), [GREEDY] * len(logits), 6))
     scored = tree.scored()
-    kept = scored.pruned(num_nodes)
+    kept = scored.pruned(num_nodes).tree
     kept.check(12, num_nodes)
     assert kept.num_levels <= num_levels
     assert len(kept) == min(num_nodes, len(scored.tree))
