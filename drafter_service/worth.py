@@ -6,7 +6,8 @@ worth is the time that they take in this request of late, drafting, verifying an
 tokens per second nothing that is left out would have been worth more than its time.
 
 What an option brings is learned from verdicts, as numbers about rounds, never about tokens. An option that is left out
-is tried again after a while, the later the further it was from paying.
+is tried again whenever all rounds without it have taken a hundred times what trying it may lose: the later the further
+it is from paying, and together for requests that are too short to do so themselves.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from easyspec.engine.average import CLOCK_RATE, Average, clock_average
 # Gains of single rounds scatter by more than they are worth, and are followed slowly.
 GAIN_RATE = 0.02
 # Rounds, of any request, before anything is believed of an option.
-_MIN_ROUNDS = 8
+_MIN_ROUNDS = 4
 # What is known of other requests counts as so many rounds of this one, whose own count less as they get older.
 _PRIOR_ROUNDS = 6.0
 _KEPT = 0.95
-# An option that lost narrowly is tried again after so many rounds; one whose worth was a part of its price after the
-# inverse square of that part as many, and at most after the second number.
-_RETRIAL_ROUNDS, _MOST_ROUNDS = 24.0, 400.0
+# For so much of the time that rounds take without an option, it is tried although it does not pay.
+_TRYING_SHARE = 0.01
 # A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
 _BLOCK_ROUNDS, _MIN_BLOCKS, _RETRIAL_BLOCKS = 8, 2, 16
 # Far more base models than one drafter serves, and few enough that fingerprints made up by a client cost little memory.
@@ -46,9 +46,17 @@ class TokenTime:
     @property
     def seconds(self) -> float | None:
         """None before any round is known."""
-        if self._round_s.count:
-            return self._round_s.value / self._num_tokens.value
-        return self._shared.seconds if self._shared is not None else None
+        known = self._known
+        return known._round_s.value / known._num_tokens.value if known._round_s.count else None
+
+    @property
+    def round_s(self) -> float:
+        """What a round takes, 0 before any is known."""
+        return self._known._round_s.value
+
+    @property
+    def _known(self) -> TokenTime:
+        return self if self._round_s.count or self._shared is None else self._shared
 
     def observe(self, round_s: float, num_tokens: int) -> None:
         """A round took so long, verifier and wire included, and came to so many tokens."""
@@ -59,11 +67,13 @@ class TokenTime:
 
 
 class Option:
-    """One source over all requests of a kind: the extra tokens of a round that it takes part in, and what it takes."""
+    """One source over all requests of a kind: the extra tokens of a round that it takes part in, what it takes, and
+    how much time may be lost by trying it although it does not pay."""
 
     def __init__(self) -> None:
         self.gain = Average(GAIN_RATE)
         self.time_s = clock_average()
+        self.trying_s = 0.0
 
 
 class Choice:
@@ -75,7 +85,6 @@ class Choice:
         self._token_time = token_time
         self._excess = 0.0  # gains of this request's rounds, less those of other requests
         self._weight = 0.0
-        self._num_left_out = 0
 
     def is_worth_it(self, kind: int = 0, num_sharing: int = 1) -> bool:
         """Whether it takes part in the next round, which is of a `kind`; `num_sharing` requests wait for its work."""
@@ -84,12 +93,12 @@ class Choice:
         if option.gain.count < _MIN_ROUNDS or token_s is None or price_s <= 0.0:
             return True
         gain = option.gain.value + self._excess / (_PRIOR_ROUNDS + self._weight)
-        worth_s = max(0.0, gain) * token_s
-        self._num_left_out += 1
-        patience = min(_MOST_ROUNDS, _RETRIAL_ROUNDS * (price_s / max(worth_s, 1e-9)) ** 2)
-        if worth_s < price_s and self._num_left_out <= patience:
-            return False
-        self._num_left_out = 0
+        loss_s = price_s - max(0.0, gain) * token_s
+        if loss_s > 0.0:
+            option.trying_s += _TRYING_SHARE * self._token_time.round_s
+            if option.trying_s < loss_s:
+                return False
+            option.trying_s = 0.0
         return True
 
     def observe(self, gain: float, time_s: float, kind: int = 0) -> None:
