@@ -18,6 +18,7 @@ import torch
 
 from easyspec.model.quantization.mxfp4 import codes_of, mxfp4_values
 from easyspec.model.stored_blocks import StoredBlocks
+from easyspec.model.tensor_file import part_of
 from easyspec.model.weights import Checkpoint
 
 _EXPERT = re.compile(r"(?P<stem>.*\.mlp\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
@@ -72,16 +73,14 @@ class FusedExperts:
             values = mxfp4_values(*self._blocks(place, shape))
         else:
             values = self._dense(place, shape)[0].T[place.rows]
-        values = values if rows is None else values[rows.start : rows.stop]
-        values = values if columns is None else values[:, columns.start : columns.stop]
-        return values.contiguous()
+        return part_of(values, rows, columns).contiguous()
 
     def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
         """See TensorSource."""
         place = _place(name)
         if place is None:
             return self._checkpoint.blocks(name, shape, rows)
-        if not self._is_quantized(place):
+        if not self._is_quantized(place) or not self._checkpoint.reads_values:
             return None
         part = slice(None) if rows is None else slice(rows.start, rows.stop)
         blocks, exponents = (values[part] for values in self._blocks(place, shape))

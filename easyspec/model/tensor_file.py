@@ -46,10 +46,14 @@ class StoredTensor:
 
 
 class TensorFile:
-    """An open file. Raises ConfigurationError where it is not a safetensors file, or cannot be read to the end."""
+    """An open file. Raises ConfigurationError where it is not a safetensors file, or cannot be read to the end.
 
-    def __init__(self, path: Path) -> None:
+    Without `reads_values` tensors are on torch's device `meta`.
+    """
+
+    def __init__(self, path: Path, *, reads_values: bool = True) -> None:
         self.path = path
+        self._reads_values = reads_values
         _check_is_fetched(path)
         try:
             with safe_open(path, framework="pt"):  # checks the header, and that all tensors are there
@@ -83,6 +87,8 @@ class TensorFile:
             allowed = ", ".join(_DTYPES)
             raise ConfigurationError(f"{name!r} in {self.path} has type {stored.dtype}; allowed: {allowed}")
         dtype = _DTYPES[stored.dtype]
+        if not self._reads_values:
+            return part_of(torch.empty(stored.shape, dtype=dtype, device="meta"), rows, columns)
         num_rows, *row_shape = stored.shape or (1,)
         row_bytes = math.prod(row_shape) * dtype.itemsize
         rows = range(num_rows) if rows is None else rows
@@ -117,6 +123,12 @@ class TensorFile:
             for name, entry in entries.items()
             if name != "__metadata__"
         }
+
+
+def part_of(matrix: torch.Tensor, rows: range | None, columns: range | None) -> torch.Tensor:
+    """Some rows (first dimension) and columns (second) of a tensor, each all by default."""
+    part = matrix if rows is None else matrix[rows.start : rows.stop]
+    return part if columns is None else part[:, columns.start : columns.stop]
 
 
 def _check_is_fetched(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.quantization.scheme import GroupedWeight, Quantization, ScaledWeight
 from easyspec.model.stored_blocks import StoredBlocks
-from easyspec.model.tensor_file import TensorFile
+from easyspec.model.tensor_file import TensorFile, part_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -58,10 +58,19 @@ class Checkpoint:
     Raises ConfigurationError for a missing or corrupt file, a missing tensor or an unexpected shape, for weights of
     a type that stands for something else, and for NaN and infinity. With `is_whole` also, at the end, for a tensor
     that was never asked for: it belongs to another model than config.json describes. `quantization` says what the
-    tensors of a quantized layer stand for.
+    tensors of a quantized layer stand for. Without `reads_values` only headers are read, and tensors are on torch's
+    device `meta`.
     """
 
-    def __init__(self, folder: Path, *, is_whole: bool = False, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_whole: bool = False,
+        quantization: Quantization | None = None,
+        reads_values: bool = True,
+    ) -> None:
+        self.reads_values = reads_values
         self._folder = folder
         self._quantization = quantization
         self._is_whole = is_whole
@@ -70,7 +79,7 @@ class Checkpoint:
         self._is_text_tower = False
         with ExitStack() as stack:
             for path, listed in _files(folder).items():
-                file = stack.enter_context(closing(TensorFile(path)))
+                file = stack.enter_context(closing(TensorFile(path, reads_values=reads_values)))
                 _check_listed(path, listed, file)
                 self._is_text_tower = self._is_text_tower or any(name.startswith(tuple(_TEXT_TOWERS)) for name in file)
                 file.rename(_text_name)
@@ -95,10 +104,10 @@ class Checkpoint:
         self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
         """The tensor `name`, which must have `shape`, or some of its rows or columns; no more than those is read."""
+        if not self.reads_values and self._quantized_names(name):
+            return part_of(torch.empty(shape, device="meta"), rows, columns)
         if (weight := self._quantized(name, shape)) is not None:
-            values = weight.values()
-            values = values if rows is None else values[rows.start : rows.stop]
-            values = values if columns is None else values[:, columns.start : columns.stop]
+            values = part_of(weight.values(), rows, columns)
             check_finite(values, name, self._folder)
             return values.contiguous()
         file = self._file_of(name)
@@ -115,8 +124,8 @@ class Checkpoint:
         return tensor
 
     def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
-        """The codes of a quantized layer, or of some of its rows; None where it has none."""
-        weight = self._quantized(name, shape)
+        """The codes of a quantized layer, or of some of its rows; None where it has none, or is not read."""
+        weight = self._quantized(name, shape) if self.reads_values else None
         packed = None if weight is None else weight.blocks()
         if packed is None or rows is None:
             return packed
@@ -148,10 +157,9 @@ class Checkpoint:
 
     def _quantized(self, name: str, shape: tuple[int, ...]) -> GroupedWeight | ScaledWeight | None:
         """What the tensors of a quantized layer stand for; None where `name` is stored as it is."""
-        names = () if self._quantization is None else self._quantization.names(name, self)
+        names = self._quantized_names(name)
         if self._quantization is None or not names:
             return None
-        self._asked.update(names)
         try:
             weight = self._quantization.read(name, self)
             found = tuple((weight.numbers if isinstance(weight, ScaledWeight) else weight.codes).shape)
@@ -162,6 +170,11 @@ class Checkpoint:
         if found != shape:
             raise ConfigurationError(f"{names[0]!r} in {self._folder} stands for shape {found}; expected {shape}")
         return weight
+
+    def _quantized_names(self, name: str) -> tuple[str, ...]:
+        names = () if self._quantization is None else self._quantization.names(name, self)
+        self._asked.update(names)
+        return names
 
     def _check_all_asked(self) -> None:
         left = sorted(name for name in self._file_of_tensor.keys() - self._asked if not _NEEDLESS.fullmatch(name))
@@ -190,7 +203,7 @@ def _text_name(name: str) -> str:
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     """Raise ConfigurationError for NaN or infinity in a tensor read from `path`."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_meta:
         return
     low, high = torch.aminmax(tensor)  # both are NaN if one value is
     if not (torch.isfinite(low) and torch.isfinite(high)):

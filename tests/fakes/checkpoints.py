@@ -64,5 +64,5 @@ def change_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     """Replace a tensor of a checkpoint of one file, or leave it out."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    del tensors[name]
+    tensors.pop(name, None)
     save_file(tensors if tensor is None else {**tensors, name: tensor}, path, metadata={"format": "pt"})

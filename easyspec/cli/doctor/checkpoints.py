@@ -51,7 +51,7 @@ def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
         findings.append(finding)
         checkpoints.append(Checkpoint(name, folder, config))
         if folder.is_dir():
-            findings.append(check_weights(name, folder, config))
+            findings.append(check_weights(name, folder))
             findings.append(_check_tokenizer(name, folder))
     if len(checkpoints) == 2 and all(checkpoint.folder.exists() for checkpoint in checkpoints):
         findings += check_pair(*checkpoints)

@@ -1,13 +1,13 @@
-"""Whether the safetensors files of a checkpoint are whole, read from their headers alone."""
+"""Whether the safetensors files of a checkpoint hold its model, read from their headers alone."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from easyspec.checkpoint.location import weight_bytes
 from easyspec.cli.doctor.report import Finding, ok, problem
@@ -18,19 +18,6 @@ _MAX_HEADER_BYTES = 100 * 2**20
 _LFS_MARK = b"version https://git-lfs"
 _AGAIN = "download it again"
 _MAX_NAMED = 3
-# Families whose layers hold just these.
-_PLAIN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_LAYER_TENSORS = (
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -39,8 +26,8 @@ class _BrokenFileError(Exception):
     advice: str
 
 
-def check_weights(name: str, folder: Path, config: Mapping[str, Any]) -> Finding:
-    """Every file is there and as long as its header says, and holds every tensor that the configuration calls for."""
+def check_weights(name: str, folder: Path) -> Finding:
+    """Every file is there and as long as its header says, and together they hold the model of config.json."""
     check = f"{name} weights"
     try:
         expected_files = _files(folder)
@@ -52,32 +39,21 @@ def check_weights(name: str, folder: Path, config: Mapping[str, Any]) -> Finding
             tensors |= held
     except _BrokenFileError as error:
         return problem(check, error.message, error.advice)
-    if config.get("model_type") not in _PLAIN_FAMILIES:
-        return _check_layers(check, folder, config, tensors, len(expected_files))
-    wanted = _wanted(config)
-    if config.get("quantization_config") is not None:  # matrices go by other names there
-        wanted = {name for name in wanted if "_proj." not in name}
-    if missing := sorted(wanted - tensors):
-        return problem(check, f"no tensor {_some(missing)}", "get a checkpoint of the whole model, not of an adapter")
-    return _whole(check, folder, len(tensors), len(expected_files))
-
-
-def _check_layers(check: str, folder: Path, config: Mapping[str, Any], tensors: set[str], num_files: int) -> Finding:
-    """What can be said without knowing a family's names: that no layer is missing altogether."""
-    text = config.get("text_config", config)
-    num_layers = text.get("num_hidden_layers", 0) if isinstance(text, Mapping) else 0
-    held = {part for name in tensors if ".layers." in name for part in name.split(".layers.")[1].split(".")[:1]}
-    missing = [f"layers.{layer}" for layer in range(num_layers) if str(layer) not in held]
-    if missing:
-        return problem(
-            check, f"no tensor of {_some(missing)}", "get a checkpoint of the whole model, not of an adapter"
-        )
-    return _whole(check, folder, len(tensors), num_files)
-
-
-def _whole(check: str, folder: Path, num_tensors: int, num_files: int) -> Finding:
+    if (why := layout_problem(folder)) is not None:
+        return problem(check, why, "get a checkpoint of the whole model, with its own config.json")
     size = weight_bytes(folder) / 2**20
-    return ok(check, f"{num_tensors} tensors in {num_files} file(s), {size:,.0f} MiB, all whole")
+    return ok(check, f"{len(tensors)} tensors in {len(expected_files)} file(s), {size:,.0f} MiB, all whole")
+
+
+def layout_problem(folder: Path) -> str | None:
+    """What the loader has against the files' headers, None if nothing.
+
+    It looks in a process of its own: the other checks must work where torch does not.
+    """
+    looked = subprocess.run(
+        [sys.executable, "-m", "easyspec.model.layout", str(folder)], capture_output=True, text=True, check=False
+    )
+    return None if looked.returncode == 0 else (looked.stdout or looked.stderr).strip().rpartition("\n")[2]
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
@@ -125,14 +101,6 @@ def _tensor_names(path: Path) -> set[str]:
     if num_bytes != expected:
         raise _BrokenFileError(f"{path.name} has {num_bytes:,} bytes of {expected:,}", _AGAIN)
     return set(names)
-
-
-def _wanted(config: Mapping[str, Any]) -> set[str]:
-    num_layers = config.get("num_hidden_layers", 0)
-    layers = range(num_layers if isinstance(num_layers, int) else 0)
-    wanted = {f"model.layers.{layer}.{tensor}" for layer in layers for tensor in _LAYER_TENSORS}
-    wanted |= {"model.embed_tokens.weight", "model.norm.weight"}
-    return wanted if config.get("tie_word_embeddings") else wanted | {"lm_head.weight"}
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ def mxfp4_values(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     exponents (uint8 [..., G])."""
     halves = codes_of(blocks).unflatten(-1, (-1, 32))  # [..., G, 32]
     exponents = scales.int().unsqueeze(-1) - EXPONENT_BIAS - 1
-    return torch.ldexp(torch.tensor(FP4_DOUBLED)[halves.long()], exponents).flatten(-2)
+    return torch.ldexp(torch.tensor(FP4_DOUBLED, device=blocks.device)[halves.long()], exponents).flatten(-2)
 
 
 def codes_of(blocks: torch.Tensor) -> torch.Tensor:
