@@ -38,6 +38,8 @@ _SMALLEST_NUMBER = -(2**63 - 1024)
 _LARGEST_NUMBER = 2**63 - 1
 _MOST_DIGITS = 20
 _LARK_JSON = "%json"
+# An added token that vocabularies of bytes and of characters spell alike.
+_MARK = re.compile("<[!-~]+>")
 # A text, a regex, a comment, or what may be the name of a special token.
 _LARK_WORD = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 
@@ -76,26 +78,34 @@ def load_tokenizer(vocabulary: GrammarVocabulary, grammar: Grammar) -> GrammarTo
         raise grammar_error(grammar, "the model has no end-of-sequence token")
     try:
         num_rows = max(vocab_size, num_entries)
-        hidden = _with_hidden_specials(backend.to_str(), special_ids)
+        hidden = _as_the_library_reads_it(backend.to_str(), special_ids)
         library = llguidance.LLTokenizer(hidden, n_vocab=num_rows, eos_token=eos_token_ids)
         return GrammarTokenizer(library, special_ids)
     except ValueError as error:
         raise grammar_error(grammar, f"the model's tokenizer does not serve grammars ({error})") from error
 
 
-def _with_hidden_specials(tokenizer_json: str, special_ids: Mapping[str, int]) -> str:
-    """The tokenizer with other names for its special tokens, which no text contains.
+def _as_the_library_reads_it(tokenizer_json: str, special_ids: Mapping[str, int]) -> str:
+    """The tokenizer with other names for its special tokens, which no text contains, and added tokens that are text
+    among the others.
 
     Where only one text can follow, the library has the tokenizer cut it. It would cut `<|im_end|>` in a text into the
-    special token, which the library then does not take for that text.
+    special token, which the library then does not take for that text. Any added token like `<think>` is special to it,
+    so no text could have one: Qwen3 could not end its thinking.
     """
     names = {name: f"\ufdd0{secrets.token_hex(8)}{name}" for name in special_ids}
     content: dict[str, Any] = json.loads(tokenizer_json)
-    for token in content["added_tokens"]:
+    added = content["added_tokens"]
+    for token in added:
         token["content"] = names.get(token["content"], token["content"])
     model = content["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(name, name): token_id for name, token_id in model["vocab"].items()}
+        # With all of them there, each keeps its id.
+        model["vocab"] |= {token["content"]: token["id"] for token in added}
+        content["added_tokens"] = [
+            token for token in added if token["special"] or not _MARK.fullmatch(token["content"])
+        ]
     else:
         model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
     if model.get("unk_token") in names:

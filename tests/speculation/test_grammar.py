@@ -410,9 +410,12 @@ async def test_a_vocabulary_smaller_than_the_tokenizers(folder: Path, backend: T
         await compiler.compile(regex("z"))
 
 
-async def test_marks_of_thinking_may_be_special_tokens(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_special", [True, False])  # in Qwen3's vocabulary they are added, but not special
+async def test_marks_of_thinking_may_be_tokens(folder: Path, tmp_path: Path, is_special: bool) -> None:
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
+    backend.add_special_tokens([AddedToken("<first>", special=True)])
+    backend.add_tokens([AddedToken(mark, special=is_special) for mark in ("<think>", "</think>")])
+    backend.add_special_tokens([AddedToken("<last>", special=True)])
     backend.save(str(tmp_path / "tokenizer.json"))
     opening, end = (backend.token_to_id(mark) for mark in ("<think>", "</think>"))
     with closing(GrammarCompiler(tmp_path, VOCAB_SIZE, (EOS,))) as compiler:
@@ -425,7 +428,7 @@ async def test_marks_of_thinking_may_be_special_tokens(folder: Path, tmp_path: P
                 assert state.advance(opening)
             for token_id in backend.encode("</thin k so: b").ids:
                 assert state.advance(token_id)
-            assert EOS not in allowed(state)
+            assert not allowed(state) & {EOS, *map(backend.token_to_id, ("<first>", "<last>"))}
             for token_id in (end, *backend.encode("\n\na").ids, *backend.encode("b").ids):
                 assert state.advance(token_id)
             assert allowed(state) == {EOS}
