@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from easyspec.speculation.schemas import enforceable
+from easyspec.thread_pool import started_pool
 from gateway.answer import AnswerForm, AnswerText
 from gateway.choices import choice_seed, merged
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
@@ -85,7 +85,7 @@ class Generator:
         self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
         self._tokenizer = tokenizer
-        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING, thread_name_prefix="tokenizing")
+        self._tokenizing = started_pool(_NUM_TOKENIZING, "tokenizing")
         self._tool_dialect = tool_dialect
         self._verifiers = verifiers
         self._drafters = drafters

@@ -20,6 +20,7 @@ from easyspec.rpc import convert
 from easyspec.rpc.application import Application
 from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.tracing import open_tracing
+from easyspec.thread_pool import started_pool
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.assembly import Assembly, load_tokenizers
 from gateway.config import HTTP_OFF, GatewaySettings
@@ -42,6 +43,8 @@ from gateway.text.output import Completion, GenerationChunk
 from gateway.text.tool_parser import ToolCallDelta
 
 _KEYS_POLL_S = 2.0
+# Of what would hold up the event loop: large bodies, schemas, finished outputs to check.
+_NUM_WORKERS = 4
 
 _Mode = generation_pb2.SpeculationParameters
 _PeerState = generation_pb2.GetServerInfoResponse
@@ -129,6 +132,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         RPCs."""
         if self._rest is not None:
             await self._rest.open()
+        asyncio.get_running_loop().set_default_executor(started_pool(_NUM_WORKERS, "worker"))
         tokenizers = await asyncio.to_thread(load_tokenizers, self._settings)
         limiter = ClientLimiter(self._settings.max_requests_per_key if self._keys is not None else None)
         self._assembly = Assembly(self._settings, self._observer(), limiter)

@@ -26,6 +26,7 @@ def report(at_rest: Callable[[int], Footprint]) -> SoakReport:
         (lambda number: Footprint(100.0, 20 + number, 9), 1),
         (lambda number: Footprint(100.0, 20, 9 + (number > 9)), 1),
         (lambda number: Footprint(100.0, 20, 9 + (number == 11)), 0),
+        (lambda number: Footprint(100.0, 20 + (number in (3, 9, 10)), 9), 0),  # a connection that comes and goes
     ],
 )
 def test_what_grows_after_the_warm_up_makes_a_soak_fail(at_rest: Callable[[int], Footprint], num_failures: int) -> None:

@@ -1,0 +1,16 @@
+"""Pools of threads that are all there from the beginning."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+
+def started_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads are running, where Python's own starts the last of them in some busy moment of a later
+    day: what a process has does not grow with its age."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+    meeting = threading.Barrier(num_threads)
+    for started in [pool.submit(meeting.wait) for _ in range(num_threads)]:
+        started.result()
+    return pool
