@@ -20,7 +20,6 @@ COMMANDS = {
     "serve": ("bench.serving.serve", "many streams at once: speculation off, on and auto"),
     "targets": ("bench.serving.targets", "two base models at once, one drafter"),
     "sources": ("bench.sources.sources", "every source of guesses, alone and fused, at equal node budgets"),
-    "who-drafts": ("bench.sources.who_drafts", "which sources to ask in a round, on a made-up clock"),
     "alternatives": ("bench.alternatives.alternatives", "beside transformers' own generation and other servers"),
     "chaos": ("bench.chaos.chaos", "kill, stop and cut off services under load, and compare every answer"),
     "soak": ("bench.chaos.soak", "an hour of clients that come, go and give up: nothing may grow"),
@@ -30,8 +29,6 @@ COMMANDS = {
     "gpu": ("bench.kernels.gpu", "passes of large models of random weights on one GPU"),
     "acceptance": ("bench.probes.acceptance", "how much of a base's answers a draft model guesses"),
     "layer-groups": ("bench.probes.layer_groups", "fuzzy steps of drafts of many shapes beside exact ones"),
-    "grammar": ("bench.probes.grammar", "what structured output costs, and what it does to acceptance"),
-    "observation": ("bench.probes.observation", "what logs and metrics cost a round"),
     "bookkeeping": ("bench.probes.bookkeeping", "what the verifier's Python takes beside its passes"),
     "report": ("bench.report.report", "write docs/benchmarks.md and its pages from the result files"),
 }
