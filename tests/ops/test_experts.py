@@ -28,8 +28,8 @@ from easyspec.ops.program import (
     Route,
 )
 from easyspec.ops.weights import FP4_DOUBLED, QuantisedWeight
+from tests.ops.executors import plain_rows, random_tensor, run
 from tests.ops.small_model import CPU, EXECUTOR_NAMES, PATHS, KVPool, SmallModel, executor_of, weight_of
-from tests.ops.test_native import plain_rows, random_tensor, run
 
 HIDDEN, INNER, NUM_EXPERTS, NUM_CHOSEN, NUM_ROWS = 72, 50, 7, 3, 11
 Write = Callable[[ProgramWriter, Executor], tuple[dict[Buffer, torch.Tensor], list[Buffer]]]

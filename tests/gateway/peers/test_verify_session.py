@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import structlog
@@ -23,78 +23,25 @@ from easyspec.errors import (
     WrongModelError,
 )
 from easyspec.rpc.errors import retry_hint_s
-from easyspec.speculation.messages import ModelInfo, OpenVerification, Verdict, VerifyTimings
-from easyspec.speculation.parameters import SamplingParameters, StopConditions
+from easyspec.speculation.messages import OpenVerification
+from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.usual_time import UsualTime
 from gateway.decode_loop import TimedVerdict
 from gateway.peers import replica_set as replicas_module
 from gateway.peers import verify_session as verify_session_module
-from gateway.peers.peer import ExponentialBackoff, JitteredBackoff, Peer, PeerInfo, PeerPolicy, PeerState
+from gateway.peers.peer import ExponentialBackoff, Peer, PeerInfo, PeerPolicy
 from gateway.peers.replica_set import Replica, ReplicaSet
-from gateway.peers.verify_session import FailoverLimits, ResilientVerifySession, VerifierPool, VerifyConnection
-
-OPENING = OpenVerification((1, 2, 3), SamplingParameters(seed=1), StopConditions(), num_top_logprobs=0)
-FINGERPRINT = "0e11"
-BACKOFF = ExponentialBackoff(0.02, 0.04)
-
-
-def info_of(fingerprint: str = FINGERPRINT, max_tree_nodes: int = 64) -> PeerInfo:
-    return PeerInfo(ModelInfo("base", 100, 512, "t0", 1, "float32", (0,), 2, fingerprint), max_tree_nodes)
-
-
-@dataclass
-class FakeConnection:
-    """Says the position for a token, unless the next of `faults` (None: no fault) is to be raised instead."""
-
-    faults: list[EasyspecError | None] = field(default_factory=list)
-    lasting: EasyspecError | None = None
-    openings: list[OpenVerification] = field(default_factory=list)
-    timeouts_s: list[float] = field(default_factory=list)
-    num_open: int = 0
-    ahead: list[int] = field(default_factory=list)
-
-    @asynccontextmanager
-    async def open(self, opening: OpenVerification, timeout_s: float) -> AsyncIterator[FakeConnection]:
-        self.openings.append(opening)
-        self.timeouts_s.append(timeout_s)
-        self.num_open += 1
-        try:
-            yield self
-        finally:
-            self.num_open -= 1
-
-    async def verify(self, base_length: int, tree: TokenTree, num_plain_rounds: int = 0) -> TimedVerdict:
-        self.ahead.append(num_plain_rounds)
-        fault = self.faults.pop(0) if self.faults else self.lasting
-        if fault is not None:
-            raise fault
-        return TimedVerdict(Verdict(base_length, (base_length,), ()), VerifyTimings(0, 0, 1, 1), 5)
-
-
-def replica_of(connection: FakeConnection, address: str, info: PeerInfo) -> Replica[VerifyConnection]:
-    async def fetch() -> PeerInfo:
-        return info
-
-    peer = Peer(address, fetch, "t0", PeerPolicy(1.0, BACKOFF))
-    return Replica(address, peer, connection)
-
-
-async def pool_of(
-    *connections: FakeConnection, infos: tuple[PeerInfo, ...] = (), reopen_timeout_s: float = 0.5
-) -> VerifierPool:
-    replicas = [
-        replica_of(connection, str(index), infos[index] if infos else info_of())
-        for index, connection in enumerate(connections)
-    ]
-    replica_set = ReplicaSet("verifier", replicas)
-    await replica_set.probe()
-    return VerifierPool(replica_set, FailoverLimits(0.1, reopen_timeout_s, BACKOFF))
-
-
-async def rounds(session: ResilientVerifySession, num_rounds: int, start: int = 3) -> list[int]:
-    answers = [await session.verify(start + index, EMPTY_TREE) for index in range(num_rounds)]
-    return [answer.verdict.token_ids[0] for answer in answers]
+from gateway.peers.verify_session import FailoverLimits, VerifierPool, VerifyConnection
+from tests.fakes.verifier_pool import (
+    BACKOFF,
+    FINGERPRINT,
+    OPENING,
+    FakeConnection,
+    info_of,
+    pool_of,
+    rounds,
+)
 
 
 async def test_nothing_lost_is_one_stream_for_the_model_in_force() -> None:
@@ -341,7 +288,7 @@ async def test_it_is_not_tried_where_the_last_replica_serves_others() -> None:
             assert len(dying.openings) == 1
         assert await rounds(other, 1, start=4) == [4]
         assert (len(last.openings), alive.num_sessions) == (1, 1)
-    async with pool.open(OPENING, 10) as session:  # now it serves nobody else
+    async with pool.open(OPENING, 10) as session:  # now it serves no other session
         assert await rounds(session, 1) == [3]
 
 
@@ -456,48 +403,6 @@ async def test_a_stream_that_ends_verifiers_ends_alone() -> None:
     assert sum(connection.num_deaths for connection in connections) == 3
 
 
-# --- replicas ---------------------------------------------------------------------------------------------------
-
-
-async def test_one_ready_replica_makes_a_ready_set() -> None:
-    pool = await pool_of(FakeConnection(), FakeConnection())
-    first, second = pool.replicas.replicas
-    first.peer.report_failure("gone")
-    assert pool.replicas.state is PeerState.READY
-    assert {pool.replicas.pick() for _ in range(4)} == {second}
-    second.peer.report_failure("gone")
-    assert pool.replicas.state is PeerState.UNREACHABLE
-    assert {pool.replicas.pick() for _ in range(4)} == {first, second}  # what is known may be old
-
-
-async def test_prompts_that_begin_alike_meet_at_one_replica() -> None:
-    pool = await pool_of(*(FakeConnection() for _ in range(3)))
-    homes = {pool.replicas.pick(prompt=[*range(100), other]) for other in range(20)}
-    assert len(homes) == 1
-    assert len({pool.replicas.pick(prompt=[other] * 100) for other in range(20)}) > 1
-    (home,) = homes
-    assert pool.replicas.pick(avoiding=[home], prompt=range(100)) is not home
-
-
-async def test_the_model_in_force_stays_while_anyone_serves_it() -> None:
-    pool = await pool_of(*(FakeConnection() for _ in range(3)), infos=(info_of("b"), info_of("a"), info_of("b")))
-    replicas = pool.replicas
-    assert replicas.info is not None
-    assert replicas.info.model.fingerprint == "b"
-    first, other, last = replicas.replicas
-    assert {replicas.pick("b") for _ in range(4)} == {first, last}
-    first.peer.report_failure("gone")
-    assert replicas.info.model.fingerprint == "b"
-    last.peer.report_failure("gone")
-    assert replicas.info.model.fingerprint == "a"
-    assert {replicas.pick("a") for _ in range(4)} == {other}
-
-
-async def test_trees_fit_every_replica() -> None:
-    pool = await pool_of(FakeConnection(), FakeConnection(), infos=(info_of(max_tree_nodes=64), info_of("0e11", 32)))
-    assert pool.replicas.info == info_of(max_tree_nodes=32)
-
-
 async def test_a_wrong_model_is_not_a_reason_to_doubt_the_replica() -> None:
     connection = FakeConnection([WrongModelError("0e11", "07h")])
     pool = await pool_of(connection)
@@ -530,32 +435,3 @@ async def test_a_verifier_of_another_executor_does_not_continue_a_stream_and_the
     connection.lasting = None
     async with pool.open(OPENING, 10) as session:  # new ones begin there
         assert await rounds(session, 1) == [3]
-
-
-# --- pauses and misfits -----------------------------------------------------------------------------------------
-
-
-def test_jitter_only_shortens() -> None:
-    pauses = [JitteredBackoff(ExponentialBackoff(0.1, 1.0))(3) for _ in range(200)]
-    assert 0.2 <= min(pauses) < 0.25
-    assert 0.35 < max(pauses) <= 0.4
-
-
-@pytest.mark.parametrize(("num_tolerated", "expected"), [(0, 1), (3, 4)])
-async def test_a_misfit_behind_a_name_is_tolerated_for_a_while(num_tolerated: int, expected: int) -> None:
-    fingerprint = "t0"
-
-    async def fetch() -> PeerInfo:
-        model = ModelInfo("base", 100, 512, fingerprint, 1, "float32", (0,), 2)
-        return PeerInfo(model, 64)
-
-    peer = Peer("verifier", fetch, "t0", PeerPolicy(1.0, BACKOFF, num_tolerated))
-    await peer.probe()
-    assert peer.is_ready
-    fingerprint = "other"
-    num_probes = 0
-    while peer.is_ready:
-        await peer.probe()
-        num_probes += 1
-    assert num_probes == expected
-    assert peer.state is PeerState.REFUSED
