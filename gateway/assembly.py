@@ -42,7 +42,7 @@ TokenizerKey: TypeAlias = tuple[Path, Path | None]
 def load_tokenizers(settings: GatewaySettings) -> dict[TokenizerKey, Tokenizer]:
     """The tokenizers of all models as the settings name them, each read once; takes seconds.
 
-    Those of hub ids are fetched. Raises ConfigurationError.
+    Hub ids are fetched. Raises ConfigurationError.
     """
     keys = dict.fromkeys((route.tokenizer, route.chat_template) for route in settings.routes)
     return {

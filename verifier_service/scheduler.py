@@ -143,7 +143,7 @@ class Scheduler(Generic[SessionT]):
         self._waiting: dict[int, SessionT] = {}  # for a verdict, by id, least recently served first
         self._refusal = _NO_REFUSAL
         self.piece: list[Work[SessionT]] | None = None
-        self._num_step_rows = 0  # of those that decode in the present step
+        self._num_step_rows = 0  # of the sessions that decode in the present step
         self._has_read_prompts = False
 
     @property
@@ -280,7 +280,7 @@ class Scheduler(Generic[SessionT]):
         most = min(pace, num_left + MIN_PROMPT_ROWS)
         if not is_anyone_decoding or not self._limits.reads_on_the_side:
             return self._fair_shares(prefilling, most)
-        # Whose prompt's rows are looked at stays in the step, where they are.
+        # A session whose prompt rows are read for log-probabilities keeps its place in the step.
         short = [session for session in prefilling if session.num_uncached <= pace or not session.takes_prefixes]
         long = [session for session in prefilling if session not in short]
         shares = self._fair_shares(short, most) if short else []
@@ -399,7 +399,7 @@ class Scheduler(Generic[SessionT]):
     def _fair_shares(
         self, prefilling: Sequence[SessionT], num_rows: int, *, is_on_the_side: bool = False
     ) -> list[_Share[SessionT]]:
-        """Give the rows to those that waited longest, a fair share each; what short prompts leave goes to the long."""
+        """Give rows to the prompts that waited longest, equal shares; what short prompts leave goes to long ones."""
         shares: list[_Share[SessionT]] = []
 
         def give(session: SessionT, num_tokens: int) -> int:

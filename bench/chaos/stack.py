@@ -25,7 +25,7 @@ _NUM_REPLICAS = 2
 
 @dataclass(eq=False)
 class Replica:
-    """One process behind its proxy. `num_faults` counts those that are not over: at most one at a time."""
+    """One process behind its proxy. `num_faults` counts faults that are not over: at most one at a time."""
 
     process: ServiceProcess
     proxy: FaultyProxy

@@ -139,7 +139,7 @@ class Device:
         return times
 
     def copy_bytes_per_s(self, num_bytes: int, num_repeats: int) -> float:
-        """Bytes read and written by a copy of `num_bytes`, in a second; the best of several."""
+        """Bytes per second that a copy of `num_bytes` reads and writes; the best of several."""
         source = torch.ones(num_bytes, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * num_bytes / min(self.times_s(lambda: target.copy_(source), num_repeats))

@@ -67,7 +67,7 @@ class Answer:
 
 @dataclass
 class Acceptance:
-    """Rounds and tokens, and by level: rounds whose answer went so far, and those of them that were right so far."""
+    """Rounds and tokens, and by level: rounds whose answer went so far, and how many of these were right so far."""
 
     num_levels: int
     num_rounds: int = 0

@@ -128,7 +128,7 @@ def _together(ranks: Ranks, work: Callable[[], object]) -> float:
 
 
 def _fit(gather_us: dict[int, float], num_ranks: int) -> tuple[float, float]:
-    """Latency of a decode step's sizes, and bytes a second over the slope from them to the largest part."""
+    """Latency of a decode step's sizes, and bytes per second over the slope from them to the largest part."""
     if not gather_us:
         return 0.0, 1.0
     large = max(gather_us)

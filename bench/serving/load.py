@@ -1,4 +1,4 @@
-"""Load: so many requests at a time, or so many a second, for a stretch of time."""
+"""Load: a number of requests at a time, or per second, for some time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RAMP_POLL_S = 0.02
 class WindowSettings:
     """How a stretch of load is timed: at first until every place has its first token, but no longer than
     `max_ramp_s`, which is not measured; then `window_s` seconds, which are. `rate` None is a closed loop of
-    `concurrency` clients, otherwise `rate` requests arrive a second (Poisson), at most `concurrency` at a time."""
+    `concurrency` clients, otherwise `rate` requests per second arrive (Poisson), at most `concurrency` at a time."""
 
     concurrency: int
     window_s: float

@@ -82,7 +82,7 @@ def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[Serve
 
 
 def throughput(window: Window) -> float:
-    """Output tokens a second inside the window."""
+    """Output tokens per second inside the window."""
     num_tokens = sum(each.num_tokens for each in _rounds(window))
     return num_tokens / (window.end_s - window.start_s)
 

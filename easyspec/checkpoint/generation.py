@@ -70,7 +70,7 @@ def sampling_defaults(path: Path) -> SamplingDefaults:
 
 def end_token_ids(path: Path, of_config: Any) -> tuple[int, ...]:
     """Every token that ends a text: those of generation_config.json, then of config.json (`of_config`), then the
-    tokenizer's own. Raises ConfigurationError for values that are no token ids."""
+    tokenizer's own. Raises ConfigurationError for values that are not token ids."""
     found: list[int] = []
     for name, value in (
         (_GENERATION_FILE, generation_config(path).get("eos_token_id")),

@@ -75,7 +75,7 @@ class NgramTable:
         contexts, totals = np.asarray(self._contexts[1]), np.asarray(self._totals[1])
         if not len(contexts):
             return np.empty(0, dtype=np.int64), np.empty(0)
-        # Keys do not tell which token they are of. A token that is no token's common successor is not common.
+        # Keys do not name their token. A token that is never a common successor is not common.
         token_ids = np.unique(np.asarray(self._tokens[1]))
         keys = _context_keys([token_ids], len(token_ids), 1)
         rows = np.minimum(np.searchsorted(contexts, keys), len(contexts) - 1)

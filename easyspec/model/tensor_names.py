@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class TensorNames:
     """Names of modules inside a layer, without `.weight` or `.bias`; `qkv` and `gate_up`: where several are one matrix.
 
-    `expert`: the stem of an expert's matrices, with its number; sinks, which are no module, have their whole name.
+    `expert`: the stem of an expert's matrices, with its number; sinks, which are not a module, have their whole name.
     """
 
     input_norm: str = "input_layernorm"

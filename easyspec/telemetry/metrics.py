@@ -176,7 +176,7 @@ class _UsageCollector(Collector):
                 "Tokens that opening sessions brought along.",
                 usage.num_prefix_query_tokens,
             ),
-            ("easyspec_prefix_hit_tokens", "Those of them that were cached.", usage.num_prefix_hit_tokens),
+            ("easyspec_prefix_hit_tokens", "Prompt tokens that were cached.", usage.num_prefix_hit_tokens),
             ("easyspec_preemptions", "Sessions whose slots were taken back for older ones.", usage.num_preemptions),
         ):
             yield CounterMetricFamily(name, text, total)

@@ -32,7 +32,7 @@ class ServedModels:
 
     @property
     def infos(self) -> list[ModelInfo]:
-        """Those whose verifiers have answered, by the names that requests use."""
+        """The models whose verifiers have answered, by the names that requests use."""
         return [info for generator in self if (info := generator.model_info) is not None]
 
     @property

@@ -86,7 +86,7 @@ class ReplicaSet(Generic[_ClientT]):
 
     @property
     def info(self) -> PeerInfo | None:
-        """Of the model in force, with the tree size that all its ready replicas take; None before anyone answered."""
+        """Of the model in force, with the tree size that all its ready replicas take; None before the first answer."""
         ready = [replica.peer.info for replica in self.replicas if replica.peer.is_ready and replica.peer.info]
         if not ready:
             return self._in_force or next((replica.peer.info for replica in self.replicas if replica.peer.info), None)

@@ -34,7 +34,7 @@ class HttpObserver(Protocol):
 class RestTrust:
     """What REST and gRPC have in common: keys, limits, metrics.
 
-    `authenticate` turns an Authorization header into a client's name, None where anyone may call, or raises
+    `authenticate` turns an Authorization header into a client's name, None where no key is needed, or raises
     UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port. `hosts` are the names by
     which this machine may be called, None: any. `cors_origins` are the web pages of others that may call.
     `ignores_unknown` fields of requests, which are refused otherwise.

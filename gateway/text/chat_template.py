@@ -72,7 +72,7 @@ class ChatTemplate:
         """
         arguments = self._arguments(conversation)
         failure: Exception | None = None
-        # Most templates want a call's arguments as an object, some as text; a text that is no object may fit neither.
+        # Most templates want a call's arguments as an object, some as text; text that is not an object may fit neither.
         for form in (_as_object, _as_text, _as_only_argument):
             messages = [self._message(turn, form, hidden) for turn in conversation.turns]
             try:

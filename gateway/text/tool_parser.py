@@ -146,7 +146,7 @@ class ToolCallParser:
         """The rest, when nothing more comes: a call that was given out stays as it is, anything else was speech."""
         rest = self._pending
         if self._state is _State.CALL:
-            # In an answer that is calls alone, a further one that was cut off is no speech.
+            # In an answer that is calls alone, a further one that was cut off is not speech.
             is_hidden = self._call.is_given_out or (self._has_calls and not self._frame.opening)
             rest = "" if is_hidden else self._framing + self._call.raw
         elif self._state is _State.FRAME:
@@ -276,7 +276,7 @@ class _Call:
 
     def beginning(self) -> tuple[str, str] | None:
         """(name, arguments), as soon as the name is known and arguments can follow as they come, which are "" then;
-        or all at once when the object is complete. None if it is too early, or this is no call."""
+        or all at once when the object is complete. None if it is too early, or this is not a call."""
         head = _HEAD.match(self.raw)
         if head is not None and self.raw[head.end() : head.end() + 1] == "{":
             self._arguments_start = head.end()

@@ -93,7 +93,7 @@ def cut(settings: RecipeSettings) -> None:
 
 
 def evaluate(settings: RecipeSettings, command: str) -> None:
-    """Write figures and cards of the pair in `settings.out`; raises if the pair is no pair."""
+    """Write figures and cards of the pair in `settings.out`; raises if the base is not at least 8 times the draft."""
     num_params = {name: load_model(settings.out / name, "cpu").num_parameters() for name in ("base", "draft")}
     if num_params["base"] < _MIN_PARAMETER_RATIO * num_params["draft"]:
         raise ValueError(f"the base must have 8 times the draft's parameters, not {num_params}")

@@ -264,7 +264,7 @@ def test_a_log_that_cannot_be_written_ends_the_program(monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stderr", broken)
     log = RoleLog()
     log("verifier", "hello")
-    log("verifier", "nobody reads this either")
+    log("verifier", "not read either")
     monkeypatch.undo()
     with contextlib.suppress(BrokenPipeError):
         broken.close()

@@ -104,7 +104,7 @@ async def test_the_stack_serves_and_survives(stack: ComposeStack) -> None:
 
 
 async def check_hardening(stack: ComposeStack) -> None:
-    """As the compose file says: nobody is root, nothing can be written but /tmp and /cache, no capability is left."""
+    """As the compose file says: no process is root, only /tmp and /cache can be written, no capability is left."""
     for service in ("verifier", "drafter", "gateway"):
         (container,) = await stack.containers(service)
         assert (await stack.execute(container, "id", "-u")).strip() == "10001"

@@ -26,13 +26,13 @@ AFTER_DRAIN_S = 6.0
 
 
 def settings_of(role: str, environment: Mapping[str, str]) -> ServerSettings:
-    """The settings that a container of this environment has; fails for a variable that is no setting of the role."""
+    """The settings that a container of this environment has; fails for a variable that is not a setting of the role."""
     settings_type = SETTINGS[role]
     prefix = str(settings_type.model_config.get("env_prefix"))
     for name in environment:
         if name.startswith("EASYSPEC_"):
             assert name.startswith(prefix), f"{name} is not for the {role}"
             field = name.removeprefix(prefix).lower()
-            assert field in settings_type.model_fields, f"{name} is no setting of the {role}"
+            assert field in settings_type.model_fields, f"{name} is not a setting of the {role}"
     with mock.patch.dict("os.environ", environment, clear=True):
         return settings_type()  # type: ignore[call-arg]

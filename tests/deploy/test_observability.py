@@ -162,7 +162,7 @@ def test_logs_of_three_processes_share_the_request_id_and_hold_nothing_that_was_
         text = "\n".join(lines)
         for said in ("zebra", "crossing", "quarter", "neversaid", exported.answer[:12]):
             assert said not in text, role
-        # Services ask each other who they are all the time; nobody wants to read it.
+        # Probes between services are too frequent to be worth reading.
         assert "Info" not in text.replace("info", ""), role
     finished = [event for event in map(json.loads, exported.logs["gateway"]) if event["event"] == "request_finished"]
     assert [event["reason"] for event in finished] == ["length", "error"]

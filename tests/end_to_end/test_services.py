@@ -384,7 +384,7 @@ async def test_tokenizers_that_do_not_fit_are_a_start_up_error_with_the_first_di
 
 
 async def test_a_request_says_who_guesses_and_learns_who_was_right(services: Services) -> None:
-    """With any sources the same tokens; the statistics name those that were asked and no other."""
+    """With any sources the same tokens; the statistics name exactly the sources that were asked."""
 
     async def generate(*sources: types_pb2.DraftSource.ValueType) -> tuple[list[int], generation_pb2.Completion]:
         request = generation_pb2.GenerateRequest(

@@ -1,4 +1,4 @@
-"""Whoever guesses, the output is the same; and no request is drafted from another."""
+"""Any source gives the same output; and no request is drafted from another."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def text_drafter(tokenizer: Path, datastore: Path | None = None) -> TextDrafterE
 
 @pytest.fixture(scope="module")
 def exits_folder(draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The draft with exits, which nobody has trained: they guess, badly."""
+    """The draft with exits, which are not trained: they guess, badly."""
     folder = Path(shutil.copytree(draft_folder, tmp_path_factory.mktemp("exits"), dirs_exist_ok=True))
     change_config(folder, exit_layers=[3, 5])
     return folder

@@ -11,7 +11,7 @@ Prints one line of JSON: whether the tokens are those of one rank alone; with `-
 when the cable is pulled out in mid-stream and put back; torchrun ends on both machines, this script starts it again.
 
 It runs itself in namespaces of users, processes and networks, all of which end with it, however it ends: nothing is
-left behind and nothing outside is touched. Nobody needs to be root where the kernel lets users make namespaces.
+left behind and nothing outside is touched. Root is not needed where the kernel lets users make namespaces.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def assert_none_left_with(argument: str, within_s: float = 5.0) -> None:
 
 @dataclass(frozen=True)
 class RankProcess:
-    """A process that torchrun started; `handle` means this very process, whoever gets its id later."""
+    """A process that torchrun started; `handle` means this very process, also after its id was given to another."""
 
     rank: int
     pid: int

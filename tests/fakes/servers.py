@@ -33,7 +33,7 @@ async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> N
 
 
 class LentEngine:
-    """A started engine that may be served as often as one likes: whoever lends it starts and stops it."""
+    """A started engine that may be served as often as one likes: the lender starts and stops it."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine

@@ -221,7 +221,7 @@ class FakeVerifierEngine(FakeEngine):
 
 
 class FakeDrafterEngine(FakeEngine):
-    """Guesses a chain, right at every position that is no multiple of `wrong_every`, each with a wrong sibling.
+    """Guesses a chain, right at every position that is not a multiple of `wrong_every`, each with a wrong sibling.
 
     A draft takes `delay_s` seconds, then raises `error` if there is one; `tree` replaces the guess.
     """

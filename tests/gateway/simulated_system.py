@@ -71,7 +71,7 @@ class SimulatedSystem:
         request.policy.leave()
 
     def run(self, seconds: float) -> float:
-        """Tokens a second of all requests together in the next `seconds` seconds."""
+        """Tokens per second of all requests together in the next `seconds` seconds."""
         end_s = self.now_s + seconds
         before = sum(request.num_tokens for request in self.requests)
         while self._ends and self._ends[0][0] <= end_s:
@@ -144,7 +144,7 @@ def throughput_of(
     seconds: float,
     warm_up_s: float = 0.0,
 ) -> tuple[float, SpeculationController]:
-    """Tokens a second of so many equal requests after the warm-up, and the controller they had."""
+    """Tokens per second of so many equal requests after the warm-up, and the controller they had."""
     system = SimulatedSystem(costs)
     controller = SpeculationController(budget, system.clock)
     for _ in range(num_requests):
@@ -157,7 +157,7 @@ def throughput_of(
 def fixed_throughputs(
     budgets: Sequence[TreeBudget | None], num_requests: int, costs: Costs, budget: TreeBudget
 ) -> list[float]:
-    """Tokens a second with each fixed choice."""
+    """Tokens per second with each fixed choice."""
     seconds = 60.0 if num_requests < 16 else 10.0
     return [
         throughput_of(lambda controller, b=choice: FixedPolicy(controller, b), num_requests, costs, budget, seconds)[0]

@@ -1,4 +1,4 @@
-"""Dialects whose calls are no plain JSON: read the same under every cut, and what is no call comes back whole."""
+"""Dialects whose calls are not plain JSON: read the same under every cut; what is not a call comes back whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that are no gRPC, and gRPC messages that are no requests: a status that blames the sender, and nothing left."""
+"""Bytes that are not gRPC, gRPC messages that are not requests: the status blames the sender, and nothing is left."""
 
 from __future__ import annotations
 

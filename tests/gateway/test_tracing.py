@@ -117,7 +117,7 @@ async def test_requests_without_a_trace_begin_their_own_and_errors_show(
         [failed] = [request for request in requests if request.is_error]
         assert failed.attributes["easyspec.finish_reason"] == "error"
         assert b"secret reason" not in collector.raw
-        # Nobody traces what services ask each other every few seconds.
+        # Probes between services, every few seconds, are not traced.
         assert not [span for span in collector.spans if "Info" in span.name]
 
 

@@ -61,4 +61,4 @@ def test_the_death_of_the_runner_ends_all(tmp_path: Path) -> None:
         assert runner.stdout is not None
         assert sorted(runner.stdout.readline() for _ in range(2)) == ["0\n", "1\n"]
         runner.kill()
-        runner.communicate(timeout=30)  # returns when nobody is left who could write
+        runner.communicate(timeout=30)  # returns when no process is left that could write

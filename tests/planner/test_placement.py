@@ -112,7 +112,7 @@ def test_without_a_draft_there_is_the_verifier_alone(gpu: Gpu) -> None:
 
 
 def test_useless_drafts_are_started_and_called_so() -> None:
-    """The gateway's `auto` turns them off; whoever names a draft gets it."""
+    """The gateway's `auto` turns them off; a draft that is named is used."""
     placement = place(SMALL_DRAFT, SMALL_BASE, [H200], NO_WISHES)
     assert placement.has_drafter
     assert "none beats plain decoding" in str(placement)

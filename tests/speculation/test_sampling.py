@@ -105,7 +105,7 @@ def test_sessions_that_share_parameters_keep_their_own_history() -> None:
 @pytest.mark.parametrize("vocab_size", [7, 64, 2**14 + 3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_neither_bias_nor_penalties_nor_filters_defeat_a_mask(vocab_size: int, temperature: float) -> None:
-    """Also where noise is only made for those that can win; and of one allowed token nothing makes another."""
+    """Also where noise is only made for tokens that can win; with one allowed token it is always chosen."""
     sampling = replace(
         PLAIN,
         temperature=temperature,

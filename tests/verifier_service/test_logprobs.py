@@ -1,4 +1,4 @@
-"""Log-probabilities are the base model's own, the same bits whatever was drafted and whoever shared the batch."""
+"""Log-probabilities are the base model's own, the same bits with any draft and any batch."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class CompressedTensors:
 
 
 def _at_least_rows(scales: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Scales [R, G] of those of a tensor (one number), of rows or of groups."""
+    """Scales [R, G] from scales of a tensor (one number), of rows or of groups."""
     if scales.dim() < 2:
         scales = scales.reshape(-1, 1)
     return scales if len(scales) > 1 else scales.expand(num_rows, -1).contiguous()

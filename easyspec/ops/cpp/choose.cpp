@@ -170,7 +170,7 @@ class Chooser {
     return count;
   }
 
-  // The same of those whose noise may lift them to `best`.
+  // The same of the tokens whose noise may lift them to `best`.
   int64_t collect_lucky(float low, float high, const Noise& noise, float best) {
     const uint64_t least = Noise::least_bits(best - high);
     if (least > 0xffffffffull) return 0;

@@ -102,7 +102,7 @@ struct Kernels {
   int64_t (*count)(const float* x, int64_t size, float low);
   // Indices, rising, of what is at least `low` and below `high`; returns how many. `indices` has room for `size`.
   int64_t (*collect)(const float* x, int64_t size, float low, float high, int32_t* indices);
-  // The same of those whose noise has at least `least` for its bits; `state` is that of the first (packed.h).
+  // The same of the tokens whose noise has at least `least` for its bits; `state` is that of the first (packed.h).
   int64_t (*collect_lucky)(const float* x, int64_t size, float low, float high, uint64_t state, uint32_t least,
                            int32_t* indices);
 };

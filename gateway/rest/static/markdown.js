@@ -14,7 +14,7 @@ const LINK = /^\[([^\]\n]*)\]\(([^)\s]+)\)/;
 const BARE_LINK = /^https?:\/\/[^\s<>()"'*`]+[^\s<>()"'*`.,;:!?]/;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const WORD = /[\p{L}\p{N}_]/u;
-// What is nested deeper than anyone writes is shown as text.
+// What is nested deeper than real texts are is shown as text.
 const MOST_NESTED = 8;
 
 function make(name, children = [], className = "") {

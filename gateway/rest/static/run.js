@@ -49,7 +49,7 @@ export class Run {
   /** Say whose words the new part of the text is. */
   colour(round) {
     const fresh = this.text.slice(this.coloured);
-    // Tokens that hold parts of characters, or are no part of the text, have no text of their own: then it is one span.
+    // Tokens that hold parts of characters, or are not part of the text, have no text of their own: then it is one span.
     const isOneToOne = round.token_texts.join("") === fresh;
     const texts = isOneToOne ? round.token_texts : [fresh];
     const numAccepted = isOneToOne || round.accepted_rows.length === round.token_texts.length ? round.accepted_rows.length : 0;

@@ -70,7 +70,7 @@ function element(name, attributes, text) {
   return made;
 }
 
-/** What a round was, in words: for the line above the tree and for those who cannot see it. */
+/** What a round was, in words: for the line above the tree and for screen readers. */
 export function inWords(round) {
   const numGuesses = round.tree.parent_rows.length;
   const bonus = round.token_texts.length > round.accepted_rows.length ? round.token_texts.at(-1) : null;

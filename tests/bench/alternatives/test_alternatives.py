@@ -128,7 +128,7 @@ def test_speeds_are_compared_prompt_by_prompt_and_tokens_with_the_same_programs_
 
 
 def test_the_best_other_is_the_fastest_way_of_any_other_program(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without transformers, and with a server whose plain decoding nobody measured."""
+    """Without transformers, and with a server whose plain decoding was not measured."""
     slow, fast = Maker("llama.cpp"), Maker("other", "draft")
     results = summarize_alternatives(
         [

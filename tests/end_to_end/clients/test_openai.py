@@ -32,7 +32,7 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
 
 
 def check(results: dict[str, Any]) -> None:
-    """What must be true of the script's results, whoever ran it."""
+    """What must be true of the script's results, whichever client ran it."""
     assert results["max_model_len"] > 0
     completion, chat, tools = results["completion"], results["chat"], results["tools"]
     assert completion["streamed"] == completion["texts"][0] != completion["texts"][1]

@@ -92,7 +92,7 @@ async def test_a_full_queue_has_room_for_a_client_with_fewer_waiting() -> None:
         assert "too many requests of this one" in str(await here.refusal("flood4"))
         await here.come("ann2")  # 3 of the flood, 1 of ann: the flood makes room once more
         await here.refusal("flood3")
-        await here.come("ann3")  # 2 and 2: nobody has to make room
+        await here.come("ann3")  # 2 and 2: no request has to make room
         await here.refusal("ann3")
         await here.leave("flood0")
         await here.leave("flood1")

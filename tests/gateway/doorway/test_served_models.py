@@ -132,7 +132,7 @@ async def test_a_request_goes_to_the_model_that_it_names(served: Served) -> None
     assert large != small
     assert unnamed == large
     assert (served.pool.large.num_opened, served.pool.small.num_opened) == (6, 3)
-    # One drafter served all of them, and was told for whom it guesses.
+    # One drafter served all of them, and was told which model it guesses for.
     assert served.pool.drafter.num_opened == 9
 
 
@@ -257,7 +257,7 @@ async def test_a_model_may_come_later_than_the_gateway(pool: Pool, tokenizer_fol
     await pool.large_service.kill()
     async with serving(pool, pool.settings(tokenizer_folder)) as served:
         assert await served.text("small")
-        # Nobody knows yet what the first one is called: it may be this.
+        # The name of the first one is not known yet: it may be this.
         for model in ("toy-base", ""):
             assert (await served.http.post("/v1/completions", json=body(model))).status_code == 503
         assert [card["id"] for card in (await served.http.get("/v1/models")).json()["data"]] == ["small"]

@@ -113,7 +113,7 @@ async def test_lateness_is_no_failure_while_others_get_their_drafts() -> None:
         assert peer.is_ready
         connection.delays_s = [0.3]
         await other.draft(Calibration(3, (4,), BUDGET))
-        assert not peer.is_ready  # nobody got any
+        assert not peer.is_ready  # no session got any
 
 
 async def test_the_deadline_follows_what_drafts_take() -> None:

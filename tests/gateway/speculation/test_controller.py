@@ -75,7 +75,7 @@ def test_trials_cost_about_two_per_cent(num_requests: int) -> None:
 
 
 def busy_seconds_of_visits(policy_of: Callable[[SpeculationController], SpeculationPolicy | FixedPolicy]) -> float:
-    """What the last 60 of 80 short requests take, of somebody who comes every quarter of a minute."""
+    """What the last 60 of 80 short requests take, of a client that comes every quarter of a minute."""
     system = SimulatedSystem(cheap_rows(), seed=5)
     controller = SpeculationController(BUDGET, system.clock)
     busy_s = 0.0
