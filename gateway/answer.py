@@ -71,10 +71,16 @@ class AnswerText:
         taken = _Taken()
         for piece in detokenized.pieces:
             self._take(piece, taken, is_tokens=taken.num_pieces < detokenized.num_tokens)
-            if self._is_finished:  # what comes behind, as blocks of tokens are long or short, is no part of the answer
+            if self._is_finished:  # later tokens of the block are not part of the answer
                 break
         if (is_last or detokenized.matched_stop is not None) and not self._is_finished:
-            self._flush(taken)
+            if self._splitter is not None and not isinstance(self._parser, HarmonyParser):
+                rest = self._splitter.flush()
+                taken.parts.append(Thought(rest.reasoning))
+                self._read(rest.text, taken)
+            if self._parser is not None and not self._parser.is_finished:
+                parts = self._parser.flush().parts
+                taken.add(parts, ParsedText(parts).text if isinstance(self._parser, HarmonyParser) else "")
         is_over = self._is_finished
         return AnswerRound(
             ParsedText(tuple(_in_runs(taken.parts))),
@@ -116,16 +122,6 @@ class AnswerText:
     def _read(self, said: str, taken: _Taken) -> None:
         """Take what is written after any thinking."""
         taken.add(self._parser.push(said).parts if self._parser is not None else (said,), said)
-
-    def _flush(self, taken: _Taken) -> None:
-        """Take what was held back."""
-        if self._splitter is not None and not isinstance(self._parser, HarmonyParser):
-            rest = self._splitter.flush()
-            taken.parts.append(Thought(rest.reasoning))
-            self._read(rest.text, taken)
-        if self._parser is not None and not self._parser.is_finished:
-            parts = self._parser.flush().parts
-            taken.add(parts, ParsedText(parts).text if isinstance(self._parser, HarmonyParser) else "")
 
 
 @dataclass

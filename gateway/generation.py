@@ -148,7 +148,11 @@ class Generator:
         All choices share one place and the prompt's tokens, and are decoded at the same time. `progress` is kept
         up to date.
         """
-        peer_info = self._verifier_info()
+        peer = self._verifiers.replicas
+        info = peer.info
+        if info is None or peer.state is PeerState.REFUSED:
+            raise UnavailableError(f"the verifier is {peer.state.value}")
+        peer_info = self._named(info)
         observer = self._observe(request, peer_info.model.name)
         with observed(observer, request.num_choices) as after_chunk:
             made = self._generate(request, timeout_s, peer_info, observer, progress or Progress())
@@ -299,13 +303,6 @@ class Generator:
             return FixedPolicy(self.speculation, wish.budget or self.default_budget)
         return SpeculationPolicy(self.speculation, wish.budget)
 
-    def _verifier_info(self) -> PeerInfo:
-        peer = self._verifiers.replicas
-        info = peer.info
-        if info is None or peer.state is PeerState.REFUSED:
-            raise UnavailableError(f"the verifier is {peer.state.value}")
-        return self._named(info)
-
     def _check(self, request: GenerationRequest, peer_info: PeerInfo) -> None:
         model = peer_info.model
         if request.model not in ("", model.name):
@@ -315,7 +312,10 @@ class Generator:
         request.sampling.check(model.vocab_size)
         request.stop.check(model.vocab_size)
         self._limits.check_choices("num_choices", request.num_choices)
-        _check_reports(request)
+        if request.num_top_logprobs is not None and not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequestError(
+                "num_top_logprobs", request.num_top_logprobs, f"0 to {MAX_TOP_LOGPROBS}, or unset"
+            )
         if request.speculation.budget is not None:
             request.speculation.budget.check(peer_info.max_tree_nodes)
         layer_parallel_size = request.speculation.layer_plan.layer_parallel_size
@@ -416,8 +416,3 @@ def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
     for index, token_id in enumerate(prompt):
         if not 0 <= token_id < model.vocab_size:
             raise InvalidRequestError(f"prompt.token_ids[{index}]", token_id, f"0 to {model.vocab_size - 1}")
-
-
-def _check_reports(request: GenerationRequest) -> None:
-    if request.num_top_logprobs is not None and not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
-        raise InvalidRequestError("num_top_logprobs", request.num_top_logprobs, f"0 to {MAX_TOP_LOGPROBS}, or unset")

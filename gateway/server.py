@@ -36,7 +36,7 @@ from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog, all_observers
 from gateway.telemetry.request_span import request_spans
 from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
-from gateway.telemetry.statistics import RoundTimings, SpeculationStatistics
+from gateway.telemetry.statistics import SpeculationStatistics
 from gateway.telemetry.trace import RoundTrace
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.text.output import Completion, GenerationChunk
@@ -267,7 +267,7 @@ def _model_sample(generator: Generator) -> ModelSample:
 
 
 def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
-    """The keys that clients need; None if anyone may call. Raises ConfigurationError."""
+    """The keys that clients need; None if no key is needed. Raises ConfigurationError."""
     if settings.api_keys_file is None and settings.api_keys is None:
         return None
     return ApiKeys(settings.api_keys_file, settings.api_keys.get_secret_value() if settings.api_keys else None)
@@ -366,7 +366,7 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         token_ids=chunk.token_ids,
         num_accepted=chunk.num_accepted,
         token_texts=chunk.token_texts,
-        timings=_timings_to_pb(chunk.timings),
+        timings=generation_pb2.RoundTimings(**vars(chunk.timings)),
         completion=_completion_to_pb(chunk.completion) if chunk.completion is not None else None,
         choice_index=chunk.choice_index,
         logprobs=[convert.logprobs_to_pb(entry) if entry else types_pb2.TokenLogprobs() for entry in chunk.logprobs],
@@ -388,10 +388,6 @@ def _trace_to_pb(trace: RoundTrace) -> generation_pb2.RoundTrace:
         draft_token_texts=trace.draft_token_texts,
         accepted_rows=trace.accepted_rows,
     )
-
-
-def _timings_to_pb(timings: RoundTimings) -> generation_pb2.RoundTimings:
-    return generation_pb2.RoundTimings(**vars(timings))
 
 
 def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:

@@ -121,7 +121,10 @@ class _Walker:
 
     def _step(self, token_id: int) -> None:
         if token_id < 0:
-            self._error = _broken()
+            self._error = BrokenModelError(
+                "the base model computes values that are not numbers (NaN or infinity): its weights are damaged, or "
+                "overflow in the type it is computed in (--dtype)"
+            )
         else:
             self._walk.step(token_id)
 
@@ -163,13 +166,6 @@ def _also_allowing(row: ChoiceRow, grammar_bits: NDArray[np.uint8]) -> ChoiceRow
     own_bits = row.allowed_bits
     both = grammar_bits if own_bits is None else grammar_bits & own_bits
     return replace(row, allowed_bits=both if both.any() else grammar_bits)
-
-
-def _broken() -> EasyspecError:
-    return BrokenModelError(
-        "the base model computes values that are not numbers (NaN or infinity): its weights are damaged, or overflow "
-        "in the type it is computed in (--dtype)"
-    )
 
 
 def _with_logprobs(

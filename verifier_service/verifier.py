@@ -129,13 +129,10 @@ class VerifierSession(ScheduledSession):
 
     def segment(self, slots: Sequence[int], tree: TokenTree | None) -> Segment:
         """Rows for the committed tokens that live in `slots`, and for the nodes of a tree behind the last of them."""
-        chain = self._chain_segment(slots)
-        return chain if tree is None or not tree.token_ids else self._tree_segment(chain, tree)
-
-    def _chain_segment(self, slots: Sequence[int]) -> Segment:
-        """Rows for the last cached tokens, each seeing what comes before it and itself."""
+        # Rows for the last cached tokens, each seeing what comes before it and itself.
         positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
-        return committed_segment(self.token_ids[positions.start : positions.stop], self.slots, positions)
+        chain = committed_segment(self.token_ids[positions.start : positions.stop], self.slots, positions)
+        return chain if tree is None or not tree.token_ids else self._tree_segment(chain, tree)
 
     def _tree_segment(self, chain: Segment, tree: TokenTree) -> Segment:
         """Rows of `chain`, the last one being the root, and of the nodes, which have `tree_slots`."""
@@ -324,7 +321,21 @@ class Verifier:
             self._slices = None
             return False
         try:
-            self._advance(piece)
+            started_ns = time.monotonic_ns()
+            if self._slices is None or self._slices[0] is not piece:
+                layout = lay_out([work.session.segment(work.slots, None) for work in piece])
+                self._slices = (piece, self._decoder.forward_in_slices(layout, self._memory.pool))
+            most_ns = self._scheduler.slice_ns()
+            num_layers, elapsed_ns, is_computed = 0, 0, False
+            while most_ns is None or elapsed_ns * (num_layers + 1) <= most_ns * max(1, num_layers):  # room for one more
+                is_computed = next(self._slices[1])
+                num_layers += 1
+                elapsed_ns = time.monotonic_ns() - started_ns
+                if is_computed:
+                    num_rows = sum(len(work.slots) for work in piece)
+                    self._on_step(StepReport("prefill", elapsed_ns, num_rows, len(piece)))
+                    break
+            self._scheduler.piece_advanced(num_layers, elapsed_ns, is_computed=is_computed)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -333,23 +344,6 @@ class Verifier:
             self._scheduler.drop_piece()
             self._refuse(max((work.session for work in piece), key=lambda session: session.session_id))
         return True
-
-    def _advance(self, piece: Sequence[Work[VerifierSession]]) -> None:
-        started_ns = time.monotonic_ns()
-        if self._slices is None or self._slices[0] is not piece:
-            layout = lay_out([work.session.segment(work.slots, None) for work in piece])
-            self._slices = (piece, self._decoder.forward_in_slices(layout, self._memory.pool))
-        most_ns = self._scheduler.slice_ns()
-        num_layers, elapsed_ns, is_computed = 0, 0, False
-        while most_ns is None or elapsed_ns * (num_layers + 1) <= most_ns * max(1, num_layers):  # room for one more
-            is_computed = next(self._slices[1])
-            num_layers += 1
-            elapsed_ns = time.monotonic_ns() - started_ns
-            if is_computed:
-                num_rows = sum(len(work.slots) for work in piece)
-                self._on_step(StepReport("prefill", elapsed_ns, num_rows, len(piece)))
-                break
-        self._scheduler.piece_advanced(num_layers, elapsed_ns, is_computed=is_computed)
 
     def _add_prompt_logprobs(
         self, works: Sequence[Work[VerifierSession]], layout: RowLayout, result: PassResult

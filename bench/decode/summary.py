@@ -58,7 +58,8 @@ def summarize(samples: Sequence[Sample]) -> list[Result]:
 def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result:
     own = [sample for sample in samples if (sample.mode, sample.temperature) == (mode, temperature)]
     plain = {s.prompt_index: s for s in samples if (s.mode, s.temperature) == (PLAIN, temperature)}
-    ratios = _ratios(own, plain)
+    pairs = [(sample.tokens_per_s, plain[sample.prompt_index].tokens_per_s) for sample in own]
+    ratios = [speed / plain_speed for speed, plain_speed in pairs if speed is not None and plain_speed is not None]
     plan = mode.layer_plan
     drafted = [item for sample in own for item in sample.rounds if item.num_draft_levels]
     num_accepted = sum(item.num_accepted for item in drafted)
@@ -91,11 +92,6 @@ def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result
         num_drafter_failures=sum(sample.counts.num_drafter_failures for sample in own),
         num_differing_completions=sum(sample.token_ids != plain[sample.prompt_index].token_ids for sample in own),
     )
-
-
-def _ratios(own: Sequence[Sample], plain: dict[int, Sample]) -> list[float]:
-    pairs = [(sample.tokens_per_s, plain[sample.prompt_index].tokens_per_s) for sample in own]
-    return [speed / plain_speed for speed, plain_speed in pairs if speed is not None and plain_speed is not None]
 
 
 def _ms(samples: Iterable[Sample], cost_ns: Callable[[Round], int]) -> float | None:

@@ -26,7 +26,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 class Findings:
     """What a run found: `content` goes into the result file, tables and notes to the reader.
 
-    `checkpoints` are those whose weights the figures are of. Without tables the whole result is printed.
+    `checkpoints` are the measured models. Without tables the whole result is printed.
     """
 
     content: Mapping[str, Any]
@@ -72,15 +72,6 @@ class Benchmark(Generic[S]):
             "settings": as_plain(settings),
             **as_plain(outcome.content),
         }
-        self._print(report, outcome, console)
-        if path is not None:
-            write_report(path, report)
-            console.print(f"written to {path}", soft_wrap=True)
-        for note in outcome.notes:
-            console.print(note, highlight=False, soft_wrap=True)
-        return outcome.exit_code
-
-    def _print(self, report: dict[str, Any], outcome: Findings, console: Console) -> None:
         if outcome.content and not outcome.tables:
             print(json.dumps(report, indent=1))
         elif self.is_markdown:
@@ -90,6 +81,12 @@ class Benchmark(Generic[S]):
         else:
             for table in outcome.tables:
                 table.print(console)
+        if path is not None:
+            write_report(path, report)
+            console.print(f"written to {path}", soft_wrap=True)
+        for note in outcome.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        return outcome.exit_code
 
 
 def as_plain(value: Any) -> Any:

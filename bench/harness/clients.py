@@ -76,7 +76,18 @@ class GatewayClient:
                 stream.rounds.append(_round_from_pb(message))
                 stream.token_ids.extend(message.token_ids)
                 if message.HasField("completion"):
-                    stream.counts = _counts_from_pb(message.completion.speculation)
+                    statistics = message.completion.speculation
+                    stream.counts = Counts(
+                        num_drafted_by_level=tuple(statistics.num_drafted_by_level),
+                        num_accepted_by_level=tuple(statistics.num_accepted_by_level),
+                        num_accepted_by_source=tuple(
+                            (sources_from_pb([entry.source]) or NO_SOURCES, entry.num_accepted_tokens)
+                            for entry in statistics.sources
+                        ),
+                        num_drafter_failures=statistics.num_drafter_failures,
+                        num_ahead_hits=statistics.num_ahead_hits,
+                        num_ahead_misses=statistics.num_ahead_misses,
+                    )
             stream.outcome = Outcome.COMPLETE
         except grpc.aio.AioRpcError as rpc_error:
             stream.error = error_from_rpc(rpc_error)
@@ -156,17 +167,4 @@ def _round_from_pb(message: pb.GenerateResponse) -> Round:
         verify_ns=timings.verify_ns,
         compute_ns=timings.compute_ns,
         round_ns=timings.round_ns,
-    )
-
-
-def _counts_from_pb(statistics: pb.SpeculationStatistics) -> Counts:
-    return Counts(
-        num_drafted_by_level=tuple(statistics.num_drafted_by_level),
-        num_accepted_by_level=tuple(statistics.num_accepted_by_level),
-        num_accepted_by_source=tuple(
-            (sources_from_pb([entry.source]) or NO_SOURCES, entry.num_accepted_tokens) for entry in statistics.sources
-        ),
-        num_drafter_failures=statistics.num_drafter_failures,
-        num_ahead_hits=statistics.num_ahead_hits,
-        num_ahead_misses=statistics.num_ahead_misses,
     )

@@ -73,7 +73,16 @@ async def run_overload(
     capacity_per_s, at_capacity = await _capacity(client, workload, settings)
     rate = settings.factor * capacity_per_s
     progress.update(bar, description=f"offering {rate:.1f} requests/s", advance=1)
-    streams = await _offer(client, workload, rate, settings.duration_s)
+    # Poisson arrivals that do not wait for answers; the group ends with the last answer.
+    chooser = random.Random(1)
+    streams: list[Stream] = []
+    end_s = time.perf_counter() + settings.duration_s
+    async with asyncio.TaskGroup() as group:
+        while time.perf_counter() < end_s:
+            await asyncio.sleep(chooser.expovariate(rate))
+            stream = _stream(workload, len(streams))
+            streams.append(stream)
+            group.create_task(client.run(stream))
     progress.update(bar, description="recovering", advance=1)
     recovery_s = await _recovery(client, workload, baseline_s)
     return overload_report(settings, capacity_per_s, at_capacity, streams, expected, baseline_s, recovery_s)
@@ -94,7 +103,7 @@ async def _learn_answers(client: GatewayClient, workload: Workload) -> tuple[lis
 async def _capacity(
     client: GatewayClient, workload: Workload, settings: OverloadSettings
 ) -> tuple[float, Sequence[Stream]]:
-    """Requests completed a second by a closed loop, and they."""
+    """Requests per second that a closed loop completes, and their streams."""
     done: list[Stream] = []
 
     async def worker(first: int) -> None:
@@ -115,20 +124,6 @@ async def _capacity(
     if not num_complete:
         raise EasyspecError(f"no request was completed in {settings.calibration_s:g} s of calibration")
     return num_complete / (time.perf_counter() - started_s), done
-
-
-async def _offer(client: GatewayClient, workload: Workload, rate: float, duration_s: float) -> list[Stream]:
-    """Poisson arrivals, whatever becomes of them; returns when the last has its answer."""
-    chooser = random.Random(1)
-    streams: list[Stream] = []
-    end_s = time.perf_counter() + duration_s
-    async with asyncio.TaskGroup() as group:
-        while time.perf_counter() < end_s:
-            await asyncio.sleep(chooser.expovariate(rate))
-            stream = _stream(workload, len(streams))
-            streams.append(stream)
-            group.create_task(client.run(stream))
-    return streams
 
 
 async def _recovery(client: GatewayClient, workload: Workload, baseline_s: float) -> float | None:

@@ -87,7 +87,11 @@ def obey(line: str, conversation: Conversation) -> Outcome:
             conversation.system_prompt = argument or None
             return Say("The system prompt is set." if argument else "No system prompt.")
         case "/seed":
-            return _set_seed(argument, conversation)
+            if argument and not (argument.isdecimal() and int(argument) <= MAX_SEED):
+                raise CommandError(f"seed is {argument!r}; allowed: 0 to {MAX_SEED}, or nothing")
+            seed = int(argument) if argument else None
+            conversation.flags = replace(conversation.flags, sampling=replace(conversation.flags.sampling, seed=seed))
+            return Say("A new seed for every answer." if seed is None else f"Answers use seed {seed}.")
         case "/stats":
             if not conversation.last_rounds:
                 raise CommandError("no answer yet")
@@ -95,14 +99,6 @@ def obey(line: str, conversation: Conversation) -> Outcome:
         case "/save":
             return _save(argument, conversation)
     raise CommandError(f"unknown command {name}; /help lists the commands")
-
-
-def _set_seed(argument: str, conversation: Conversation) -> Outcome:
-    if argument and not (argument.isdecimal() and int(argument) <= MAX_SEED):
-        raise CommandError(f"seed is {argument!r}; allowed: 0 to {MAX_SEED}, or nothing")
-    seed = int(argument) if argument else None
-    conversation.flags = replace(conversation.flags, sampling=replace(conversation.flags.sampling, seed=seed))
-    return Say("A new seed for every answer." if seed is None else f"Answers use seed {seed}.")
 
 
 def _save(argument: str, conversation: Conversation) -> Outcome:

@@ -24,7 +24,13 @@ def planned(
     """
     settings.check()
     environment = os.environ if environment is None else environment
-    wishes = _with_environment(wishes, environment)
+    size = _value(environment, DRAFTER, "layer_parallel_size")
+    wishes = replace(
+        wishes,
+        layer_parallel_size=wishes.layer_parallel_size or (int(size) if size and size.isdecimal() else None),
+        mlp=wishes.mlp or _value(environment, DRAFTER, "mlp"),
+        rank_placement=wishes.rank_placement or _value(environment, DRAFTER, "rank_placement"),
+    )
     placement = _placement(settings, wishes, environment)
     layer_flags = dict(placement.layer_flags)
     if _is_set(environment, DRAFTER, "layer_groups"):  # says which layers run at the same time
@@ -52,16 +58,6 @@ def _placement(settings: StackSettings, wishes: Wishes, environment: Mapping[str
         draft = None if settings.draft is None else find_shape(str(settings.draft))
         return place(find_shape(str(settings.base)), draft, found, wishes)
     return replace(placement, has_drafter=settings.draft is not None or settings.drafts_from_text)
-
-
-def _with_environment(wishes: Wishes, environment: Mapping[str, str]) -> Wishes:
-    size = _value(environment, DRAFTER, "layer_parallel_size")
-    return replace(
-        wishes,
-        layer_parallel_size=wishes.layer_parallel_size or (int(size) if size and size.isdecimal() else None),
-        mlp=wishes.mlp or _value(environment, DRAFTER, "mlp"),
-        rank_placement=wishes.rank_placement or _value(environment, DRAFTER, "rank_placement"),
-    )
 
 
 def _kv_flags(placement: Placement, role: str, environment: Mapping[str, str]) -> Sequence[str]:

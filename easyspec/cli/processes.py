@@ -108,7 +108,7 @@ class StackSettings:
 
     @property
     def undrafted(self) -> Mapping[str, Path]:
-        """Those of `also` that the base's drafter cannot guess for, as their token ids mean something else."""
+        """The models of `also` that the base's drafter cannot guess for: their token ids mean something else."""
         fingerprint = tokenizer_fingerprint(self.base)
         return {name: path for name, path in self.also.items() if tokenizer_fingerprint(path) != fingerprint}
 
@@ -335,7 +335,11 @@ class ServiceStack:
                 await process.start()
             await _all(self._wait_ready(process) for process in self.processes)
             if (self.drafter is not None or self.also) and not self._settings.has_tls:
-                await self._wait_all_seen()
+                # The first request should have all models; the gateway works without some, so a timeout is no failure.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SEEN_TIMEOUT_S):
+                        while not await are_peers_ready(self.gateway.address, has_drafter=self.drafter is not None):  # noqa: ASYNC110
+                            await asyncio.sleep(_POLL_S)
         except BaseException:
             await self.stop()
             raise
@@ -395,14 +399,6 @@ class ServiceStack:
             await asyncio.sleep(pause_s)
             pause_s, num_restarts = min(2 * pause_s, _RESTART_MAX_S), num_restarts + 1
             await process.start()
-
-    async def _wait_all_seen(self) -> None:
-        """The gateway works without a drafter, and with one of several models: not worth failing for, but the first
-        request should have them."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SEEN_TIMEOUT_S):
-                while not await are_peers_ready(self.gateway.address, has_drafter=self.drafter is not None):  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
 
     def _process(
         self, role: str, address: str, arguments: Sequence[str], on_log: LogSink, model: str = ""

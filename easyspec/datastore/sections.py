@@ -95,7 +95,13 @@ class SectionReader:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise ConfigurationError(f"datastore file {path} cannot be read: {error}") from error
-        header = self._read_header()
+        self._check(len(self._map) >= _ALIGNMENT, "is not a datastore file")
+        magic, version, num_bytes, offset, crc32 = _PREAMBLE.unpack_from(self._map)
+        self._check(magic == MAGIC, "is not a datastore file")
+        self._check(version == FORMAT_VERSION, f"has format version {version}; read here: {FORMAT_VERSION}")
+        raw = self._map[offset : offset + num_bytes]
+        self._check(len(raw) == num_bytes and zlib.crc32(raw) == crc32, "is damaged or cut short")
+        header: dict[str, Any] = json.loads(raw)
         self._check(header["kind"] == kind, f"is a {header['kind']} file, not a {kind} file")
         made_with = header["tokenizer_fingerprint"]
         self._check(
@@ -112,16 +118,6 @@ class SectionReader:
         section = self._sections[name]
         view = memoryview(self._map)[section.offset : section.offset + section.num_bytes]
         return view.cast(item_format)
-
-    def _read_header(self) -> dict[str, Any]:
-        self._check(len(self._map) >= _ALIGNMENT, "is not a datastore file")
-        magic, version, num_bytes, offset, crc32 = _PREAMBLE.unpack_from(self._map)
-        self._check(magic == MAGIC, "is not a datastore file")
-        self._check(version == FORMAT_VERSION, f"has format version {version}; read here: {FORMAT_VERSION}")
-        raw = self._map[offset : offset + num_bytes]
-        self._check(len(raw) == num_bytes and zlib.crc32(raw) == crc32, "is damaged or cut short")
-        header: dict[str, Any] = json.loads(raw)
-        return header
 
     def _crc32(self, section: _Section) -> int:
         crc32 = 0

@@ -66,7 +66,7 @@ class ModelConfig:
 
     `early_exits`: numbers of layers, rising, all below `num_layers`, after which the final norm and the head may be
     applied because the checkpoint was trained that way (S2D, arXiv 2407.01955). Empty for ordinary checkpoints.
-    `intermediate_size`: of MLPs that are no mixtures of experts; `spec`: what each layer computes.
+    `intermediate_size`: of MLPs that are not mixtures of experts; `spec`: what each layer computes.
     `draft_vocabulary`: the only tokens that a draft model names, rising; its head has rows for them alone. None: all.
     `pard_token`: the mask token of a draft model that fills in several at once (PARD, arXiv 2504.18583).
     """
@@ -106,6 +106,9 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
     """
     hf = _read_hf_config(folder)
     _check_supported(folder, hf)
+    token_id = getattr(hf, "pard_token", None)
+    if token_id is not None and not (type(token_id) is int and 0 <= token_id < hf.vocab_size):
+        raise ConfigurationError(f"pard_token is {token_id!r} in {folder}; allowed: 0 to {hf.vocab_size - 1}")
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -122,7 +125,7 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         spec=model_spec(hf, _layer_windows(folder, hf)),
         early_exits=_early_exits(folder, hf),
         draft_vocabulary=_draft_vocabulary(folder, hf),
-        pard_token=_pard_token(folder, hf),
+        pard_token=token_id,
     )
 
 
@@ -260,13 +263,6 @@ def _early_exits(folder: Path, hf: Any) -> tuple[int, ...]:
             f"exit_layers is {exits!r} in {folder}; allowed: rising numbers of layers, 1 to {hf.num_hidden_layers}"
         )
     return tuple(layers for layers in exits if layers < hf.num_hidden_layers)
-
-
-def _pard_token(folder: Path, hf: Any) -> int | None:
-    token_id = getattr(hf, "pard_token", None)
-    if token_id is not None and not (type(token_id) is int and 0 <= token_id < hf.vocab_size):
-        raise ConfigurationError(f"pard_token is {token_id!r} in {folder}; allowed: 0 to {hf.vocab_size - 1}")
-    return token_id
 
 
 def _draft_vocabulary(folder: Path, hf: Any) -> tuple[int, ...] | None:

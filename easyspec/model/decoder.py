@@ -29,7 +29,6 @@ from easyspec.ops.executor import Executor, Program
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.packed import PackedWeight
 from easyspec.ops.program import Buffer, Embed, Norm, Product, ProgramWriter, Scale, Select
-from easyspec.ops.rows import PassRows
 from easyspec.ops.workspace import Workspace
 from easyspec.parallel.layer_groups import LayerPlan, sequential_plan
 from easyspec.parallel.rank_placement import RankPlacement
@@ -254,10 +253,12 @@ class Decoder:
 
         Of several ranks, rank 0 alone may ask for rows of the last pass that kept its hidden state: `more_logits`.
         """
-        rows = _no_rows(len(hidden))
-        (share,) = self._head_program.program.run(
-            rows, _NO_POOL, {self._head_program.hidden: hidden}, [_present(self._head_program.logits)]
-        )
+        # The states are there already: a pass of no tokens that selects rows of them.
+        layout = lay_out([Segment((), (), (), (), np.zeros(0, dtype=np.int64))])
+        rows = layout.select(range(len(hidden)))
+        buffer = self._head_program.logits
+        assert buffer is not None, "the head has logits"
+        (share,) = self._head_program.program.run(rows, _NO_POOL, {self._head_program.hidden: hidden}, [buffer])
         return self._gathered(share)
 
     def more_logits(self, result: PassResult, rows: Sequence[int]) -> torch.Tensor:
@@ -348,14 +349,3 @@ class Decoder:
 
 _NO_CHOICES = torch.empty(0, dtype=torch.int64)
 _NO_POOL = KVPool(1, 1, 16, 0, torch.float32, torch.device("cpu"))
-
-
-def _no_rows(num_selected: int) -> PassRows:
-    """A pass over hidden states that are there already."""
-    layout = lay_out([Segment((), (), (), (), np.zeros(0, dtype=np.int64))])
-    return layout.select(range(num_selected))
-
-
-def _present(buffer: Buffer | None) -> Buffer:
-    assert buffer is not None, "the head has logits"
-    return buffer

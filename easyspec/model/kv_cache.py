@@ -153,11 +153,8 @@ class SessionSlots:
     def release(self) -> None:
         """Give everything back; idempotent."""
         self.truncate(self.num_shared)
-        self._let_go_of_prefix()
-        self.by_position[: self.num_cached] = TRASH_SLOT
-        self.num_cached = self.num_shared = 0
-
-    def _let_go_of_prefix(self) -> None:
         if self._prefix is not None:
             self._memory.prefixes.drop(self._prefix)
             self._prefix = None
+        self.by_position[: self.num_cached] = TRASH_SLOT
+        self.num_cached = self.num_shared = 0

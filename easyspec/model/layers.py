@@ -64,7 +64,11 @@ class GroupWriter:
             self._write_single(layers[0])
             return
         outputs = [self._buffer("output", place, self._config.hidden_size) for place in range(len(layers))]
-        own = self._own_places(len(layers))
+        # Which of a group's layers this rank computes: equal runs, the last ones short or empty.
+        num_layers = len(layers)
+        most = most_layers(num_layers, self._layer_shard.size)
+        start = self._layer_shard.rank * most
+        own = range(min(start, num_layers), min(start + most, num_layers))
         for place in own:
             self._attend(layers[place], place, into=outputs[place], adds=False)
         self._share_outputs(layers, outputs, own)
@@ -105,12 +109,6 @@ class GroupWriter:
         if shard is not None or self._tensor_shard.size > 1:
             self._program.add(SumOverRanks((part,)))
         self._program.add(Accumulate(self._hidden, (output, part), (None, self._hidden)))
-
-    def _own_places(self, num_layers: int) -> range:
-        """Which of a group's layers this rank computes: equal runs, the last ones short or empty."""
-        most = most_layers(num_layers, self._layer_shard.size)
-        start = self._layer_shard.rank * most
-        return range(min(start, num_layers), min(start + most, num_layers))
 
     def _share_outputs(self, layers: Sequence[Layer], outputs: Sequence[Buffer], own: range) -> None:
         self._sum_over_ranks(layers, outputs)

@@ -30,10 +30,6 @@ def quantised_weight(stored: StoredBlocks) -> QuantisedWeight | None:
         return _mxfp4(stored.parts["codes"], stored.parts["exponents"])
     if "group_of_column" in stored.parts:
         return None
-    return _scaled_codes(stored)
-
-
-def _scaled_codes(stored: StoredBlocks) -> QuantisedWeight | None:
     codes, scales, zeros = (stored.parts[name] for name in ("codes", "scales", "zeros"))
     num_columns, num_groups = codes.shape[1], scales.shape[1]
     group_size = -(-num_columns // num_groups)

@@ -31,7 +31,9 @@ def is_row_invariant(decoder: Decoder, pool: KVPool) -> bool:
     generator = np.random.default_rng(0)
     token_ids = generator.integers(0, decoder.config.vocab_size, length + _NUM_ROWS).tolist()
     memory = KvMemory(pool, shares_prefixes=False)
-    expected = _as_prompt(decoder, memory, token_ids)
+    slots = SessionSlots(memory)
+    expected = _logits(decoder, memory, [_chain(slots, token_ids)], range(len(token_ids) - _NUM_ROWS, len(token_ids)))
+    slots.release()
     forms = (_one_by_one(decoder, memory, token_ids), _as_tree(decoder, memory, token_ids))
     return all(torch.equal(form, expected) for form in forms)
 
@@ -46,13 +48,6 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
 def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
     """Logits of `rows` of the first segment."""
     return decoder.forward(lay_out(segments), memory.pool, logit_rows=rows).logits.clone()
-
-
-def _as_prompt(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:
-    slots = SessionSlots(memory)
-    logits = _logits(decoder, memory, [_chain(slots, token_ids)], range(len(token_ids) - _NUM_ROWS, len(token_ids)))
-    slots.release()
-    return logits
 
 
 def _one_by_one(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> torch.Tensor:

@@ -40,7 +40,7 @@ from easyspec.ops.program import (
 )
 from easyspec.ops.reference import run_collective
 from easyspec.ops.rows import PassRows
-from easyspec.ops.weights import DenseWeight, QuantisedWeight, Weight
+from easyspec.ops.weights import DenseWeight, Weight
 from easyspec.ops.workspace import Workspace
 from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.speculation.parameters import SamplingParameters
@@ -100,7 +100,10 @@ class NativeWeight:
         if isinstance(weight, DenseWeight):
             self._pack_dense(weight.values)
         else:
-            self._pack_codes(weight)
+            codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
+            minima = None if weight.minima is None else weight.minima.float().contiguous()
+            minima_address = None if minima is None else minima.data_ptr()
+            load().easyspec_pack_codes(ctypes.byref(self.packed), codes.data_ptr(), scales.data_ptr(), minima_address)
 
     def _pack_dense(self, values: torch.Tensor) -> None:
         values = values if values.stride(1) == 1 else values.contiguous()
@@ -108,12 +111,6 @@ class NativeWeight:
         load().easyspec_pack_dense(
             ctypes.byref(self.packed), values.data_ptr(), _DENSE_FORMATS[values.dtype], row_bytes
         )
-
-    def _pack_codes(self, weight: QuantisedWeight) -> None:
-        codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
-        minima = None if weight.minima is None else weight.minima.float().contiguous()
-        minima_address = None if minima is None else minima.data_ptr()
-        load().easyspec_pack_codes(ctypes.byref(self.packed), codes.data_ptr(), scales.data_ptr(), minima_address)
 
     def row(self, index: int) -> torch.Tensor:
         """An output's weights, float32 [I]."""

@@ -99,7 +99,12 @@ def _fastest(
     else:
         best = admitted[0]
         reason = f"{_gain(plan, best)} {_by_the_model(device, gpus, wishes)}"
-        placed = Placement(plan.verifier_ranks, best.scheme.num_ranks, reason, _layer_flags(best.scheme))
+        flags = {"--layer-parallel-size": str(best.scheme.layer_parallel_size)}
+        if best.scheme.layer_parallel_size > 1:
+            flags["--mlp"] = best.scheme.plan.mlp.value
+        if best.scheme.num_ranks > 1:
+            flags["--rank-placement"] = best.scheme.placement
+        placed = Placement(plan.verifier_ranks, best.scheme.num_ranks, reason, flags)
         schemes = [best.scheme]
     fitting = [kv_tokens_that_fit(device.memory_bytes, base, draft, plan.verifier_ranks, scheme) for scheme in schemes]
     num_kv_slots = min([*fitting, _MOST_KV_TOKENS]) if fitting else None
@@ -149,15 +154,6 @@ def _fewest_ranks(base: ModelShape, draft: ModelShape | None, gpus: Sequence[Gpu
             flags = {"--layer-parallel-size": "1", **asked.layer_flags}
             return replace(asked, verifier_ranks=ranks, layer_flags=flags, num_kv_slots=slots)
     return replace(asked, verifier_ranks=candidates[-1], has_drafter=False, reason="the draft does not fit beside it")
-
-
-def _layer_flags(scheme: DraftScheme) -> dict[str, str]:
-    flags = {"--layer-parallel-size": str(scheme.layer_parallel_size)}
-    if scheme.layer_parallel_size > 1:
-        flags["--mlp"] = scheme.plan.mlp.value
-    if scheme.num_ranks > 1:
-        flags["--rank-placement"] = scheme.placement
-    return flags
 
 
 def _gain(plan: Plan, best: RoundEstimate) -> str:

@@ -149,7 +149,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
     row = _row_of(error, info)
     message = error.details() or row.reason
     if issubclass(row.error, InvalidRequestError):
-        return _invalid_request(row.error, message, info)
+        metadata = info.metadata
+        if "field" not in metadata:
+            # Not refused by our own code (say, by gRPC): all that is known is the message.
+            return row.error("request", _RemoteValue("refused"), message)
+        return row.error(metadata["field"], _RemoteValue(metadata["value"]), metadata["allowed"])
     delay_s = retry.retry_delay.ToNanoseconds() / 1e9
     if row.error is CapacityError:
         return CapacityError(message, delay_s) if delay_s > 0 else CapacityError(message)
@@ -174,16 +178,6 @@ class _RemoteValue:
 
     def __repr__(self) -> str:
         return self._shown
-
-
-def _invalid_request(
-    error_type: type[InvalidRequestError], message: str, info: error_details_pb2.ErrorInfo
-) -> InvalidRequestError:
-    metadata = info.metadata
-    if "field" not in metadata:
-        # Not refused by our own code (say, by gRPC): all that is known is the message.
-        return error_type("request", _RemoteValue("refused"), message)
-    return error_type(metadata["field"], _RemoteValue(metadata["value"]), metadata["allowed"])
 
 
 def _error_info(error: BaseException, row: ErrorMapping, request_id: str) -> error_details_pb2.ErrorInfo:

@@ -43,8 +43,8 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
     Servicers behind it raise exceptions of `easyspec.errors` and write streaming methods as async generators, which
     are closed in the RPC's own task however the RPC ends. While `refuse` is in force, new RPCs get UNAVAILABLE.
     `authenticate` turns the `authorization` metadata into the client's name, raises UnauthenticatedError, or answers
-    None: anyone may call, and is known by network address. Either is bound as `client` for servicer and log, and the
-    caller's trace for the next service. With `tracing` every RPC has a span, but for those made in routine.
+    None: no key is needed, and a client is known by its network address. Either is bound as `client` for servicer and
+    log, and the caller's trace for the next service. With `tracing` every RPC has a span but routine ones.
     """
 
     def __init__(
@@ -156,7 +156,11 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             raise
         except Exception as raised:
             error = _bad_bytes() if isinstance(raised, DecodeError) else raised
-            outcome = _outcome(error)
+            # Reason and field, not the message: it may show a token id.
+            row = mapping_of(error)
+            outcome = {"code": row.code.name, "reason": row.reason}
+            if isinstance(error, InvalidRequestError):
+                outcome["field"] = error.field
             if mapping_of(error) is INTERNAL:
                 _log.exception("rpc_bug", method=method)
             await abort(context, error, structlog.contextvars.get_contextvars()["request_id"])
@@ -191,15 +195,6 @@ def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:
 
 def _bad_bytes() -> InvalidRequestError:
     return InvalidRequestError("message", "bytes that do not parse", "a protobuf message of this method's type")
-
-
-def _outcome(error: Exception) -> dict[str, str]:
-    # Reason and field, not the message: it may show a token id.
-    row = mapping_of(error)
-    outcome = {"code": row.code.name, "reason": row.reason}
-    if isinstance(error, InvalidRequestError):
-        outcome["field"] = error.field
-    return outcome
 
 
 def _request_id(context: _Context) -> str:

@@ -83,7 +83,9 @@ class GrammarState:
         self._check()
         if self._compiled.vocab_size % 8:
             bits[-1] &= (1 << self._compiled.vocab_size % 8) - 1
-        others = self._without_eos(bits)
+        others = bits.copy()
+        for token_id in self._compiled.eos_token_ids:
+            others[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
         # A grammar may name an end of sequence like any token, which the library does not take where more must follow.
         is_no_end = not np.array_equal(bits, others) and not self._matcher.is_accepting()
         if is_no_end or (self._ignore_eos and others.any()):
@@ -91,13 +93,6 @@ class GrammarState:
         if not bits.any():
             raise grammar_error(self._compiled.grammar, "no token of the model fits what must come next")
         return bits
-
-    def _without_eos(self, bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The same without the ends of sequence."""
-        others = bits.copy()
-        for token_id in self._compiled.eos_token_ids:
-            others[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
-        return others
 
     def _check(self) -> None:
         """Raise if the walk is at a dead end: complex beyond the limits, or stopped in mid-sentence."""

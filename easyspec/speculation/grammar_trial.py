@@ -111,7 +111,14 @@ class _Trial:
     def _compile_and_exit(self, grammar: Grammar, writer: int) -> None:
         """In the fork: never returns."""
         die_with_parent()
-        self._limit()
+        limits = self._limits
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
+        statm = Path("/proc/self/statm")
+        if statm.exists():  # elsewhere than on Linux memory is bounded by the time that it takes to fill
+            held = int(statm.read_text().split()[0]) * resource.getpagesize()
+            most = held + COMPILER_STACK_BYTES + limits.memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
         answer: list[Any] = []
 
         def work() -> None:
@@ -130,16 +137,6 @@ class _Trial:
         thread.join()
         os.write(writer, json.dumps(answer[0]).encode())
         os._exit(0)
-
-    def _limit(self) -> None:
-        limits = self._limits
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
-        statm = Path("/proc/self/statm")
-        if statm.exists():  # elsewhere than on Linux memory is bounded by the time that it takes to fill
-            held = int(statm.read_text().split()[0]) * resource.getpagesize()
-            most = held + COMPILER_STACK_BYTES + limits.memory_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     def _cause_of_death(self, status: int, took_its_time: bool) -> str:
         ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None

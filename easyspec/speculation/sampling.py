@@ -67,18 +67,15 @@ class TokenHistory:
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """Append output tokens."""
-        self._reserve(len(self._slots) + len(token_ids))
-        for token_id in token_ids:
-            slot = self._slots.setdefault(token_id, len(self._slots))
-            self._token_ids[slot] = token_id
-            self._output_counts[slot] += 1
-
-    def _reserve(self, num_slots: int) -> None:
-        missing = num_slots - len(self._token_ids)
+        missing = (len(self._slots) + len(token_ids)) - len(self._token_ids)
         if missing > 0:
             spare = max(missing, len(self._token_ids))
             self._token_ids = np.pad(self._token_ids, (0, spare))
             self._output_counts = np.pad(self._output_counts, (0, spare))
+        for token_id in token_ids:
+            slot = self._slots.setdefault(token_id, len(self._slots))
+            self._token_ids[slot] = token_id
+            self._output_counts[slot] += 1
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,10 @@ def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
         return base_logits
     adjusted = base_logits.clone()
     for group in biased:
-        _add_bias_(adjusted, group, rows[group[0]].sampling)
+        sampling = rows[group[0]].sampling
+        row_index = to_device(group, torch.int64, adjusted.device).unsqueeze(1)  # [F, 1]
+        token_ids = to_device(list(sampling.logit_bias), torch.int64, adjusted.device)  # [U]
+        adjusted[row_index, token_ids] += to_device(list(sampling.logit_bias.values()), torch.float32, adjusted.device)
     for group in penalised:
         _penalise_(adjusted, group, [rows[index] for index in group])
     if masked:
@@ -162,12 +162,6 @@ def _grouped(rows: Iterable[tuple[int, ChoiceRow]]) -> list[list[int]]:
     for index, row in rows:
         groups.setdefault((id(row.history), id(row.sampling)), []).append(index)
     return list(groups.values())
-
-
-def _add_bias_(logits: Tensor, group: list[int], sampling: SamplingParameters) -> None:
-    row_index = to_device(group, torch.int64, logits.device).unsqueeze(1)  # [F, 1]
-    token_ids = to_device(list(sampling.logit_bias), torch.int64, logits.device)  # [U]
-    logits[row_index, token_ids] += to_device(list(sampling.logit_bias.values()), torch.float32, logits.device)
 
 
 def _penalise_(logits: Tensor, group: list[int], rows: Sequence[ChoiceRow]) -> None:

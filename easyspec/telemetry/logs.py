@@ -27,7 +27,10 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
     """
     if stream is None:
         stream = sys.stderr
-        _never_wait(stream)
+        # A full pipe refuses what is written to it, instead of keeping the writer until its reader goes on.
+        with contextlib.suppress(OSError, ValueError):  # no file behind it, as in tests
+            if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+                os.set_blocking(stream.fileno(), False)
     before: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         _role_adder(role),
@@ -68,13 +71,6 @@ class _LossyStream(io.TextIOBase):
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.flush()
-
-
-def _never_wait(stream: TextIO) -> None:
-    """A full pipe refuses what is written to it, instead of keeping the writer until its reader goes on."""
-    with contextlib.suppress(OSError, ValueError):  # no file behind it, as in tests
-        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
-            os.set_blocking(stream.fileno(), False)
 
 
 def _renderer(log_format: LogFormat, stream: TextIO) -> list[Processor]:

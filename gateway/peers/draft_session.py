@@ -177,7 +177,9 @@ class ResilientDraftSession:
         self._num_skipped = 0
         stream = self._stream
         if stream is None:
-            self._reopen_in_background()
+            may_try = self._replicas.is_ready and not self._is_given_up and time.monotonic() >= self._retry_at_s
+            if may_try and self._reopening is None:
+                self._reopening = asyncio.create_task(self._reopen())
             return NOTHING_DRAFTED
         started_ns = time.monotonic_ns()
         try:
@@ -252,11 +254,6 @@ class ResilientDraftSession:
         draft.tree.check(self._vocab_size, budget.num_nodes)
         self._num_deaths = 0
         return draft
-
-    def _reopen_in_background(self) -> None:
-        may_try = self._replicas.is_ready and not self._is_given_up and time.monotonic() >= self._retry_at_s
-        if may_try and self._reopening is None:
-            self._reopening = asyncio.create_task(self._reopen())
 
     async def _reopen(self) -> None:
         history = tuple(self._history)

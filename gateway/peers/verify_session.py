@@ -143,7 +143,14 @@ class ResilientVerifySession:
         if outage is None:
             return answer
         self._progress.resume()
-        self._report_recovery(outage)
+        assert self._replica is not None, "it has just answered"
+        _log.info(
+            "verify_session_recovered",
+            request_id=self._opening.request_id,
+            replica=self._replica.address,
+            num_tries=outage.num_failures,
+            pause_ms=round((time.monotonic() - outage.started_s) * 1000, 1),
+        )
         return replace(answer, elapsed_ns=time.monotonic_ns() - started_ns)
 
     async def _ask(
@@ -310,16 +317,6 @@ class ResilientVerifySession:
             return has_other or self._has_spoken
         # A fault of the step or of the session's state: it may have been another session's doing, but not twice.
         return outage.num_failures == 1 and (type(error) is EasyspecError or isinstance(error, StalePositionError))
-
-    def _report_recovery(self, outage: _Outage) -> None:
-        assert self._replica is not None, "it has just answered"
-        _log.info(
-            "verify_session_recovered",
-            request_id=self._opening.request_id,
-            replica=self._replica.address,
-            num_tries=outage.num_failures,
-            pause_ms=round((time.monotonic() - outage.started_s) * 1000, 1),
-        )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,16 @@ class RestBoundary:
         answer = _Answer(send, request_id)
         started_ns = time.monotonic_ns()
         try:
-            await self._pass_on(scope, receive, answer)
+            client = self._door.enter(scope)
+            if client is not None:
+                structlog.contextvars.bind_contextvars(client=client)
+                scope.setdefault("state", {})["client"] = client
+            replay = _replay(await self._read_body(scope, receive), receive)
+            # A HEAD is routed as GET. uvicorn reads the method in the scope that we leave as it is, and drops the body.
+            asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            with contextlib.nullcontext() if scope["path"] in ALWAYS_OPEN else self._gate.entered():
+                await self._app(asked, replay, answer.send)
+            scope["route"] = asked.get("route")
         except ClientGoneError:
             answer.status = answer.status or CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
@@ -72,22 +81,11 @@ class RestBoundary:
             log("http_finished", method=method, path=route, status=status, duration_ms=round(duration_ms, 3))
             self._observer.http_finished(route, method, status)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        client = self._door.enter(scope)
-        if client is not None:
-            structlog.contextvars.bind_contextvars(client=client)
-            scope.setdefault("state", {})["client"] = client
-        replay = _replay(await self._read_body(scope, receive), receive)
-        # The server below leaves the body out of what it sends. The scope is its own: it looks there for the method.
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        with contextlib.nullcontext() if scope["path"] in ALWAYS_OPEN else self._gate.entered():
-            await self._app(asked, replay, answer.send)
-        scope["route"] = asked.get("route")
-
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body: requests are small, and a refusal should not wait for the rest of a large one."""
         body = bytearray()
-        num_announced = _content_length(scope["headers"])
+        lengths = (value[:18] for name, value in scope["headers"] if name == b"content-length" and value.isdigit())
+        num_announced = max(map(int, lengths), default=0)
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
                 while max(num_announced, len(body)) <= self._max_body_bytes:
@@ -137,11 +135,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
-
-
-def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    lengths = (value[:18] for name, value in headers if name == b"content-length" and value.isdigit())
-    return max(map(int, lengths), default=0)
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

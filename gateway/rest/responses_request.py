@@ -233,7 +233,11 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
                 raise InvalidRequestError(f"input[{index}].name", item.name, "the name of the function")
             calls.append(ToolCall(item.call_id or "", item.name, item.arguments or ""))
         elif item.type == "function_call_output":
-            yield ChatTurn("tool", _shown(item.output), tool_call_id=_call_id(item, index))
+            if not item.call_id:
+                raise InvalidRequestError(
+                    f"input[{index}].call_id", item.call_id, "the id of the call that is answered"
+                )
+            yield ChatTurn("tool", _shown(item.output), tool_call_id=item.call_id)
         elif item.role == "assistant":
             if calls:
                 yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
@@ -246,12 +250,6 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
             yield ChatTurn(item.role, _shown(item.content))
     if thought or said or calls:
         yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
-
-
-def _call_id(item: InputItem, index: int) -> str:
-    if not item.call_id:
-        raise InvalidRequestError(f"input[{index}].call_id", item.call_id, "the id of the call that is answered")
-    return item.call_id
 
 
 def _shown(content: str | list[ContentPart] | None) -> str:

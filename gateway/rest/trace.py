@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.telemetry.statistics import RoundTimings
 from gateway.text.output import GenerationChunk
 
 _NS_PER_MS = 1e6
@@ -22,18 +21,14 @@ def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
         "token_texts": chunk.token_texts,
         "accepted_rows": trace.accepted_rows,
         "tree": {"token_texts": trace.draft_token_texts, "parent_rows": trace.draft_tree.parent_rows},
-        "timings_ms": _timings_ms(chunk.timings),
+        "timings_ms": {
+            "draft": chunk.timings.draft_ns / _NS_PER_MS,
+            "calibrate": chunk.timings.calibrate_ns / _NS_PER_MS,
+            "fuzzy": chunk.timings.fuzzy_ns / _NS_PER_MS,
+            "verify": chunk.timings.verify_ns / _NS_PER_MS,
+            "compute": chunk.timings.compute_ns / _NS_PER_MS,
+            "round": chunk.timings.round_ns / _NS_PER_MS,
+        },
         "num_fuzzy_steps": chunk.timings.num_fuzzy_steps,
         "ahead_ms": None if (ahead_ns := chunk.timings.ahead_ns) is None else ahead_ns / _NS_PER_MS,
-    }
-
-
-def _timings_ms(timings: RoundTimings) -> dict[str, float]:
-    return {
-        "draft": timings.draft_ns / _NS_PER_MS,
-        "calibrate": timings.calibrate_ns / _NS_PER_MS,
-        "fuzzy": timings.fuzzy_ns / _NS_PER_MS,
-        "verify": timings.verify_ns / _NS_PER_MS,
-        "compute": timings.compute_ns / _NS_PER_MS,
-        "round": timings.round_ns / _NS_PER_MS,
     }

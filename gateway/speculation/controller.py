@@ -297,15 +297,12 @@ class SpeculationController:
             if self._trial is not None:  # as if it had cost what it was expected to, lest it begin again and again
                 self._loads[self._load].tried_s[self._trial.arm] = now_s
                 self._trial = None
-            best = self._nearest_best(number)
+            nearest = min(self._loads, key=lambda other: abs(other - number), default=None)
+            best = self._loads[nearest].best if nearest is not None else self.arm
             self._load, self._load_seen_s = number, now_s
             load = self._loads.setdefault(number, _Load(best, now_s))
             self._follow(load, load.best)
         return self._loads.setdefault(self._load, _Load(self.arm, now_s))
-
-    def _nearest_best(self, number: int) -> Arm:
-        nearest = min(self._loads, key=lambda other: abs(other - number), default=None)
-        return self._loads[nearest].best if nearest is not None else self.arm
 
     def _follow(self, load: _Load, arm: Arm) -> None:
         if arm is not self.arm:

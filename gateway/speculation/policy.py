@@ -101,14 +101,11 @@ class SpeculationPolicy:
             self._rest_left, self._rest_rounds = self._rest_rounds, min(2 * self._rest_rounds, _MAX_REST_ROUNDS)
             self._num_drafted = _MIN_DRAFTED_ROUNDS - _RETRY_ROUNDS
             return None
-        return within(self._larger(arm), self._cap)
-
-    def _larger(self, arm: Arm) -> TreeBudget:
-        """The size that this request has earned from `arm` on."""
+        # The size that this request has earned from `arm` on.
         arms = self._controller.arms
         sizes = [larger.budget for larger in arms[arms.index(arm) :] if larger.budget is not None]
         self._num_steps = min(self._num_steps, len(sizes))
-        return [*sizes, deepened(sizes[-1])][self._num_steps]
+        return within([*sizes, deepened(sizes[-1])][self._num_steps], self._cap)
 
     def _is_hopeless(self) -> bool:
         if self._num_drafted < _MIN_DRAFTED_ROUNDS:

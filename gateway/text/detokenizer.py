@@ -9,7 +9,7 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 # A character takes at most four bytes, so at most three replacement characters at the end may still become one.
 _MAX_UNDECIDED = 3
-# Tokens that are decoded again with each one that comes, where no character ends: bytes that are no text at all.
+# Tokens that are decoded again with each one that comes, where no character ends: bytes that are not text at all.
 _MAX_WINDOW = 256
 _CUT_TOKENS = range(2 * _MAX_UNDECIDED + 2, 4 * _MAX_UNDECIDED + 4)
 
@@ -48,7 +48,9 @@ class TokenTextStream:
         final_text = text[self._num_emitted_chars : num_final_chars]
         self._num_emitted_chars = max(self._num_emitted_chars, num_final_chars)
         if num_final_chars == len(text) and final_text:
-            self._slide()
+            self._window = self._window[self._num_finished_tokens :]
+            self._num_finished_tokens = len(self._window)
+            self._num_emitted_chars = len(self._tokenizer.decode(self._window))
         elif len(self._window) >= _MAX_WINDOW:
             self._cut(text)
         return final_text
@@ -68,11 +70,6 @@ class TokenTextStream:
                 self._window, self._num_finished_tokens = tail, 0
                 self._num_emitted_chars -= len(head_text)
                 return
-
-    def _slide(self) -> None:
-        self._window = self._window[self._num_finished_tokens :]
-        self._num_finished_tokens = len(self._window)
-        self._num_emitted_chars = len(self._tokenizer.decode(self._window))
 
 
 def _num_final_chars(text: str) -> int:

@@ -107,7 +107,10 @@ class Tokenizer:
                 allowed = "none: the model's chat template knows none, and they are not described otherwise here"
                 raise InvalidRequestError("tools", "set", allowed)
             conversation = with_described_tools(conversation, template, self._chat.describes_tools)
-        control = self._control_tokens(template.source)
+        if template.source not in self._control_by_template:
+            added = added_tokens(self._tokenizer.added_tokens_decoder.values())
+            self._control_by_template[template.source] = ControlTokens(self._backend, added, template.source)
+        control = self._control_by_template[template.source]
         hidden = control.hidden_texts() if self._chat.special_tokens_are_text else HiddenTexts(None, None)
         rendered = hidden.with_raws(template.render(conversation, hidden))
         text = hidden.with_tokens(rendered)
@@ -121,12 +124,6 @@ class Tokenizer:
             return ChatPrompt(control.encode(rendered, hidden), text, thinking)
         token_ids = self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return ChatPrompt(tuple(token_ids), rendered, thinking)
-
-    def _control_tokens(self, template: str) -> ControlTokens:
-        if template not in self._control_by_template:
-            added = added_tokens(self._tokenizer.added_tokens_decoder.values())
-            self._control_by_template[template] = ControlTokens(self._backend, added, template)
-        return self._control_by_template[template]
 
     def _check_length(self, text: str, max_tokens: int | None) -> None:
         """Count the tokens of a text that is likely too long, part by part, until it is sure to be."""

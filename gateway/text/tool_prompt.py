@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, Tools
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition
 
 _ABOUT = "You can call functions. These exist, each with a JSON Schema of its arguments:\n"
 _HOW = (
@@ -27,13 +27,9 @@ def with_described_tools(conversation: Conversation, template: ChatTemplate, is_
     turns = [*conversation.turns] if template.uses("tool_calls") else [*_told(conversation.turns)]
     tools = conversation.tools
     if is_described and tools is not None and tools.shown_definitions:
-        turns = _introduced(turns, _description(tools), template.takes_system)
+        lines = "\n".join(_line(tool) for tool in tools.shown_definitions)
+        turns = _introduced(turns, f"{_ABOUT}{lines}\n\n{_HOW}", template.takes_system)
     return replace(conversation, turns=tuple(turns), tools=None)
-
-
-def _description(tools: Tools) -> str:
-    lines = "\n".join(_line(tool) for tool in tools.shown_definitions)
-    return f"{_ABOUT}{lines}\n\n{_HOW}"
 
 
 def _line(tool: ToolDefinition) -> str:

@@ -66,20 +66,18 @@ class DistilBatches:
     def of_step(self, step: int) -> Iterator[OwnText]:
         """Yield the step's micro-batches on the device; depends on the step alone."""
         for part in range(self._own_parts):
-            rows = self._own_rows(step * self._own_parts + part)
+            index = step * self._own_parts + part
+            parts_per_epoch = len(self._own.token_ids) // self._rows
+            order = list(range(len(self._own.token_ids)))
+            random.Random(f"{self._seed}:{index // parts_per_epoch}").shuffle(order)
+            start = index % parts_per_epoch * self._rows
+            rows = order[start : start + self._rows]
             token_ids = self._own.token_ids[rows].to(self._device)
             yield OwnText(token_ids, self._own.hidden[rows].to(self._device))
         if self._corpus_parts:
             for windows in self._sampler.batch(step, 1.0).split(self._rows):
                 token_ids = windows.to(self._device)
                 yield OwnText(token_ids, base_hidden(self._base, token_ids[:, :-1]))
-
-    def _own_rows(self, index: int) -> list[int]:
-        parts_per_epoch = len(self._own.token_ids) // self._rows
-        order = list(range(len(self._own.token_ids)))
-        random.Random(f"{self._seed}:{index // parts_per_epoch}").shuffle(order)
-        start = index % parts_per_epoch * self._rows
-        return order[start : start + self._rows]
 
 
 @torch.no_grad()

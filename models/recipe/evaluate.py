@@ -70,7 +70,9 @@ def evaluate_pair(
     """
     pair = Pair(load_model(base, "cpu"), load_model(draft, "cpu"), exit_layers)
     stream = held_out_stream(load_tokenizer(base))
-    windows = _windows(stream)
+    num_windows = (len(stream) - 1) // _WINDOW
+    starts = [index * _WINDOW for index in range(num_windows)]
+    windows = torch.tensor([stream[start : start + _WINDOW + 1].tolist() for start in starts])
     if max_windows is not None:
         windows = windows[:: max(1, -(-len(windows) // max_windows))]
     figures = {"held_out": text_figures(pair, windows, 0)}
@@ -145,12 +147,6 @@ def repeated_share(rows: Iterable[list[int]]) -> float:
             num_all += 1
             seen.add(run)
     return round(num_repeated / max(1, num_all), 4)
-
-
-def _windows(stream: Stream) -> Tensor:
-    num_windows = (len(stream) - 1) // _WINDOW
-    starts = [index * _WINDOW for index in range(num_windows)]
-    return torch.tensor([stream[start : start + _WINDOW + 1].tolist() for start in starts])
 
 
 def _prompts(stream: Stream) -> Tensor:

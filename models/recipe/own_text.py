@@ -92,11 +92,13 @@ def write_own_text(model: LlamaForCausalLM, stream: Stream, settings: OwnTextSet
     for index in range(settings.num_batches):
         path = folder / f"own-{index}.pt"
         if not path.exists():
+            temperatures = torch.full((settings.batch_size,), settings.temperature)
+            temperatures[: int(settings.batch_size * settings.greedy_share)] = 0.0
             text = continue_text(
                 model,
                 _prompts(stream, settings, index).to(model.device),
                 settings.new_tokens,
-                _temperatures(settings).to(model.device),
+                temperatures.to(model.device),
                 settings.seed * 1_000 + index,
             )
             torch.save((text.token_ids, text.hidden), path)
@@ -112,9 +114,3 @@ def _prompts(stream: Stream, settings: OwnTextSettings, index: int) -> Tensor:
     starts = [choose.randrange(len(stream) - settings.prompt_tokens) for _ in range(settings.batch_size)]
     rows = [stream[start : start + settings.prompt_tokens].tolist() for start in starts]
     return torch.tensor(rows)  # [B, T]
-
-
-def _temperatures(settings: OwnTextSettings) -> Tensor:
-    temperatures = torch.full((settings.batch_size,), settings.temperature)
-    temperatures[: int(settings.batch_size * settings.greedy_share)] = 0.0
-    return temperatures

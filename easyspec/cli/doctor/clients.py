@@ -162,7 +162,12 @@ def _behind(role: str, state: int, whose: str, is_vital: bool) -> list[Finding]:
 async def _about(
     role: str, address: str, channel: grpc.aio.Channel, model: types_pb2.ModelInfo, version: str
 ) -> list[Finding]:
-    round_trip_ms = await _round_trip_ms(channel, role)
+    took = []
+    for _ in range(_NUM_ROUND_TRIPS):
+        started = time.monotonic()
+        await _health(channel, role)
+        took.append((time.monotonic() - started) * 1000)
+    round_trip_ms = statistics.median(took)
     message = f"{address}: {describe_model(model)}, round trip {round_trip_ms:.2f} ms"
     if round_trip_ms > SLOW_ROUND_TRIP_MS:
         advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
@@ -180,13 +185,3 @@ def describe_model(model: types_pb2.ModelInfo) -> str:
     executor = f"{model.weight_format} by {model.executor}" if model.executor else ""
     tokenizer = f"tokenizer {model.tokenizer_fingerprint[:12]}" if model.tokenizer_fingerprint else ""
     return ", ".join(filter(None, (model.name, model.dtype, executor, tokenizer)))
-
-
-async def _round_trip_ms(channel: grpc.aio.Channel, role: str) -> float:
-    """The median of a few, by the smallest RPC there is."""
-    took = []
-    for _ in range(_NUM_ROUND_TRIPS):
-        started = time.monotonic()
-        await _health(channel, role)
-        took.append((time.monotonic() - started) * 1000)
-    return statistics.median(took)
