@@ -24,94 +24,54 @@ class GatewaySettings(ServerSettings, RequestLimits):
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_GATEWAY_", cli_prog_name="python -m gateway")
 
     address: str = address_field("127.0.0.1:50051")
-    http_address: str = Field(
-        default="127.0.0.1:8000",
-        description="host:port of the OpenAI-compatible REST API, port 0 to 65535; 0 takes a free port, named in the "
-        "`rest_listening` event. `off` serves gRPC alone. 8000 is where clients of such APIs look first.",
-    )
-    http_hosts: str = Field(
-        default="",
-        description="Names by which clients may call the REST API where it listens on this machine alone and asks for "
-        "no API key, beside localhost and its addresses, separated by commas; * for any. A page in a browser here can "
-        "have its own name led to this machine; a proxy in front may pass its name on.",
-    )
-    cors_origins: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Web pages that may call the REST API from a browser: their origins (https://host:port), separated "
-        "by commas, or * for all. Unset: only this server's own playground.",
-    )
-    http_metrics: bool = Field(
-        default=True,
-        description="Whether that port serves /metrics too, which asks for no API key. Off: --metrics-address alone "
-        "does, where clients shall not see how busy the service is.",
-    )
-    tokenizer: Path = Field(
-        description="Where the base model's tokenizer is, usually its checkpoint: a folder, GGUF file or hub id. "
-        "No default: it must fit the verifier's model.",
-    )
-    verifier_address: str = Field(
-        default="127.0.0.1:50053",
-        min_length=1,
-        description="host:port of the verifier. Several replicas: a list separated by commas, or dns:///name:port for "
-        "all addresses behind a name. Default: the verifier's own.",
-    )
-    drafter_address: str | None = Field(
-        default=None,
-        min_length=1,
-        description="host:port of the drafter, or several as for the verifier. Unset: plain decoding.",
-    )
-    further_models: dict[Annotated[str, Field(min_length=1)], FurtherModel] = Field(
-        default_factory=dict,
-        description="Base models beside the one of --verifier-address, by the names that requests use, as JSON: "
-        '{"NAME": {"verifier_address": "host:port"}}. tokenizer and drafter_address may be given too; unset they are '
-        "those of the first model, so that one pool of drafters serves all (docs/multi-target.md). Default: none.",
-    )
-    num_draft_levels: int = Field(
-        default=5,
-        ge=1,
-        le=64,
-        description="Levels of a draft tree where a request names none, 1 to 64. 5 is the paper's choice.",
-    )
-    tree_width: int = Field(
-        default=4,
-        ge=1,
-        le=64,
-        description="Nodes expanded per level where a request names none, 1 to 64. 4 is the lower end of the paper's "
-        "range; small models gain little beyond.",
-    )
-    num_tree_nodes: int = Field(
-        default=15,
-        ge=1,
-        le=4096,
-        description="Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, which "
-        "is a size that passes are padded to and costs little more than a single row.",
-    )
-    chat_template: Path | None = Field(
-        default=None,
-        description="File with a chat template (Jinja, as Hugging Face has them) that stands in for the first model's "
-        "own. Unset: its checkpoint's.",
-    )
-    special_tokens_in_content: Literal["text", "allow"] = Field(
-        default="text",
-        description="text or allow: what `<|im_end|>` and the like are in messages of a chat. text: no more than their "
-        "characters, so that no user and no tool's result can end its turn and begin another's. allow: special tokens.",
-    )
-    default_tool_prompt: bool = Field(
-        default=True,
-        description="Whether tools are described to a model whose chat template knows none, in words of ours. Off: "
-        "such a model's requests with tools are refused, unless they force a call, which a grammar makes valid.",
-    )
-    closed_schemas: bool = Field(
-        default=True,
-        description="Whether an object whose schema lists properties, and does not say whether it may have others, has "
-        "only those. Small models invent names otherwise. Off: JSON Schema's own default, any others.",
-    )
-    reasoning_parser: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto or none: whether what a model thinks before its answer is told apart from it. auto looks for "
-        "the marks of thinking (<think> and others) in its chat template. With none they are text like any other.",
-    )
+    http_address: str = "127.0.0.1:8000"
+    """host:port of the OpenAI-compatible REST API, port 0 to 65535; 0 takes a free port, named in the `rest_listening`
+    event. `off` serves gRPC alone. 8000 is where clients of such APIs look first."""
+    http_hosts: str = ""
+    """Names by which clients may call the REST API where it listens on this machine alone and asks for no API key,
+    beside localhost and its addresses, separated by commas; * for any. A page in a browser here can have its own name
+    led to this machine; a proxy in front may pass its name on."""
+    cors_origins: str | None = Field(default=None, min_length=1)
+    """Web pages that may call the REST API from a browser: their origins (https://host:port), separated by commas, or *
+    for all. Unset: only this server's own playground."""
+    http_metrics: bool = True
+    """Whether that port serves /metrics too, which asks for no API key. Off: --metrics-address alone does, where
+    clients shall not see how busy the service is."""
+    tokenizer: Path
+    """Where the base model's tokenizer is, usually its checkpoint: a folder, GGUF file or hub id. No default: it must
+    fit the verifier's model."""
+    verifier_address: str = Field(default="127.0.0.1:50053", min_length=1)
+    """host:port of the verifier. Several replicas: a list separated by commas, or dns:///name:port for all addresses
+    behind a name. Default: the verifier's own."""
+    drafter_address: str | None = Field(default=None, min_length=1)
+    """host:port of the drafter, or several as for the verifier. Unset: plain decoding."""
+    further_models: dict[Annotated[str, Field(min_length=1)], FurtherModel] = Field(default_factory=dict)
+    """Base models beside the one of --verifier-address, by the names that requests use, as JSON: {"NAME":
+    {"verifier_address": "host:port"}}. tokenizer and drafter_address may be given too; unset they are those of the
+    first model, so that one pool of drafters serves all (docs/multi-target.md). Default: none."""
+    num_draft_levels: int = Field(default=5, ge=1, le=64)
+    """Levels of a draft tree where a request names none, 1 to 64. 5 is the paper's choice."""
+    tree_width: int = Field(default=4, ge=1, le=64)
+    """Nodes expanded per level where a request names none, 1 to 64. 4 is the lower end of the paper's range; small
+    models gain little beyond."""
+    num_tree_nodes: int = Field(default=15, ge=1, le=4096)
+    """Nodes of a draft tree where a request names none, 1 to 4096. 15 and the root are 16 rows, which is a size that
+    passes are padded to and costs little more than a single row."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja, as Hugging Face has them) that stands in for the first model's own. Unset: its
+    checkpoint's."""
+    special_tokens_in_content: Literal["text", "allow"] = "text"
+    """text or allow: what `<|im_end|>` and the like are in messages of a chat. text: no more than their characters, so
+    that no user and no tool's result can end its turn and begin another's. allow: special tokens."""
+    default_tool_prompt: bool = True
+    """Whether tools are described to a model whose chat template knows none, in words of ours. Off: such a model's
+    requests with tools are refused, unless they force a call, which a grammar makes valid."""
+    closed_schemas: bool = True
+    """Whether an object whose schema lists properties, and does not say whether it may have others, has only those.
+    Small models invent names otherwise. Off: JSON Schema's own default, any others."""
+    reasoning_parser: Literal["auto", "none"] = "auto"
+    """auto or none: whether what a model thinks before its answer is told apart from it. auto looks for the marks of
+    thinking (<think> and others) in its chat template. With none they are text like any other."""
     tool_call_format: Literal[
         "auto",
         "hermes",
@@ -122,142 +82,72 @@ class GatewaySettings(ServerSettings, RequestLimits):
         "pythonic",
         "harmony",
         "none",
-    ] = Field(
-        default="auto",
-        description="How the model writes tool calls: hermes, llama3_json, mistral, mistral_args, qwen3_coder, "
-        "pythonic, harmony or none. auto looks at its chat template, which is what the model was trained with.",
-    )
-    generation_config: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto or none: whether temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint's "
-        "generation_config.json stand in where a request leaves them unset. auto: the model was tuned for them.",
-    )
-    draft_deadline_ms: int = Field(
-        default=1000,
-        ge=1,
-        le=600_000,
-        description="Milliseconds a round waits for its draft before it goes on without, 1 to 600000; up to ten times "
-        "as long where drafts usually take more than a twentieth of that. "
-        "1000 suits a CPU, where a draft may share its cores with the verifier; a GPU needs far less.",
-    )
-    reopen_deadline_s: float = Field(
-        default=30.0,
-        gt=0.0,
-        le=3600.0,
-        description="Seconds a re-opened drafting session gets to read all tokens so far, up to 3600. "
-        "Nothing waits for it, so it may be generous.",
-    )
-    verifier_open_timeout_s: float = Field(
-        default=2.0,
-        ge=0.0,
-        le=3600.0,
-        description="Seconds a request that has no token yet is tried again where its verifier is lost, 0 to 3600. "
-        "After 2 a client does better to try another gateway.",
-    )
-    verifier_reopen_timeout_s: float = Field(
-        default=120.0,
-        ge=0.0,
-        le=86_400.0,
-        description="Seconds a stream that has begun waits for a lost verifier, or for another replica, 0 to 86400. "
-        "120 outlasts a restart that loads a model of moderate size; its client only sees a pause.",
-    )
-    request_timeout_s: float = Field(
-        default=600.0,
-        gt=0.0,
-        le=86_400.0,
-        description="Most seconds a request may take where the client sets no earlier deadline, up to 86400. "
-        "600 is what OpenAI's clients wait.",
-    )
-    max_concurrent_requests: int = Field(
-        default=64,
-        ge=1,
-        le=65_536,
-        description="Choices of one base model decoded at the same time, 1 to 65536: a request with n = 16 counts 16 "
-        "times for each of its prompts. 64 is beyond what one pair of "
-        "models serves well; a model whose verifier is lost keeps no places of another.",
-    )
-    max_waiting_requests: int = Field(
-        default=256,
-        ge=0,
-        le=65_536,
-        description="Prompts for one base model that may wait for a place, 0 to 65536; more are refused at once. 256 "
-        "are served within the time they may wait if a request takes a second or two.",
-    )
-    admission_timeout_s: float = Field(
-        default=10.0,
-        gt=0.0,
-        le=3600.0,
-        description="Seconds a request waits for a place before it is refused, up to 3600. "
-        "After 10 a client does better to try another replica.",
-    )
-    unknown_fields: Literal["refuse", "ignore"] = Field(
-        default="refuse",
-        description="refuse or ignore: what becomes of a REST request with fields that are not known or not supported. "
-        "refuse names the field, so that no client believes in what it does not get; ignore names them in the reply's "
-        "x-ignored-fields and counts such requests. Values that ask for nothing are always taken.",
-    )
-    stalled_client_timeout_s: float = Field(
-        default=30.0,
-        gt=0.0,
-        le=86_400.0,
-        description="Seconds that a client may leave a message of its stream unread before the request is ended and "
-        "its KV memory freed, up to 86400. A reader that is merely slow takes one every few seconds.",
-    )
-    probe_interval_s: float = Field(
-        default=2.0,
-        gt=0.0,
-        le=3600.0,
-        description="Seconds between two looks at a service that answers, up to 3600.",
-    )
-    retry_first_ms: int = Field(
-        default=100,
-        ge=1,
-        le=600_000,
-        description="Milliseconds until a lost service is tried again, 1 to 600000; doubles with every failure.",
-    )
-    retry_max_ms: int = Field(
-        default=2000,
-        ge=1,
-        le=600_000,
-        description="Most milliseconds between two tries, 1 to 600000. 2000 finds a restarted drafter soon and costs "
-        "one short RPC.",
-    )
+    ] = "auto"
+    """How the model writes tool calls: hermes, llama3_json, mistral, mistral_args, qwen3_coder, pythonic, harmony or
+    none. auto looks at its chat template, which is what the model was trained with."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto or none: whether temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint's
+    generation_config.json stand in where a request leaves them unset. auto: the model was tuned for them."""
+    draft_deadline_ms: int = Field(default=1000, ge=1, le=600_000)
+    """Milliseconds a round waits for its draft before it goes on without, 1 to 600000; up to ten times as long where
+    drafts usually take more than a twentieth of that. 1000 suits a CPU, where a draft may share its cores with the
+    verifier; a GPU needs far less."""
+    reopen_deadline_s: float = Field(default=30.0, gt=0.0, le=3600.0)
+    """Seconds a re-opened drafting session gets to read all tokens so far, up to 3600. Nothing waits for it, so it may
+    be generous."""
+    verifier_open_timeout_s: float = Field(default=2.0, ge=0.0, le=3600.0)
+    """Seconds a request that has no token yet is tried again where its verifier is lost, 0 to 3600. After 2 a client
+    does better to try another gateway."""
+    verifier_reopen_timeout_s: float = Field(default=120.0, ge=0.0, le=86_400.0)
+    """Seconds a stream that has begun waits for a lost verifier, or for another replica, 0 to 86400. 120 outlasts a
+    restart that loads a model of moderate size; its client only sees a pause."""
+    request_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
+    """Most seconds a request may take where the client sets no earlier deadline, up to 86400. 600 is what OpenAI's
+    clients wait."""
+    max_concurrent_requests: int = Field(default=64, ge=1, le=65_536)
+    """Choices of one base model decoded at the same time, 1 to 65536: a request with n = 16 counts 16 times for each of
+    its prompts. 64 is beyond what one pair of models serves well; a model whose verifier is lost keeps no places of
+    another."""
+    max_waiting_requests: int = Field(default=256, ge=0, le=65_536)
+    """Prompts for one base model that may wait for a place, 0 to 65536; more are refused at once. 256 are served within
+    the time they may wait if a request takes a second or two."""
+    admission_timeout_s: float = Field(default=10.0, gt=0.0, le=3600.0)
+    """Seconds a request waits for a place before it is refused, up to 3600. After 10 a client does better to try
+    another replica."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """refuse or ignore: what becomes of a REST request with fields that are not known or not supported. refuse names
+    the field, so that no client believes in what it does not get; ignore names them in the reply's x-ignored-fields and
+    counts such requests. Values that ask for nothing are always taken."""
+    stalled_client_timeout_s: float = Field(default=30.0, gt=0.0, le=86_400.0)
+    """Seconds that a client may leave a message of its stream unread before the request is ended and its KV memory
+    freed, up to 86400. A reader that is merely slow takes one every few seconds."""
+    probe_interval_s: float = Field(default=2.0, gt=0.0, le=3600.0)
+    """Seconds between two looks at a service that answers, up to 3600."""
+    retry_first_ms: int = Field(default=100, ge=1, le=600_000)
+    """Milliseconds until a lost service is tried again, 1 to 600000; doubles with every failure."""
+    retry_max_ms: int = Field(default=2000, ge=1, le=600_000)
+    """Most milliseconds between two tries, 1 to 600000. 2000 finds a restarted drafter soon and costs one short RPC."""
 
-    api_keys_file: Path | None = Field(
-        default=None,
-        description="File with the API keys of clients, one a line, as name:key or name:sha256:<hexadecimal hash of "
-        "the key>. Read again on SIGHUP and when it changes. Unset, with --api-keys unset too: no key is asked for.",
-    )
-    api_keys: SecretStr | None = Field(
-        default=None,
-        description="API keys in the same form, separated by commas or newlines; meant for the environment, as flags "
-        "show in the process list.",
-    )
-    max_requests_per_key: int | None = Field(
-        default=None,
-        ge=1,
-        le=65_536,
-        description="Choices of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit "
-        "of its own.",
-    )
+    api_keys_file: Path | None = None
+    """File with the API keys of clients, one a line, as name:key or name:sha256:<hexadecimal hash of the key>. Read
+    again on SIGHUP and when it changes. Unset, with --api-keys unset too: no key is asked for."""
+    api_keys: SecretStr | None = None
+    """API keys in the same form, separated by commas or newlines; meant for the environment, as flags show in the
+    process list."""
+    max_requests_per_key: int | None = Field(default=None, ge=1, le=65_536)
+    """Choices of one API key at the same time, 1 to 65536; more are refused at once. Unset: no limit of its own."""
 
-    peer_tls_ca: Path | None = Field(
-        default=None,
-        description="PEM file with the certificate authorities that verifier and drafter are known by; turns TLS to "
-        "them on. Unset: plaintext, which is for this machine only.",
-    )
-    peer_tls_certificate: Path | None = Field(
-        default=None,
-        description="PEM file with the certificate chain that this gateway shows to verifier and drafter, if they ask "
-        "for one (their --tls-client-ca).",
-    )
-    peer_tls_key: Path | None = Field(default=None, description="PEM file with that certificate's private key.")
-    peer_tls_server_name: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Name that the certificates of verifier and drafter carry, where it is not the host they are "
-        "reached by. Unset: the host.",
-    )
+    peer_tls_ca: Path | None = None
+    """PEM file with the certificate authorities that verifier and drafter are known by; turns TLS to them on. Unset:
+    plaintext, which is for this machine only."""
+    peer_tls_certificate: Path | None = None
+    """PEM file with the certificate chain that this gateway shows to verifier and drafter, if they ask for one (their
+    --tls-client-ca)."""
+    peer_tls_key: Path | None = None
+    """PEM file with that certificate's private key."""
+    peer_tls_server_name: str | None = Field(default=None, min_length=1)
+    """Name that the certificates of verifier and drafter carry, where it is not the host they are reached by. Unset:
+    the host."""
 
     @field_validator("http_address")
     @classmethod

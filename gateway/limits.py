@@ -12,7 +12,7 @@ from easyspec.speculation.parameters import SamplingParameters, StopConditions
 class RequestLimits(BaseModel):
     """Sizes of one request; part of the gateway's settings."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     max_request_bytes: int = Field(
         default=8 * 1024 * 1024,
@@ -28,53 +28,24 @@ class RequestLimits(BaseModel):
         description=f"Most characters of a prompt, all messages of a chat together, 1 to {MAX_MESSAGE_BYTES}. "
         "4194304 is beyond any context, and what is longer would cost seconds of tokenizing only to be refused.",
     )
-    max_chat_messages: int = Field(
-        default=4096,
-        ge=1,
-        le=1_000_000,
-        description="Most messages of a chat, 1 to 1000000. 4096 is beyond any conversation; templates are interpreted "
-        "and take about 0.01 ms a message.",
-    )
-    max_choices: int = Field(
-        default=16,
-        ge=1,
-        le=128,
-        description="Most completions (n) of one request, 1 to 128. Each takes a place and KV memory of its own; 16 "
-        "keeps one request from filling the service.",
-    )
-    max_stop_strings: int = Field(
-        default=16,
-        ge=0,
-        le=1024,
-        description="Most stop strings, 0 to 1024. Each is looked for in every round; OpenAI allows 4.",
-    )
-    max_stop_string_chars: int = Field(
-        default=1024,
-        ge=1,
-        le=65_536,
-        description="Most characters of a stop string, 1 to 65536. As much text may be held back while it may still "
-        "become one.",
-    )
-    max_stop_token_ids: int = Field(
-        default=1024,
-        ge=0,
-        le=1_000_000,
-        description="Most stop token ids, 0 to 1000000. 1024 is beyond the special tokens of any vocabulary.",
-    )
-    max_logit_bias: int = Field(
-        default=1024,
-        ge=0,
-        le=1_000_000,
-        description="Most entries of logit_bias, 0 to 1000000. Each is applied at every row of every tree; OpenAI "
-        "allows 300 and vLLM 1024.",
-    )
-    max_grammar_bytes: int = Field(
-        default=64 * 1024,
-        ge=1,
-        le=64 * 1024,
-        description="Most bytes of a JSON Schema, regular expression or grammar, 1 to 65536. It is compiled before the "
-        "first token, and its cost grows with its size.",
-    )
+    max_chat_messages: int = Field(default=4096, ge=1, le=1_000_000)
+    """Most messages of a chat, 1 to 1000000. 4096 is beyond any conversation; templates are interpreted and take about
+    0.01 ms a message."""
+    max_choices: int = Field(default=16, ge=1, le=128)
+    """Most completions (n) of one request, 1 to 128. Each takes a place and KV memory of its own; 16 keeps one request
+    from filling the service."""
+    max_stop_strings: int = Field(default=16, ge=0, le=1024)
+    """Most stop strings, 0 to 1024. Each is looked for in every round; OpenAI allows 4."""
+    max_stop_string_chars: int = Field(default=1024, ge=1, le=65_536)
+    """Most characters of a stop string, 1 to 65536. As much text may be held back while it may still become one."""
+    max_stop_token_ids: int = Field(default=1024, ge=0, le=1_000_000)
+    """Most stop token ids, 0 to 1000000. 1024 is beyond the special tokens of any vocabulary."""
+    max_logit_bias: int = Field(default=1024, ge=0, le=1_000_000)
+    """Most entries of logit_bias, 0 to 1000000. Each is applied at every row of every tree; OpenAI allows 300 and vLLM
+    1024."""
+    max_grammar_bytes: int = Field(default=64 * 1024, ge=1, le=64 * 1024)
+    """Most bytes of a JSON Schema, regular expression or grammar, 1 to 65536. It is compiled before the first token,
+    and its cost grows with its size."""
 
     def check_sampling(self, sampling: SamplingParameters) -> None:
         """Raise InvalidRequestError for a list or text that is too long; ranges are for `SamplingParameters.check`."""

@@ -79,7 +79,7 @@ def _rows(
     """A row for each field that `shared` does not have in the same form; `role` "" is for fields without a flag."""
     known: Mapping[str, FieldInfo] = shared.model_fields if shared is not None else {}
     return [
-        (_names(name, role), _type(info), _default(info), info.description or "")
+        (_names(name, role), _type(info), _default(info), " ".join((info.description or "").split()))
         for name, info in settings.model_fields.items()
         if name not in known or known[name].description != info.description
     ]
