@@ -31,7 +31,6 @@ from gateway.peers.peer import PeerState
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
-from gateway.speculation.controller import ControllerState
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog, all_observers
 from gateway.telemetry.request_span import request_spans
@@ -228,6 +227,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
 def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
     base, drafter = generator.model_info, generator.drafter_peer
     draft = drafter.info if drafter is not None else None
+    state = generator.speculation.state()
     return generation_pb2.ServedModel(
         name=generator.name or "",
         base_model=convert.model_info_to_pb(base) if base is not None else None,
@@ -235,21 +235,17 @@ def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
         drafter_state=_PEER_STATES[drafter.state] if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
         draft_model=convert.model_info_to_pb(draft.model) if draft is not None else None,
         num_running_requests=generator.num_running,
-        speculation=_controller_to_pb(generator.speculation.state()),
-    )
-
-
-def _controller_to_pb(state: ControllerState) -> generation_pb2.SpeculationState:
-    return generation_pb2.SpeculationState(
-        arm=state.arm,
-        budget=convert.budget_to_pb(state.budget) if state.budget is not None else None,
-        load=state.load,
-        is_trial=state.is_trial,
-        num_switches=state.num_switches,
-        num_trials=state.num_trials,
-        trial_cost_s=state.trial_cost_s,
-        tokens_per_s=state.tokens_per_s,
-        acceptance_by_level=state.acceptance_by_level,
+        speculation=generation_pb2.SpeculationState(
+            arm=state.arm,
+            budget=convert.budget_to_pb(state.budget) if state.budget is not None else None,
+            load=state.load,
+            is_trial=state.is_trial,
+            num_switches=state.num_switches,
+            num_trials=state.num_trials,
+            trial_cost_s=state.trial_cost_s,
+            tokens_per_s=state.tokens_per_s,
+            acceptance_by_level=state.acceptance_by_level,
+        ),
     )
 
 

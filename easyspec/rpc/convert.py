@@ -2,15 +2,19 @@
 
 `..._from_pb` checks what the wire form alone can tell (a missing seed, tree or budget, an unknown enum value) and
 raises InvalidRequestError; ranges are checked where the model is known, with the `check` methods of the plain data.
+Where both sides have fields of the same names, these are passed on as they are; a name that only one side has raises.
 Sampling parameters are float32 on the wire: a Python float is rounded once, by `sampling_to_pb`, and every later hop
 reproduces the rounded value exactly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import Message
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.messages import (
@@ -42,6 +46,9 @@ from easyspec.speculation.sources import ALL_SOURCES, NO_SOURCES, SINGLE_SOURCES
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
     {
         FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
@@ -69,6 +76,11 @@ _SOURCE_TO_PB: Mapping[DraftSources, types_pb2.DraftSource.ValueType] = MappingP
 _SOURCE_FROM_PB = MappingProxyType({value: key for key, value in _SOURCE_TO_PB.items()})
 
 
+def _same_fields(plain: type[DataclassInstance], message: Message) -> dict[str, Any]:
+    """The message's values of all fields of the dataclass; unset ones have protobuf's defaults."""
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(plain)}
+
+
 # --- parameters -------------------------------------------------------------------------------------------------
 
 
@@ -94,18 +106,8 @@ def sampling_from_pb(
 
 
 def sampling_to_pb(sampling: SamplingParameters) -> types_pb2.SamplingParameters:
-    return types_pb2.SamplingParameters(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=sampling.logit_bias,
-        seed=sampling.seed,
-        grammar=None if sampling.grammar is None else grammar_to_pb(sampling.grammar),
-    )
+    grammar = None if sampling.grammar is None else grammar_to_pb(sampling.grammar)
+    return types_pb2.SamplingParameters(**vars(sampling) | {"grammar": grammar})
 
 
 def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
@@ -136,12 +138,7 @@ def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
 
 
 def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
-    return types_pb2.StopConditions(
-        max_tokens=stop.max_tokens,
-        stop_token_ids=sorted(stop.stop_token_ids),
-        ignore_eos=stop.ignore_eos,
-        min_tokens=stop.min_tokens,
-    )
+    return types_pb2.StopConditions(**vars(stop) | {"stop_token_ids": sorted(stop.stop_token_ids)})
 
 
 def finish_reason_from_pb(value: types_pb2.FinishReason.ValueType) -> FinishReason | None:
@@ -158,11 +155,11 @@ def finish_reason_to_pb(reason: FinishReason | None) -> types_pb2.FinishReason.V
 
 
 def budget_from_pb(message: types_pb2.TreeBudget) -> TreeBudget:
-    return TreeBudget(num_levels=message.num_levels, width=message.width, num_nodes=message.num_nodes)
+    return TreeBudget(**_same_fields(TreeBudget, message))
 
 
 def budget_to_pb(budget: TreeBudget) -> types_pb2.TreeBudget:
-    return types_pb2.TreeBudget(num_levels=budget.num_levels, width=budget.width, num_nodes=budget.num_nodes)
+    return types_pb2.TreeBudget(**vars(budget))
 
 
 def layer_plan_from_pb(message: types_pb2.LayerPlan) -> LayerPlanRequest:
@@ -230,17 +227,8 @@ def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVer
 
 
 def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerification:
-    return verifier_pb2.OpenVerification(
-        model=request.model,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=request.output_token_ids,
-        sampling=sampling_to_pb(request.sampling),
-        stop=stop_to_pb(request.stop),
-        request_id=request.request_id,
-        num_top_logprobs=request.num_top_logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        model_fingerprint=request.model_fingerprint,
-    )
+    own = {"sampling": sampling_to_pb(request.sampling), "stop": stop_to_pb(request.stop)}
+    return verifier_pb2.OpenVerification(**vars(request) | own)
 
 
 def verify_tree_from_pb(message: verifier_pb2.VerifyTree) -> tuple[int, TokenTree, int]:
@@ -296,21 +284,11 @@ def logprobs_to_pb(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
 
 
 def verify_timings_from_pb(message: verifier_pb2.VerifyTimings) -> VerifyTimings:
-    return VerifyTimings(
-        queue_ns=message.queue_ns,
-        compute_ns=message.compute_ns,
-        num_batch_rows=message.num_batch_rows,
-        num_batch_sessions=message.num_batch_sessions,
-    )
+    return VerifyTimings(**_same_fields(VerifyTimings, message))
 
 
 def verify_timings_to_pb(timings: VerifyTimings) -> verifier_pb2.VerifyTimings:
-    return verifier_pb2.VerifyTimings(
-        queue_ns=timings.queue_ns,
-        compute_ns=timings.compute_ns,
-        num_batch_rows=timings.num_batch_rows,
-        num_batch_sessions=timings.num_batch_sessions,
-    )
+    return verifier_pb2.VerifyTimings(**vars(timings))
 
 
 # --- drafter ----------------------------------------------------------------------------------------------------
@@ -332,18 +310,12 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
 
 
 def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculation:
-    return drafter_pb2.OpenSpeculation(
-        model=request.model,
-        prompt_token_ids=request.prompt_token_ids,
-        sampling=sampling_to_pb(request.sampling),
-        layer_plan=layer_plan_to_pb(request.layer_plan),
-        request_id=request.request_id,
-        max_total_length=request.max_total_length,
-        sources=sources_to_pb(request.sources),
-        num_output_tokens=request.num_output_tokens,
-        base_fingerprint=request.base_fingerprint,
-        draft_ahead=request.draft_ahead,
-    )
+    own = {
+        "sampling": sampling_to_pb(request.sampling),
+        "layer_plan": layer_plan_to_pb(request.layer_plan),
+        "sources": sources_to_pb(request.sources),
+    }
+    return drafter_pb2.OpenSpeculation(**vars(request) | own)
 
 
 def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
@@ -358,71 +330,30 @@ def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
 
 
 def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
-    return drafter_pb2.Calibration(
-        base_length=calibration.base_length,
-        token_ids=calibration.token_ids,
-        budget=budget_to_pb(calibration.budget),
-    )
+    return drafter_pb2.Calibration(**vars(calibration) | {"budget": budget_to_pb(calibration.budget)})
 
 
 def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
-    timings = DraftTimings(
-        queue_ns=message.timings.queue_ns,
-        calibrate_ns=message.timings.calibrate_ns,
-        fuzzy_ns=message.timings.fuzzy_ns,
-        num_fuzzy_steps=message.timings.num_fuzzy_steps,
-        ahead_ns=message.timings.ahead_ns if message.timings.HasField("ahead_ns") else None,
-    )
+    ahead_ns = message.timings.ahead_ns if message.timings.HasField("ahead_ns") else None
+    timings = DraftTimings(**_same_fields(DraftTimings, message.timings) | {"ahead_ns": ahead_ns})
     node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
     return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
 
 
 def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
-    timings = drafter_pb2.DraftTimings(
-        queue_ns=draft.timings.queue_ns,
-        calibrate_ns=draft.timings.calibrate_ns,
-        fuzzy_ns=draft.timings.fuzzy_ns,
-        num_fuzzy_steps=draft.timings.num_fuzzy_steps,
-        ahead_ns=draft.timings.ahead_ns,
-    )
-    return drafter_pb2.SpeculateResponse(
-        base_length=draft.base_length, tree=tree_to_pb(draft.tree), timings=timings, node_sources=draft.node_sources
-    )
+    own = {"tree": tree_to_pb(draft.tree), "timings": drafter_pb2.DraftTimings(**vars(draft.timings))}
+    return drafter_pb2.SpeculateResponse(**vars(draft) | own)
 
 
 # --- information ------------------------------------------------------------------------------------------------
 
 
 def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
-    return ModelInfo(
-        name=message.name,
-        vocab_size=message.vocab_size,
-        max_model_len=message.max_model_len,
-        tokenizer_fingerprint=message.tokenizer_fingerprint,
-        num_parameters=message.num_parameters,
-        dtype=message.dtype,
-        eos_token_ids=tuple(message.eos_token_ids),
-        num_layers=message.num_layers,
-        fingerprint=message.fingerprint,
-        executor=message.executor,
-        weight_format=message.weight_format,
-    )
+    return ModelInfo(**_same_fields(ModelInfo, message) | {"eos_token_ids": tuple(message.eos_token_ids)})
 
 
 def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
-    return types_pb2.ModelInfo(
-        name=info.name,
-        vocab_size=info.vocab_size,
-        max_model_len=info.max_model_len,
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        num_parameters=info.num_parameters,
-        dtype=info.dtype,
-        eos_token_ids=info.eos_token_ids,
-        num_layers=info.num_layers,
-        fingerprint=info.fingerprint,
-        executor=info.executor,
-        weight_format=info.weight_format,
-    )
+    return types_pb2.ModelInfo(**vars(info))
 
 
 def vocabulary_from_pb(message: types_pb2.Vocabulary) -> dict[int, str]:
@@ -436,24 +367,8 @@ def vocabulary_to_pb(tokens_by_id: Mapping[int, str]) -> types_pb2.Vocabulary:
 
 
 def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:
-    return KvUsage(
-        num_slots=message.num_slots,
-        num_used_slots=message.num_used_slots,
-        num_sessions=message.num_sessions,
-        num_cached_slots=message.num_cached_slots,
-        num_prefix_query_tokens=message.num_prefix_query_tokens,
-        num_prefix_hit_tokens=message.num_prefix_hit_tokens,
-        num_preemptions=message.num_preemptions,
-    )
+    return KvUsage(**_same_fields(KvUsage, message))
 
 
 def kv_usage_to_pb(usage: KvUsage) -> types_pb2.KvUsage:
-    return types_pb2.KvUsage(
-        num_slots=usage.num_slots,
-        num_used_slots=usage.num_used_slots,
-        num_sessions=usage.num_sessions,
-        num_cached_slots=usage.num_cached_slots,
-        num_prefix_query_tokens=usage.num_prefix_query_tokens,
-        num_prefix_hit_tokens=usage.num_prefix_hit_tokens,
-        num_preemptions=usage.num_preemptions,
-    )
+    return types_pb2.KvUsage(**vars(usage))
