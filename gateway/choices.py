@@ -36,6 +36,7 @@ async def merged(sources: Sequence[AsyncGenerator[_ItemT, None]]) -> AsyncGenera
             async for item in only:
                 yield 0, item
         return
+    # One place: a source that is ahead of the reader waits, as it does with a single choice.
     queue: asyncio.Queue[tuple[int, _ItemT] | None] = asyncio.Queue(maxsize=1)
     pumps = [asyncio.create_task(_pump(index, source, queue)) for index, source in enumerate(sources)]
     ended = asyncio.create_task(_signal_end(pumps, queue))
@@ -46,6 +47,7 @@ async def merged(sources: Sequence[AsyncGenerator[_ItemT, None]]) -> AsyncGenera
             if pump.done():
                 pump.result()
     finally:
+        # A generator must be closed in the task that runs it: cancel the tasks, and wait until each has closed its own.
         for task in (*pumps, ended):
             task.cancel()
         await asyncio.gather(*pumps, ended, return_exceptions=True)

@@ -106,6 +106,7 @@ async def decode(
         while True:
             round_ = await coming
             verdict = round_.answer.verdict
+            # Before the next budget is asked for: what this round earned counts for it.
             policy.learn(round_)
             if verdict.finish_reason is not None:
                 yield round_
@@ -119,12 +120,15 @@ async def decode(
                 num_plain_rounds = policy.plain_rounds()
             committed_length += len(verdict.token_ids)
             if calibration is not None:
+                # Committed before the round begins: verifier and drafter refuse any other base length.
                 coming = await _begun(_speculated(calibration, drafter, verifier, committed_length))
             else:
                 drafter.skip(verdict.token_ids)
                 coming = await _begun(_verified(NOTHING_DRAFTED, verifier, committed_length, num_plain_rounds))
             yield round_
     finally:
+        # A reader that leaves closes the generator at a yield, while the next round is under way. Wait for its end, so
+        # that no round uses a session that the caller closes next.
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)
 
@@ -146,6 +150,7 @@ async def _begun(round_: Coroutine[None, None, Round]) -> asyncio.Task[Round]:
     """The round under way, its first message written. If the caller is cancelled meanwhile, so is the round."""
     task = asyncio.create_task(round_)
     try:
+        # The new task runs only when this one gives way to the event loop.
         for _ in range(_TURNS_TO_ASK):
             await asyncio.sleep(0)
     except asyncio.CancelledError:

@@ -172,6 +172,7 @@ class Generator:
         arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
         request = self._with_forced_calls(_ended_with_the_turn(request, self._tokenizer))
+        # Places are given back last, when all sessions of the request have ended.
         async with contextlib.AsyncExitStack() as places:
             places.enter_context(self._clients.place(request.client, request.num_choices))
             if isinstance(request.prompt, TokenIds):  # what can be told at once is, also while others wait
@@ -210,6 +211,7 @@ class Generator:
     ) -> AsyncGenerator[GenerationChunk, None]:
         """One choice of a request that was checked, from an open session at each service to its end."""
         policy, prompt = self._policy(request.speculation), prepared.prompt
+        # Left in reverse order: first the loop, whose round under way uses both sessions.
         async with contextlib.AsyncExitStack() as sessions:
             sessions.enter_context(following(policy))
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
@@ -265,6 +267,7 @@ class Generator:
             return request, None
         name = "sampling.grammar.json_schema"
         try:
+            # A large schema takes long: not on the event loop.
             schema = await asyncio.to_thread(
                 enforceable,
                 grammar.text,

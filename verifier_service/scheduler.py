@@ -186,6 +186,7 @@ class Scheduler(Generic[SessionT]):
         if session is None:
             return
         self._waiting.pop(session_id, None)
+        # Slots that a piece still writes to are freed when it is done.
         if not session.is_in_piece:
             self._free(session)
         elif not any(work.session.session_id in self._sessions for work in self.piece or ()):
@@ -194,7 +195,7 @@ class Scheduler(Generic[SessionT]):
     def _free(self, session: SessionT) -> None:
         self._memory.free(session.tree_slots)
         session.tree_slots = []
-        if session.is_sound:
+        if session.is_sound:  # K and V of a broken step must not become a prefix
             session.slots.share(session.token_ids)
         session.slots.release()
 
@@ -252,7 +253,7 @@ class Scheduler(Generic[SessionT]):
                 continue
             assert session.tree is not None, "it waits for a verdict"
             if shares and 1 + len(session.tree) > num_left:
-                break
+                break  # not continue: small trees would overtake a large one for ever
             num_left -= 1 + len(session.tree)
             shares.append(_Share(session, 1, session.tree))
         self._num_step_rows = sum(1 + len(share.tree or ()) for share in shares)
@@ -261,6 +262,7 @@ class Scheduler(Generic[SessionT]):
         shares += prompts
         works: list[Work[SessionT]] = []
         piece: list[Work[SessionT]] = []
+        # Oldest first: a younger session that must give way has then no part in this step yet.
         for share in sorted(shares, key=lambda share: share.session.session_id):
             work = self._with_slots(share)
             if work is not None:
@@ -301,6 +303,7 @@ class Scheduler(Generic[SessionT]):
                 num_decode_rows += len(work.tree) + (num_tokens == 1)
                 session.tree = None
                 session.last_verdict_ns = now
+            # To the end of the queue, if it has more to read: others were waiting longer.
             del self._waiting[session.session_id]
             if work.tree is None:
                 self._waiting[session.session_id] = session
@@ -349,7 +352,7 @@ class Scheduler(Generic[SessionT]):
         outside = [session for session in self._waiting.values() if not session.is_admitted]
         for session in sorted(outside, key=lambda session: session.session_id):
             if not self._try_to_admit(session):
-                return
+                return  # no younger one overtakes it
         while self._openings:
             opening = self._openings[0]
             if not opening.task.future.cancelled() and not self._try_to_admit(opening.session):

@@ -289,6 +289,7 @@ class Verifier:
             if task.finish((session.with_first_news(outcome), timings)) and task.following is not None:
                 following.append(task.following)
         self._scheduler.computed(works, compute_ns)
+        # After `computed`, which takes the sessions out of the queue that these enter.
         for task in following:
             self._enqueue(task)
 
@@ -322,6 +323,7 @@ class Verifier:
             return False
         try:
             started_ns = time.monotonic_ns()
+            # By identity: a new piece of the same sessions begins at the first layer.
             if self._slices is None or self._slices[0] is not piece:
                 layout = lay_out([work.session.segment(work.slots, None) for work in piece])
                 self._slices = (piece, self._decoder.forward_in_slices(layout, self._memory.pool))
@@ -365,6 +367,7 @@ class Verifier:
         kept = [tree_slots[row - 1] for row in verdict.accepted_rows]
         self._memory.free(sorted(set(tree_slots) - set(kept)))
         session.slots.append(kept)
+        # One token more than slots: the bonus token's K and V are computed by the next step, as the root of its tree.
         session.token_ids.extend(verdict.token_ids)
         session.history.commit(verdict.token_ids)
         session.is_finished = verdict.finish_reason is not None

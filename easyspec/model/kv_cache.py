@@ -76,6 +76,7 @@ class KvMemory:
 
     def free(self, slots: Sequence[int]) -> None:
         """Give slots back."""
+        # The end of the list is taken first: reversed, so that slots that lay together are handed out in order again.
         self._free.extend(reversed(slots))
 
 
@@ -117,6 +118,7 @@ class SessionSlots:
         """Forget the positions from `num_cached` on, which are the session's own."""
         assert num_cached >= self.num_shared, "what is shared is not forgotten piece by piece"
         dropped = self.by_position[num_cached : self.num_cached].tolist()
+        # Before they are freed: what the array names beyond the cached positions may soon be another session's.
         self.by_position[num_cached : self.num_cached] = TRASH_SLOT
         self.num_cached = num_cached
         self._memory.free(dropped)
@@ -138,7 +140,7 @@ class SessionSlots:
     def share(self, token_ids: Sequence[int]) -> None:
         """Let other sessions use what is cached; `token_ids` begin with the cached tokens, whose K and V must be exact.
 
-        A session that others were faster than takes their slots and gives its own back.
+        If another session cached the same tokens first, adopt its slots and free ours.
         """
         assert len(token_ids) >= self.num_cached, "all that is cached"
         if not self._memory.shares_prefixes or self.num_cached == self.num_shared:
@@ -147,6 +149,7 @@ class SessionSlots:
         slots = self.by_position[own.start : own.stop].tolist()
         self._prefix, known, spare = self._memory.prefixes.add(token_ids, own, slots, self.prefix)
         self._memory.free(spare)
+        # Both have the same bits for the same tokens, so that later rows do not change.
         self.by_position[own.start : own.stop] = known
         self.num_shared = self.num_cached
 

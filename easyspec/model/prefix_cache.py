@@ -72,6 +72,7 @@ class PrefixCache:
             return node, self._held(node, held), list(slots)
         new_token_ids = list(token_ids[positions.start + num_known : positions.stop])
         self.num_slots += len(new_slots)
+        # Only a node that no other session holds may grow: a hold means all of a node's tokens.
         if node is held and node is not self.root and node.num_holders == 1 and not node.children:
             node.token_ids += new_token_ids
             node.slots += new_slots
@@ -101,10 +102,12 @@ class PrefixCache:
         freed: list[int] = []
         while len(freed) < num_slots and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)
+            # Entries stay in the heap when their node is held, used or removed: such an old entry is skipped here.
             if not self._is_evictable(node) or node.last_used != last_used:
                 continue
             parent = node.parent
             assert parent is not None, "the root is always held"
+            # From the end: what is left must still be the beginning of a text.
             num_kept = max(0, len(node.slots) - (num_slots - len(freed)))
             freed += node.slots[num_kept:]
             if num_kept:

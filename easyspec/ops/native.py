@@ -95,11 +95,13 @@ class NativeWeight:
             self.packed.has_minimum = weight.minima is not None
             self.packed.has_half_scales = weight.has_half_scales
         self.num_bytes = load().easyspec_packed_bytes(ctypes.byref(self.packed))
+        # The library keeps the address: the storage lives as long as this object, and is never moved.
         self._storage = torch.empty(self.num_bytes + _ALIGNMENT, dtype=torch.uint8)
         self.packed.data = self._storage.data_ptr() + -self._storage.data_ptr() % _ALIGNMENT
         if isinstance(weight, DenseWeight):
             self._pack_dense(weight.values)
         else:
+            # Names, not temporaries: they must outlive the call that reads their memory.
             codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
             minima = None if weight.minima is None else weight.minima.float().contiguous()
             minima_address = None if minima is None else minima.data_ptr()
@@ -132,6 +134,7 @@ class NativeExecutor:
         self.num_threads = num_threads
         self._workspace = Workspace(self.device)
         self._engine = load().easyspec_engine_new(int(self.path), num_threads)
+        # Not __del__, which may not run at exit: the engine's threads must end before the interpreter.
         self._finalizer = weakref.finalize(self, load().easyspec_engine_free, self._engine)
 
     @property

@@ -265,6 +265,7 @@ class _Machine:
 
     def _route(self, op: Route) -> None:
         logits, count = self._views[op.logits.index], op.num_chosen
+        # Stable: of equal logits the first expert wins, as in the native executor.
         best, experts = logits.sort(dim=-1, descending=True, stable=True)
         of_which = best[:, :count] if op.is_normalised else best
         shares = (best[:, :count] - _by_row(partial(torch.logsumexp, dim=-1, keepdim=True), of_which)).exp()
@@ -290,6 +291,7 @@ class _Machine:
         parts, output = self._views[op.input.index], self._views[op.output.index]
         parts = parts.reshape(*shares.shape, -1)  # [T, K, E]
         total = torch.zeros_like(output)
+        # One by one: how the library groups a sum depends on the shape of the whole tensor.
         for choice in range(shares.shape[1]):
             total = total + shares[:, choice, None] * parts[:, choice]
         output.copy_(output + total if op.adds else total)

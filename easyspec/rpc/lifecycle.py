@@ -99,6 +99,7 @@ class RpcServer:
     async def start(self) -> None:
         """Start the application, then let RPCs in and say SERVING."""
         await self._application.start()
+        # Admitted before SERVING is said: a client that sees SERVING must not be refused.
         self._boundary.admit()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._tell_parts()
@@ -112,6 +113,7 @@ class RpcServer:
         self.is_serving = False
         if self._parts_watch is not None:
             await _cancelled(self._parts_watch)
+        # The other way round here: first the health check turns clients away, then RPCs are refused.
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
@@ -119,6 +121,7 @@ class RpcServer:
         await self._server.stop(_FLUSH_GRACE_S if is_idle else 0)
         if not await self._boundary.wait_idle(_CANCEL_GRACE_S):
             _log.error("rpc_ignores_cancellation")
+        # Last: RPCs that were cancelled free their sessions at the application.
         await self._application.stop()
 
     async def _finish_unless_lost(self, grace_s: float) -> bool:

@@ -102,7 +102,7 @@ class Admission:
         except TimeoutError:
             self._forget(waiter)
             raise self._refusal(f"no place came free within {patience_s:.3g} s") from None
-        except BaseException:
+        except BaseException:  # cancelled, maybe in the very turn in which the place was granted
             self._forget(waiter)
             raise
 
@@ -151,6 +151,7 @@ class Admission:
             self._remove(waiter)
             if queue:
                 self._queues.move_to_end(client)  # its next turn comes after all others'
+            # Taken here and not when the waiter runs: until then another request might take the same place.
             if not waiter.granted.done():
                 self._take(waiter.num_places)
                 waiter.granted.set_result(None)

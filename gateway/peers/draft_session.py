@@ -193,7 +193,7 @@ class ResilientDraftSession:
             try:
                 await asyncio.wait((asking,), timeout=self._pace.deadline_s)
             except asyncio.CancelledError:
-                asking.cancel()
+                asking.cancel()  # `wait` leaves what it waits for running
                 raise
             if not asking.done():
                 self._be_late(asking)
@@ -228,6 +228,7 @@ class ResilientDraftSession:
     def _be_late(self, asking: asyncio.Task[Draft]) -> None:
         """Go on without this draft. The drafter has failed only if no request gets any."""
         self._late, self._late_since_s = asking, time.monotonic()
+        # Look at its exception, if there is one: else asyncio complains when nothing asks for this draft any more.
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.num_failures += 1
         if self._replica is not None and not self._pace.has_answered_since(self._late_since_s - self._pace.deadline_s):
@@ -242,6 +243,7 @@ class ResilientDraftSession:
             return EMPTY_TREE
         self._late = None
         draft = late.result()
+        # What rounds without it committed meanwhile must be the tree's own path, else nothing of it is left.
         return draft.tree.after(self._history[draft.base_length :])
 
     async def _ask(self, stream: DraftStream, token_ids: Sequence[int], budget: TreeBudget) -> Draft:
@@ -259,6 +261,7 @@ class ResilientDraftSession:
         history = tuple(self._history)
         avoiding = [self._replica] if self._replica is not None else []
         self._replica = self._replicas.pick(avoiding=avoiding, prompt=self._opening.prompt_token_ids)
+        # All tokens but the last open the session; the last goes as a calibration, whose answer says that all was read.
         committed = history[:-1]
         num_output_tokens = len(committed) - len(self._opening.prompt_token_ids)
         opening = replace(self._opening, prompt_token_ids=committed, num_output_tokens=num_output_tokens)
@@ -269,7 +272,7 @@ class ResilientDraftSession:
         except (EasyspecError, TimeoutError) as error:
             self._lose(stream, error)
         except BaseException:
-            stream.cancel()
+            stream.cancel()  # the request ended meanwhile: nothing else would free the session at the drafter
             raise
         else:
             self._stream = stream

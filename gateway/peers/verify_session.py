@@ -136,6 +136,7 @@ class ResilientVerifySession:
                 raise
             except EasyspecError as error:
                 outage = outage or self._begin_outage()
+                # Blame first: it asks which replica and stream failed, and losing forgets both.
                 await self._blame(outage, error)
                 await self._lose(outage, error)
                 await self._wait_for_next_try(outage, error)
@@ -173,6 +174,7 @@ class ResilientVerifySession:
         self._stream = None
         self._end_trial()
         replica, self._replica = self._replica, None
+        # Counted before the await, which may be cancelled; a second close must not count again.
         if replica is not None:
             replica.num_sessions -= 1
         await self._connection.aclose()
@@ -189,11 +191,13 @@ class ResilientVerifySession:
             if self._is_suspected and replica.num_sessions and not self._replicas.has_other(fingerprint, outage.tried):
                 self._end_trial()
                 raise UnavailableError("a verifier was lost with this request, and the only one left serves others")
+        # Counted before the await, so that sessions that open at the same time spread; `close` takes it back.
         self._replica = replica
         self._replica.num_sessions += 1
         self._instance_id = replica.peer.info.instance_id if replica.peer.info is not None else ""
         opening = replace(
             self._opening,
+            # All tokens that the client has: with the same seed the new session chooses as the old one would have.
             output_token_ids=tuple(self._output),
             # They come with a session's first verdict, and the client has them.
             prompt_logprobs=self._opening.prompt_logprobs and not self._has_spoken,
@@ -230,7 +234,7 @@ class ResilientVerifySession:
         death = _Death(self._replica.peer, self._instance_id, time.monotonic())
         would_suspect = self._num_deaths >= int(self._has_spoken)
         if would_suspect and isinstance(error, ConnectionLostError):
-            await death.peer.probe()
+            await death.peer.probe()  # its answer may refute the death
         self._deaths.append(death)
         if death.is_refuted:  # then the network was it
             return
@@ -296,7 +300,7 @@ class ResilientVerifySession:
         if time.monotonic() + pause_s > outage.give_up_s:
             raise self._explained(error)
         await asyncio.sleep(pause_s)
-        outage.tried.clear()
+        outage.tried.clear()  # after a pause each may have come back
 
     def _explained(self, error: EasyspecError) -> EasyspecError:
         """The error, or, where verifiers are there that must not continue the stream, that they are."""

@@ -107,6 +107,7 @@ class _EventSender:
         await asyncio.sleep(STATUS_GRACE_S)
         for one in progress:
             await one.wait_moving()
+        # A chunk may be sent at the same time; the status goes first, and once.
         async with self._lock:
             await self._begin()
         while True:
@@ -128,7 +129,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT])
     watch = asyncio.ensure_future(_until_gone(receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
+        if task.done():  # also if the client has gone at the same time
             return task.result()
         raise ClientGoneError
     finally:
