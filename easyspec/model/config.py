@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -270,15 +270,12 @@ def _draft_vocabulary(folder: Path, hf: Any) -> tuple[int, ...] | None:
     if token_ids is None:
         return None
     is_list = isinstance(token_ids, list | tuple) and all(type(token_id) is int for token_id in token_ids)
-    if not is_list or not token_ids or list(token_ids) != sorted(set(token_ids)) or not _are_tokens(token_ids, hf):
+    is_rising = is_list and list(token_ids) == sorted(set(token_ids))
+    if not is_rising or not token_ids or token_ids[0] < 0 or token_ids[-1] >= hf.vocab_size:
         raise ConfigurationError(
             f"draft_vocabulary in {folder} is not allowed; allowed: rising token ids from 0 to {hf.vocab_size - 1}"
         )
     return tuple(token_ids)
-
-
-def _are_tokens(rising_ids: Sequence[int], hf: Any) -> bool:
-    return rising_ids[0] >= 0 and rising_ids[-1] < hf.vocab_size
 
 
 def _dtype(dtype: str, hf: Any) -> torch.dtype:

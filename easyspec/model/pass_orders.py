@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from easyspec.model.row_layout import Segment, TreeColumns
-from easyspec.ops.rows import Int64Array
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.split_choice import NO_ROWS, SplitRows
 
@@ -68,15 +67,11 @@ def _compact(segment: Segment) -> Segment:
         positions=_narrow(segment.positions),
         slots=_narrow(segment.slots),
         num_visible=_narrow(segment.num_visible),
-        slots_by_position=_read_slots(segment),
+        # Of committed positions that some row sees: the others would be sent for nothing.
+        slots_by_position=np.ascontiguousarray(segment.slots_by_position[: max(segment.num_visible)]),
         tree=None if tree is None else TreeColumns(_narrow(tree.slots), _narrow(tree.positions), tree.visible),
     )
 
 
 def _narrow(values: Sequence[int]) -> list[int]:
     return [int(value) for value in values]
-
-
-def _read_slots(segment: Segment) -> Int64Array:
-    """The slots of committed positions that some row sees."""
-    return np.ascontiguousarray(segment.slots_by_position[: max(segment.num_visible)])

@@ -114,8 +114,11 @@ def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
     message = public_message(error)[:_MAX_MESSAGE_CHARS]
     if row is INTERNAL:
         message = f"internal error; request id {request_id}"
-    details: list[Message] = [_error_info(error, row, request_id)]
+    info = error_details_pb2.ErrorInfo(reason=row.reason, domain=ERROR_DOMAIN, metadata={"request_id": request_id})
+    details: list[Message] = [info]
     if isinstance(error, InvalidRequestError):
+        shown = str(error).removeprefix(f"{error.field} is ").removesuffix(f"; allowed: {error.allowed}")
+        info.metadata.update({"field": error.field, "value": shown, "allowed": error.allowed})
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     retry_after_s = retry_hint_s(error)
@@ -178,14 +181,6 @@ class _RemoteValue:
 
     def __repr__(self) -> str:
         return self._shown
-
-
-def _error_info(error: BaseException, row: ErrorMapping, request_id: str) -> error_details_pb2.ErrorInfo:
-    metadata = {"request_id": request_id}
-    if isinstance(error, InvalidRequestError):
-        shown = str(error).removeprefix(f"{error.field} is ").removesuffix(f"; allowed: {error.allowed}")
-        metadata |= {"field": error.field, "value": shown, "allowed": error.allowed}
-    return error_details_pb2.ErrorInfo(reason=row.reason, domain=ERROR_DOMAIN, metadata=metadata)
 
 
 def _details(error: grpc.aio.AioRpcError) -> tuple[any_pb2.Any, ...]:

@@ -155,7 +155,10 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             outcome = {"code": "CANCELLED"}
             raise
         except Exception as raised:
-            error = _bad_bytes() if isinstance(raised, DecodeError) else raised
+            error = raised
+            if isinstance(raised, DecodeError):
+                allowed = "a protobuf message of this method's type"
+                error = InvalidRequestError("message", "bytes that do not parse", allowed)
             # Reason and field, not the message: it may show a token id.
             row = mapping_of(error)
             outcome = {"code": row.code.name, "reason": row.reason}
@@ -191,10 +194,6 @@ def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:
     if handler.request_streaming or handler.request_deserializer is None:
         return handler.request_deserializer, lambda request: request
     return None, handler.request_deserializer
-
-
-def _bad_bytes() -> InvalidRequestError:
-    return InvalidRequestError("message", "bytes that do not parse", "a protobuf message of this method's type")
 
 
 def _request_id(context: _Context) -> str:

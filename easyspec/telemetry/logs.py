@@ -31,9 +31,15 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
         with contextlib.suppress(OSError, ValueError):  # no file behind it, as in tests
             if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
                 os.set_blocking(stream.fileno(), False)
+
+    # A processor rather than a context variable: the engine's thread has a context of its own.
+    def add_role(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event["role"] = role
+        return event
+
     before: list[Processor] = [
         structlog.contextvars.merge_contextvars,
-        _role_adder(role),
+        add_role,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -81,12 +87,3 @@ def _renderer(log_format: LogFormat, stream: TextIO) -> list[Processor]:
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-
-
-def _role_adder(role: str) -> Processor:
-    # A processor rather than a context variable: the engine's thread has a context of its own.
-    def add_role(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        event["role"] = role
-        return event
-
-    return add_role

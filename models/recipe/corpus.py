@@ -51,7 +51,8 @@ def source_documents(settings: CorpusSettings) -> Iterator[Document]:
     for name in admitted_names(settings.stdlib):
         text = _read(settings.stdlib / name, settings)
         if text is not None:
-            kind = Kind.TEST if _is_test(name) else Kind.LIBRARY
+            is_test = not {"test", "tests", "idle_test"}.isdisjoint(name.split("/")[:-1])
+            kind = Kind.TEST if is_test else Kind.LIBRARY
             yield Document(name, kind, text)
 
 
@@ -110,10 +111,6 @@ def _chat_share(chat: list[Document], num_other_chars: int, settings: CorpusSett
         kept.append(document)
         num_chars += len(document.text)
     return kept
-
-
-def _is_test(name: str) -> bool:
-    return any(part in {"test", "tests", "idle_test"} for part in name.split("/")[:-1])
 
 
 def _is_table(name: str) -> bool:

@@ -121,20 +121,17 @@ async def _ask_gateway(channel: grpc.aio.Channel, address: str, access: GatewayA
     request = generation_pb2.GetServerInfoRequest()
     info = await stub.GetServerInfo(request, timeout=_TIMEOUT_S, metadata=access.metadata)
     model = info.models[0] if info.models else None
-    served = info.served_models
+    # A gateway of an older version has one model and does not list it.
+    only = generation_pb2.ServedModel(verifier_state=info.verifier_state, drafter_state=info.drafter_state)
+    served = list(info.served_models) or [only]
     findings = await _about("gateway", address, channel, model or types_pb2.ModelInfo(name="no model"), info.version)
-    for each in served or [_only_model(info)]:
+    for each in served:
         whose = f" of model {each.name or 'unknown'}" if len(served) > 1 else ""
         findings += [
             *_behind("verifier", each.verifier_state, whose, is_vital=True),
             *_behind("drafter", each.drafter_state, whose, is_vital=False),
         ]
     return PeerReport(findings, model)
-
-
-def _only_model(info: generation_pb2.GetServerInfoResponse) -> generation_pb2.ServedModel:
-    """The model of a gateway of a version that serves one."""
-    return generation_pb2.ServedModel(verifier_state=info.verifier_state, drafter_state=info.drafter_state)
 
 
 _ASK: dict[str, Callable[[grpc.aio.Channel, str, GatewayAccess], Awaitable[PeerReport]]] = {
