@@ -186,12 +186,7 @@ async def is_serving(address: str) -> bool:
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def is_drafter_ready(gateway_address: str) -> bool:
-    """Whether the gateway at `gateway_address` has found its drafter; one that asks for a key counts as ready."""
-    return await are_peers_ready(gateway_address, has_drafter=True)
-
-
-async def are_peers_ready(gateway_address: str, has_drafter: bool) -> bool:
+async def are_peers_ready(gateway_address: str, has_drafter: bool = True) -> bool:
     """Whether the gateway has found the verifiers of all its models, and its drafter where it `has_drafter`; one that
     asks for a key counts as ready."""
     async with open_channel(gateway_address) as channel:

@@ -89,10 +89,6 @@ class ModelConfig:
     pard_token: int | None = None
 
     @property
-    def num_queries_per_kv(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def names(self) -> TensorNames:
         """What the family's tensors are called."""
         return FAMILIES[self.hf_config.model_type].names

@@ -14,7 +14,6 @@ import torch
 GROUP_SIZE = 32
 # Twice the numbers of four bits that MXFP4 has, by their code.
 FP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
-DENSE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from easyspec.cli.access import ANONYMOUS, access_from_environment
-from easyspec.cli.clients import is_drafter_ready
+from easyspec.cli.clients import are_peers_ready
 from easyspec.tls import ServerTls
 from gateway.config import GatewaySettings
 from gateway.server import GatewayServer
@@ -75,7 +75,7 @@ async def test_a_stack_does_not_wait_for_a_gateway_that_asks_for_a_key(tmp_path:
             api_keys=f"alice:{KEY}",
         )
         async with running(GatewayServer(settings)) as service:
-            assert await is_drafter_ready(service.address)
+            assert await are_peers_ready(service.address)
 
 
 def test_a_gateway_of_our_own_is_reached_in_plaintext(monkeypatch: pytest.MonkeyPatch) -> None:

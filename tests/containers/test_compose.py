@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, is_drafter_ready, is_serving
+from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, are_peers_ready, is_serving
 from easyspec.speculation.parameters import StopConditions
 from tests.containers.compose_stack import ComposeStack, find_engine
 
@@ -59,7 +59,7 @@ async def stack() -> AsyncIterator[ComposeStack]:
     try:
         await stack.compose("up", "--detach", "--build")
         await until(lambda: is_serving(stack.grpc_address), LOADING_TIMEOUT_S, "the gateway serves")
-        await until(lambda: is_drafter_ready(stack.grpc_address), 60, "the gateway has its drafter")
+        await until(lambda: are_peers_ready(stack.grpc_address), 60, "the gateway has its drafter")
         yield stack
     finally:
         await stack.down()
@@ -134,7 +134,7 @@ async def check_a_lost_drafter(stack: ComposeStack, text: str) -> None:
     assert without.statistics.num_draft_rounds < without.statistics.num_rounds - 1
     assert await asyncio.to_thread(complete_over_rest, stack, SHORT) == text
     await stack.compose("up", "--detach")
-    await until(lambda: is_drafter_ready(stack.grpc_address), LOADING_TIMEOUT_S, "the drafter is used again")
+    await until(lambda: are_peers_ready(stack.grpc_address), LOADING_TIMEOUT_S, "the drafter is used again")
     again = await generate(stack, SHORT)
     assert again.text == text
     assert again.statistics.num_accepted_tokens > 0

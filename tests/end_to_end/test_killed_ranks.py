@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, is_drafter_ready
+from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, are_peers_ready
 from easyspec.cli.processes import DRAFTER, VERIFIER, ServiceProcess, ServiceStack, StackSettings
 from easyspec.speculation.parameters import StopConditions
 from tests.fakes.processes import assert_none_left_with, ranks_under
@@ -75,7 +75,7 @@ class Running:
         for role in (VERIFIER, DRAFTER):
             await self.launcher(role).wait_serving(READY_S)
         async with asyncio.timeout(READY_S):
-            while not await is_drafter_ready(self.stack.gateway_address):  # noqa: ASYNC110
+            while not await are_peers_ready(self.stack.gateway_address):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, is_drafter_ready
+from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, are_peers_ready
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceStack, StackSettings
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
 
@@ -45,7 +45,7 @@ class Running:
 
     async def until_the_drafter_is_used(self) -> None:
         async with asyncio.timeout(20):
-            while not await is_drafter_ready(self.stack.gateway_address):  # noqa: ASYNC110
+            while not await are_peers_ready(self.stack.gateway_address):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
 

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, is_drafter_ready, is_serving
+from easyspec.cli.clients import GatewayClient, GenerateFlags, SamplingFlags, are_peers_ready, is_serving
 from easyspec.cli.processes import ServiceStack, StackSettings
 from easyspec.parallel.launch import die_with_parent
 from easyspec.speculation.parameters import StopConditions
@@ -166,7 +166,7 @@ async def until(condition: str, is_met: Callable[[], Awaitable[bool]]) -> None:
 async def until_all_serve() -> None:
     for address in (VERIFIER, DRAFTER, GATEWAY):
         await until(f"{address} serves", partial(is_serving, address))
-    await until("the gateway uses the drafter", partial(is_drafter_ready, GATEWAY))
+    await until("the gateway uses the drafter", partial(are_peers_ready, GATEWAY))
 
 
 async def tokens_of(client: GatewayClient, flags: GenerateFlags) -> tuple[int, ...]:

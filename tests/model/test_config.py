@@ -35,7 +35,7 @@ def write_config(folder: Path, **fields: Any) -> Path:
 def test_the_shape_is_read(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-3))
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (300, 64, 3)
-    assert (config.num_heads, config.num_kv_heads, config.num_queries_per_kv, config.head_dim) == (4, 2, 2, 24)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 24)
     assert (config.intermediate_size, config.max_model_len, config.spec.final_norm.eps) == (96, 512, 1e-3)
     assert config.tie_word_embeddings
     assert config.dtype == torch.float32

@@ -57,7 +57,7 @@ def test_shares_are_equal_and_together_everything(tmp_path: Path, size: int) -> 
         own = shard.of(model)
         # A rank has the KV heads that its query heads read: 4 queries to each.
         assert [head // 4 for head in shard.rows(24)] == [
-            shard.kv_heads(6).start + query // own.num_queries_per_kv for query in range(own.num_heads)
+            shard.kv_heads(6).start + query // (own.num_heads // own.num_kv_heads) for query in range(own.num_heads)
         ]
         assert len(shard.kv_heads(6)) == own.num_kv_heads == max(1, 6 // size)
 
