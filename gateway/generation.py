@@ -156,6 +156,7 @@ class Generator:
         observer = self._observe(request, peer_info.model.name)
         with observed(observer, request.num_choices) as after_chunk:
             made = self._generate(request, timeout_s, peer_info, observer, progress or Progress())
+            # Closed here and now, not by the garbage collector: sessions must be freed when the client goes.
             async with contextlib.aclosing(ended_when_unread(made, self._stalled_client_timeout_s)) as chunks:
                 async for chunk in chunks:
                     after_chunk(chunk)
@@ -240,7 +241,7 @@ class Generator:
                 if chunk.completion is not None and prepared.schema is not None:
                     chunk = replace(chunk, completion=await output.checked(chunk.completion, prepared.schema))
                 yield chunk
-                if chunk.completion is not None:
+                if chunk.completion is not None:  # the text may end before the verifier's tokens do
                     return
 
     def _with_forced_calls(self, request: GenerationRequest) -> GenerationRequest:

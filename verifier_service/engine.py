@@ -59,6 +59,7 @@ class VerifierEngine(EngineShell[Verifier]):
             assert self._grammars is not None, "started"
             request.sampling.check(self.model_info.vocab_size)
             compiled = await self._grammars.compile(grammar)
+        # Compiled before the session takes its place in the queue for memory: compiling may take seconds.
         timeout_s = self._settings.admission_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -76,6 +77,7 @@ class VerifierEngine(EngineShell[Verifier]):
         """The verdict on a tree, and those of the plain rounds behind it; raises what `verify` raises."""
         task = VerifyTask(session_id, base_length, tree, num_plain_rounds)
         yield await self._thread.submit(task)
+        # The device thread sets `following` before it resolves the future, so that it is seen here.
         while task.following is not None:
             task = task.following
             yield await asyncio.wrap_future(task.future)

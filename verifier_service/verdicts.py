@@ -82,6 +82,7 @@ def decide(
     for walker, choices in zip(walkers, known, strict=True):
         if choices is not None:
             walker.take(choices)
+    # One call for all walks that go on: on an accelerator each call is a look at the device.
     while active := [walker for walker in walkers if walker.rows]:
         places = [walker.case.first_row + row for walker in active for row in walker.rows]
         choices = chooser.choose_tokens(base_logits, [row for walker in active for row in walker.choice_rows], places)
@@ -110,6 +111,7 @@ class _Walker:
     def take(self, choices: Sequence[int]) -> None:
         """Go on with the choices made at `rows`; -1 where the logits are not numbers."""
         if self._is_stepwise:
+            # The walk first: it says whether the output ends here, and then the grammar is not asked.
             (token_id,) = choices
             self._step(token_id)
             if self.case.grammar is not None and self._error is None and self._walk.finish_reason is None:

@@ -192,6 +192,7 @@ class Decoder:
         Where the vocabulary is split over ranks, tokens are chosen at `choice_rows` without gathering their logits.
         """
         plan = plan or self.sequential_plan
+        # Before anything of this pass is computed: the other ranks must enter the same collectives in the same order.
         self._lead(PassOrder(layout.segments, plan, tuple(logit_rows), choice_rows, keeps_hidden))
         rows = layout.select([*logit_rows, *choice_rows.rows])
         compiled = self._compiled(plan, range(self.config.num_layers), has_head=len(rows.selected) > 0)
@@ -202,6 +203,7 @@ class Decoder:
         num_logits = len(logit_rows)
         logits = self._gathered(share[:num_logits]) if num_logits else share[:0]
         choices = self._chosen(share[num_logits:], choice_rows) if choice_rows.rows else _NO_CHOICES
+        # A copy: results are views of the workspace, which the next pass overwrites.
         return PassResult(logits, choices, results[-1].clone() if keeps_hidden else None)
 
     def _gathered(self, share: torch.Tensor) -> torch.Tensor:
@@ -288,7 +290,7 @@ class Decoder:
                 )
                 kept = kept if result.hidden is None else result.hidden
             elif isinstance(order, HeadOrder):
-                self.logits(kept[list(order.logit_rows)])
+                self.logits(kept[list(order.logit_rows)])  # for its collectives alone; rank 0 has the result
 
     def keep_followers(self) -> None:
         """Tell the other ranks that rank 0 lives, and learn that they do; raises EngineLostError. For idle times."""

@@ -69,6 +69,7 @@ class GroupWriter:
         most = most_layers(num_layers, self._layer_shard.size)
         start = self._layer_shard.rank * most
         own = range(min(start, num_layers), min(start + most, num_layers))
+        # All read the hidden state as it was at the entrance; it changes only after the last of them.
         for place in own:
             self._attend(layers[place], place, into=outputs[place], adds=False)
         self._share_outputs(layers, outputs, own)
@@ -94,6 +95,7 @@ class GroupWriter:
         if self._tensor_shard.size == 1:
             return
         self._program.add(SumOverRanks(tuple(outputs)))
+        # A norm of a sum is not the sum of norms: only what all ranks have added may be finished.
         for layer, output in zip(layers, outputs, strict=True):
             self._finish(layer, layer.attention_exit_norm, output)
 
@@ -255,6 +257,7 @@ class GroupWriter:
         others = tuple(outputs[place] for place in own[1:])
         if others:
             self._program.add(Accumulate(part, others, (*[None] * (len(others) - 1), part)))
+        # A rank without layers takes part as well, with zeros: a collective needs every rank.
         self._program.add(SumOverRanks((part,), is_part=bool(own)), Accumulate(residuals[-1], (part,), (self._hidden,)))
 
     def _add_outputs(self, residual: Buffer, outputs: Sequence[Buffer]) -> None:

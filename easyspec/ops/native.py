@@ -214,6 +214,7 @@ class NativeProgram:
         handle: int = load().easyspec_program_new(
             engine, ops, len(operations), widths.ctypes.data, rows_of_buffer.ctypes.data, len(self._buffers)
         )
+        # Arguments of `finalize` must not refer to `self`, which would then live for ever.
         weakref.finalize(self, load().easyspec_program_free, handle)
         return handle
 
@@ -341,6 +342,7 @@ class NativeProgram:
         return self._kept_address(torch.tensor(values, dtype=torch.int32))
 
     def _kept_address(self, tensor: torch.Tensor) -> int:
+        # The copy, if one was made, is what the library reads: keep that one.
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
@@ -357,6 +359,7 @@ class NativeProgram:
         place = self._placed(num_rows, num_selected)
         for buffer, value in (inputs or {}).items():
             self._view(buffer, place.starts, num_rows, num_selected).copy_(value)
+        # `rows`, `committed` and `place` hold the memory behind these addresses until the last stretch has run.
         committed = (ctypes.c_void_p * len(rows.committed))(*(slots.ctypes.data for slots in rows.committed))
         described = Pass(
             num_rows,
@@ -394,6 +397,7 @@ class NativeProgram:
     def _placed(self, num_rows: int, num_selected: int) -> _Placement:
         """Where the buffers are in a pass of that size: found once, as long as the workspace stays where it is."""
         place = self._placements.get((num_rows, num_selected))
+        # Another program that needs more memory moves the workspace: an old placement would point at freed memory.
         if place is None or place.address != self._workspace.address:
             starts = self._workspace.place(self._buffers, num_rows, num_selected)
             address = self._workspace.address

@@ -39,6 +39,7 @@ def choose(engine: int, logits: torch.Tensor, place: int, row: ChoiceRow) -> int
         frequency=sampling.frequency_penalty,
         top_k=min(sampling.top_k or 0, vocab_size),
     )
+    # `choice` holds addresses only: these arrays must live until the call returns.
     kept: list[object] = []
     if sampling.logit_bias:
         bias_ids = np.fromiter(sampling.logit_bias.keys(), dtype=np.int64)

@@ -130,7 +130,7 @@ class Peer:
             self._become(PeerState.UNREACHABLE, reason=str(error))
             return
         if self._num_failures > num_failures:
-            return
+            return  # a session failed after the question was sent
         if info.model.tokenizer_fingerprint != self._fingerprint:
             await self._take_misfit(info, asked_s)
         else:
@@ -200,5 +200,5 @@ class Peer:
         if state is not self.state:
             log = _log.info if state is PeerState.READY else _log.warning
             log("peer_state", peer=self._role, state=state.value, reason=reason)
-            self.state = state
+            self.state = state  # before the call, which looks at it
             self.when_changed()

@@ -55,7 +55,7 @@ class Replica(Generic[_ClientT]):
         """End what waits for this replica, but for what has just begun; or, if it is not pointless, let it wait."""
         now_s = asyncio.get_running_loop().time() if self._waits else 0.0
         for wait, began_s in self._waits.items():
-            if not wait.expired():
+            if not wait.expired():  # rescheduling an expired timeout raises
                 wait.reschedule(max(now_s, began_s + _SILENT_S) if is_pointless else None)
 
 
@@ -115,6 +115,7 @@ class ReplicaSet(Generic[_ClientT]):
         fresh = [replica for replica in ready if replica not in avoiding] or ready
         if len(fresh) > 1 and (found := preferred(fresh, prompt)) is not None:
             return found
+        # Rotated, as `min` takes the first of equals: so replicas with as many sessions take turns.
         turn = next(self._turns) % len(fresh)
         return min(fresh[turn:] + fresh[:turn], key=lambda replica: replica.num_sessions)
 
