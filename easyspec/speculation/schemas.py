@@ -22,6 +22,7 @@ _UNENFORCED = (
     *("if", "then", "else", "not", "dependencies", "dependentRequired", "dependentSchemas", "propertyNames"),
     *("$dynamicRef", "$recursiveRef"),
 )
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _OF_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _OF_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _OF_SCHEMAS = ("items", "additionalItems", "additionalProperties")
@@ -165,6 +166,7 @@ class _Rewriting:
         rewritten = dict(schema)
         self._drop_annotations(rewritten)
         self._drop_patterns(rewritten)
+        _turn_counts(rewritten)
         self._drop_counts(rewritten)
         _turn_property_names(rewritten)
         _turn_unevaluated(rewritten)
@@ -186,7 +188,8 @@ class _Rewriting:
                 }
         for name in _OF_SCHEMA_LISTS:
             if isinstance(rewritten.get(name), list):
-                is_part_open = name != "prefixItems" and (is_open or _says_more(schema, name))
+                given = "oneOf" if name == "anyOf" and name not in schema else name
+                is_part_open = name != "prefixItems" and (is_open or _says_more(schema, given))
                 rewritten[name] = [self.schema(part, "", is_part_open) for part in rewritten[name]]
         for name in _OF_SCHEMAS:
             if isinstance(rewritten.get(name), list):
@@ -269,6 +272,13 @@ def _says_nothing(name: str, value: Any, schema: Mapping[str, Any]) -> bool:
     if name in ("unevaluatedProperties", "unevaluatedItems", "if", "propertyNames"):
         return value is True or value == {}
     return name in ("dependencies", "dependentRequired", "dependentSchemas") and value == {}
+
+
+def _turn_counts(schema: dict[str, Any]) -> None:
+    """1.0 is an integer to JSON Schema, which the library does not know of."""
+    for name in _COUNTS:
+        if isinstance(value := schema.get(name), float) and value.is_integer():
+            schema[name] = int(value)
 
 
 def _turn_property_names(schema: dict[str, Any]) -> None:
