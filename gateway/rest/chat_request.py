@@ -87,11 +87,12 @@ class MessageToolCall(RestModel):
 class Message(RestModel):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[ListOf[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Text | None = None
     tool_calls: ListOf[MessageToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = None
+    function_call: CalledFunction | None = Field(None, description="An assistant's call, as older clients send it.")
     reasoning_content: Text | None = Field(None, description="What an assistant thought before its answer.")
     reasoning: Text | None = Field(None, description="Another name of the same.")
     thinking: Text | None = Field(None, description="Another name of the same.")
@@ -102,7 +103,6 @@ class Message(RestModel):
     is_error: Any = Field(None, description="Accepted; has no effect.")
     provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
     audio: Unsupported = None
-    function_call: Unsupported = None
     partial: Unsupported = None
     prefix: Unsupported = None
 
@@ -113,19 +113,27 @@ class Message(RestModel):
     def turn(self, where: str) -> ChatTurn:
         if "content" not in self.model_fields_set and self.role in ("system", "developer", "user"):
             raise InvalidRequestError(f"{where}.content", None, "text, or parts of type text")
+        if self.role == "function":  # names the function in place of an id
+            return ChatTurn("tool", self._said(), tool_call_id=self.name or "", name=self.name or "")
         if self.role == "tool" and not self.tool_call_id:
             raise InvalidRequestError(f"{where}.tool_call_id", None, "the id of the call that is answered")
         is_assistant = self.role == "assistant"
-        parts = self.content or (self.refusal if is_assistant else None) or ""
-        text = parts if isinstance(parts, str) else "\n".join(part.shown for part in parts if not part.is_thought)
+        parts = self.content or ""
         thoughts = [] if isinstance(parts, str) else [part.shown for part in parts if part.is_thought]
         calls = tuple(
             ToolCall(call.id or "", call.function.name, call.function.written_arguments)
             for call in self.tool_calls or ()
         )
+        if not calls and self.function_call is not None:
+            called = self.function_call
+            calls = (ToolCall(called.name, called.name, called.written_arguments),)
         given = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
         reasoning = given if is_assistant else ""
-        return ChatTurn(self.role, text, calls, self.tool_call_id or "", self.name or "", reasoning)
+        return ChatTurn(self.role, self._said(), calls, self.tool_call_id or "", self.name or "", reasoning)
+
+    def _said(self) -> str:
+        parts = self.content or (self.refusal if self.role == "assistant" else None) or ""
+        return parts if isinstance(parts, str) else "\n".join(part.shown for part in parts if not part.is_thought)
 
 
 ToolName: TypeAlias = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]

@@ -44,6 +44,13 @@ async def test_arguments_of_every_kind(tool_rest: Rest, tokenizer: Tokenizer, ar
     assert f'<tool_call>\n{{"name": "weather", {shown}\n</tool_call>' in text
 
 
+async def test_calls_as_older_clients_send_them(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}
+    result = {"role": "function", "name": "weather", "content": "sunny"}
+    now = [called("{}"), {"role": "tool", "tool_call_id": "1", "content": "sunny"}]
+    assert await rendered(tool_rest, tokenizer, USER, call, result) == await rendered(tool_rest, tokenizer, USER, *now)
+
+
 @pytest.mark.parametrize(
     "message",
     [
