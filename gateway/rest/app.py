@@ -123,6 +123,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = messages.get(refusal.status_code, str(refusal.detail))
     if refusal.status_code == 404:
         message = next((f"{path[:200]}: {why}" for start, why in _NOT_SERVED if path.startswith(start)), message)
+        if any(getattr(route, "path", "") == f"/v1{path}" for router in API_ROUTERS for route in router.routes):
+            message += f": it is at /v1{path}"
     codes = {404: "not_found", 405: "method_not_allowed"}
     response = Failure(refusal.status_code, message, code=codes.get(refusal.status_code)).response_to(path)
     response.headers.update(refusal.headers or {})

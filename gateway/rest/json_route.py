@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import gc
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import pydantic_core
@@ -44,7 +45,8 @@ class JsonRequest(Request):
 
 
 def _parsed(body: bytes) -> Any:
-    """The JSON value; raises JSONDecodeError."""
+    """The JSON value; raises JSONDecodeError. A byte order mark, which some editors write, is no part of it."""
+    body = body.removeprefix(codecs.BOM_UTF8)
     if body.count(b"{") + body.count(b"[") > _MOST_CONTAINERS:
         raise json.JSONDecodeError(f"more than {_MOST_CONTAINERS} objects and lists", "", 0)
     # Millions of small lists, of which none is garbage, would be looked through again and again.
@@ -77,8 +79,8 @@ class JsonRoute(APIRoute):
         model: Any = self.body_field.field_info.annotation if self.body_field is not None else None
 
         async def handle_json(request: Request) -> Response:
-            if request.method == "POST" and not _is_json(request.headers.get("content-type", "")):
-                raise RefusalError(Failure(415, "content-type must be application/json", code="invalid_content_type"))
+            if request.method == "POST" and (allowed := _unreadable(request.headers)):
+                raise RefusalError(Failure(415, allowed, code="invalid_content_type"))
             ignored = IgnoredFields(getattr(request.app.state, "ignores_unknown", False))
             with noting(ignored):
                 json_request = JsonRequest(request.scope, request.receive)
@@ -98,6 +100,14 @@ def _token(name: str) -> str:
     return "".join(char if char.isascii() and (char.isalnum() or char in "_.-") else "_" for char in name[:100])
 
 
-def _is_json(content_type: str) -> bool:
-    kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+def _unreadable(headers: Mapping[str, str]) -> str:
+    """What a body's headers must say, if it is not what they say; "" if it may be JSON."""
+    kind, _, parameters = headers.get("content-type", "").lower().partition(";")
+    kind = kind.strip()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        return "content-type must be application/json"
+    if "utf-16" in parameters or "utf-32" in parameters:
+        return "the charset of JSON must be utf-8"
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        return "content-encoding must be identity: bodies are not unpacked"
+    return ""

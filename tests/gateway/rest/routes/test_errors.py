@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,10 +132,28 @@ async def test_bodies_that_are_no_json_object(rest: Rest, content: bytes) -> Non
         assert refused(response, 400)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("path", [f"{CHAT}/", f"/{CHAT}", CHAT.replace("/chat", "//chat")])
+async def test_slashes_of_a_path_do_not_matter(rest: Rest, path: str) -> None:
+    answer = await rest.http.post(f"{rest.base_url.rstrip('/')}{path}", json=chat_body(max_tokens=1))
+    assert answer.status_code == 200, answer.text
+    assert (await rest.http.get("/v1/models/")).json() == (await rest.http.get("/v1/models")).json()
+    assert "it is at /v1/chat" in refused(await rest.http.post("/chat/completions/", json={}), 404)["message"]
+
+
+async def test_a_byte_order_mark_is_no_part_of_a_body(rest: Rest) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(chat_body(max_tokens=1)).encode()
+    answer = await rest.http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, answer.text
+
+
 async def test_other_content_types_routes_and_methods(rest: Rest) -> None:
     form = await rest.http.post(COMPLETIONS, data={"prompt": "x"})
     assert refused(form, 415)["code"] == "invalid_content_type"
     assert refused(await rest.http.post(COMPLETIONS, content=b"{}"), 415)["code"] == "invalid_content_type"
+    for headers, why in (({"content-encoding": "gzip"}, "content-encoding"), ({}, "charset")):
+        kind = {"content-type": "application/json" if headers else "application/json; charset=UTF-16"}
+        error = refused(await rest.http.post(COMPLETIONS, content=b"{}", headers=headers | kind), 415)
+        assert why in error["message"]
     assert refused(await rest.http.get("/v1/nothing"), 404)["code"] == "not_found"
     wrong = await rest.http.get(COMPLETIONS)
     assert refused(wrong, 405)["code"] == "method_not_allowed"
