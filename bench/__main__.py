@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": ("bench.serving.serve", "many streams at once: speculation off, on and auto"),
     "targets": ("bench.serving.targets", "two base models at once, one drafter"),
     "sources": ("bench.sources.sources", "every source of guesses, alone and fused, at equal node budgets"),
+    "who-drafts": ("bench.sources.who_drafts", "which sources to ask in a round, on a made-up clock"),
     "alternatives": ("bench.alternatives.alternatives", "beside transformers' own generation and other servers"),
     "chaos": ("bench.chaos.chaos", "kill, stop and cut off services under load, and compare every answer"),
     "soak": ("bench.chaos.soak", "an hour of clients that come, go and give up: nothing may grow"),
