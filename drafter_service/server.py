@@ -11,12 +11,9 @@ from easyspec import __version__
 from easyspec.rpc import convert
 from easyspec.rpc.engine_server import Engine, EngineServer, first_message, part
 from easyspec.rpc.sessions import open_session
-from easyspec.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.speculation.sources import DraftSources
-from easyspec.telemetry.metrics import EngineMetrics
-from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
 
 
@@ -45,16 +42,8 @@ class DrafterEngine(Engine, Protocol):
 class DrafterServer(EngineServer[DrafterEngine], drafter_pb2_grpc.DrafterServiceServicer):
     """DrafterService over an engine."""
 
+    role = "drafter"
     service_name: str = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
-
-    def __init__(
-        self,
-        engine: DrafterEngine,
-        session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
-        metrics: EngineMetrics | None = None,
-        tracing: Tracing | None = None,
-    ) -> None:
-        super().__init__("drafter", engine, session_idle_timeout_s, metrics, tracing)
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import grpc
@@ -12,12 +13,9 @@ from easyspec import __version__
 from easyspec.rpc import convert
 from easyspec.rpc.engine_server import Engine, EngineServer, first_message, part
 from easyspec.rpc.sessions import open_session
-from easyspec.settings import DEFAULT_SESSION_IDLE_TIMEOUT_S
 from easyspec.speculation.checks import check_fingerprint
 from easyspec.speculation.messages import OpenVerification, Verdict, VerifyTimings
 from easyspec.speculation.token_tree import TokenTree
-from easyspec.telemetry.metrics import EngineMetrics
-from easyspec.telemetry.tracing import Tracing
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
 
 
@@ -43,17 +41,12 @@ class VerifierEngine(Engine, Protocol):
 class VerifierServer(EngineServer[VerifierEngine], verifier_pb2_grpc.VerifierServiceServicer):
     """VerifierService over an engine."""
 
+    role = "verifier"
     service_name: str = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 
-    def __init__(
-        self,
-        engine: VerifierEngine,
-        session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
-        metrics: EngineMetrics | None = None,
-        tracing: Tracing | None = None,
-    ) -> None:
-        super().__init__("verifier", engine, session_idle_timeout_s, metrics, tracing)
-        self._instance_id = uuid.uuid4().hex
+    @cached_property
+    def _instance_id(self) -> str:
+        return uuid.uuid4().hex
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from easyspec.engine.device_faults import is_out_of_memory
 from easyspec.engine.device_thread import Task
-from easyspec.engine.segments import committed_segment, visible_nodes
+from easyspec.engine.segments import committed_segment, with_nodes
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
 from easyspec.model.decoder import Decoder, PassResult
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import RowLayout, Segment, TreeColumns, lay_out
+from easyspec.model.row_layout import RowLayout, Segment, lay_out
 from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
@@ -129,27 +129,14 @@ class VerifierSession(ScheduledSession):
 
     def segment(self, slots: Sequence[int], tree: TokenTree | None) -> Segment:
         """Rows for the committed tokens that live in `slots`, and for the nodes of a tree behind the last of them."""
-        # Rows for the last cached tokens, each seeing what comes before it and itself.
         positions = range(self.slots.num_cached - len(slots), self.slots.num_cached)
         chain = committed_segment(self.token_ids[positions.start : positions.stop], self.slots, positions)
-        return chain if tree is None or not tree.token_ids else self._tree_segment(chain, tree)
-
-    def _tree_segment(self, chain: Segment, tree: TokenTree) -> Segment:
-        """Rows of `chain`, the last one being the root, and of the nodes, which have `tree_slots`."""
-        root_position = len(self.token_ids) - 1
+        if tree is None or not tree.token_ids:
+            return chain
         last_position = self.limits.max_total_length - 1  # deeper nodes can never be emitted
-        positions = [min(root_position + depth, last_position) for depth in tree.row_depths[1:]]
-        num_chain, num_nodes = len(chain), len(tree)
-        visible = np.zeros((num_chain + num_nodes, num_nodes), dtype=np.bool_)
-        visible[num_chain:] = visible_nodes([row - 1 if row > 0 else None for row in tree.parent_rows])
-        return Segment(
-            token_ids=[*chain.token_ids, *tree.token_ids],
-            positions=[*chain.positions, *positions],
-            slots=[*chain.slots, *self.tree_slots],
-            num_visible=[*chain.num_visible, *([root_position + 1] * num_nodes)],
-            slots_by_position=chain.slots_by_position,
-            tree=TreeColumns(self.tree_slots, positions, visible),
-        )
+        node_positions = [min(len(self.token_ids) - 1 + depth, last_position) for depth in tree.row_depths[1:]]
+        parents = [row - 1 if row > 0 else None for row in tree.parent_rows]
+        return with_nodes(chain, tree.token_ids, node_positions, self.tree_slots, parents)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drafter_service.early_exit.gate import ExitGate, LevelView, Stage
+from drafter_service.model.batch import fitting
 from drafter_service.model.exit_state import ExitState, Look
 from drafter_service.model.growth import Candidates
 from drafter_service.model.ranking import rank_level
@@ -214,32 +215,22 @@ class EarlyExits:
         self, segments: Sequence[Segment], plan: LayerPlan, layers: range, hidden: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """What each segment's rows, of a session each, come to at the end of `layers`; in passes of bounded size."""
-        counts = [len(segment) for segment in segments]
-        before = [None] * len(segments) if hidden is None else torch.split(hidden, counts)
-        arrived: list[torch.Tensor] = []
-        for part in self._pieces(counts):
-            inside, entrance = segments[part.start : part.stop], before[part.start : part.stop]
+        entrances = [None] * len(segments) if hidden is None else torch.split(hidden, [len(each) for each in segments])
+        waiting, arrived = [*zip(segments, entrances, strict=True)], list[torch.Tensor]()
+        while waiting:
+            part = fitting(waiting, lambda each: len(each[0]), self._max_batch_rows)
+            waiting = waiting[len(part) :]
+            inside = [segment for segment, _ in part]
             # Within a level the same slots are the same rows, which see the same: only the first stage lays them out.
             key = tuple(tuple(segment.slots) for segment in inside)
             if key not in self._layouts:
                 self._layouts[key] = lay_out(inside)
-            known = [each for each in entrance if each is not None]
+            known = [entrance for _, entrance in part if entrance is not None]
             come = self._decoder.forward_between(
                 self._layouts[key], self._pool, plan, layers, torch.cat(known) if known else None
             )
-            arrived += torch.split(come, counts[part.start : part.stop])
+            arrived += torch.split(come, [len(segment) for segment in inside])
         return arrived
-
-    def _pieces(self, counts: Sequence[int]) -> list[range]:
-        """Segments that fit one pass together, each in one piece."""
-        pieces, num_rows = [range(0)], 0
-        for index, count in enumerate(counts):
-            num_rows += count
-            if num_rows > self._max_batch_rows and len(pieces[-1]):
-                pieces.append(range(index, index))
-                num_rows = count
-            pieces[-1] = range(pieces[-1].start, index + 1)
-        return pieces
 
 
 def _exits(state: ModelState) -> ExitState:

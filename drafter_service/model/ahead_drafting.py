@@ -18,7 +18,7 @@ import torch
 from drafter_service.model.ahead import Ahead, Guess, likeliest_rows
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.growth import LevelTree
-from drafter_service.model.ranking import rank_allowed, rank_level
+from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import ModelState
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.speculation.parameters import TreeBudget
@@ -58,6 +58,7 @@ class AheadDrafting:
         trunk.tree, trunk.tree_slots = LevelTree(budget, state.sharpness), slots
         for node, token_id in enumerate(sent.tree.token_ids):
             trunk.tree.add(sent.tree.parent_rows[node], token_id, sent.log_values[node])
+        trunk.tree.frontier = rows
         state.ahead = Ahead(self._memory, sent, budget, slots, trunk)
 
     def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> None:
@@ -90,10 +91,7 @@ class AheadDrafting:
             layout = lay_out([ahead.trunk.node_segment(rows)])
             plan = self._decoder.sequential_plan
             result = self._decoder.forward(layout, self._memory.pool, plan, range(len(rows)))
-            logits = result.logits if state.bridge is None else state.bridge.masked(result.logits)
-            samplings = [state.request.sampling] * len(rows)
-            positions = [len(state.token_ids) + ahead.sent.tree.row_depths[row] for row in rows]
-            ranked = rank_allowed(self._decoder.executor, logits, positions, samplings, [None] * len(rows))
+            (ranked,) = rank_level(self._decoder.executor, [ahead.trunk], result.logits)
             candidates |= dict(zip(rows, ranked, strict=True))
         ahead.guess(state, candidates, self._num_guesses)
 

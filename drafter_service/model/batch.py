@@ -13,7 +13,7 @@ from easyspec.model.row_layout import Segment
 from easyspec.parallel.layer_groups import LayerPlan
 
 _ItemT = TypeVar("_ItemT")
-_PlanT = TypeVar("_PlanT")
+_WayT = TypeVar("_WayT")
 
 
 class EarlyLevels(Protocol):
@@ -60,11 +60,11 @@ class Holders:
         state.give_up()
 
 
-def by_plan(items: Sequence[_ItemT], plan_of: Callable[[_ItemT], _PlanT]) -> Iterable[tuple[_PlanT, list[_ItemT]]]:
-    """The items of each plan; a pass is by one."""
-    groups: dict[_PlanT, list[_ItemT]] = {}
+def by_way(items: Sequence[_ItemT], way_of: Callable[[_ItemT], _WayT]) -> Iterable[tuple[_WayT, list[_ItemT]]]:
+    """The items of each way; a pass is by one plan."""
+    groups: dict[_WayT, list[_ItemT]] = {}
     for item in items:
-        groups.setdefault(plan_of(item), []).append(item)
+        groups.setdefault(way_of(item), []).append(item)
     return groups.items()
 
 

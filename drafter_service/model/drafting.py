@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drafter_service.model.batch import EarlyLevels, Holders, by_plan, fitting
+from drafter_service.model.batch import EarlyLevels, Holders, by_way, fitting
 from drafter_service.model.exit_state import ExitState
 from drafter_service.model.growth import DEFAULT_RANKING, RankingSettings, Sharpness
 from drafter_service.model.parallel_levels import add_levels, with_masks
@@ -138,11 +138,11 @@ class ModelDrafting:
     def _step(self, holders: Holders) -> list[ModelState]:
         started_ns = time.monotonic_ns()
         chains = self._chains(holders)
-        early = [chain for chain in chains if _may_leave(chain)]
-        for plan, members in by_plan([chain for chain in chains if not _may_leave(chain)], self._plan_of_chain):
-            self._run_chains(members, plan)
-        for plan, members in by_plan(early, self._plan_of_chain):
-            self._early_levels.calibrate([(chain.state, chain.segment) for chain in members], plan)
+        for (plan, is_early), members in by_way(chains, self._way_of_chain):
+            if is_early:
+                self._early_levels.calibrate([(chain.state, chain.segment) for chain in members], plan)
+            else:
+                self._run_chains(members, plan)
         num_frontier_rows = self._grow_all(holders)
         num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
         num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.drafting is None)
@@ -166,7 +166,7 @@ class ModelDrafting:
             num_nodes = len(state.growing.frontier)
             if state in holders.states and holders.make_room(num_nodes, state):
                 frontiers.append((state, state.frontier_segment(self.memory.allocate(num_nodes))))
-        for (plan, is_early), group in by_plan(frontiers, _way_of_frontier):
+        for (plan, is_early), group in by_way(frontiers, _way_of_frontier):
             if is_early:
                 self._early_levels.grow(group, plan)
             else:
@@ -227,10 +227,12 @@ class ModelDrafting:
     def _has_just_drafted(self) -> bool:
         return time.monotonic_ns() - self._last_draft_ns < _DRAFTING_WITHIN_NS
 
-    def _plan_of_chain(self, chain: _Chain) -> LayerPlan:
-        """Exact, but for the ablation that keeps fuzzy entries."""
+    def _way_of_chain(self, chain: _Chain) -> tuple[LayerPlan, bool]:
+        """The plan, exact but for the ablation that keeps fuzzy entries; and whether a calibration goes only as deep as
+        its level needs. Prompts are read whole."""
         is_exact = chain.drafting is None or chain.state.request.calibration
-        return self.decoder.sequential_plan if is_exact else chain.state.request.plan
+        plan = self.decoder.sequential_plan if is_exact else chain.state.request.plan
+        return plan, chain.drafting is not None and chain.state.exits is not None
 
     def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
         """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
@@ -285,11 +287,6 @@ class ModelDrafting:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         for state, candidates in zip(states, rank_level(self.decoder.executor, states, draft_logits), strict=True):
             state.growing.add_level(candidates)
-
-
-def _may_leave(chain: _Chain) -> bool:
-    """Whether it is a calibration that goes only as deep as its level needs; prompts are read whole."""
-    return chain.drafting is not None and chain.state.exits is not None
 
 
 def _way_of_frontier(frontier: tuple[ModelState, Segment]) -> tuple[LayerPlan, bool]:

@@ -9,33 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import ModelState
-from easyspec.engine.segments import visible_nodes
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.engine.segments import with_nodes
+from easyspec.model.row_layout import Segment
 from easyspec.speculation.ranking import TokenRanker
 
 
-def with_masks(chain: Segment, mask_token_id: int, mask_slots: Sequence[int], base_length: int) -> Segment:
-    """The rows of a calibration, and of mask tokens in `mask_slots` behind the `base_length` committed ones.
+def with_masks(chain: Segment, mask_token_id: int, slots: Sequence[int], base_length: int) -> Segment:
+    """The rows of a calibration, and of mask tokens in `slots` behind the `base_length` committed ones.
 
     A mask token sees the committed text, the ones before it, and itself.
     """
-    num_masks, num_chain = len(mask_slots), len(chain)
-    positions = range(base_length, base_length + num_masks)
-    visible = np.zeros((num_chain + num_masks, num_masks), dtype=np.bool_)
-    visible[num_chain:] = visible_nodes([index - 1 if index else None for index in range(num_masks)])
-    return Segment(
-        token_ids=[*chain.token_ids, *([mask_token_id] * num_masks)],
-        positions=[*chain.positions, *positions],
-        slots=[*chain.slots, *mask_slots],
-        num_visible=[*chain.num_visible, *([base_length] * num_masks)],
-        slots_by_position=chain.slots_by_position,
-        tree=TreeColumns(mask_slots, positions, visible),
-    )
+    num_masks = len(slots)
+    before = [index - 1 if index else None for index in range(num_masks)]
+    return with_nodes(chain, [mask_token_id] * num_masks, range(base_length, base_length + num_masks), slots, before)
 
 
 def add_levels(ranker: TokenRanker, state: ModelState, draft_logits: torch.Tensor, mask_token_id: int) -> None:

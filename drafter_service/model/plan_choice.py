@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from easyspec.engine.segments import committed_segment
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, lay_out
@@ -58,7 +59,8 @@ def time_plans(
     num_rows = max(1, min(_NUM_ROWS, memory.num_available - _CONTEXT_TOKENS))
     num_context = min(_CONTEXT_TOKENS, decoder.config.max_model_len - 1, memory.num_available - num_rows)
     slots = SessionSlots(memory)
-    text = _chain(slots, num_context)
+    slots.extend(num_context)
+    text = committed_segment([0] * num_context, slots, range(num_context))
     decoder.forward(lay_out([text]), memory.pool)
     level_slots = memory.allocate(num_rows)
     level = Segment([0] * num_rows, [num_context] * num_rows, level_slots, [num_context] * num_rows, slots.by_position)
@@ -95,9 +97,3 @@ def fastest_plan(timed: Sequence[TimedPlan]) -> LayerPlan:
     exact, *others = timed
     best = min(others, key=lambda each: each.step_ms, default=exact)
     return best.plan if best.step_ms * MIN_SPEED_UP <= exact.step_ms else exact.plan
-
-
-def _chain(slots: SessionSlots, num_tokens: int) -> Segment:
-    rows = slots.extend(num_tokens)
-    visible = range(1, num_tokens + 1)
-    return Segment([0] * num_tokens, range(num_tokens), rows, visible, slots.by_position)

@@ -5,6 +5,7 @@ Dimensions: `R` frontier rows of all trees, `V` vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,45 +27,39 @@ _FORBIDDEN_SCORE = -1e29
 
 
 def rank_level(ranker: TokenRanker, states: Sequence[ModelState], draft_logits: torch.Tensor) -> list[list[Candidates]]:
-    """Per tree the candidates of every frontier row, whose logits stand in that order in `draft_logits` [R, V]."""
-    positions: list[int] = []
-    samplings: list[SamplingParameters] = []
-    masks: list[NDArray[np.uint8] | None] = []
-    for state in states:
-        tree, request = state.growing, state.request
-        positions += [len(state.token_ids) + tree.level] * len(tree.frontier)
-        samplings += [request.sampling] * len(tree.frontier)
-        if request.preference is None:
-            masks += [None] * len(tree.frontier)
-        else:
-            paths = [tree.path_token_ids(row) for row in tree.frontier]
-            masks += request.preference.allowed_after(state.token_ids, paths)
+    """Per tree the best next tokens that may follow each frontier row, possibly none.
+
+    Rows stand in that order in `draft_logits` [R, V] float32, which stay as they are. One host sync.
+    """
+    rows = [(state, row) for state in states for row in state.growing.frontier]
+    masks = [bits for state in states for bits in _allowed_after(state)]
+    masked = {index: bits for index, bits in enumerate(masks) if bits is not None and bits is not NOTHING_ALLOWED}
     if states and (bridge := states[0].bridge) is not None:
         draft_logits = bridge.masked(draft_logits)
-    candidates = iter(rank_allowed(ranker, draft_logits, positions, samplings, masks))
-    return [[next(candidates) for _ in state.growing.frontier] for state in states]
-
-
-def rank_allowed(
-    ranker: TokenRanker,
-    draft_logits: torch.Tensor,
-    positions: Sequence[int],
-    samplings: Sequence[SamplingParameters],
-    masks: Sequence[NDArray[np.uint8] | None],
-) -> list[Candidates]:
-    """Each row's best next tokens that its grammar allows, possibly none; a mask of None allows everything.
-
-    `draft_logits` [R, V] float32 stay as they are; `positions` are those of the tokens to be chosen. One host sync.
-    """
-    masked = {index: bits for index, bits in enumerate(masks) if bits is not None and bits is not NOTHING_ALLOWED}
     if masked:
         draft_logits = draft_logits.clone()
         mask_forbidden_(draft_logits, [*masked], [*masked.values()])
+    positions = [len(state.token_ids) + state.growing.depths[row] for state, row in rows]
+    samplings = [state.request.sampling for state, _ in rows]
     ranked = rank_candidates(ranker, draft_logits, positions, samplings, _NUM_CANDIDATES)
-    return [
-        candidates if bits is None else _allowed(candidates, may_follow=bits is not NOTHING_ALLOWED)
-        for bits, candidates in zip(masks, ranked, strict=True)
-    ]
+    allowed = (_allowed(candidates, bits) for candidates, bits in zip(ranked, masks, strict=True))
+    return [[*itertools.islice(allowed, len(state.growing.frontier))] for state in states]
+
+
+def _allowed_after(state: ModelState) -> list[NDArray[np.uint8] | None]:
+    """What the request's grammar lets follow each frontier row; None where it says nothing."""
+    tree, preference = state.growing, state.request.preference
+    if preference is None:
+        return [None] * len(tree.frontier)
+    return preference.allowed_after(state.token_ids, [tree.path_token_ids(row) for row in tree.frontier])
+
+
+def _allowed(candidates: Candidates, bits: NDArray[np.uint8] | None) -> Candidates:
+    """Of the ranking under a grammar, what it allows: that comes first."""
+    if bits is None:
+        return candidates
+    count = 0 if bits is NOTHING_ALLOWED else sum(score > _FORBIDDEN_SCORE for score in candidates.scores)
+    return Candidates(candidates.token_ids[:count], candidates.scores[:count])
 
 
 def rank_candidates(
@@ -77,9 +72,3 @@ def rank_candidates(
     """The best `num_candidates` next tokens of every row of `draft_logits` [R, V] float32; one host sync."""
     ranked = ranker.rank_tokens(draft_logits, positions, samplings, num_candidates)
     return [Candidates(token_ids, scores) for token_ids, scores in ranked]
-
-
-def _allowed(candidates: Candidates, *, may_follow: bool) -> Candidates:
-    """The best are allowed, and what is left of the ranking is not."""
-    count = sum(score > _FORBIDDEN_SCORE for score in candidates.scores) if may_follow else 0
-    return Candidates(candidates.token_ids[:count], candidates.scores[:count])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from easyspec.model.kv_cache import SessionSlots
-from easyspec.model.row_layout import BoolArray, Segment
+from easyspec.model.row_layout import BoolArray, Segment, TreeColumns
 
 
 def committed_segment(token_ids: Sequence[int], slots: SessionSlots, positions: range) -> Segment:
@@ -15,6 +15,30 @@ def committed_segment(token_ids: Sequence[int], slots: SessionSlots, positions: 
     own = slots.by_position[positions.start : positions.stop].tolist()
     visible = [position + 1 for position in positions]
     return Segment(token_ids, positions, own, visible, slots.by_position)
+
+
+def with_nodes(
+    chain: Segment,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    slots: Sequence[int],
+    parents: Sequence[int | None],
+) -> Segment:
+    """Rows of `chain`, and of nodes behind its last token, which see what that sees, their ancestors and themselves.
+
+    `parents`: of each node, None for the last token of the chain; parents come first.
+    """
+    num_chain, num_nodes = len(chain), len(token_ids)
+    visible = np.zeros((num_chain + num_nodes, num_nodes), dtype=np.bool_)
+    visible[num_chain:] = visible_nodes(parents)
+    return Segment(
+        token_ids=[*chain.token_ids, *token_ids],
+        positions=[*chain.positions, *positions],
+        slots=[*chain.slots, *slots],
+        num_visible=[*chain.num_visible, *([chain.num_visible[-1]] * num_nodes)],
+        slots_by_position=chain.slots_by_position,
+        tree=TreeColumns(slots, positions, visible),
+    )
 
 
 def visible_nodes(parents: Sequence[int | None]) -> BoolArray:

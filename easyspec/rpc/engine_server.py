@@ -52,9 +52,10 @@ MessageT = TypeVar("MessageT")
 class EngineServer(Application, Generic[EngineT]):
     """What is the same over either engine."""
 
+    role: str
+
     def __init__(
         self,
-        role: str,
         engine: EngineT,
         session_idle_timeout_s: float = DEFAULT_SESSION_IDLE_TIMEOUT_S,
         metrics: EngineMetrics | None = None,
@@ -64,7 +65,7 @@ class EngineServer(Application, Generic[EngineT]):
         self._session_idle_timeout_s = session_idle_timeout_s
         self._is_started = False
         self.rpc_tracing = tracing
-        self.metrics: EngineMetrics = metrics or EngineMetrics(role)
+        self.metrics: EngineMetrics = metrics or EngineMetrics(self.role)
         self.metrics.watch_usage(lambda: engine.kv_usage() if self._is_started else None)
 
     async def start(self) -> None:
