@@ -24,7 +24,7 @@ GAIN_RATE = 0.02
 _MIN_ROUNDS = 4
 # What is known of other requests counts as so many rounds of this one, whose own count less as they get older.
 _PRIOR_ROUNDS = 6.0
-_KEPT = 0.95
+_KEPT = 0.98
 # For so much of the time that rounds take without an option, it is tried although it does not pay.
 _TRYING_SHARE = 0.01
 # A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
