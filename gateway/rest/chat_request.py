@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported, known_kinds
@@ -73,11 +73,20 @@ class CalledFunction(RestModel):
 
 
 class MessageToolCall(RestModel):
-    """A call that the assistant made before."""
+    """A call that the assistant made before. A custom tool's input stands for arguments."""
 
     id: Text | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_function(cls, values: Any) -> Any:
+        custom = values.get("custom") if isinstance(values, dict) and values.get("type") == "custom" else None
+        if not isinstance(custom, dict):
+            return values
+        called = {"name": custom.get("name"), "arguments": custom.get("input")}
+        return {"id": values.get("id"), "type": "function", "function": called}
 
     @classmethod
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
@@ -177,6 +186,20 @@ class NamedToolChoice(RestModel):
     function: ChosenFunction
 
 
+class AllowedTools(RestModel):
+    """`tool_choice.allowed_tools`."""
+
+    mode: Literal["auto", "required"]
+    tools: ListOf[NamedToolChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolsChoice(RestModel):
+    """A choice among some of the tools, all of which the model is told of."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ThinkingSwitch(RestModel):
     """`thinking`, by which other servers' clients say whether to think."""
 
@@ -221,7 +244,13 @@ class ConversationFields(RestModel):
         own = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return own | (self.chat_template_kwargs or {})
 
-    def conversation(self, mode: ToolMode = ToolMode.AUTO, name: str = "", is_parallel: bool = True) -> Conversation:
+    def conversation(
+        self,
+        mode: ToolMode = ToolMode.AUTO,
+        name: str = "",
+        is_parallel: bool = True,
+        allowed: frozenset[str] | None = None,
+    ) -> Conversation:
         """The plain form; InvalidRequestError for what types cannot tell."""
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError("continue_final_message", True, "false together with add_generation_prompt")
@@ -229,7 +258,7 @@ class ConversationFields(RestModel):
         definitions = tuple(tool.definition() for tool in self.tools or ())
         return Conversation(
             turns,
-            Tools(definitions, mode, name, is_parallel) if definitions else None,
+            Tools(definitions, mode, name, is_parallel, allowed) if definitions else None,
             opens_answer=self.add_generation_prompt is not False,
             continues_last_turn=bool(self.continue_final_message),
             template_arguments=self._template_arguments,
@@ -249,7 +278,7 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
     max_tokens: Count | None = Field(None, description="The older name of the same.")
     logprobs: Boolean | None = Field(None, description="Report log-probabilities of the output tokens.")
     top_logprobs: Integer | None = Field(None, description="And this many of the likeliest, 0 to 20.")
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
     modalities: ListOf[Literal["text"]] | None = Field(None, description="Only text.")
     audio: Unsupported = None
@@ -291,7 +320,10 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
 
     def prompt(self) -> Conversation:
         """The conversation, with the choice of tools."""
-        choice = self.tool_choice
+        choice, allowed = self.tool_choice, None
+        if isinstance(choice, AllowedToolsChoice):
+            allowed = frozenset(each.function.name for each in choice.allowed_tools.tools)
+            choice = choice.allowed_tools.mode
         is_named = isinstance(choice, NamedToolChoice)
         if not self.tools and (is_named or choice == "required"):
             raise InvalidRequestError("tool_choice", "set", "only together with tools")
@@ -299,4 +331,5 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
             ToolMode.NAMED if is_named else ToolMode(choice or "auto"),
             choice.function.name if isinstance(choice, NamedToolChoice) else "",
             self.parallel_tool_calls is not False,
+            allowed,
         )

@@ -18,6 +18,19 @@ from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefi
 
 _BlockKind = Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
 _ToolKind = Literal["custom"]
+# What tools of the service that wrote a history did there: no chat template has a place for it.
+_LEFT_OUT = frozenset(
+    {
+        *("server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "mcp_tool_use", "mcp_tool_result"),
+        *("code_execution_tool_result", "bash_code_execution_tool_result", "text_editor_code_execution_tool_result"),
+    }
+)
+
+
+def _without_left_out(blocks: Any) -> Any:
+    if not isinstance(blocks, list):
+        return blocks
+    return [block for block in blocks if not (isinstance(block, dict) and block.get("type") in _LEFT_OUT)]
 
 
 class ContentBlock(RestModel):
@@ -45,7 +58,7 @@ class AnthropicMessage(RestModel):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Text | list[ContentBlock]
+    content: Annotated[Text | list[ContentBlock], BeforeValidator(_without_left_out)]
 
 
 class AnthropicTool(RestModel):
@@ -104,15 +117,22 @@ class MessagesFields(GenerationFields):
     thinking: ThinkingFields | None = Field(None, description="disabled: where the model's template has a switch.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
     output_config: OutputConfig | None = Field(None, description="`format`: a JSON Schema of the answer.")
+    output_format: OutputFormat | None = Field(None, description="The older place of `output_config.format`.")
     prompt_logprobs: Unsupported = None
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
-        form = self.output_config.format if self.output_config is not None else None
-        own = (
-            Grammar(GrammarKind.JSON_SCHEMA, json.dumps(form.schema_, ensure_ascii=False)) if form is not None else None
-        )
-        return [("output_config.format", own), *super().found_grammars()]
+        config = self.output_config
+        forms = {
+            "output_config.format": config.format if config is not None else None,
+            "output_format": self.output_format,
+        }
+        own = [
+            (name, Grammar(GrammarKind.JSON_SCHEMA, json.dumps(form.schema_, ensure_ascii=False)))
+            for name, form in forms.items()
+            if form is not None
+        ]
+        return [*own, *super().found_grammars()]
 
     @property
     def param_names(self) -> Mapping[str, str]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
@@ -22,6 +22,14 @@ MAX_ITEMS = 4096
 FindItem: TypeAlias = Callable[[str], "dict[str, Any] | None"]
 
 _ItemKind = Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"]
+# What other servers' own tools did in a history that comes from there: no chat template has a place for it.
+_LEFT_OUT = frozenset(
+    {
+        *("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "computer_call"),
+        *("local_shell_call", "shell_call", "apply_patch_call", "tool_search_call", "mcp_call", "mcp_list_tools"),
+        "compaction",
+    }
+)
 _ASSISTANTS_KINDS = ("output_text", "refusal", "reasoning_text", "summary_text")
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
 
@@ -43,8 +51,15 @@ class ContentPart(RestModel):
         return self.text or self.refusal or ""
 
 
+def _without_left_out(items: Any) -> Any:
+    if not isinstance(items, list):
+        return items
+    return [item for item in items if not (isinstance(item, dict) and item.get("type") in _LEFT_OUT)]
+
+
 class InputItem(RestModel):
-    """A message, a call of a function, its output, or what was thought before."""
+    """A message, a call of a function, its output, or what was thought before. Custom tools are taken for functions
+    whose arguments are their input."""
 
     type: Annotated[_ItemKind, BeforeValidator(known_kinds(_ItemKind, "an item of type {kind} is not supported"))] = (
         "message"
@@ -61,6 +76,14 @@ class InputItem(RestModel):
     phase: Any = Field(None, description="Accepted; has no effect.")
     caller: Any = Field(None, description="Accepted; has no effect.")
     namespace: Any = Field(None, description="Accepted; has no effect.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_function(cls, values: Any) -> Any:
+        kind = values.get("type") if isinstance(values, dict) else None
+        if kind == "custom_tool_call":
+            return {**values, "type": "function_call", "arguments": values.get("input")}
+        return {**values, "type": "function_call_output"} if kind == "custom_tool_call_output" else values
 
     @classmethod
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
@@ -85,6 +108,14 @@ class ChosenTool(RestModel):
 
     type: Literal["function"]
     name: Text
+
+
+class AllowedToolsChoice(RestModel):
+    """A choice among some of the functions, all of which the model is told of."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool] = Field(min_length=1)
 
 
 class TextFormat(JsonSchemaFormat):
@@ -117,11 +148,13 @@ class ReasoningFields(RestModel):
 class ResponsesRequest(GenerationFields):
     """Body of `/v1/responses`."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: (
+        Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(_without_left_out)]
+    )
     instructions: Text | None = Field(None, description="A message of the system before all others.")
     max_output_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
     tools: list[ResponseTool] | None = Field(None, description="Functions.")
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedToolsChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
     text: TextFields | None = Field(None, description="The form of the answer.")
     reasoning: ReasoningFields | None = Field(None, description="`effort`, where the model's template has a switch.")
@@ -129,6 +162,7 @@ class ResponsesRequest(GenerationFields):
     include: list[Text] | None = Field(None, description="`message.output_text.logprobs`; others have no effect.")
     top_logprobs: Integer | None = Field(None, description="This many of the likeliest at each token, 0 to 20.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="Accepted; nothing is ever cut.")
+    client_metadata: Any = Field(None, description="Accepted; has no effect.")
     access_programs: Unsupported = None
     background: Unsupported = None
     background_options: Unsupported = None
@@ -184,7 +218,9 @@ class ResponsesRequest(GenerationFields):
         )
 
     def _tools(self) -> Tools | None:
-        choice = self.tool_choice
+        choice, allowed = self.tool_choice, None
+        if isinstance(choice, AllowedToolsChoice):
+            allowed, choice = frozenset(each.name for each in choice.tools), choice.mode
         name = choice.name if isinstance(choice, ChosenTool) else ""
         mode = ToolMode.NAMED if isinstance(choice, ChosenTool) else ToolMode(choice or "auto")
         if not self.tools:
@@ -192,7 +228,7 @@ class ResponsesRequest(GenerationFields):
                 raise InvalidRequestError("tool_choice", "set", "only together with tools")
             return None
         definitions = tuple(_definition(tool) for tool in self.tools)
-        return Tools(definitions, mode, name, self.parallel_tool_calls is not False)
+        return Tools(definitions, mode, name, self.parallel_tool_calls is not False, allowed)
 
 
 def _definition(tool: ResponseTool) -> ToolDefinition:

@@ -66,12 +66,14 @@ class ToolMode(enum.Enum):
 
 @dataclass(frozen=True)
 class Tools:
-    """What may be called, and whether it must be. `name` goes with NAMED."""
+    """What may be called, and whether it must be. `name` goes with NAMED; `allowed` are the names that this request may
+    call, None: all."""
 
     definitions: tuple[ToolDefinition, ...]
     mode: ToolMode = ToolMode.AUTO
     name: str = ""
     is_parallel: bool = True
+    allowed: frozenset[str] | None = None
 
     @property
     def is_forced(self) -> bool:
@@ -87,7 +89,8 @@ class Tools:
         """The tools that this request may call."""
         if self.mode is ToolMode.NONE:
             return ()
-        return tuple(tool for tool in self.definitions if self.mode is not ToolMode.NAMED or tool.name == self.name)
+        allowed = frozenset([self.name]) if self.mode is ToolMode.NAMED else self.allowed
+        return tuple(tool for tool in self.definitions if allowed is None or tool.name in allowed)
 
     def check(self) -> None:
         """Raise InvalidRequestError for the first thing that is not allowed."""
@@ -99,8 +102,9 @@ class Tools:
                 raise InvalidRequestError(f"tools[{index}].name", tool.name, "1 to 64 characters, each name once")
             if not isinstance(_parsed(tool.parameters or "{}"), dict):
                 raise InvalidRequestError(f"tools[{index}].parameters", tool.parameters, "a JSON Schema object")
-        if self.mode is ToolMode.NAMED and self.name not in names:
-            raise InvalidRequestError("tool_choice", self.name, f"one of {', '.join(names)}")
+        chosen = {self.name} if self.mode is ToolMode.NAMED else self.allowed or set(names)
+        if unknown := sorted(chosen - set(names)):
+            raise InvalidRequestError("tool_choice", unknown[0], f"one of {', '.join(names)}")
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,30 @@ async def test_a_typed_answer(tool_rest: Rest, client: anthropic.AsyncAnthropic,
     assert '"city"' in openings[0].sampling.grammar.text
 
 
+async def test_what_the_other_services_tools_did_is_left_out_and_an_older_format_taken(
+    tool_rest: Rest, tokenizer: Tokenizer
+) -> None:
+    openings: list[Any] = []
+    opened = tool_rest.pair.verifier._open
+    tool_rest.pair.verifier._open = lambda opening: openings.append(opening) or opened(opening)  # type: ignore
+    blocks = [
+        {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "x"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [{"type": "web_search_result"}]},
+        {"type": "text", "text": "found it"},
+    ]
+    body = {
+        "messages": [USER, {"role": "assistant", "content": blocks}, USER],
+        "max_tokens": 2,
+        "output_format": {"type": "json_schema", "schema": {"type": "object", "properties": {"town": {}}}},
+    }
+    try:
+        answered(await tool_rest.http.post("/v1/messages", json=body))
+    finally:
+        del tool_rest.pair.verifier._open
+    assert "assistant\nfound it<|im_end|>" in tokenizer.decode(openings[0].prompt_token_ids)
+    assert '"town"' in openings[0].sampling.grammar.text
+
+
 async def test_a_last_message_of_the_assistant_is_gone_on_with(
     tool_rest: Rest, client: anthropic.AsyncAnthropic, tokenizer: Tokenizer
 ) -> None:

@@ -143,6 +143,38 @@ async def test_a_forced_call(tool_rest: Rest, client: openai.AsyncOpenAI, tokeni
     assert item.arguments == '{"city": "Paris"}'
 
 
+async def test_only_allowed_tools_are_called(tool_rest: Rest, client: openai.AsyncOpenAI, tokenizer: Tokenizer) -> None:
+    choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    text = '[{"name": "weather", "arguments": {"city": "Paris"}}]'
+    response = await asked(tool_rest, client, tokenizer, text, tools=TOOLS, tool_choice=choice)
+    assert [item.type for item in response.output] == ["function_call"]
+    other = {**TOOLS[0], "name": "other"}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "other"}]}
+    response = await asked(tool_rest, client, tokenizer, CALL, tools=[*TOOLS, other], tool_choice=choice)
+    assert response.output_text == CALL
+
+
+async def test_what_other_servers_tools_did_is_left_out_of_a_history(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    openings: list[Any] = []
+    opened = tool_rest.pair.verifier._open
+    tool_rest.pair.verifier._open = lambda opening: openings.append(opening) or opened(opening)  # type: ignore
+    items = [
+        {"role": "user", "content": "list"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"query": "x"}},
+        {"type": "custom_tool_call", "call_id": "c1", "name": "shell", "input": "ls -l", "id": "ct_1"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "a.txt"},
+        {"type": "compaction", "encrypted_content": "zzz"},
+    ]
+    body = {"input": items, "max_output_tokens": 2, "client_metadata": {"a": "b"}}
+    try:
+        answered(await tool_rest.http.post("/v1/responses", json=body))
+    finally:
+        del tool_rest.pair.verifier._open
+    prompt = tokenizer.decode(openings[0].prompt_token_ids)
+    assert "ls -l" in prompt
+    assert "<tool_response>\na.txt\n</tool_response>" in prompt
+
+
 async def test_a_typed_answer(tool_rest: Rest, client: openai.AsyncOpenAI, tokenizer: Tokenizer) -> None:
     class City(BaseModel):
         city: str

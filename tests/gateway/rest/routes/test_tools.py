@@ -189,9 +189,39 @@ async def test_a_forced_call_is_put_under_a_grammar(
         jsonschema.validate(json.loads(text.replace('"P"', "7").replace('"time"', '"weather", "x": 1')), schema)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+async def test_of_all_tools_that_are_shown_only_the_allowed_are_called(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    message, _ = await answer(tool_rest, tokenizer, CALL, tool_choice=allowed("auto", "weather"))
+    assert message["tool_calls"] == [call("weather", '{"city": "Paris"}')]
+    message, reason = await answer(tool_rest, tokenizer, CALL, tool_choice=allowed("auto", "time"))
+    assert (message["content"], reason) == (CALL, "stop")
+    text = '[{"name": "time", "arguments": {}}]'
+    message, _ = await answer(tool_rest, tokenizer, text, tool_choice=allowed("required", "time"))
+    assert message["tool_calls"] == [call("time", "{}")]
+
+
+async def test_a_custom_tools_call_in_a_history_is_a_call(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    made = {"id": "1", "type": "custom", "custom": {"name": "shell", "input": "ls -l"}}
+    messages = [
+        {"role": "user", "content": "list"},
+        {"role": "assistant", "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "1", "content": "a.txt"},
+    ]
+    body = answered(await tool_rest.http.post("/tokenize", json={"messages": messages, "tools": TOOLS}))
+    text = tokenizer.decode(body["tokens"])
+    assert "shell" in text
+    assert "ls -l" in text
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"tool_choice": allowed("auto", "nuke")}, "tool_choice"),
+        ({"tools": None, "tool_choice": allowed("required", "time")}, "tool_choice"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [TOOLS[1], TOOLS[1]]}, "tools[1].name"),
