@@ -7,12 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from easyspec.cli.processes import FREE_PORT, ServiceStack, StackSettings
 from tests.end_to_end.clients.environments import fetched
+from tests.fakes.scripted_checkpoint import write_scripted_checkpoint
+from tests.fakes.threads import in_thread
 
 SCRIPTS = Path(__file__).parent / "scripts"
 CITIES, DAYS = ("Paris", "Rome"), (1, 2, 3)
@@ -84,12 +88,37 @@ def test_openai_agents(base_url: str, tmp_path: Path) -> None:
     check_typed(results["typed"])
 
 
-def test_the_llm_command(base_url: str, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
+def llm_home(folder: Path, base_url: str) -> Path:
+    """Where the llm command finds its models: one, called easyspec."""
+    folder.mkdir()
     model = f'- model_id: easyspec\n  model_name: base\n  api_base: "{base_url}"\n'
     model += "  supports_tools: true\n  supports_schema: true\n"
-    (home / "extra-openai-models.yaml").write_text(model)
+    (folder / "extra-openai-models.yaml").write_text(model)
+    return folder
+
+
+# Of a model that calls until there is a result, and then speaks of it.
+_CALLS = ("<tool_call>\n", '{"name": "weather", "argu', 'ments": {"city": "Paris"}', "}\n</tool_call>")
+_SPEAKS = ("It is ", "sunny in ", "Paris.")
+_CALLING_TEMPLATE = (
+    "{% if tools %}Calls: <tool_call>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}[{{ message.role }}] {{ message.content or '' }}\n{% endfor %}"
+    "{% if messages[-1].role == 'tool' %}<speak>{% else %}<call>{% endif %}"
+)
+
+
+@pytest.fixture
+def calling_url(tmp_path: Path) -> Iterator[str]:
+    """A model that calls by itself: the llm command cannot force a call."""
+    folder = write_scripted_checkpoint(tmp_path / "base", {"<call>": _CALLS, "<speak>": _SPEAKS}, ())
+    (folder / "chat_template.jinja").write_text(_CALLING_TEMPLATE)
+    settings = StackSettings(base=folder, draft=None, http_address=FREE_PORT)
+    with in_thread(lambda: ServiceStack(settings, lambda role, line: None)) as stack:
+        yield f"http://{stack.http_address}/v1"
+
+
+def test_the_llm_command(base_url: str, calling_url: str, tmp_path: Path) -> None:
+    home = llm_home(tmp_path / "home", base_url)
     question = ["-m", "llm", "-m", "easyspec", "-o", "temperature", "0", "-o", "max_tokens", "24", "Write `add(a, b)`."]
     streamed = ran(tmp_path / "packages", "llm", *question, LLM_USER_PATH=str(home))
     whole = ran(tmp_path / "packages", "llm", *question, "--no-stream", LLM_USER_PATH=str(home))
@@ -103,8 +132,12 @@ def test_the_llm_command(base_url: str, tmp_path: Path) -> None:
     }
     typed = ran(tmp_path / "packages", "llm", *limited, "--schema", json.dumps(schema), "x", LLM_USER_PATH=str(home))
     check_typed(json.loads(typed))
-    tools = ["--functions", "def weather(city: str) -> str:\n    return 'sunny'"]
-    assert ran(tmp_path / "packages", "llm", *limited, *tools, "hello", LLM_USER_PATH=str(home)).strip()
+    home = llm_home(tmp_path / "calling", calling_url)
+    tools = ["--functions", "def weather(city: str) -> str:\n    return f'asked for {city}'"]
+    said = ran(tmp_path / "packages", "llm", *limited, *tools, "Which weather?", LLM_USER_PATH=str(home))
+    assert said.strip() == "".join(_SPEAKS)
+    logged = ran(tmp_path / "packages", "llm", "-m", "llm", "logs", "--json", LLM_USER_PATH=str(home))
+    assert "asked for Paris" in logged
 
 
 _AI_SDK_SCRIPT = """
