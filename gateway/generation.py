@@ -38,11 +38,11 @@ from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy, f
 from gateway.telemetry.observation import GenerationObserver, RequestObserver, observed
 from gateway.telemetry.progress import Progress
 from gateway.telemetry.statistics import NO_ROUND
-from gateway.text.conversation import Conversation
+from gateway.text.conversation import Conversation, ToolMode
 from gateway.text.output import GenerationChunk, Output
 from gateway.text.schema_check import UnenforcedSchema
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tools import ToolDialect, forced_grammar
+from gateway.text.tools import ToolDialect, answer_or_calls, forced_grammar
 
 _NUM_TOKENIZING = 4
 
@@ -181,6 +181,7 @@ class Generator:
             else:
                 self.check_size(request.prompt)
             request, schema = await self._with_enforceable_schema(request)
+            request = self._with_calls_beside_answer(request)
             waiting_ns = time.monotonic_ns()
             place = self._admission.place(request.client, timeout_s, request.num_choices, request.request_id)
             await places.enter_async_context(place)
@@ -258,6 +259,17 @@ class Generator:
             raise InvalidRequestError("tools", f"{num_bytes} bytes of schemas", f"at most {most} bytes")
         is_strict = any(tool.is_strict for tool in tools.callable_definitions)
         return replace(request, sampling=replace(request.sampling, grammar=grammar), is_strict=is_strict)
+
+    def _with_calls_beside_answer(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, with a grammar that lets the model call tools instead, where it may."""
+        tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+        grammar = request.sampling.grammar
+        if tools is None or tools.mode is not ToolMode.AUTO:
+            return request
+        if grammar is None or grammar.kind is not GrammarKind.JSON_SCHEMA:
+            return request
+        grammar = answer_or_calls(grammar, self._tool_dialect, self._tokenizer.in_lark)
+        return replace(request, sampling=replace(request.sampling, grammar=grammar))
 
     async def _with_enforceable_schema(
         self, request: GenerationRequest

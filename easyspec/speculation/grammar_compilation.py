@@ -17,7 +17,7 @@ from easyspec.checkpoint.tokenizer_files import load_backend
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState, grammar_error
 from easyspec.speculation.parameters import Grammar, GrammarKind, Thinking
-from easyspec.speculation.schemas import enforceable
+from easyspec.speculation.schemas import JSON_WHITE_SPACE, enforceable
 
 # The library recurses over chains of rules: the usual 8 MiB overflow at 2 500 of them, which ends the process.
 COMPILER_STACK_BYTES = 256 * 1024 * 1024
@@ -27,9 +27,6 @@ _INITIAL_LEXER_FUEL = 100_000
 _STEP_LEXER_FUEL = 50_000
 # Compile time grows with the square of the number of terminals: 1 s at a thousand, 18 s at 4 700.
 _MAX_LARK_LINES = 1000
-# The library lets any amount of white space stand between JSON tokens, of which some models never find an end. Blanks
-# on one line, or one line break with its indentation, are all that anything printed as JSON has.
-_JSON_WHITE_SPACE = r"[\x20\x09]{1,64}|\x0D?\x0A[\x20\x09]{0,32}"
 # Between thinking and answer.
 _BLANK = r"[ \n]{0,8}"
 # The library makes 64-bit integers of doubles. The smallest integer has no negative: it recurses until the stack is
@@ -170,7 +167,7 @@ def _source(grammar: Grammar, special_ids: Mapping[str, int]) -> str:
     try:
         schema = enforceable(text, keeps_one_of=True)
         text = text if schema.unenforced else schema.text  # the library has its own words for what it does not know
-        return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITE_SPACE})
+        return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_WHITE_SPACE})
     except ValueError as error:
         raise grammar_error(grammar, str(error)) from error
 

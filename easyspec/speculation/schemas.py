@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+# The library lets any amount of white space stand between JSON tokens, of which some models never find an end. Blanks
+# on one line, or one line break with its indentation, are all that anything printed as JSON has.
+JSON_WHITE_SPACE = r"[\x20\x09]{1,64}|\x0D?\x0A[\x20\x09]{0,32}"
 # Formats that the grammar library enforces; any other is an annotation.
 _FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 # Keywords that it does not know. `format` is an annotation by the specification; these are not.

@@ -16,6 +16,7 @@ from gateway.peers.verify_session import ResilientVerifySession
 from gateway.request import GenerationRequest
 from gateway.telemetry.statistics import RoundTimings, SpeculationStatistics, StatisticsRecorder
 from gateway.telemetry.trace import RoundTrace, trace_of
+from gateway.text.conversation import Conversation
 from gateway.text.schema_check import SchemaCheck, UnenforcedSchema, checked
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_parser import Part, ToolCallDelta
@@ -120,7 +121,10 @@ class Output:
         )
 
     async def checked(self, completion: Completion, schema: UnenforcedSchema) -> Completion:
-        """The completion, which says what its output is by the schema."""
+        """The completion, which says what its output is by the schema; not of calls in place of an answer."""
+        tools = self._request.prompt.tools if isinstance(self._request.prompt, Conversation) else None
+        if self._answer.has_calls and tools is not None and not tools.is_forced:
+            return completion
         if completion.finish_reason is FinishReason.LENGTH:
             return replace(completion, schema_check=SchemaCheck(schema.keywords, None))
         check = await asyncio.to_thread(checked, "".join(self._written), schema)

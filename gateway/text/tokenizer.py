@@ -173,6 +173,11 @@ class Tokenizer:
         fallback = _BYTE_FALLBACK.fullmatch(token)
         return bytes.fromhex(fallback.group(1)) if fallback else token.replace(_METASPACE, " ").encode()
 
+    def in_lark(self, text: str) -> str:
+        """What a grammar in Lark calls a text, or, if there is one, the special token of that name."""
+        names = [f"<[{token_id}]>" for token_id in self.special_ids_of((text,))]
+        return f"({' | '.join([*names, json.dumps(text)])})"
+
     def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
         """Ids of the special tokens whose text is one of `texts`."""
         return frozenset(token_id for token_id in self.special_token_ids if self._added_texts[token_id] in texts)

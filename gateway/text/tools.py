@@ -6,12 +6,14 @@ import enum
 import json
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.speculation.schemas import JSON_WHITE_SPACE
 from gateway.text.call_blocks import (
     Block,
     BlockCallParser,
@@ -57,6 +59,7 @@ _MARKS: Mapping[ToolDialect, tuple[str, ...]] = MappingProxyType(
         ToolDialect.PYTHONIC: ("<|python_start|>", "<|python_end|>", "<|python_tag|>"),
     }
 )
+_MARKED_FIRST = (ToolDialect.HERMES, ToolDialect.QWEN3_CODER, ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS)
 # Options of the grammar library: white space as models were trained on it, and none to get lost in.
 _COMPACT: Mapping[str, Any] = MappingProxyType(
     {"whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": "}
@@ -140,6 +143,26 @@ def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
         call = {"type": "array", "items": call, "minItems": 1}
     schema = {**call, "$defs": schemas, "x-guidance": dict(_COMPACT)}
     return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema, ensure_ascii=False))
+
+
+def answer_or_calls(answer: Grammar, dialect: ToolDialect, in_lark: Callable[[str], str]) -> Grammar:
+    """What an answer must match that is `answer`, a JSON Schema, or calls, which are as free as they are without one.
+
+    `in_lark` tells what a mark is called in a grammar. Of dialects whose calls may begin like an answer: the answer.
+    """
+    if dialect not in _MARKED_FIRST:
+        return answer
+    schema = json.loads(answer.text)
+    if isinstance(schema, dict):
+        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITE_SPACE}, **schema}
+    opening, *_ = marks = [in_lark(mark) for mark in marks_of(dialect)]
+    lark = (
+        "start: answer | calls\n"
+        f"answer: %json {json.dumps(schema, ensure_ascii=False)}\n"
+        f"calls: BLANK {opening} (/(.|\\n)+/ | {' | '.join(marks)})*\n"
+        "BLANK: /[ \\n]{0,8}/"
+    )
+    return replace(answer, kind=GrammarKind.LARK, text=lark)
 
 
 def _rerooted(schema: Any, root: str) -> Any:

@@ -313,6 +313,21 @@ async def test_a_schema_holds_after_thinking(families: dict[str, Asked], name: s
         assert cut.num_thinking_tokens <= cut.num_tokens == most
 
 
+# Where only a mark's text can follow, the grammar library has the tokenizer cut it: not as other scripts do.
+@pytest.mark.parametrize("name", ["qwen3", "mistral, thinking"])
+async def test_tools_may_be_called_although_an_answer_has_a_form(families: dict[str, Asked], name: str) -> None:
+    reply = await families[name].reply(tools=TOOLS, response_format=FORM)
+    assert reply.called == [("weather", PARIS), ("time", {})]
+    assert (reply.thought, reply.spoken, reply.finish_reason) == (FAMILIES[name].thought, "", "tool_calls")
+
+
+@pytest.mark.parametrize("name", ["llama pythonic", "gpt-oss"])
+async def test_where_calls_may_begin_like_an_answer_the_form_holds(families: dict[str, Asked], name: str) -> None:
+    reply = await families[name].reply(tools=TOOLS, response_format=FORM, temperature=1, seed=1, max_tokens=400)
+    assert (reply.calls, reply.finish_reason) == ((), "stop")
+    jsonschema.validate(json.loads(reply.spoken), CITY)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_an_answer_goes_back_into_the_template(families: dict[str, Asked], name: str) -> None:
     """With its thinking, its calls and their results, as an agent sends them."""
