@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import pytest
 
 from drafter_service.config import DrafterSettings
@@ -18,6 +19,10 @@ from verifier_service.config import VerifierSettings
 from verifier_service.engine import VerifierEngine
 
 NUM_KV_SLOTS = 8192
+
+# An example of microseconds takes half a second where other processes want the cores.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -168,7 +168,7 @@ async def test_plan_refuses_what_it_does_not_know(easyspec_command: Command) -> 
 
 async def test_bench_serve_measures_a_running_gateway(easyspec_command: Command, gateway: str, tmp_path: Path) -> None:
     report, plot = tmp_path / "serve.json", tmp_path / "serve.png"
-    windows = ("--turns", "1", "--window-s", "0.3", "--settle-s", "0.1", "--mix", "tiny")
+    windows = ("--turns", "1", "--window-s", "1", "--settle-s", "0.1", "--mix", "tiny")
     files = ("--json", str(report), "--plot", str(plot))
     ended = await easyspec_command("bench", "serve", "--gateway", gateway, "--concurrency", "1", "2", *windows, *files)
     assert ended.code == 0, ended.stderr

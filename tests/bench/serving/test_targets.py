@@ -28,7 +28,7 @@ async def test_both_models_are_measured_at_the_same_time_and_compared_with_thems
     tokenizer = Tokenizer.load(folder)
     language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
     large, small, drafter = FakeVerifierEngine(language), FakeVerifierEngine(language), FakeDrafterEngine(language)
-    large.delay_s, small.delay_s = 0.004, 0.002
+    large.delay_s, small.delay_s = 0.012, 0.006  # so much that what else a round takes is little beside it
     async with (
         running(VerifierServer(large)) as first,
         running(VerifierServer(small)) as second,
