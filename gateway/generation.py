@@ -14,6 +14,7 @@ from easyspec.errors import InvalidRequestError, PromptTooLongError, Unavailable
 from easyspec.speculation.checks import check_logprobs
 from easyspec.speculation.messages import ModelInfo, OpenSpeculation, OpenVerification
 from easyspec.speculation.parameters import (
+    MAX_GRAMMAR_BYTES,
     MAX_TOP_LOGPROBS,
     GrammarKind,
     Thinking,
@@ -269,6 +270,8 @@ class Generator:
         if grammar is None or grammar.kind is not GrammarKind.JSON_SCHEMA:
             return request
         grammar = answer_or_calls(grammar, self._tool_dialect, self._tokenizer.in_lark)
+        if len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:  # what is around a schema of the allowed size is too much
+            return request
         return replace(request, sampling=replace(request.sampling, grammar=grammar))
 
     async def _with_enforceable_schema(

@@ -72,7 +72,7 @@ class ExitGate:
             target.gains[place].value * level.reach * target.seconds_of(level.depth)
             for target, place, level in zip(targets, places, levels, strict=True)
         ]
-        if sum(each for each in worth_s if each > price_s) < price_s * len(levels):  # all wait for those that go on
+        if sum(each for each in worth_s if each > price_s) < price_s * len(levels):  # stopped levels wait too
             worth_s = [0.0] * len(levels)
         return [
             each > price_s or target.is_to_explore(place)

@@ -18,6 +18,7 @@ _MAX_HEADER_BYTES = 100 * 2**20
 _LFS_MARK = b"version https://git-lfs"
 _AGAIN = "download it again"
 _MAX_NAMED = 3
+_LOOKING_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,15 @@ def layout_problem(folder: Path) -> str | None:
 
     It looks in a process of its own: the other checks must work where torch does not.
     """
-    looked = subprocess.run(
-        [sys.executable, "-m", "easyspec.model.layout", str(folder)], capture_output=True, text=True, check=False
-    )
-    return None if looked.returncode == 0 else (looked.stdout or looked.stderr).strip().rpartition("\n")[2]
+    command = [sys.executable, "-m", "easyspec.model.layout", str(folder)]
+    try:
+        looked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LOOKING_S)
+    except subprocess.TimeoutExpired:
+        return f"the headers could not be read within {_LOOKING_S:g} s"
+    if looked.returncode == 0:
+        return None
+    last_line = (looked.stdout or looked.stderr).strip().rpartition("\n")[2]
+    return last_line or f"looking at it ended with exit code {looked.returncode}"
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
