@@ -11,9 +11,9 @@ from drafter_service.model.exit_state import ExitState
 from drafter_service.model.growth import LevelTree, Sharpness
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.request import DraftRequest
-from easyspec.engine.segments import committed_segment, visible_nodes
+from easyspec.engine.segments import committed_segment
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.model.row_layout import Segment
 from easyspec.speculation.growing_tree import follow
 from easyspec.speculation.messages import DraftTimings
 from easyspec.speculation.parameters import TreeBudget
@@ -218,21 +218,16 @@ class ModelState:
     def node_segment(self, rows: Sequence[int]) -> Segment:
         """Rows for nodes that have slots. Each sees the committed text, its expanded ancestors and itself."""
         tree, base_length = self.growing, len(self.token_ids)
-        expanded = list(self.tree_slots)  # parents first
-        column_of_row = {row: column for column, row in enumerate(expanded)}
-        visible = visible_nodes([column_of_row.get(tree.parent_rows[row - 1]) for row in expanded])
-        root_position = base_length - 1
+        paths: dict[int, Sequence[int]] = {}
+        for row, slot in self.tree_slots.items():  # parents first
+            paths[row] = [*paths.get(tree.parent_rows[row - 1], ()), slot]
         return Segment(
             token_ids=self._read_token_ids([tree.token_ids[row - 1] for row in rows]),
-            positions=[root_position + tree.depths[row] for row in rows],
+            positions=[base_length - 1 + tree.depths[row] for row in rows],
             slots=[self.tree_slots[row] for row in rows],
             num_visible=[base_length] * len(rows),
             slots_by_position=self.slots.by_position,
-            tree=TreeColumns(
-                [self.tree_slots[row] for row in expanded],
-                [root_position + tree.depths[row] for row in expanded],
-                visible[[column_of_row[row] for row in rows]],
-            ),
+            paths=[paths[row] for row in rows],
         )
 
     def _read_token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
 from easyspec.model.kv_cache import SessionSlots
-from easyspec.model.row_layout import BoolArray, Segment, TreeColumns
+from easyspec.model.row_layout import Segment
 
 
 def committed_segment(token_ids: Sequence[int], slots: SessionSlots, positions: range) -> Segment:
@@ -28,24 +27,14 @@ def with_nodes(
 
     `parents`: of each node, None for the last token of the chain; parents come first.
     """
-    num_chain, num_nodes = len(chain), len(token_ids)
-    visible = np.zeros((num_chain + num_nodes, num_nodes), dtype=np.bool_)
-    visible[num_chain:] = visible_nodes(parents)
+    paths: list[Sequence[int]] = []
+    for slot, parent in zip(slots, parents, strict=True):
+        paths.append([slot] if parent is None else [*paths[parent], slot])
     return Segment(
         token_ids=[*chain.token_ids, *token_ids],
         positions=[*chain.positions, *positions],
         slots=[*chain.slots, *slots],
-        num_visible=[*chain.num_visible, *([chain.num_visible[-1]] * num_nodes)],
+        num_visible=[*chain.num_visible, *([chain.num_visible[-1]] * len(slots))],
         slots_by_position=chain.slots_by_position,
-        tree=TreeColumns(slots, positions, visible),
+        paths=[*itertools.repeat((), len(chain)), *paths],
     )
-
-
-def visible_nodes(parents: Sequence[int | None]) -> BoolArray:
-    """The nodes that each node sees, [nodes, nodes]: ancestors and itself. `parents`: of each node, parents first."""
-    visible = np.zeros((len(parents), len(parents)), dtype=np.bool_)
-    for node, parent in enumerate(parents):
-        if parent is not None:
-            visible[node] = visible[parent]
-        visible[node, node] = True
-    return visible

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from easyspec.model.row_layout import Segment, TreeColumns
+from easyspec.model.row_layout import Segment
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.split_choice import NO_ROWS, SplitRows
 
@@ -61,7 +61,6 @@ def decode_order(payload: bytes) -> PassOrder | HeadOrder | Order:
 
 
 def _compact(segment: Segment) -> Segment:
-    tree = segment.tree
     return Segment(
         token_ids=_narrow(segment.token_ids),
         positions=_narrow(segment.positions),
@@ -69,7 +68,7 @@ def _compact(segment: Segment) -> Segment:
         num_visible=_narrow(segment.num_visible),
         # Of committed positions that some row sees: the others would be sent for nothing.
         slots_by_position=np.ascontiguousarray(segment.slots_by_position[: max(segment.num_visible)]),
-        tree=None if tree is None else TreeColumns(_narrow(tree.slots), _narrow(tree.positions), tree.visible),
+        paths=[_narrow(path) for path in segment.paths],
     )
 
 

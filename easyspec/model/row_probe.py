@@ -12,7 +12,7 @@ import torch
 
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
-from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.model.row_layout import Segment, lay_out
 from easyspec.ops.kv_pool import KVPool
 
 _CONTEXT = 253  # so that the probe crosses the border of a span of attention
@@ -76,18 +76,16 @@ def _as_tree(decoder: Decoder, memory: KvMemory, token_ids: Sequence[int]) -> to
     path = token_ids[first + 1 :]
     nodes = [token_id for right in path for token_id in ((right + 1) % decoder.config.vocab_size, right)]
     positions = [first + 1 + node // 2 for node in range(len(nodes))]
-    visible = np.zeros((1 + len(nodes), len(nodes)), dtype=np.bool_)
-    for node in range(len(nodes)):
-        visible[1 + node, 1 : node - node % 2 : 2] = True  # the right guesses before it
-        visible[1 + node, node] = True
     tree_slots = memory.allocate(len(nodes))
+    # Each node sees the right guesses before it.
+    paths = [[*tree_slots[1 : node - node % 2 : 2], slot] for node, slot in enumerate(tree_slots)]
     segment = Segment(
         token_ids=[*root.token_ids, *nodes],
         positions=[*root.positions, *positions],
         slots=[*root.slots, *tree_slots],
         num_visible=[first + 1] * (1 + len(nodes)),
         slots_by_position=root.slots_by_position,
-        tree=TreeColumns(tree_slots, positions, visible),
+        paths=[[], *paths],
     )
     logits = _logits(decoder, memory, [segment], [0, *range(2, len(nodes) + 1, 2)])
     memory.free(tree_slots)

@@ -12,7 +12,7 @@ from easyspec.model.config import ModelConfig, load_config
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.rope import rotary_tables
-from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.model.row_layout import Segment, lay_out
 from easyspec.model.weight_reader import WeightFormat
 from easyspec.model.weight_source import open_weights
 from easyspec.ops.executor import Executor, choose_executor
@@ -47,9 +47,6 @@ class Session:
         root = self.chain([root_token_id])
         nodes, base = len(tree), self.slots.num_cached
         positions = [base - 1 + depth for depth in tree.row_depths[1:]]
-        visible = np.zeros((nodes + 1, nodes), dtype=np.bool_)
-        for row in range(1, nodes + 1):
-            visible[row, [ancestor - 1 for ancestor in tree.path_rows(row)]] = True
         self._tree_slots = self._memory.allocate(nodes)
         return Segment(
             token_ids=[root_token_id, *tree.token_ids],
@@ -57,7 +54,7 @@ class Session:
             slots=[*root.slots, *self._tree_slots],
             num_visible=[base] * (nodes + 1),
             slots_by_position=self.slots.by_position,
-            tree=TreeColumns(self._tree_slots, positions, visible),
+            paths=[[self._tree_slots[seen - 1] for seen in tree.path_rows(row)] for row in range(nodes + 1)],
         )
 
     def drop_tree(self) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.model.row_layout import Segment, lay_out
 from easyspec.ops.kv_pool import TRASH_SLOT
 
 
@@ -47,21 +47,15 @@ def test_selected_rows_are_any_and_in_any_order() -> None:
 def test_tree_nodes_follow_the_text_that_they_hang_from() -> None:
     """A root and two branches, beside a session without a tree and one whose tree is empty."""
     root = chain(126, 1)
-    visible = np.array(
-        [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
-        dtype=np.bool_,
-    )
-    positions = [127, 127, 128, 129]
     with_tree = Segment(
         token_ids=range(5),
-        positions=[126, *positions],
+        positions=[126, 127, 127, 128, 129],
         slots=[1126, 9, 2, 7, 4],
         num_visible=[127] * 5,
         slots_by_position=root.slots_by_position,
-        tree=TreeColumns([9, 2, 7, 4], positions, visible),
+        paths=[[], [9], [2], [2, 7], [2, 7, 4]],
     )
-    empty = TreeColumns([], [], np.zeros((1, 0), dtype=np.bool_))
-    rootless = Segment([1], [3], [1003], [4], chain(3, 1).slots_by_position, empty)
+    rootless = Segment([1], [3], [1003], [4], chain(3, 1).slots_by_position, [[]])
     layout = lay_out([chain(2, 2), with_tree, rootless])
     committed = list(range(1000, 1127))
     assert layout.rows.first_extra.tolist() == [0, 0, 0, 0, 1, 2, 4, 7, 7]

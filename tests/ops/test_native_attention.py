@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.row_layout import Segment, TreeColumns, lay_out
+from easyspec.model.row_layout import Segment, lay_out
 from easyspec.ops.executor import Executor
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.native import NativeExecutor
@@ -87,18 +87,16 @@ def tree_and_text(length: int) -> PassRows:
     prompt = range(max(0, length - 30), length)
     text = Segment([0] * len(prompt), prompt, first[prompt].tolist(), [p + 1 for p in prompt], first)
     parents = [int(generator.integers(0, node + 1)) for node in range(12)]
-    visible = np.zeros((13, 12), dtype=np.bool_)
-    for node, parent in enumerate(parents):
-        visible[node + 1] = visible[parent]
-        visible[node + 1, node] = True
-    depths = visible.sum(axis=1)
+    paths: list[list[int]] = [[]]
+    for node, parent in zip(nodes.tolist(), parents, strict=True):
+        paths.append([*paths[parent], node])
     tree = Segment(
         [0] * 13,
-        [length - 1 + int(depth) for depth in depths],
+        [length - 1 + len(path) for path in paths],
         [int(second[-1]), *nodes.tolist()],
         [length] * 13,
         second,
-        TreeColumns(nodes.tolist(), [length - 1 + int(depth) for depth in depths[1:]], visible),
+        paths,
     )
     alone = Segment([0], [2], third[2:].tolist(), [3], third)
     return lay_out([text, tree, alone]).rows
