@@ -32,13 +32,13 @@ class TreeBatch:
 
     def add(self, case: Case, root_row: int) -> None:
         """`root_row` of the pass is the case's first; `case.first_row` is the number of `logit_rows` so far."""
-        rows = range(root_row, root_row + len(case.choice_rows))
+        rows = range(root_row, root_row + case.num_rows)
         is_apart = self._decoder.is_vocabulary_split and can_be_chosen_apart(case, self._decoder.config.vocab_size)
         self._cases.append(case)
         self._is_apart.append(is_apart)
         if is_apart:
             self._apart_rows += rows
-            self._apart_choices += case.choice_rows
+            self._apart_choices += case.choice_rows()
         else:
             self.logit_rows += rows
 
@@ -47,7 +47,6 @@ class TreeBatch:
         tokens: list[int] = result.choices.tolist()
         chosen: list[list[int] | None] = []
         for case, is_apart in zip(self._cases, self._is_apart, strict=True):
-            num_rows = len(case.choice_rows)
-            chosen.append(tokens[:num_rows] if is_apart else None)
-            tokens = tokens[num_rows:] if is_apart else tokens
+            chosen.append(tokens[: case.num_rows] if is_apart else None)
+            tokens = tokens[case.num_rows :] if is_apart else tokens
         return decide(self._decoder.executor, result.logits, self._cases, chosen)

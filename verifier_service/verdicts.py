@@ -24,7 +24,8 @@ from easyspec.speculation.acceptance import StopLimits, Walk
 from easyspec.speculation.grammar import GrammarState
 from easyspec.speculation.logprobs import row_logprobs
 from easyspec.speculation.messages import Verdict
-from easyspec.speculation.sampling import ChoiceRow
+from easyspec.speculation.parameters import SamplingParameters
+from easyspec.speculation.sampling import ChoiceRow, TokenHistory, tree_choice_row
 from easyspec.speculation.split_choice import can_split
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.speculation.transfer import to_device
@@ -32,18 +33,37 @@ from easyspec.speculation.transfer import to_device
 
 @dataclass(frozen=True)
 class Case:
-    """A tree to judge: its rows of the batch begin at `first_row` and are described by `choice_rows`, root first.
+    """A tree to judge, whose rows of the batch begin at `first_row`, behind `base_length` committed tokens.
 
-    `grammar` is advanced by the tokens of the verdict. `num_top_logprobs` None: no log-probabilities.
+    `grammar` is advanced by the tokens of the verdict. `num_top_logprobs` None: no log-probabilities. Before the
+    position `min_length` only the tokens of `unending_bits` (as `ChoiceRow.allowed_bits`) may be chosen.
     """
 
     tree: TokenTree
     base_length: int
+    sampling: SamplingParameters
+    history: TokenHistory
     limits: StopLimits
-    first_row: int
-    choice_rows: Sequence[ChoiceRow]
+    first_row: int = 0
     grammar: GrammarState | None = None
     num_top_logprobs: int | None = None
+    min_length: int = 0
+    unending_bits: NDArray[np.uint8] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tree) + 1
+
+    def choice_row(self, row: int) -> ChoiceRow:
+        """Where a token is chosen at a row of the tree. Made when it is asked for: a walk comes to few rows."""
+        choice_row = tree_choice_row(self.tree, row, self.base_length, self.sampling, self.history)
+        if choice_row.position < self.min_length:
+            return replace(choice_row, allowed_bits=self.unending_bits)
+        return choice_row
+
+    def choice_rows(self) -> list[ChoiceRow]:
+        """All rows, root first."""
+        return [self.choice_row(row) for row in range(self.num_rows)]
 
 
 def can_be_chosen_apart(case: Case, vocab_size: int) -> bool:
@@ -51,8 +71,8 @@ def can_be_chosen_apart(case: Case, vocab_size: int) -> bool:
     return (
         case.num_top_logprobs is None
         and case.grammar is None
-        and case.choice_rows[0].allowed_bits is None
-        and can_split(case.choice_rows[0].sampling, vocab_size)
+        and case.base_length >= case.min_length
+        and can_split(case.sampling, vocab_size)
     )
 
 
@@ -104,8 +124,8 @@ class _Walker:
         self._is_stepwise = is_stepwise
         self._walk = Walk(case.tree, case.base_length, case.limits)
         self._error: EasyspecError | None = None
-        self.rows: list[int] = [*range(len(case.tree) + 1)]
-        self.choice_rows = case.choice_rows
+        self.rows: list[int] = [] if is_stepwise else [*range(case.num_rows)]
+        self.choice_rows = [] if is_stepwise else case.choice_rows()
         self._await_choice()
 
     def take(self, choices: Sequence[int]) -> None:
@@ -144,7 +164,7 @@ class _Walker:
         if row is None or self._error is not None:
             self.rows = []
         elif self._is_stepwise and grammar is None:
-            self.rows, self.choice_rows = [row], [self.case.choice_rows[row]]
+            self.rows, self.choice_rows = [row], [self.case.choice_row(row)]
         elif grammar is not None:
             try:
                 allowed_bits = grammar.allowed_bits()
@@ -152,7 +172,7 @@ class _Walker:
                 self._error, self.rows = error, []
             else:
                 self.rows = [row]
-                self.choice_rows = [_also_allowing(self.case.choice_rows[row], allowed_bits)]
+                self.choice_rows = [_also_allowing(self.case.choice_row(row), allowed_bits)]
 
     def outcome(self) -> Verdict | EasyspecError:
         return self._error or self._walk.verdict()

@@ -30,7 +30,7 @@ from easyspec.speculation.acceptance import StopLimits, stop_limits
 from easyspec.speculation.checks import check_logprobs, check_model, check_prompt, check_token_ids
 from easyspec.speculation.grammar import CompiledGrammar, GrammarState
 from easyspec.speculation.messages import KvUsage, OpenVerification, Verdict, VerifyTimings
-from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
+from easyspec.speculation.sampling import TokenHistory
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 from verifier_service.prompt_logprobs import PromptLogprobs
@@ -101,13 +101,18 @@ class VerifierSession(ScheduledSession):
     def case(self, tree: TokenTree, first_row: int) -> Case:
         """What there is to judge, the tree's rows beginning at `first_row` of the batch."""
         base_length = len(self.token_ids)
-        choice_rows = tree_choice_rows(tree, base_length, self.sampling, self.history)
-        if base_length < self._min_length:
-            choice_rows = [
-                replace(row, allowed_bits=self._unending_bits) if row.position < self._min_length else row
-                for row in choice_rows
-            ]
-        return Case(tree, base_length, self.limits, first_row, choice_rows, self.grammar, self.num_top_logprobs)
+        return Case(
+            tree,
+            base_length,
+            self.sampling,
+            self.history,
+            self.limits,
+            first_row,
+            self.grammar,
+            self.num_top_logprobs,
+            self._min_length,
+            self._unending_bits if base_length < self._min_length else None,
+        )
 
     @cached_property
     def _unending_bits(self) -> NDArray[np.uint8]:
@@ -133,8 +138,8 @@ class VerifierSession(ScheduledSession):
         chain = committed_segment(self.token_ids[positions.start : positions.stop], self.slots, positions)
         if tree is None or not tree.token_ids:
             return chain
-        last_position = self.limits.max_total_length - 1  # deeper nodes can never be emitted
-        node_positions = [min(len(self.token_ids) - 1 + depth, last_position) for depth in tree.row_depths[1:]]
+        root, last = len(self.token_ids) - 1, self.limits.max_total_length - 1  # deeper nodes can never be emitted
+        node_positions = [min(root + depth, last) for depth in tree.row_depths[1:]]
         parents = [row - 1 if row > 0 else None for row in tree.parent_rows]
         return with_nodes(chain, tree.token_ids, node_positions, self.tree_slots, parents)
 

@@ -92,14 +92,12 @@ class ChoiceRow:
     allowed_bits: NDArray[np.uint8] | None = None
 
 
-def tree_choice_rows(
-    tree: TokenTree, base_length: int, sampling: SamplingParameters, history: TokenHistory
-) -> list[ChoiceRow]:
-    """One row per row of the tree, root first; `base_length` is the number of committed tokens."""
-    paths: list[tuple[int, ...]] = [()]
-    for token_id, parent_row in zip(tree.token_ids, tree.parent_rows, strict=True):
-        paths.append((*paths[parent_row], token_id))
-    return [ChoiceRow(sampling, base_length + len(path), path, history) for path in paths]
+def tree_choice_row(
+    tree: TokenTree, row: int, base_length: int, sampling: SamplingParameters, history: TokenHistory
+) -> ChoiceRow:
+    """A row of the tree; `base_length` is the number of committed tokens."""
+    path = tuple([tree.token_ids[seen - 1] for seen in tree.path_rows(row)])
+    return ChoiceRow(sampling, base_length + len(path), path, history)
 
 
 def choose_tokens(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:

@@ -18,7 +18,7 @@ from easyspec.speculation.acceptance import StopLimits
 from easyspec.speculation.coupling import gumbel_noise
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.parameters import SamplingParameters
-from easyspec.speculation.sampling import ChoiceRow, TokenHistory, tree_choice_rows
+from easyspec.speculation.sampling import ChoiceRow, TokenHistory
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from verifier_service.verdicts import Case, decide
 
@@ -122,10 +122,9 @@ def two_tokens(executor: Executor, seed: int, tree: TokenTree) -> int:
     emitted: list[int] = []
     sampling = SamplingParameters(seed=seed)
     while len(emitted) < 2:
-        rows = tree_choice_rows(tree, 1 + len(emitted), sampling, history)
-        last = [(*emitted, *row.path_token_ids)[-1:] for row in rows]
+        case = Case(tree, 1 + len(emitted), sampling, history, StopLimits(frozenset(), 3))
+        last = [(*emitted, *row.path_token_ids)[-1:] for row in case.choice_rows()]
         base_logits = torch.stack([STEP_LOGITS[token[0] + 1 if token else 0] for token in last])
-        case = Case(tree, 1 + len(emitted), StopLimits(frozenset(), 3), 0, rows)
         (verdict,) = decide(executor, base_logits, [case])
         assert isinstance(verdict, Verdict)
         emitted += verdict.token_ids

@@ -14,7 +14,7 @@ from easyspec.ops.executor import choose_executor
 from easyspec.speculation.acceptance import StopLimits
 from easyspec.speculation.messages import Verdict
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
-from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
+from easyspec.speculation.sampling import TokenHistory
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.speculation.reference import reference_choice
 from tests.speculation.strategies import sampling_parameters
@@ -59,9 +59,8 @@ def decode(
     while True:
         committed = [*prompt, *output]
         tree = draft(committed)
-        rows = tree_choice_rows(tree, len(committed), sampling, history)
-        logits = torch.stack([base_logits([*committed, *row.path_token_ids]) for row in rows])
-        case = Case(tree, len(committed), limits, 0, rows)
+        case = Case(tree, len(committed), sampling, history, limits)
+        logits = torch.stack([base_logits([*committed, *row.path_token_ids]) for row in case.choice_rows()])
         (verdict,), (other,) = (decide(executor, logits, [case]) for executor in EXECUTORS)
         assert isinstance(verdict, Verdict)
         assert verdict == other

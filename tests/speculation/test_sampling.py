@@ -17,7 +17,7 @@ from easyspec.speculation.sampling import (
     TokenHistory,
     choose_tokens,
     processed_logits,
-    tree_choice_rows,
+    tree_choice_row,
 )
 from easyspec.speculation.token_tree import TokenTree
 from tests.speculation.reference import reference_choice, reference_processed
@@ -78,7 +78,8 @@ def test_rows_of_many_sessions_follow_the_literal_rule(batch: list) -> None:
     base_logits: list[list[float]] = []
     expected_logits, expected_choices = [], []
     for prompt, output, sampling, tree, logits, masks in batch:
-        session_rows = tree_choice_rows(tree, len(prompt) + len(output), sampling, TokenHistory(prompt, output))
+        history, base_length = TokenHistory(prompt, output), len(prompt) + len(output)
+        session_rows = [tree_choice_row(tree, row, base_length, sampling, history) for row in range(len(tree) + 1)]
         session_rows = [
             choice_row if allowed is None else replace(choice_row, allowed_bits=packed(allowed))
             for choice_row, allowed in zip(session_rows, masks, strict=True)
@@ -146,7 +147,7 @@ def test_processed_logits_are_a_copy() -> None:
 
 def test_tree_rows_carry_their_path_and_position() -> None:
     tree = TokenTree((5, 6, 7, 8), (0, 0, 1, 3))
-    rows = tree_choice_rows(tree, 10, PLAIN, TokenHistory([1]))
+    rows = [tree_choice_row(tree, row, 10, PLAIN, TokenHistory([1])) for row in range(5)]
     assert [(row.position, row.path_token_ids) for row in rows] == [
         (10, ()),
         (11, (5,)),
@@ -298,7 +299,8 @@ def test_committing_equals_starting_with_the_output() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_waits_once() -> None:
-    rows = tree_choice_rows(TokenTree((5, 6, 7), (0, 0, 1)), 10, EVERYTHING, TokenHistory([1, 2], [3]))
+    history, tree = TokenHistory([1, 2], [3]), TokenTree((5, 6, 7), (0, 0, 1))
+    rows = [tree_choice_row(tree, row, 10, EVERYTHING, history) for row in range(4)]
     base_logits = torch.randn(4, 5_000, device="cuda")
     torch.cuda.set_sync_debug_mode("warn")
     try:

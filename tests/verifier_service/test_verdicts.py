@@ -13,7 +13,7 @@ from easyspec.ops.executor import choose_executor
 from easyspec.speculation.acceptance import StopLimits
 from easyspec.speculation.messages import OpenVerification, Verdict
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions
-from easyspec.speculation.sampling import TokenHistory, tree_choice_rows
+from easyspec.speculation.sampling import TokenHistory
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from tests.conftest import started
 from tests.fakes.checkpoints import change_tensor, write_checkpoint
@@ -31,9 +31,9 @@ def decided(broken_row: int, value: float) -> Verdict | EasyspecError:
     logits = torch.zeros(3, 8)
     logits[0, 3] = logits[1, 5] = logits[2, 6] = 1.0
     logits[broken_row, 7] = value
-    rows = tree_choice_rows(TREE, 4, GREEDY, TokenHistory([1, 2]))
+    case = Case(TREE, 4, GREEDY, TokenHistory([1, 2]), StopLimits(frozenset(), 100))
     executor = choose_executor("reference", torch.device("cpu"), num_threads=1)
-    (outcome,) = decide(executor, logits, [Case(TREE, 4, StopLimits(frozenset(), 100), 0, rows)])
+    (outcome,) = decide(executor, logits, [case])
     return outcome
 
 
