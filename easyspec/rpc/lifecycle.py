@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from easyspec.errors import ConfigurationError, EngineLostError
-from easyspec.free_memory import return_free_memory
+from easyspec.free_memory import settle_memory
 from easyspec.parallel.launch import EXIT_LOST, die_with_launcher, is_follower
 from easyspec.rpc.application import Application
 from easyspec.rpc.channels import MAX_MESSAGE_BYTES
@@ -170,10 +169,7 @@ async def serve(application: Application, settings: ServerSettings, stopping: as
         await asyncio.wait((starting, stop_waiter), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            # What lives as long as the process is not looked through again: it takes a tenth of a second each time.
-            gc.collect()
-            gc.freeze()
-            return_free_memory()
+            settle_memory()
             _log.info("serving", address=f"{host}:{port}", port=port)
             tell_ready()
             await asyncio.wait((stop_waiter, lost_waiter), return_when=asyncio.FIRST_COMPLETED)
