@@ -72,7 +72,8 @@ async def complete(argument: str) -> Answer:
 def assert_decode_phase(answer: Answer, num_tokens: int, num_pauses: int) -> None:
     assert answer.decode is not None
     assert answer.decode.num_tokens == num_tokens
-    assert 0.9 * num_pauses * PAUSE_S <= answer.decode.elapsed_s < num_pauses * PAUSE_S + 1.0
+    # A busy machine reads the first piece late: the phase is then shorter.
+    assert 0.3 * num_pauses * PAUSE_S <= answer.decode.elapsed_s < num_pauses * PAUSE_S + 1.0
 
 
 async def test_llama_cpp_is_asked_for_exactly_so_many_tokens_without_its_cache(fake: FakeServer) -> None:
