@@ -9,8 +9,9 @@ import asyncio
 import http.client
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from bench.alternatives.timed_completion import Answer, DecodePhase, Maker
@@ -21,10 +22,7 @@ _LLAMA_CPP_PATH = "/completion"
 _OPENAI_PATH = "/completions"
 
 
-class Encoder(Protocol):
-    """A prompt's token ids."""
-
-    def __call__(self, prompt: str) -> Sequence[int]: ...
+Encoder = Callable[[str], Sequence[int]]  # a prompt's token ids
 
 
 class ServerGeneration:
@@ -61,34 +59,17 @@ class ServerGeneration:
             raise UnavailableError(f"{self.maker} did not complete a request: {error!r}") from error
 
     def _complete(self, task: Task) -> Answer:
-        if self._is_llama_cpp:
-            return self._answer(task, self._stream(self._path, self._llama_cpp_request(task)), _llama_cpp_part)
-        if self._model is None:
-            (self._model, *_) = (model["id"] for model in self._get(f"{self._path}/models")["data"])
-        return self._answer(task, self._stream(self._path + _OPENAI_PATH, self._openai_request(task)), _openai_part)
-
-    def _llama_cpp_request(self, task: Task) -> dict[str, Any]:
-        return {
-            **self._common(task),
-            "n_predict": task.max_tokens,
-            "cache_prompt": False,
-            "return_tokens": True,
-            "top_k": 0,
-        }
-
-    def _openai_request(self, task: Task) -> dict[str, Any]:
-        return {
-            **self._common(task),
-            "model": self._model,
-            "max_tokens": task.max_tokens,
-            "stream_options": {"include_usage": True},
-            "top_k": -1,
-        }
-
-    def _common(self, task: Task) -> dict[str, Any]:
-        prompt = list(self._encode(task.prompt))
         sampling = {"temperature": task.temperature, "seed": task.seed, "top_p": 1.0, "min_p": 0.0}
-        return {"prompt": prompt, **sampling, "ignore_eos": True, "stream": True}
+        request = {"prompt": list(self._encode(task.prompt)), **sampling, "ignore_eos": True, "stream": True}
+        if self._is_llama_cpp:
+            request |= {"n_predict": task.max_tokens, "cache_prompt": False, "return_tokens": True, "top_k": 0}
+            return self._answer(task, self._stream(self._path, request), _llama_cpp_part)
+        if self._model is None:
+            with self._asked("GET", f"{self._path}/models") as response:
+                self._model = json.loads(response.read())["data"][0]["id"]
+        usage = {"stream_options": {"include_usage": True}}
+        request |= {"model": self._model, "max_tokens": task.max_tokens, **usage, "top_k": -1}
+        return self._answer(task, self._stream(self._path + _OPENAI_PATH, request), _openai_part)
 
     def _answer(self, task: Task, events: Iterator[tuple[float, Any]], part_of: Any) -> Answer:
         text, token_ids, arrivals, num_tokens = "", [], [], None
@@ -109,31 +90,22 @@ class ServerGeneration:
         decode = DecodePhase.of_arrivals(counted)
         return Answer(text, num_tokens, None if decode is None else DecodePhase(num_tokens - 1, decode.elapsed_s))
 
-    def _get(self, path: str) -> Any:
-        connection = self._connection(self._host, self._port, timeout=self._timeout_s)
-        try:
-            connection.request("GET", path)
-            return json.loads(_checked(connection.getresponse()).read())
-        finally:
-            connection.close()
+    @contextmanager
+    def _asked(self, *request: Any) -> Iterator[http.client.HTTPResponse]:
+        with closing(self._connection(self._host, self._port, timeout=self._timeout_s)) as connection:
+            connection.request(*request)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ValueError(f"HTTP {response.status}: {response.read(500).decode(errors='replace')}")
+            yield response
 
     def _stream(self, path: str, request: Mapping[str, Any]) -> Iterator[tuple[float, Any]]:
         """Server-sent events as they arrive, each with the time."""
-        connection = self._connection(self._host, self._port, timeout=self._timeout_s)
-        try:
-            connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
-            for line in _checked(connection.getresponse()):
+        with self._asked("POST", path, json.dumps(request), {"Content-Type": "application/json"}) as response:
+            for line in response:
                 data = line.removeprefix(b"data:").strip()
                 if line.startswith(b"data:") and data != b"[DONE]":
                     yield time.perf_counter(), json.loads(data)
-        finally:
-            connection.close()
-
-
-def _checked(response: http.client.HTTPResponse) -> http.client.HTTPResponse:
-    if response.status != 200:
-        raise ValueError(f"HTTP {response.status}: {response.read(500).decode(errors='replace')}")
-    return response
 
 
 def _llama_cpp_part(event: Any) -> tuple[str, list[int], int | None]:

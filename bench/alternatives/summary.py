@@ -23,12 +23,11 @@ COLUMNS = (
     Column("decoding", "decode_tokens_per_s", ".1f"),
     Column("x transformers", "vs_transformers", ".2f"),
     Column("x best other", "vs_best_other", ".2f"),
-    Column("as its own plain", lambda row: _of(row["num_as_plain"], row["num_completions"])),
+    Column(
+        "as its own plain",
+        lambda row: None if row["num_as_plain"] is None else f"{row['num_as_plain']} of {row['num_completions']}",
+    ),
 )
-
-
-def _of(number: int | None, total: int) -> str | None:
-    return None if number is None else f"{number} of {total}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,57 +57,48 @@ def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[Alter
     for one in completions:
         makers = groups.setdefault((one.task_name, one.temperature), {})
         makers.setdefault(one.maker, {})[one.prompt_index] = one
-    return [
-        _summary(task_name, temperature, maker, makers)
-        for (task_name, temperature), makers in groups.items()
-        for maker in makers
-    ]
+    results: list[AlternativeResult] = []
+    for (task_name, temperature), makers in groups.items():
+        speeds = {maker: statistics.median(one.tokens_per_s for one in own.values()) for maker, own in makers.items()}
+        others = [maker for maker in makers if maker.program != OURS]
+        best_other = max(others, key=lambda other: speeds[other], default=None)
+        for maker, own in makers.items():
+            decode_speeds = [one.decode_tokens_per_s for one in own.values()]
+            plain = makers.get(maker.plain)
+            result = AlternativeResult(
+                program=maker.program,
+                way=maker.way,
+                task=task_name,
+                temperature=temperature,
+                tokens_per_s=speeds[maker],
+                decode_tokens_per_s=None if None in decode_speeds else statistics.median(filter(None, decode_speeds)),
+                vs_transformers=_ratio(own, makers.get(_TRANSFORMERS)),
+                vs_best_other=_ratio(own, makers[best_other] if best_other else None),
+                num_as_plain=None
+                if plain is None
+                else sum(one.answer.content == plain[index].answer.content for index, one in own.items()),
+                num_completions=len(own),
+            )
+            results.append(result)
+    return results
 
 
-def _summary(
-    task_name: str, temperature: float, maker: Maker, makers: Mapping[Maker, Mapping[int, TimedCompletion]]
-) -> AlternativeResult:
-    own = makers[maker]
-    decode_speeds = [one.decode_tokens_per_s for one in own.values()]
-    others = [other for other in makers if other.program != OURS]
-    best_other = max(others, key=lambda other: _median_speed(makers[other]), default=None)
-
-    def ratio_to(other: Maker | None) -> float | None:
-        if other is None or other not in makers:
-            return None
-        return statistics.median(one.tokens_per_s / makers[other][index].tokens_per_s for index, one in own.items())
-
-    plain = makers.get(maker.plain)
-    return AlternativeResult(
-        program=maker.program,
-        way=maker.way,
-        task=task_name,
-        temperature=temperature,
-        tokens_per_s=_median_speed(own),
-        decode_tokens_per_s=None if None in decode_speeds else statistics.median(filter(None, decode_speeds)),
-        vs_transformers=ratio_to(_TRANSFORMERS),
-        vs_best_other=ratio_to(best_other),
-        num_as_plain=None if plain is None else _num_equal(own, plain),
-        num_completions=len(own),
-    )
-
-
-def _num_equal(own: Mapping[int, TimedCompletion], plain: Mapping[int, TimedCompletion]) -> int:
-    return sum(one.answer.content == plain[index].answer.content for index, one in own.items())
-
-
-def _median_speed(completions: Mapping[int, TimedCompletion]) -> float:
-    return statistics.median(one.tokens_per_s for one in completions.values())
+def _ratio(own: Mapping[int, TimedCompletion], other: Mapping[int, TimedCompletion] | None) -> float | None:
+    if other is None:
+        return None
+    return statistics.median(one.tokens_per_s / other[index].tokens_per_s for index, one in own.items())
 
 
 def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
     """One run as Markdown."""
     settings = report["settings"]
+    others = [f"transformers {report['transformers']} inside the measuring process"] if report["transformers"] else []
+    others += [f"the server {server}" for server in report.get("servers", [])]
     return "\n".join(
         [
             f"## What users would otherwise pick, the {report['pair']} pair ({name})\n",
             "The same checkpoints and prompts by easyspec's three services over gRPC and by other programs, one",
-            f"request at a time, in rotating order: {_others_of(report)}.",
+            f"request at a time, in rotating order: {', '.join(others)}.",
             "*tokens/s* is of whole completions, reading the prompt included; *decoding* is from the first token to",
             "the last, where they are streamed. *x transformers* is the median of per-prompt ratios of whole",
             "completions to transformers' plain decoding, *x best other* to the fastest way that is not easyspec's.",
@@ -122,8 +112,3 @@ def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
             markdown_table(COLUMNS, report["results"]) + "\n",
         ]
     )
-
-
-def _others_of(report: Mapping[str, Any]) -> str:
-    names = [f"transformers {report['transformers']} inside the measuring process"] if report["transformers"] else []
-    return ", ".join([*names, *(f"the server {name}" for name in report.get("servers", []))])

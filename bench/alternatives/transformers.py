@@ -51,23 +51,19 @@ class TransformersGeneration:
 
     def _complete(self, task: Task) -> tuple[int, ...]:
         torch.manual_seed(task.seed)
-        inputs = self._tokenizer(task.prompt, return_tensors="pt", add_special_tokens=False)
-        with torch.inference_mode():
-            output = self._model.generate(
-                **inputs, generation_config=self._config(task), assistant_model=self._assistant
-            )
-        new = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return tuple(new[: task.max_tokens])
-
-    def _config(self, task: Task) -> GenerationConfig:
         sampling = {"do_sample": True, "temperature": task.temperature, "top_k": 0} if task.temperature else {}
-        return GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=task.max_tokens,
             eos_token_id=None,
             pad_token_id=self._tokenizer.pad_token_id,
             **sampling,
             **self._config_fields,
         )
+        inputs = self._tokenizer(task.prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            output = self._model.generate(**inputs, generation_config=config, assistant_model=self._assistant)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return tuple(new[: task.max_tokens])
 
 
 def _model(path: Path) -> Any:

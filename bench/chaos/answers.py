@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +32,15 @@ class Answer:
     longest_pause_s: float = 0.0
 
     def compared_with(self, whole: Answer) -> Verdict:
-        verdicts = [
-            _compared(self.token_ids[index], token_ids, self.endings.get(index), whole.endings[index])
-            for index, token_ids in whole.token_ids.items()
-        ]
+        verdicts = set()
+        for index, expected in whole.token_ids.items():
+            got, ending = self.token_ids[index], self.endings.get(index)
+            if got == expected and ending == whole.endings[index]:
+                continue
+            if got == expected[: len(got)]:
+                verdicts.add(Verdict.CUT if ending is None else Verdict.LOST)
+            else:
+                verdicts.add(Verdict.DOUBLED if got[: len(expected)] == expected else Verdict.WRONG)
         order = (Verdict.WRONG, Verdict.DOUBLED, Verdict.LOST, Verdict.CUT)
         return next((verdict for verdict in order if verdict in verdicts), Verdict.RIGHT)
 
@@ -44,11 +48,3 @@ class Answer:
     def is_refused_properly(self) -> bool:
         """Whether the error, if any, tells the client to come again, and when."""
         return self.error is None or (self.says_when and isinstance(self.error, UnavailableError | CapacityError))
-
-
-def _compared(got: Sequence[int], whole: Sequence[int], ending: Any, whole_ending: Any) -> Verdict:
-    if list(got) == list(whole) and ending == whole_ending:
-        return Verdict.RIGHT
-    if list(got) == list(whole[: len(got)]):
-        return Verdict.CUT if ending is None else Verdict.LOST
-    return Verdict.DOUBLED if list(got[: len(whole)]) == list(whole) else Verdict.WRONG

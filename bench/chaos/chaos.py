@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
 from bench.chaos.answers import Answer, Verdict
-from bench.chaos.clients import Held, Kind, ask, gateway_at, kinds, undisturbed
+from bench.chaos.clients import Held, Kind, answers, gateway_at, kinds, undisturbed
 from bench.chaos.faults import Injector
 from bench.chaos.limits import footprint
 from bench.chaos.stack import ChaosStack
@@ -87,15 +86,6 @@ class Report:
         found += [f"{name} holds {held}" for name, held in self.leftovers.items() if held not in (None, NOTHING)]
         return found
 
-    def as_json(self) -> dict[str, Any]:
-        leftovers = {name: held and asdict(held) for name, held in self.leftovers.items()}
-        return {
-            **self.__dict__,
-            "leftovers": leftovers,
-            "num_faults": sum(self.faults.values()),
-            "failures": self.failures,
-        }
-
 
 async def measure(settings: ChaosSettings, console: Console) -> Findings:
     """Start the stack, learn the answers, inject faults under load until they are all done or the time is up."""
@@ -106,54 +96,34 @@ async def measure(settings: ChaosSettings, console: Console) -> Findings:
         logs = settings.logs or Path(dropped)
         logs.mkdir(parents=True, exist_ok=True)
         stack = ChaosStack(settings.base, settings.draft, ("--num-threads", "1"), logs)
-        await _run_on(stack, settings, report, kinds(settings.tokens))
-    return Findings(
-        report.as_json(), checkpoints=(settings.base, settings.draft), exit_code=1 if report.failures else 0
-    )
+        async with stack, gateway_at(stack.address) as stub:
+            await _run_on(stack, stub, settings, report)
+    content = {**vars(report), "num_faults": sum(report.faults.values()), "failures": report.failures}
+    return Findings(content, checkpoints=(settings.base, settings.draft), exit_code=1 if report.failures else 0)
 
 
-async def _run_on(stack: ChaosStack, settings: ChaosSettings, report: Report, wanted: list[Kind]) -> None:
-    seed = report.seed
-    async with stack, gateway_at(stack.address) as stub:
-        whole = await undisturbed(stub, wanted)
-        before, started_s = _memory_mib(stack), time.monotonic()
-        injector = Injector(stack, settings.faults, settings.pause_s, seed)
-        injecting = asyncio.create_task(injector.run())
-        clients = [
-            asyncio.create_task(_client(stub, wanted, whole, report, injecting, f"{seed}-{number}"))
-            for number in range(settings.clients)
-        ]
-        await asyncio.wait((injecting,), timeout=settings.seconds)
-        injecting.cancel()
-        await asyncio.gather(injecting, return_exceptions=True)
-        await asyncio.gather(*clients)
-        report.faults, report.duration_s = dict(injector.counts), time.monotonic() - started_s
-        report.leftovers = await leftovers(stack)
-        after = _memory_mib(stack)
-        report.memory_mib = {
-            name: (before[pid, name], mib) for (pid, name), mib in after.items() if (pid, name) in before
-        }
+async def _run_on(stack: ChaosStack, stub: Any, settings: ChaosSettings, report: Report) -> None:
+    wanted = kinds(settings.tokens)
+    whole = await undisturbed(stub, wanted)
+    before, started_s = _memory_mib(stack), time.monotonic()
+    injector = Injector(stack, settings.faults, settings.pause_s, report.seed)
+    injecting = asyncio.create_task(injector.run())
 
+    async def client(name: str) -> None:
+        async for asked in answers(lambda: nullcontext(stub), wanted, whole, name, is_over=injecting.done):
+            report.add(*asked)
+            if asked.answer.error is not None:
+                await asyncio.sleep(_REFUSED_PAUSE_S)
 
-async def _client(
-    stub: Any,
-    wanted: list[Kind],
-    whole: Mapping[str, Answer],
-    report: Report,
-    injecting: asyncio.Task[None],
-    name: str,
-) -> None:
-    """Ask for one thing after the other until there are no more faults."""
-    choose = random.Random(name)
-    for number in itertools.count():
-        if injecting.done():
-            return
-        kind = choose.choice(wanted)
-        request_id = f"{name}-{number}"
-        answer = await ask(stub, kind, request_id)
-        report.add(kind, answer, answer.compared_with(whole[kind.name]), request_id)
-        if answer.error is not None:
-            await asyncio.sleep(_REFUSED_PAUSE_S)
+    clients = [asyncio.create_task(client(f"{report.seed}-{number}")) for number in range(settings.clients)]
+    await asyncio.wait((injecting,), timeout=settings.seconds)
+    injecting.cancel()
+    await asyncio.gather(injecting, return_exceptions=True)
+    await asyncio.gather(*clients)
+    report.faults, report.duration_s = dict(injector.counts), time.monotonic() - started_s
+    report.leftovers = await leftovers(stack)
+    after = _memory_mib(stack)
+    report.memory_mib = {name: (before[pid, name], mib) for (pid, name), mib in after.items() if (pid, name) in before}
 
 
 async def leftovers(stack: ChaosStack) -> dict[str, Held | None]:

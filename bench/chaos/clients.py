@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
-from bench.chaos.answers import Answer
+from bench.chaos.answers import Answer, Verdict
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc, has_retry_hint
 from easyspec.v1 import (
@@ -108,6 +110,33 @@ async def ask(stub: Any, kind: Kind, request_id: str = "") -> Answer:
         call.cancel()
     answer.longest_pause_s = max(answer.longest_pause_s, time.monotonic() - last_s - kind.pause_s)
     return answer
+
+
+class Asked(NamedTuple):
+    """One request and what came of it."""
+
+    kind: Kind
+    answer: Answer
+    verdict: Verdict
+    request_id: str
+
+
+async def answers(
+    connect: Callable[[], AbstractAsyncContextManager[Any]],
+    wanted: Sequence[Kind],
+    whole: Mapping[str, Answer],
+    name: str,
+    is_over: Callable[[], bool],
+) -> AsyncIterator[Asked]:
+    """One request after the other, drawn by the client's `name`, each asked of what `connect` gives."""
+    choose = random.Random(name)
+    for number in itertools.count():
+        if is_over():
+            return
+        kind, request_id = choose.choice(wanted), f"{name}-{number}"
+        async with connect() as stub:
+            answer = await ask(stub, kind, request_id)
+        yield Asked(kind, answer, answer.compared_with(whole[kind.name]), request_id)
 
 
 async def undisturbed(stub: Any, wanted: Sequence[Kind]) -> Mapping[str, Answer]:

@@ -75,30 +75,23 @@ async def _inject(victim: Replica, kind: FaultKind, seconds: float, degree: floa
     """Do it for `seconds`; `degree`, 0 to 1, is how bad a delay or a limit is."""
     victim.num_faults += 1
     try:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended by itself
-            await _done(victim, kind, seconds, degree)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError), contextlib.ExitStack() as ends:  # it has ended
+            if kind is FaultKind.KILL:
+                victim.send(signal.SIGKILL)
+            elif kind is FaultKind.CUT:
+                victim.proxy.cut()
+            elif kind is FaultKind.STALL:
+                await victim.proxy.stall(seconds)
+            elif kind is FaultKind.DELAY:
+                await victim.proxy.delay(seconds, degree * _LONGEST_DELAY_S)
+            else:
+                if kind is FaultKind.MEMORY:
+                    ends.enter_context(full_memory(victim.process.pid, int(degree * _MOST_SPARE_BYTES)))
+                elif kind is FaultKind.DISK:
+                    ends.enter_context(full_disk(victim.process.pid))
+                else:
+                    victim.send(signal.SIGSTOP)
+                    ends.callback(victim.send, signal.SIGCONT)
+                await asyncio.sleep(seconds)
     finally:
         victim.num_faults -= 1
-
-
-async def _done(victim: Replica, kind: FaultKind, seconds: float, degree: float) -> None:
-    if kind is FaultKind.KILL:
-        victim.send(signal.SIGKILL)
-    elif kind is FaultKind.CUT:
-        victim.proxy.cut()
-    elif kind is FaultKind.STALL:
-        await victim.proxy.stall(seconds)
-    elif kind is FaultKind.DELAY:
-        await victim.proxy.delay(seconds, degree * _LONGEST_DELAY_S)
-    elif kind is FaultKind.MEMORY:
-        with full_memory(victim.process.pid, int(degree * _MOST_SPARE_BYTES)):
-            await asyncio.sleep(seconds)
-    elif kind is FaultKind.DISK:
-        with full_disk(victim.process.pid):
-            await asyncio.sleep(seconds)
-    else:
-        victim.send(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            victim.send(signal.SIGCONT)

@@ -14,16 +14,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.console import Console
 
-from bench.chaos.answers import Answer, Verdict
+from bench.chaos.answers import Verdict
 from bench.chaos.chaos import NOTHING, leftovers
-from bench.chaos.clients import Kind, ask, gateway_at, kinds, undisturbed
+from bench.chaos.clients import answers, gateway_at, kinds, undisturbed
 from bench.chaos.limits import Footprint, footprint
 from bench.chaos.stack import ChaosStack
 from bench.harness.benchmark import Benchmark, Findings
@@ -85,65 +84,46 @@ class SoakReport:
                     found.append(f"{name}: {what} grew from {before} to {after}")
         return found
 
-    def as_json(self) -> dict[str, Any]:
-        names = [name for name in self.footprints if len(self.footprints[name]) > self.warm_up_rests]
-        return {
-            "seed": self.seed,
-            "warm_up_rests": self.warm_up_rests,
-            "answers": dict(self.answers),
-            "growth": {name: round(self.growth(name), 4) for name in names},
-            "failures": self.failures,
-            "footprints": {name: [asdict(each) for each in rests] for name, rests in self.footprints.items()},
-        }
-
 
 async def measure(settings: SoakSettings, console: Console) -> Findings:
     """Load and rests in turns; what the processes have at rest must not grow."""
     seed = settings.seed if settings.seed is not None else random.randrange(2**32)
     report = SoakReport(seed, settings.warm_up_rests)
-    await _soak(settings, report)
+    flags = ("--num-threads", "1", "--num-kv-slots", str(settings.kv_slots))
+    with tempfile.TemporaryDirectory() as logs:
+        async with ChaosStack(settings.base, settings.draft, flags, Path(logs)) as stack:
+            await _soak(stack, settings, report)
+    measured = [name for name, rests in report.footprints.items() if len(rests) > report.warm_up_rests]
+    growth = {name: round(report.growth(name), 4) for name in measured}
     return Findings(
-        report.as_json(), checkpoints=(settings.base, settings.draft), exit_code=1 if report.failures else 0
+        {**vars(report), "growth": growth, "failures": report.failures},
+        checkpoints=(settings.base, settings.draft),
+        exit_code=1 if report.failures else 0,
     )
 
 
-async def _soak(settings: SoakSettings, report: SoakReport) -> None:
+async def _soak(stack: ChaosStack, settings: SoakSettings, report: SoakReport) -> None:
     wanted = kinds(settings.tokens)
-    flags = ("--num-threads", "1", "--num-kv-slots", str(settings.kv_slots))
-    with tempfile.TemporaryDirectory() as logs:
-        stack = ChaosStack(settings.base, settings.draft, flags, Path(logs))
-        async with stack, gateway_at(stack.address) as stub:
-            whole = await undisturbed(stub, wanted)
-            end_s = time.monotonic() + settings.seconds
-            for rest in itertools.count():
-                if time.monotonic() > end_s:
-                    return
-                until_s = time.monotonic() + settings.load_s
-                clients = [
-                    _client(stack.address, wanted, whole, report, until_s, f"{report.seed}-{rest}-{number}")
-                    for number in range(settings.clients)
-                ]
-                await asyncio.gather(*clients)
-                await asyncio.sleep(_REST_S)
-                await _count(stack, report)
+    async with gateway_at(stack.address) as stub:
+        whole = await undisturbed(stub, wanted)
 
+    async def client(name: str, until_s: float) -> None:
+        """Each request over a connection of its own."""
+        async for kind, answer, verdict, request_id in answers(
+            lambda: gateway_at(stack.address), wanted, whole, name, is_over=lambda: time.monotonic() > until_s
+        ):
+            report.answers[verdict.value] += 1
+            if verdict is not Verdict.RIGHT and kind.gives_up_after is None:
+                report.bad_answers.append(f"{request_id} ({kind.name}): {verdict.value}, {answer.error}")
 
-async def _client(
-    address: str, wanted: list[Kind], whole: Mapping[str, Answer], report: SoakReport, until_s: float, name: str
-) -> None:
-    """One request after the other, each over a connection of its own."""
-    choose = random.Random(name)
-    for number in itertools.count():
-        if time.monotonic() > until_s:
+    end_s = time.monotonic() + settings.seconds
+    for rest in itertools.count():
+        if (now_s := time.monotonic()) > end_s:
             return
-        kind = choose.choice(wanted)
-        request_id = f"{name}-{number}"
-        async with gateway_at(address) as stub:
-            answer = await ask(stub, kind, request_id)
-        verdict = answer.compared_with(whole[kind.name])
-        report.answers[verdict.value] += 1
-        if verdict is not Verdict.RIGHT and kind.gives_up_after is None:
-            report.bad_answers.append(f"{request_id} ({kind.name}): {verdict.value}, {answer.error}")
+        names = [f"{report.seed}-{rest}-{number}" for number in range(settings.clients)]
+        await asyncio.gather(*(client(name, now_s + settings.load_s) for name in names))
+        await asyncio.sleep(_REST_S)
+        await _count(stack, report)
 
 
 async def _count(stack: ChaosStack, report: SoakReport) -> None:

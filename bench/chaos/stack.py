@@ -75,7 +75,11 @@ class ChaosStack:
         try:
             for role, model in self._models.items():
                 for number in range(_NUM_REPLICAS):
-                    await self._start_replica(role, model, f"{role}-{number}.log")
+                    arguments = ["--model", str(model), *self._engine_flags]
+                    process = self._process(role, f"{role}_service", arguments, f"{role}-{number}.log")
+                    proxy = await self._cleanup.enter_async_context(FaultyProxy(process.address))
+                    await self._run(process)
+                    self.replicas.append(Replica(process, proxy))
             addresses = {
                 role: ",".join(each.proxy.address for each in self.replicas if each.role == role)
                 for role in self._models
@@ -100,12 +104,6 @@ class ChaosStack:
     async def is_healthy(self, replica: Replica) -> bool:
         """Whether it serves and no fault of ours is at work."""
         return replica.num_faults == 0 and replica.process.is_running and await is_serving(replica.process.address)
-
-    async def _start_replica(self, role: str, model: Path, log: str) -> None:
-        process = self._process(role, f"{role}_service", ["--model", str(model), *self._engine_flags], log)
-        proxy = await self._cleanup.enter_async_context(FaultyProxy(process.address))
-        await self._run(process)
-        self.replicas.append(Replica(process, proxy))
 
     def _process(self, role: str, module: str, arguments: list[str], log: str) -> ServiceProcess:
         address = f"127.0.0.1:{free_port('127.0.0.1')}"

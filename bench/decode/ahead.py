@@ -12,7 +12,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -25,7 +24,7 @@ from bench.harness.pairs import PAIR, PAIRS, start_services
 from bench.harness.tables import Column, ResultTable
 from bench.harness.tasks import TASK_NAMES, source_tasks
 from bench.harness.turns import one_by_one, progress_on
-from easyspec.cli.processes import DRAFTER, VERIFIER, ServiceProcess
+from easyspec.cli.processes import DRAFTER, VERIFIER
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 
 _BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=16)
@@ -106,7 +105,11 @@ async def _complete_all(
         GatewayClient(stack.gateway_address) as client,
     ):
         for index, process in enumerate(stack.processes):
-            _place(process, {index % 2} if own_cores else None, settings.realtime)
+            for thread in map(int, os.listdir(f"/proc/{process.pid}/task")):
+                if own_cores:
+                    os.sched_setaffinity(thread, {index % 2})
+                if settings.realtime:
+                    os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(settings.realtime))
         for _, task in planned[: 2 * len(settings.temperatures)]:
             await client.complete(dataclasses.replace(task, max_tokens=_WARM_UP_TOKENS))
         with progress_on(console) as progress:
@@ -121,15 +124,6 @@ async def _complete_all(
     for stream in streams:
         samples[stream.task.temperature, stream.task.draft_ahead].append(Sample.of_stream(_MODE, stream))
     return samples
-
-
-def _place(process: ServiceProcess, cores: set[int] | None, realtime: int) -> None:
-    """Put every thread of a process on `cores`, and at a real-time priority if it is above 0."""
-    for thread in Path(f"/proc/{process.pid}/task").iterdir():
-        if cores is not None:
-            os.sched_setaffinity(int(thread.name), cores)
-        if realtime:
-            os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, os.sched_param(realtime))
 
 
 def _median_speed(samples: Sequence[Sample]) -> float:

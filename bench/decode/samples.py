@@ -39,18 +39,15 @@ SEQUENTIAL = Mode("sequential", LayerPlanRequest(1, MlpPlacement.SEQUENTIAL))
 
 def all_modes() -> tuple[Mode, ...]:
     """Plain, sequential drafting, then every layer-parallel plan with and without calibration."""
-    parallel = [
-        _parallel_mode(size, mlp, calibration)
+    plans = [
+        LayerPlanRequest(size, mlp, calibration)
         for size in LAYER_PARALLEL_SIZES
         for mlp in MlpPlacement
         for calibration in (True, False)
     ]
-    return (PLAIN, SEQUENTIAL, *parallel)
-
-
-def _parallel_mode(size: int, mlp: MlpPlacement, calibration: bool) -> Mode:
-    name = f"n{size}-{mlp.value}" + ("" if calibration else "-uncalibrated")
-    return Mode(name, LayerPlanRequest(size, mlp, calibration))
+    ending = {True: "", False: "-uncalibrated"}
+    named = [f"n{plan.layer_parallel_size}-{plan.mlp.value}{ending[plan.calibration]}" for plan in plans if plan.mlp]
+    return (PLAIN, SEQUENTIAL, *map(Mode, named, plans))
 
 
 def select_modes(patterns: Sequence[str]) -> tuple[Mode, ...]:

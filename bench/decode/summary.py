@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,9 @@ def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result
     plan = mode.layer_plan
     drafted = [item for sample in own for item in sample.rounds if item.num_draft_levels]
     num_accepted = sum(item.num_accepted for item in drafted)
+    drafted_levels = _sum_levels(sample.counts.num_drafted_by_level for sample in own)
+    accepted_levels = _sum_levels(sample.counts.num_accepted_by_level for sample in own)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (None, None, None)
     num_draft_tokens = sum(item.num_draft_tokens for item in drafted)
     return Result(
         mode=mode.name,
@@ -74,7 +78,7 @@ def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result
         num_output_tokens=sum(len(sample.token_ids) for sample in own),
         tokens_per_s=_median(sample.tokens_per_s for sample in own),
         speedup_vs_plain=_median(ratios),
-        speedup_quartiles=_quartiles(ratios),
+        speedup_quartiles=None if low is None or high is None else (low, high),
         time_to_first_token_ms=_median(1e3 * sample.time_to_first_token_s for sample in own),
         round_ms=_ms(own, lambda item: item.round_ns),
         draft_ms_per_round=_ms(own, lambda item: item.draft_ns) if plan else None,
@@ -84,8 +88,12 @@ def _result(mode: Mode, temperature: float, samples: Sequence[Sample]) -> Result
         verify_ms_per_round=_ms(own, lambda item: item.verify_ns),
         verify_compute_ms_per_round=_ms(own, lambda item: item.compute_ns),
         overhead_ms_per_round=_ms(own, lambda item: item.round_ns - item.draft_ns - item.verify_ns),
-        acceptance_rate=_level_rate(own),
-        acceptance_by_level=_rates_by_level(own),
+        # The paper's rate: accepted levels / drafted levels.
+        acceptance_rate=sum(accepted_levels) / sum(drafted_levels) if any(drafted_levels) else None,
+        acceptance_by_level=tuple(
+            hits / tries if tries else 0.0
+            for hits, tries in itertools.zip_longest(accepted_levels, drafted_levels, fillvalue=0)
+        ),
         mean_acceptance_length=1 + num_accepted / len(drafted) if drafted else None,
         draft_token_acceptance_rate=num_accepted / num_draft_tokens if num_draft_tokens else None,
         draft_tokens_per_round=num_draft_tokens / len(drafted) if drafted else None,
@@ -109,35 +117,9 @@ def _fuzzy_ms_per_step(sample: Sample) -> float | None:
 
 
 def _sum_levels(counts: Iterable[Sequence[int]]) -> list[int]:
-    total: list[int] = []
-    for count in counts:
-        total.extend([0] * (len(count) - len(total)))
-        for level, value in enumerate(count):
-            total[level] += value
-    return total
-
-
-def _level_rate(samples: Sequence[Sample]) -> float | None:
-    """The paper's rate: accepted levels / drafted levels."""
-    num_drafted = sum(sum(sample.counts.num_drafted_by_level) for sample in samples)
-    num_accepted = sum(sum(sample.counts.num_accepted_by_level) for sample in samples)
-    return num_accepted / num_drafted if num_drafted else None
-
-
-def _rates_by_level(samples: Sequence[Sample]) -> tuple[float, ...]:
-    drafted = _sum_levels(sample.counts.num_drafted_by_level for sample in samples)
-    accepted = _sum_levels(sample.counts.num_accepted_by_level for sample in samples)
-    accepted.extend([0] * (len(drafted) - len(accepted)))
-    return tuple(hits / tries if tries else 0.0 for hits, tries in zip(accepted, drafted, strict=True))
+    return [sum(level) for level in itertools.zip_longest(*counts, fillvalue=0)]
 
 
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return None
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high

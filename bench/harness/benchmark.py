@@ -14,12 +14,12 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 
 from bench.harness.flags import parse_settings
+from bench.harness.machine import REPOSITORY
 from bench.harness.provenance import provenance, provenance_lines
 from bench.harness.tables import ResultTable
 from easyspec.cli.signals import run_until_signal
 
 S = TypeVar("S")
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,16 @@ class Benchmark(Generic[S]):
         """
         settings, path = parse_settings(self.settings, self.command, self.about, argv)
         console = Console()
-        outcomes: list[Findings] = []
-        measured = self.measure(settings, console)
-        if isinstance(measured, Findings):
-            outcomes.append(measured)
-        else:
+        outcome = self.measure(settings, console)
+        if not isinstance(outcome, Findings):
+            measuring, outcomes = outcome, []
 
             async def run() -> None:
-                outcomes.append(await measured)
+                outcomes.append(await measuring)
 
             if interrupted := run_until_signal(run()):
                 return interrupted
-        (outcome,) = outcomes
+            (outcome,) = outcomes
         command = shlex.join([*self.command.split(), *argv])
         report = {
             "command": command,
@@ -82,7 +80,8 @@ class Benchmark(Generic[S]):
             for table in outcome.tables:
                 table.print(console)
         if path is not None:
-            write_report(path, report)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             console.print(f"written to {path}", soft_wrap=True)
         for note in outcome.notes:
             console.print(note, highlight=False, soft_wrap=True)
@@ -99,15 +98,6 @@ def as_plain(value: Any) -> Any:
         return [as_plain(each) for each in value]
     if isinstance(value, enum.Enum):
         return as_plain(value.value)
-    return _shown(value) if isinstance(value, Path) else value
-
-
-def _shown(path: Path) -> str:
-    """As the repository names it, where it is inside: a result file says nothing about the machine's folders."""
-    return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a result file, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if isinstance(value, Path):  # a result file says nothing about the machine's folders
+        return str(value.relative_to(REPOSITORY) if value.is_relative_to(REPOSITORY) else value)
+    return value

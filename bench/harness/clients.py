@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from types import TracebackType
 from typing import Self
 
 import grpc
 
-from bench.harness.streams import Counts, Outcome, Round, Speculation, Stream, Task
-from easyspec.errors import CapacityError, UnavailableError
+from bench.harness.streams import Counts, Outcome, Round, Stream, Task
+from easyspec.cli.clients import verifier_info
+from easyspec.errors import CapacityError, EasyspecError, UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.convert import budget_to_pb, layer_plan_to_pb, sources_from_pb, sources_to_pb
 from easyspec.rpc.errors import error_from_rpc, has_retry_hint
 from easyspec.speculation.sources import NO_SOURCES
 from easyspec.v1 import generation_pb2 as pb
-from easyspec.v1 import generation_pb2_grpc, types_pb2, verifier_pb2, verifier_pb2_grpc
+from easyspec.v1 import generation_pb2_grpc, types_pb2
 
 _INFO_TIMEOUT_S = 10.0
-_PROBE_TIMEOUT_S = 2.0
-_Mode = pb.SpeculationParameters.Mode
-_MODES = {
-    Speculation.OFF: _Mode.MODE_OFF,
-    Speculation.ON: _Mode.MODE_ON,
-    Speculation.AUTO: _Mode.MODE_AUTO,
-}
+_ROUND_FIELDS = {field.name for field in dataclasses.fields(Round)}
 
 
 class GatewayClient:
@@ -73,7 +69,10 @@ class GatewayClient:
         call = self._stub.Generate(_request(stream.task, self._model), timeout=self._timeout_s)
         try:
             async for message in call:
-                stream.rounds.append(_round_from_pb(message))
+                timings = {field.name: value for field, value in message.timings.ListFields()}
+                known = {name: value for name, value in timings.items() if name in _ROUND_FIELDS}
+                num_tokens = len(message.token_ids)
+                stream.rounds.append(Round(time.perf_counter(), num_tokens, message.num_accepted, **known))
                 stream.token_ids.extend(message.token_ids)
                 if message.HasField("completion"):
                     statistics = message.completion.speculation
@@ -103,29 +102,13 @@ class GatewayClient:
             call.cancel()
 
 
-class VerifierProbe:
-    """How much of the verifier's KV pool is in use; nothing is known without an address."""
-
-    def __init__(self, address: str | None) -> None:
-        self._channel = open_channel(address) if address is not None else None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-
-    async def kv_use(self) -> float | None:
-        """Used slots / all slots; None if the verifier cannot be asked."""
-        if self._channel is None:
-            return None
-        stub = verifier_pb2_grpc.VerifierServiceStub(self._channel)
-        try:
-            info = await stub.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_PROBE_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return None
-        return info.kv.num_used_slots / info.kv.num_slots if info.kv.num_slots else None
+async def kv_use(verifier_address: str) -> float | None:
+    """Used slots / all slots of the verifier's KV pool; None if it cannot be asked."""
+    try:
+        kv = (await verifier_info(verifier_address)).kv
+    except EasyspecError:
+        return None
+    return kv.num_used_slots / kv.num_slots if kv.num_slots else None
 
 
 def describe_model(model: types_pb2.ModelInfo) -> str:
@@ -141,30 +124,10 @@ def _request(task: Task, model: str) -> pb.GenerateRequest:
         # The length is the benchmark's, whatever the model would have stopped at.
         stop=types_pb2.StopConditions(max_tokens=task.max_tokens, ignore_eos=True),
         speculation=pb.SpeculationParameters(
-            mode=_MODES[task.speculation],
+            mode=pb.SpeculationParameters.Mode.Value(f"MODE_{task.speculation.name}"),
             budget=budget_to_pb(task.budget) if task.budget else None,
             layer_plan=layer_plan_to_pb(task.layer_plan) if task.layer_plan else None,
             sources=sources_to_pb(task.sources) if task.sources else None,
             draft_ahead=task.draft_ahead,
         ),
-    )
-
-
-def _round_from_pb(message: pb.GenerateResponse) -> Round:
-    timings = message.timings
-    return Round(
-        at_s=time.perf_counter(),
-        num_tokens=len(message.token_ids),
-        num_accepted=message.num_accepted,
-        num_draft_tokens=timings.num_draft_tokens,
-        num_batch_rows=timings.num_batch_rows,
-        num_batch_sessions=timings.num_batch_sessions,
-        num_draft_levels=timings.num_draft_levels,
-        num_fuzzy_steps=timings.num_fuzzy_steps,
-        draft_ns=timings.draft_ns,
-        calibrate_ns=timings.calibrate_ns,
-        fuzzy_ns=timings.fuzzy_ns,
-        verify_ns=timings.verify_ns,
-        compute_ns=timings.compute_ns,
-        round_ns=timings.round_ns,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -16,28 +15,24 @@ from easyspec.ops.executor import choose_executor
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a reader needs to compare two measurements; `executor` is the fastest that runs here."""
+def describe_machine() -> dict[str, str | int]:
+    """What a reader needs to compare two measurements.
 
-    cpu: str
-    cores: int
-    memory_gib: int
-    torch: str
-    python: str
-    executor: str
-
-
-def describe_machine() -> Machine:
-    """Describe this machine; `cores` are those this process may use."""
-    return Machine(
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        torch=metadata.version("torch"),
-        python=platform.python_version(),
-        executor=choose_executor("auto", torch.device("cpu"), num_threads=1).name,
-    )
+    `cores` are those this process may use, `executor` is the fastest that runs here.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+        "executor": choose_executor("auto", torch.device("cpu"), num_threads=1).name,
+    }
 
 
 def current_commit() -> str:
@@ -48,12 +43,3 @@ def current_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -25,7 +24,7 @@ def provenance(checkpoints: Sequence[Path]) -> dict[str, Any]:
     Without `checkpoints` the services were running before, and their weights are not known.
     """
     return {
-        "machine": dataclasses.asdict(describe_machine()),
+        "machine": describe_machine(),
         "commit": current_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "weights": {_name(folder): weights_digest(folder) for folder in checkpoints},
@@ -49,7 +48,9 @@ def provenance_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"* command: `{report['command']}`",
         f"* machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"torch {machine['torch']}, Python {machine['python']}" + _executor(machine),
+        f"torch {machine['torch']}, Python {machine['python']}"
+        # Reports from before there were executors do not name one.
+        + (f", {machine['executor']}" if "executor" in machine else ""),
         f"* commit {report['commit']}, {report['date']}",
     ]
     if weights:
@@ -57,11 +58,6 @@ def provenance_lines(report: Mapping[str, Any]) -> list[str]:
     if any(weights_digest(folder) != weights.get(_name(folder), weights_digest(folder)) for folder in BUNDLED):
         lines.append("* **the bundled models have been trained further since**; these figures are of the earlier ones")
     return lines
-
-
-def _executor(machine: Mapping[str, Any]) -> str:
-    """Reports from before there were executors do not name one."""
-    return f", {machine['executor']}" if "executor" in machine else ""
 
 
 def _name(folder: Path) -> str:

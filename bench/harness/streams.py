@@ -50,7 +50,7 @@ class Round:
     at_s: float
     num_tokens: int
     num_accepted: int
-    num_draft_tokens: int
+    num_draft_tokens: int = 0
     num_batch_rows: int = 0
     num_batch_sessions: int = 0
     num_draft_levels: int = 0

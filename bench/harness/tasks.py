@@ -35,41 +35,31 @@ def source_tasks(name: str, num_prompts: int, seed: int) -> list[SourceTask]:
     """`num_prompts` tasks of one kind; raises ValueError if there are fewer."""
     if name == "code":
         return [SourceTask(name, prompt) for prompt in held_out_prompts(num_prompts, seed, _CODE_PROMPT_CHARS)]
-    prompts = _all_prompts(name)
+    prompts = _prompts(name)
     if num_prompts > len(prompts):
         raise ValueError(f"num_prompts must be at most {len(prompts)} for {name}, not {num_prompts}")
     return [SourceTask(name, prompt) for prompt in random.Random(seed).sample(prompts, num_prompts)]
 
 
 @functools.cache
-def _all_prompts(name: str) -> list[str]:
-    return sorted(set({"prose": _prose_prompts, "copy": _copy_prompts}[name]()))
-
-
-def _prose_prompts() -> Iterator[str]:
-    """Documentation, cut after a word in the middle."""
+def _prompts(name: str) -> list[str]:
+    """Prose: documentation, cut after a word in the middle. Copy: a function and the beginning of its edited copy; a
+    document and the beginning of a quotation from it."""
+    found: set[str] = set()
     for text in held_out_texts().values():
-        for docstring in _docstrings(text):
-            if len(docstring) >= _MIN_DOCSTRING_CHARS:
-                yield docstring[: docstring.rindex(" ", 0, len(docstring) // 2)]
-
-
-def _copy_prompts() -> Iterator[str]:
-    """A function and the beginning of its edited copy; a document and the beginning of a quotation from it."""
-    for text in held_out_texts().values():
+        docstrings = [docstring for docstring in _docstrings(text) if len(docstring) >= _MIN_DOCSTRING_CHARS]
+        if name == "prose":
+            found.update(docstring[: docstring.rindex(" ", 0, len(docstring) // 2)] for docstring in docstrings)
+            continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 source = textwrap.dedent(ast.get_source_segment(text, node, padded=True) or "").strip()
                 if _FUNCTION_CHARS[0] <= len(source) <= _FUNCTION_CHARS[1]:
-                    yield _edit_prompt(node.name, source)
-        for docstring in _docstrings(text):
-            if _MIN_DOCSTRING_CHARS <= len(docstring) <= _FUNCTION_CHARS[1]:
-                yield f"{docstring}\n\nTo quote the above:\n\n{_beginning(docstring)}"
-
-
-def _edit_prompt(name: str, source: str) -> str:
-    edited = source.replace(name, f"{name}_checked", 1)
-    return f"{source}\n\n# The same function under another name.\n{_beginning(edited)}"
+                    edited = source.replace(node.name, f"{node.name}_checked", 1)
+                    found.add(f"{source}\n\n# The same function under another name.\n{_beginning(edited)}")
+        quotable = (docstring for docstring in docstrings if len(docstring) <= _FUNCTION_CHARS[1])
+        found.update(f"{docstring}\n\nTo quote the above:\n\n{_beginning(docstring)}" for docstring in quotable)
+    return sorted(found)
 
 
 def _beginning(text: str) -> str:

@@ -190,7 +190,12 @@ class Bench:
         times = self._device.times_s(run, self._shapes.num_repeats)
         for each in slots:
             each.truncate(self._shapes.context)
-        floor_ms = 1e3 * self._read_bytes(num_sessions, num_rows) / speed
+        # Weights but for the embedding table, and every session's keys and values.
+        shape, itemsize = self._shape, self.decoder.config.dtype.itemsize
+        layers = shape.num_layers * (shape.attention_parameters + shape.mlp_parameters)
+        num_values = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
+        num_tokens = num_sessions * (self._shapes.context + num_rows)
+        floor_ms = 1e3 * itemsize * (layers + shape.head_parameters + num_values * num_tokens) / speed
         return PassResult(
             model=self._shape.name,
             plan=name,
@@ -209,54 +214,37 @@ class Bench:
         token_ids = [position % self._shape.vocab_size for position in positions]
         return Segment(token_ids, positions, own, [position + 1 for position in positions], slots.by_position)
 
-    def _read_bytes(self, num_sessions: int, num_rows: int) -> float:
-        """Weights but for the embedding table, and every session's keys and values."""
-        shape, itemsize = self._shape, self.decoder.config.dtype.itemsize
-        layers = shape.num_layers * (shape.attention_parameters + shape.mlp_parameters)
-        num_values = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
-        num_tokens = num_sessions * (self._shapes.context + num_rows)
-        return float(itemsize * (layers + shape.head_parameters + num_values * num_tokens))
 
+@torch.inference_mode()
+def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
+    """Everything, as it stands in the result file.
 
-def base_results(shapes: Shapes, device: Device, folder: Path, speed: float) -> tuple[list[PassResult], bool]:
-    """Verifier passes by rows of one session, and by sessions of a plain row each; whether their bits are the same."""
-    bench = Bench(shapes.base, shapes, device, folder)
-    is_invariant = bench.prepare()
-    plan = sequential_plan(shapes.base.num_layers)
-    kinds = [(1, rows) for rows in shapes.base_rows] + [(count, 1) for count in shapes.num_sessions if count > 1]
-    return [bench.measure(plan, "sequential", *kind, speed) for kind in kinds], is_invariant
-
-
-def draft_results(shapes: Shapes, device: Device, folder: Path, speed: float) -> list[PassResult]:
-    """Steps of a level's width: sequential, and the fuzzy plans of the same model."""
-    bench = Bench(shapes.draft, shapes, device, folder)
-    bench.prepare()
+    Verifier passes by rows of one session, and by sessions of a plain row each; then steps of a level's width of the
+    draft: sequential, and the fuzzy plans of the same model.
+    """
+    speed = device.copy_bytes_per_s(shapes.num_copied_bytes, shapes.num_repeats)
     num_layers, size = shapes.draft.num_layers, shapes.layer_parallel_size
     plans = {
         "sequential": sequential_plan(num_layers),
         f"n{size}-sequential": paper_plan(num_layers, size, MlpPlacement.SEQUENTIAL),
         f"n{size}-staged": paper_plan(num_layers, size, MlpPlacement.STAGED),
     }
-    return [
-        bench.measure(plan, name, count, shapes.draft_width, speed)
-        for count in shapes.num_sessions
-        for name, plan in plans.items()
-    ]
-
-
-@torch.inference_mode()
-def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
-    """Everything, as it stands in the result file."""
-    speed = device.copy_bytes_per_s(shapes.num_copied_bytes, shapes.num_repeats)
     with tempfile.TemporaryDirectory() as folder:
-        base, is_invariant = base_results(shapes, device, Path(folder) / "base", speed)
-        draft = draft_results(shapes, device, Path(folder) / "draft", speed)
+        bench = Bench(shapes.base, shapes, device, Path(folder) / "base")
+        is_invariant = bench.prepare()
+        kinds = [(1, rows) for rows in shapes.base_rows] + [(count, 1) for count in shapes.num_sessions if count > 1]
+        plan = sequential_plan(shapes.base.num_layers)
+        results = [bench.measure(plan, "sequential", *kind, speed) for kind in kinds]
+        bench = Bench(shapes.draft, shapes, device, Path(folder) / "draft")
+        bench.prepare()
+        for count in shapes.num_sessions:
+            results += [bench.measure(plan, name, count, shapes.draft_width, speed) for name, plan in plans.items()]
     return {
         "device": device.describe(),
         "copy_gb_per_s": round(speed / 1e9, 1),
         "row_invariant": is_invariant,
         "settings": shapes,
-        "results": as_plain([*base, *draft]),
+        "results": as_plain(results),
     }
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.console import Console
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.flags import flag
 from bench.harness.random_weights import RandomWeights, write_config
-from bench.harness.tables import Column, ResultTable, Row
+from bench.harness.tables import Column, ResultTable
 from bench.harness.turns import progress_on
 from drafter_service.model.plan_choice import time_plans
 from easyspec.model.config import load_config
@@ -39,16 +38,12 @@ _GROUP_SIZES = (2, 4)
 _NAMES = tuple(f"{mlp.value} {size}" for mlp, size in itertools.product(MlpPlacement, _GROUP_SIZES))
 
 
-def _speed_up_of(name: str) -> Callable[[Row], Any]:
-    return lambda row: row["speed_ups"][name]
-
-
 _COLUMNS = (
     Column("width", "width"),
     Column("layers", "num_layers"),
     Column("threads", "num_threads"),
     Column("exact ms", "exact_ms", ".3f"),
-    *(Column(name, _speed_up_of(name), ".2f") for name in _NAMES),
+    *(Column(name, lambda row, name=name: row["speed_ups"][name], ".2f") for name in _NAMES),  # type: ignore[misc]
 )
 
 

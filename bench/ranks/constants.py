@@ -58,12 +58,19 @@ def measure_constants(ranks: Ranks, folder: Path) -> Constants:
             gather_us[num_bytes] = _each_us(ranks, products, partial(ranks.gather, torch.zeros(num_bytes // 4)))
         payload = b"order" if ranks.rank == 0 else None
         order_us = _each_us(ranks, products, lambda: ranks.share(payload))
-    latency_us, link = _fit(gather_us, ranks.size)
+    # Latency of a decode step's sizes, and bytes per second over the slope from them to the largest part.
+    latency_us, link = 0.0, 1.0
+    if gather_us:
+        large = max(gather_us)
+        latency_us = statistics.median(us for num_bytes, us in gather_us.items() if num_bytes <= _SMALL_PART_BYTES)
+        link = 1e6 * (ranks.size - 1) * large / max(gather_us[large] - latency_us, 1e-3)
+    tiny = open_decoder(folder / TINY.name, TINY)  # arithmetic takes no time: what remains is the cost of operations
+    tiny_pass = partial(decoder_pass, tiny, tiny.new_pool(NUM_SLOTS), num_rows=4, context_tokens=64)
     return Constants(
         num_ranks=ranks.size,
         memory_bytes_per_s=weight_bytes / few_rows_s,
         flops_per_s=2 * _MANY_ROWS * _WEIGHT[0] * _WEIGHT[1] / many_rows_s,
-        op_us=1e6 * _together(ranks, _tiny_pass(folder)) / (TINY.num_layers * (ATTENTION_OPERATIONS + MLP_OPERATIONS)),
+        op_us=1e6 * _together(ranks, tiny_pass) / (TINY.num_layers * (ATTENTION_OPERATIONS + MLP_OPERATIONS)),
         collective_us=latency_us,
         link_bytes_per_s=link,
         order_us=order_us,
@@ -87,13 +94,6 @@ def _products(count: int) -> list[Run]:
         return lambda num_rows: compiled.run(rows[num_rows], pool)
 
     return [prepared() for _ in range(count)]
-
-
-def _tiny_pass(folder: Path) -> Callable[[], object]:
-    """A whole pass of a decoder whose arithmetic takes no time: what remains is the cost of its operations."""
-    decoder = open_decoder(folder / TINY.name, TINY)
-    pool = decoder.new_pool(NUM_SLOTS)
-    return lambda: decoder_pass(decoder, pool, num_rows=4, context_tokens=64)
 
 
 def _run_all(products: list[Run], num_rows: int) -> None:
@@ -125,13 +125,3 @@ def _together(ranks: Ranks, work: Callable[[], object]) -> float:
         times.append(time.perf_counter() - started)
     own = torch.tensor(typical(times), dtype=torch.float64)
     return float(ranks.gather(own).mean())
-
-
-def _fit(gather_us: dict[int, float], num_ranks: int) -> tuple[float, float]:
-    """Latency of a decode step's sizes, and bytes per second over the slope from them to the largest part."""
-    if not gather_us:
-        return 0.0, 1.0
-    large = max(gather_us)
-    small_us = statistics.median(us for num_bytes, us in gather_us.items() if num_bytes <= _SMALL_PART_BYTES)
-    slope_us = max(gather_us[large] - small_us, 1e-3)
-    return small_us, 1e6 * (num_ranks - 1) * large / slope_us

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +46,14 @@ class RankSettings:
 def measure(settings: RankSettings, console: Console) -> Findings:
     """Start the groups one after the other."""
     watch = OtherLoad()
-    groups = _groups(settings.ranks, settings.rounds)
+    groups: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for size in settings.ranks:
+            worker = ["-m", "bench.ranks.worker", name, str(settings.rounds)]
+            command = [sys.executable, *torchrun_arguments(size), *worker]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=_TIMEOUT_S)
+            groups.append(json.loads((Path(name) / "result.json").read_text(encoding="utf-8")))
     share = watch.share()
     rows = [row for group in groups for row in group["rows"]]
     return Findings(
@@ -79,17 +85,6 @@ class OtherLoad:
         idle = ticks[3] + ticks[4]
         own = sum(os.times()[:4])
         return (sum(ticks) - idle) / ticks_per_s, sum(ticks) / ticks_per_s, own
-
-
-def _groups(sizes: Sequence[int], num_rounds: int) -> list[dict[str, Any]]:
-    groups = []
-    with tempfile.TemporaryDirectory() as name:
-        for size in sizes:
-            command = [sys.executable, *torchrun_arguments(size), "-m", "bench.ranks.worker", name, str(num_rounds)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-            subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=_TIMEOUT_S)
-            groups.append(json.loads((Path(name) / "result.json").read_text(encoding="utf-8")))
-    return groups
 
 
 BENCHMARK = Benchmark("python -m bench ranks", __doc__, RankSettings, measure)

@@ -26,7 +26,10 @@ def section(report: Mapping[str, Any]) -> str:
     """Constants and rounds; times are `model / measured` in milliseconds."""
     machine, groups = report["machine"], report["groups"]
     rows = [row for group in groups for row in group["rows"]]
-    errors = {figure: _largest_error(rows, figure) for figure in _ROUND_FIGURES}
+    errors = {
+        figure: max((row["ratio"] - 1 for row in rows if row["figure"] == figure), key=abs, default=0.0)
+        for figure in _ROUND_FIGURES
+    }
     worst = ", ".join(f"{figure} {error:+.0%}" for figure, error in errors.items())
     return "\n".join(
         [
@@ -53,10 +56,6 @@ CONSTANT_COLUMNS = (
 )
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    return f"{row['model_ms']:.1f} / {row['measured_ms']:.1f} ({row['ratio']:.2f})"
-
-
 _ROUND_COLUMNS = (
     Column("drafter", "scheme"),
     Column("ranks", "ranks"),
@@ -72,10 +71,8 @@ def _rounds(groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
             figures = {row["figure"]: row for row in group["rows"] if row["scheme"] == scheme}
             alone = next(row for row in groups[0]["rows"] if row["figure"] == "round")  # TP-1
             speed = " / ".join(f"{alone[key] / figures['round'][key]:.2f}" for key in ("model_ms", "measured_ms"))
-            cells = {figure: _cell(figures[figure]) for figure in _ROUND_FIGURES}
+            cells = {
+                figure: "{model_ms:.1f} / {measured_ms:.1f} ({ratio:.2f})".format(**figures[figure])
+                for figure in _ROUND_FIGURES
+            }
             yield {"scheme": scheme, "ranks": group["constants"]["num_ranks"], "speed": speed, **cells}
-
-
-def _largest_error(rows: Sequence[Any], figure: str) -> float:
-    errors = [row["ratio"] - 1 for row in rows if row["figure"] == figure]
-    return float(max(errors, key=abs, default=0.0))

@@ -6,13 +6,15 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
-from bench.harness.clients import GatewayClient, VerifierProbe
+from bench.harness.clients import GatewayClient, kv_use
 from bench.harness.streams import Outcome, Speculation, Stream
 from bench.serving.workload import Workload
 
+_Ask = Callable[[], Coroutine[Any, Any, Stream]]
 _KV_PROBE_INTERVAL_S = 0.25
 # A refused client of a closed loop comes again after this, not at once.
 _MIN_PAUSE_AFTER_REFUSAL_S = 0.2
@@ -46,9 +48,10 @@ class Window:
 class LoadGenerator:
     """Runs windows of a workload against one gateway."""
 
-    def __init__(self, client: GatewayClient, probe: VerifierProbe, workload: Workload) -> None:
+    def __init__(self, client: GatewayClient, verifier: str | None, workload: Workload) -> None:
+        """`verifier` is the address that is asked how full its KV pool is."""
         self._client = client
-        self._probe = probe
+        self._verifier = verifier
         self._workload = workload
 
     async def run(
@@ -90,7 +93,7 @@ class LoadGenerator:
             await asyncio.gather(load, watching, return_exceptions=True)
         return window
 
-    async def _closed_loop(self, concurrency: int, ask: Callable[[], Awaitable[Stream]]) -> None:
+    async def _closed_loop(self, concurrency: int, ask: _Ask) -> None:
         async def worker() -> None:
             while True:
                 stream = await ask()
@@ -101,7 +104,7 @@ class LoadGenerator:
             for _ in range(concurrency):
                 group.create_task(worker())
 
-    async def _poisson(self, settings: WindowSettings, window: Window, ask: Callable[[], Awaitable[Stream]]) -> None:
+    async def _poisson(self, settings: WindowSettings, window: Window, ask: _Ask) -> None:
         assert settings.rate is not None
         chooser = random.Random(0)
         running: set[asyncio.Task[Stream]] = set()
@@ -112,20 +115,13 @@ class LoadGenerator:
                 if len(running) >= settings.concurrency:
                     window.num_skipped += 1
                     continue
-                running.add(group.create_task(_as_coroutine(ask)))
+                running.add(group.create_task(ask()))
 
     async def _watch_kv(self, window: Window) -> None:
-        while True:
-            use = await self._probe.kv_use()
-            if use is None:
-                return
+        while self._verifier and (use := await kv_use(self._verifier)) is not None:
             if window.start_s:
                 window.kv_uses.append(use)
             await asyncio.sleep(_KV_PROBE_INTERVAL_S)
-
-
-async def _as_coroutine(ask: Callable[[], Awaitable[Stream]]) -> Stream:
-    return await ask()
 
 
 async def _ramp(window: Window, settings: WindowSettings) -> None:

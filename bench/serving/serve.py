@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.harness.benchmark import Benchmark, Findings, as_plain
-from bench.harness.clients import GatewayClient, VerifierProbe
+from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts
@@ -39,7 +39,8 @@ def _percentiles(values: Mapping[str, float] | None) -> str | None:
     return None if values is None else "/".join(f"{values[name]:.0f}" for name in ("p50", "p95", "p99"))
 
 
-def _with_error(value: float | None, error: float | None) -> str | None:
+def _vs_best(row: Mapping[str, Any]) -> str | None:
+    value, error = row["vs_best"], row.get("vs_best_error")
     return None if value is None else f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
@@ -47,7 +48,7 @@ COLUMNS = (
     Column("streams", "concurrency"),
     Column("speculation", "speculation"),
     Column("tokens/s", "tokens_per_s", ".1f"),
-    Column("x best", lambda row: _with_error(row["vs_best"], row.get("vs_best_error"))),
+    Column("x best", _vs_best),
     Column("TTFT ms", lambda row: _percentiles(row["ttft_ms"])),
     Column("inter-token ms", lambda row: _percentiles(row["inter_token_ms"])),
     Column("length", "mean_acceptance_length", ".2f"),
@@ -94,11 +95,10 @@ async def measure(settings: ServeSettings, console: Console) -> Findings:
     async with AsyncExitStack() as exits:
         gateway, verifier = await exits.enter_async_context(_services(settings, pair))
         client = await exits.enter_async_context(GatewayClient(gateway, settings.timeout_s))
-        probe = await exits.enter_async_context(VerifierProbe(verifier))
         info = await client.info()
         progress = exits.enter_context(progress_on(console))
         if settings.overload_s is None:
-            results = await measure_windows(client, probe, settings, progress, pair.prompts)
+            results = await measure_windows(client, verifier, settings, progress, pair.prompts)
         else:
             wanted = OverloadSettings(settings.overload_s, concurrency=max(settings.concurrencies))
             workload = Workload(settings.mix, settings.seed, pair.prompts)
@@ -113,7 +113,11 @@ async def measure(settings: ServeSettings, console: Console) -> Findings:
     notes += [overload.verdict] if overload is not None else []
     return Findings(
         content={
-            "pair": {"name": settings.gateway or pair.name, **_models(info)},
+            "pair": {
+                "name": settings.gateway or pair.name,
+                "base": info.models[0].name if info.models else "",
+                "draft": info.draft_model.name,
+            },
             "results": rows,
             "overload": overload,
         },
@@ -126,13 +130,13 @@ async def measure(settings: ServeSettings, console: Console) -> Findings:
 
 async def measure_windows(
     client: GatewayClient,
-    probe: VerifierProbe,
+    verifier: str | None,
     settings: ServeSettings,
     progress: Progress,
     source: PairPrompts = HELD_OUT_TEXT,
 ) -> list[ServeResult]:
     """All concurrencies one after the other, their settings interleaved."""
-    generator = LoadGenerator(client, probe, Workload(settings.mix, settings.seed, source))
+    generator = LoadGenerator(client, verifier, Workload(settings.mix, settings.seed, source))
     speculations = [Speculation(name) for name in settings.speculations]
     num_windows = 1 + settings.num_turns * len(speculations)
     bar = progress.add_task("starting", total=len(settings.concurrencies) * num_windows)
@@ -153,13 +157,6 @@ async def measure_windows(
             turns.append(windows)
         results += summarize(concurrency, turns)
     return results
-
-
-def _models(info: Any) -> dict[str, str]:
-    return {
-        "base": info.models[0].name if info.models else "",
-        "draft": info.draft_model.name if info.HasField("draft_model") else "",
-    }
 
 
 @asynccontextmanager

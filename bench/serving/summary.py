@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,25 +58,15 @@ class ServeResult:
     num_failed: int
 
 
-@dataclass(frozen=True)
-class _Ratio:
-    """A ratio of throughputs and its standard error; None: not known."""
-
-    value: float | None
-    error: float | None
-
-
-_UNKNOWN = _Ratio(None, None)
-
-
 def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[ServeResult]:
     """Results of one concurrency; a turn holds one window of each setting, which ran next to each other."""
     by_setting: dict[Speculation, list[Window]] = {setting: [] for setting in Speculation}
     for window in itertools.chain.from_iterable(turns):
         by_setting[window.speculation].append(window)
-    ratio = _ratio_to_best(turns)
     return [
-        _result(concurrency, setting, windows, ratio if setting is Speculation.AUTO else _UNKNOWN)
+        _result(
+            concurrency, setting, windows, *(_ratio_to_best(turns) if setting is Speculation.AUTO else (None, None))
+        )
         for setting, windows in by_setting.items()
         if windows
     ]
@@ -95,25 +86,28 @@ def percentiles(values_s: Sequence[float]) -> Percentiles | None:
     return Percentiles(p50, p95, p99)
 
 
-def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> _Ratio:
-    """Auto / the better of off and on."""
+def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> tuple[float | None, float | None]:
+    """Auto / the better of off and on, and the ratio's standard error; None where it is not known."""
     speeds = [{window.speculation: throughput(window) for window in turn} for turn in turns]
     speeds = [speed for speed in speeds if Speculation.AUTO in speed]
     rivals = [setting for setting in (Speculation.OFF, Speculation.ON) if all(setting in speed for speed in speeds)]
     if not speeds or not rivals:
-        return _UNKNOWN
+        return None, None
     better = max(rivals, key=lambda setting: sum(speed[setting] for speed in speeds))
     total = sum(speed[better] for speed in speeds)
     if total == 0:
-        return _UNKNOWN
+        return None, None
     ratios = [speed[Speculation.AUTO] / speed[better] for speed in speeds if speed[better] > 0]
     error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
-    return _Ratio(sum(speed[Speculation.AUTO] for speed in speeds) / total, error)
+    return sum(speed[Speculation.AUTO] for speed in speeds) / total, error
 
 
-def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], ratio: _Ratio) -> ServeResult:
+def _result(
+    concurrency: int, setting: Speculation, windows: Sequence[Window], vs_best: float | None, error: float | None
+) -> ServeResult:
     rounds = [each for window in windows for each in _rounds(window)]
     streams = [stream for window in windows for stream in window.streams]
+    outcomes = Counter(stream.outcome for stream in streams)
     drafted = [each for each in rounds if each.num_draft_tokens]
     speeds = tuple(throughput(window) for window in windows)
     kv_uses = [use for window in windows for use in window.kv_uses]
@@ -126,8 +120,8 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
         speculation=setting.value,
         tokens_per_s=statistics.median(speeds),
         tokens_per_s_by_window=speeds,
-        vs_best=ratio.value,
-        vs_best_error=ratio.error,
+        vs_best=vs_best,
+        vs_best_error=error,
         ttft_ms=percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
         inter_token_ms=percentiles(
             [gap for window in windows for gap in inter_token_s(window.streams, window.start_s, window.end_s)]
@@ -139,9 +133,9 @@ def _result(concurrency: int, setting: Speculation, windows: Sequence[Window], r
         batch_rows=rows / num_steps if num_steps else None,
         kv_use=statistics.mean(kv_uses) if kv_uses else None,
         num_requests=len(streams),
-        num_complete=_count(streams, Outcome.COMPLETE),
-        num_refused=_count(streams, Outcome.REFUSED),
-        num_failed=_count(streams, Outcome.FAILED),
+        num_complete=outcomes[Outcome.COMPLETE],
+        num_refused=outcomes[Outcome.REFUSED],
+        num_failed=outcomes[Outcome.FAILED],
     )
 
 
@@ -156,7 +150,3 @@ def inter_token_s(streams: Sequence[Stream], start_s: float = -math.inf, end_s: 
         for before, each in itertools.pairwise(stream.rounds):
             if start_s <= each.at_s < end_s and each.num_tokens:
                 yield from [(each.at_s - before.at_s) / each.num_tokens] * each.num_tokens
-
-
-def _count(streams: Sequence[Stream], outcome: Outcome) -> int:
-    return sum(stream.outcome is outcome for stream in streams)

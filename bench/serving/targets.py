@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.harness.benchmark import Benchmark, Findings, as_plain
-from bench.harness.clients import GatewayClient, VerifierProbe
+from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.machine import REPOSITORY
 from bench.harness.pairs import PAIRS, start_services
@@ -62,10 +62,6 @@ class TargetSettings:
     mix: Annotated[str, flag("Prompts and lengths.", choices=MIXES)] = "mixed"
     timeout_s: Annotated[float, flag("Deadline of a request.")] = 120.0
     seed: Annotated[int, flag("Chooses prompts, lengths and noise.")] = 7
-
-    def in_order(self) -> list[Speculation]:
-        """Off first."""
-        return [Speculation.OFF, *(Speculation(name) for name in self.speculations)]
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,8 @@ async def measure_windows(
 ) -> list[list[dict[Speculation, Window]]]:
     """For each model, by turn, the windows of each setting; those of all models were measured at the same time."""
     workload = Workload(settings.mix, settings.seed)
-    speculations = settings.in_order()
-    generators = [LoadGenerator(client, VerifierProbe(None), workload) for client in clients]
+    speculations = [Speculation.OFF, *(Speculation(name) for name in settings.speculations)]
+    generators = [LoadGenerator(client, None, workload) for client in clients]
     window_settings = WindowSettings(settings.num_streams, settings.window_s, _MAX_RAMP_S)
 
     async def at_once(wanted: WindowSettings, speculation: Speculation, first_index: int) -> list[Window]:
@@ -156,9 +152,9 @@ def results_of(
     rows: list[TargetResult] = []
     for found in summarize(num_streams, [list(turn.values()) for turn in turns]):
         speculation = Speculation(found.speculation)
-        is_plain = speculation is Speculation.OFF
-        ratios = [] if is_plain else [_ratio(turn[speculation], turn[Speculation.OFF]) for turn in turns]
-        compared = [] if is_plain else [_compare(turn[Speculation.OFF], turn[speculation]) for turn in turns]
+        pairs = [(turn[speculation], turn[Speculation.OFF]) for turn in turns if speculation is not Speculation.OFF]
+        ratios = [throughput(window) / max(throughput(plain), 1e-9) for window, plain in pairs]
+        compared = [_compare(plain, window) for window, plain in pairs]
         rows.append(
             TargetResult(
                 model,
@@ -176,10 +172,6 @@ def results_of(
             )
         )
     return rows
-
-
-def _ratio(window: Window, plain: Window) -> float:
-    return throughput(window) / max(throughput(plain), 1e-9)
 
 
 def _compare(plain: Window, drafted: Window) -> tuple[int, int]:

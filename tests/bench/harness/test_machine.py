@@ -32,8 +32,8 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path: Path, monkeypatch: p
 
 def test_the_machine_names_its_cpu_and_versions() -> None:
     found = machine.describe_machine()
-    assert found.cpu
-    assert found.cores >= 1
-    assert found.memory_gib >= 1
-    assert found.torch.startswith("2.")
-    assert found.executor.startswith(("native-", "reference"))
+    assert found["cpu"]
+    assert int(found["cores"]) >= 1
+    assert int(found["memory_gib"]) >= 1
+    assert str(found["torch"]).startswith("2.")
+    assert str(found["executor"]).startswith(("native-", "reference"))

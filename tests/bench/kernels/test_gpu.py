@@ -11,6 +11,7 @@ import torch
 from bench.harness.random_weights import RandomWeights
 from bench.kernels import gpu
 from easyspec.errors import ConfigurationError
+from easyspec.parallel.layer_groups import sequential_plan
 from tests.model.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -40,7 +41,9 @@ def test_the_floor_counts_what_must_be_read(tmp_path: Path) -> None:
     embeddings = settings.base.vocab_size * settings.base.hidden_size
     linears = bench.decoder.num_parameters - embeddings
     # 3 layers, key and value of 2 heads of 16, in sessions of 20 tokens and 4 more.
-    assert bench._read_bytes(2, 4) == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 24)
+    bench.prepare()
+    found = bench.measure(sequential_plan(3), "sequential", num_sessions=2, num_rows=4, speed=1e3)
+    assert found.floor_ms == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 24)
 
 
 def test_full_shapes_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
