@@ -31,6 +31,7 @@ COMMANDS = {
     "acceptance": ("bench.probes.acceptance", "how much of a base's answers a draft model guesses"),
     "layer-groups": ("bench.probes.layer_groups", "fuzzy steps of drafts of many shapes beside exact ones"),
     "bookkeeping": ("bench.probes.bookkeeping", "what the verifier's Python takes beside its passes"),
+    "first-answer": ("bench.probes.first_answer", "from the start of `easyspec chat` to its answer"),
     "report": ("bench.report.report", "write docs/benchmarks.md and its pages from the result files"),
 }
 
