@@ -220,7 +220,7 @@ def measure(settings: BookkeepingSettings, console: Console) -> Findings:
         reading = [time_reading(folder, num_tokens) for num_tokens in (32_768, 65_536, 131_072)]
         steps = [
             time_steps(folder, num_sessions, num_tokens, settings.steps)
-            for num_sessions, num_tokens in ((64, 256), (64, 32_768), (250, 256), (1000, 256))
+            for num_sessions, num_tokens in ((1, 256), (64, 256), (64, 32_768), (250, 256), (1000, 256))
         ]
     return Findings(
         {"reading": reading, "steps": steps},
