@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,9 +63,11 @@ def _chat_options(settings: GatewaySettings, template: Path | None) -> ChatOptio
 class Assembly:
     """Builds the models of a gateway, and owns their connections; made and used in the running event loop."""
 
-    def __init__(self, settings: GatewaySettings, observe: GenerationObserver, clients: ClientLimiter) -> None:
+    def __init__(
+        self, settings: GatewaySettings, observers: Sequence[GenerationObserver], clients: ClientLimiter
+    ) -> None:
         self._settings = settings
-        self._observe = observe
+        self._observers = observers
         self._clients = clients
         self._backoff = ExponentialBackoff(settings.retry_first_ms / 1000, settings.retry_max_ms / 1000)
         self._channels: list[Any] = []
@@ -96,7 +98,7 @@ class Assembly:
             settings.stalled_client_timeout_s,
             limits=settings,
             clients=self._clients,
-            observe=self._observe,
+            observers=self._observers,
             tool_dialect=_tool_dialect(settings, tokenizer),
             served_name=route.name,
             sampling_defaults=NO_DEFAULTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from gateway.peers.verify_session import VerifierPool
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.speculation.controller import SpeculationController
 from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy, following
-from gateway.telemetry.observation import GenerationObserver, RequestObserver, observed
+from gateway.telemetry.observation import GenerationObserver, ObservedRequest, observed
 from gateway.telemetry.progress import Progress
 from gateway.telemetry.statistics import NO_ROUND
 from gateway.text.conversation import Conversation, ToolMode
@@ -75,7 +75,7 @@ class Generator:
         stalled_client_timeout_s: float,
         limits: RequestLimits,
         clients: ClientLimiter,
-        observe: GenerationObserver,
+        observers: Sequence[GenerationObserver],
         tool_dialect: ToolDialect = ToolDialect.NONE,
         served_name: str = "",
         sampling_defaults: SamplingDefaults = NO_DEFAULTS,
@@ -94,7 +94,7 @@ class Generator:
         self.default_budget = default_budget
         self._limits = limits
         self._clients = clients
-        self._observe = observe
+        self._observers = observers
         self.speculation = SpeculationController(default_budget)
 
     @property
@@ -154,13 +154,12 @@ class Generator:
         if info is None or peer.state is PeerState.REFUSED:
             raise UnavailableError(f"the verifier is {peer.state.value}")
         peer_info = self._named(info)
-        observer = self._observe(request, peer_info.model.name)
-        with observed(observer, request.num_choices) as after_chunk:
+        with observed(request, peer_info.model.name, self._observers) as observer:
             made = self._generate(request, timeout_s, peer_info, observer, progress or Progress())
             # Closed here and now, not by the garbage collector: sessions must be freed when the client goes.
             async with contextlib.aclosing(ended_when_unread(made, self._stalled_client_timeout_s)) as chunks:
                 async for chunk in chunks:
-                    after_chunk(chunk)
+                    observer.after_chunk(chunk)
                     yield chunk
 
     async def _generate(
@@ -168,7 +167,7 @@ class Generator:
         request: GenerationRequest,
         timeout_s: float,
         peer_info: PeerInfo,
-        observer: RequestObserver,
+        observer: ObservedRequest,
         progress: Progress,
     ) -> AsyncGenerator[GenerationChunk, None]:
         arrival_ns = time.monotonic_ns()

@@ -32,11 +32,10 @@ from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish,
 from gateway.rest.service import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.telemetry.metrics import GatewayMetrics
-from gateway.telemetry.observation import GenerationObserver, RequestLog, all_observers
+from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
 from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
-from gateway.telemetry.statistics import SpeculationStatistics
-from gateway.telemetry.trace import RoundTrace
+from gateway.telemetry.statistics import RoundTrace, SpeculationStatistics
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.text.output import Completion, GenerationChunk
 from gateway.text.tool_parser import ToolCallDelta
@@ -134,7 +133,10 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         asyncio.get_running_loop().set_default_executor(started_pool(_NUM_WORKERS, "worker"))
         tokenizers = await asyncio.to_thread(load_tokenizers, self._settings)
         limiter = ClientLimiter(self._settings.max_requests_per_key if self._keys is not None else None)
-        self._assembly = Assembly(self._settings, self._observer(), limiter)
+        observers: list[GenerationObserver] = [self.metrics, RequestLog]
+        if self._tracing is not None:
+            observers.append(request_spans(self._tracing))
+        self._assembly = Assembly(self._settings, observers, limiter)
         models = self._assembly.build(tokenizers)
         await models.wait_for_answer()
         self._watches = [asyncio.create_task(models.watch())]
@@ -169,11 +171,6 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
             for replica in replicas.replicas
         ]
         return GatewayState(tuple(_model_sample(one) for one in self._models if one.name), tuple(samples))
-
-    def _observer(self) -> GenerationObserver:
-        if self._tracing is None:
-            return all_observers(self.metrics, RequestLog)
-        return all_observers(self.metrics, RequestLog, request_spans(self._tracing))
 
     def _rest_server(self) -> RestServer:
         settings = self._settings

@@ -25,6 +25,7 @@ _COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 
 _REASONS = ("stop", "length", "abort", "error")
 _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 _MODEL = ("model_name",)
+_FURTHER_LABELLED = frozenset({"finished", "accepted_per_position", "drafted_per_position"})
 _NS = 1e-9
 
 
@@ -128,45 +129,28 @@ class _Instruments:
         )
 
 
-class _ModelMetrics:
-    """The instruments bound to one model: looking labels up costs more than counting."""
+class _ModelMetrics(_Instruments):
+    """The same, bound to one model: looking labels up costs more than counting."""
 
     def __init__(self, instruments: _Instruments, model: str) -> None:
-        self.first_token = instruments.first_token.labels(model)
-        self.inter_token = instruments.inter_token.labels(model)
-        self.per_output_token = instruments.per_output_token.labels(model)
-        self.request_seconds = instruments.request_seconds.labels(model)
-        self.queue_seconds = instruments.queue_seconds.labels(model)
-        self.prompt_size = instruments.prompt_size.labels(model)
-        self.output_size = instruments.output_size.labels(model)
-        self.prompt_tokens = instruments.prompt_tokens.labels(model)
-        self.output_tokens = instruments.output_tokens.labels(model)
+        for name, metric in vars(instruments).items():
+            setattr(self, name, metric if name in _FURTHER_LABELLED else metric.labels(model))
         for reason in _REASONS:  # so that they are there, as 0, before the first
-            instruments.finished.labels(model, reason)
-        self.drafts = instruments.drafts.labels(model)
-        self.draft_tokens = instruments.draft_tokens.labels(model)
-        self.accepted_tokens = instruments.accepted_tokens.labels(model)
-        self.rounds = instruments.rounds.labels(model)
-        self.drafter_failures = instruments.drafter_failures.labels(model)
-        self.verifier_failures = instruments.verifier_failures.labels(model)
-        self.draft_seconds = instruments.draft_seconds.labels(model)
-        self.verify_seconds = instruments.verify_seconds.labels(model)
-        self.overhead_seconds = instruments.overhead_seconds.labels(model)
-        self._instruments = instruments
+            self.finished.labels(model, reason)
         self._model = model
         self._drafted: list[Counter] = []
         self._accepted: list[Counter] = []
 
     def count_ending(self, reason: str) -> None:
         """Count a request, or a choice of it, that ended so."""
-        self._instruments.finished.labels(self._model, reason).inc()
+        self.finished.labels(self._model, reason).inc()
 
     def count_levels(self, num_drafted: int, num_accepted: int) -> None:
         """Count a tree's levels, of which the first `num_accepted` were emitted."""
         while len(self._drafted) < num_drafted:
             position = str(len(self._drafted))
-            self._drafted.append(self._instruments.drafted_per_position.labels(self._model, position))
-            self._accepted.append(self._instruments.accepted_per_position.labels(self._model, position))
+            self._drafted.append(self.drafted_per_position.labels(self._model, position))
+            self._accepted.append(self.accepted_per_position.labels(self._model, position))
         for counter in self._drafted[:num_drafted]:
             counter.inc()
         for counter in self._accepted[:num_accepted]:
@@ -174,11 +158,11 @@ class _ModelMetrics:
 
 
 class _ChoiceClock:
-    """When the messages of one choice went out, and how many tokens they had."""
+    """When the messages of one choice went out, and how many tokens the first of them had."""
 
     def __init__(self, now_ns: int, num_tokens: int) -> None:
         self.first_ns = self.last_ns = now_ns
-        self.num_first_tokens = self.num_tokens = num_tokens
+        self.num_first_tokens = num_tokens
 
 
 class _RequestMetrics:
@@ -188,17 +172,22 @@ class _RequestMetrics:
         self._model = model
         self._arrival_ns = time.monotonic_ns()
         self._clocks: dict[int, _ChoiceClock] = {}
-        self._num_prompt_tokens = 0
 
     def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
         self._model.queue_seconds.observe(queue_ns * _NS)
         self._model.prompt_tokens.inc(num_prompt_tokens)
 
     def round(self, chunk: GenerationChunk) -> None:
         model, timings = self._model, chunk.timings
         num_tokens = len(chunk.token_ids)
-        self._tick(chunk.choice_index, num_tokens)
+        now_ns = time.monotonic_ns()
+        clock = self._clocks.get(chunk.choice_index)
+        if clock is None:
+            self._clocks[chunk.choice_index] = _ChoiceClock(now_ns, num_tokens)
+            model.first_token.observe((now_ns - self._arrival_ns) * _NS)
+        else:
+            model.inter_token.observe((now_ns - clock.last_ns) * _NS)
+            clock.last_ns = now_ns
         model.rounds.inc()
         model.output_tokens.inc(num_tokens)
         model.verify_seconds.observe(timings.verify_ns * _NS)
@@ -209,17 +198,6 @@ class _RequestMetrics:
             model.draft_tokens.inc(timings.num_draft_tokens)
             model.accepted_tokens.inc(chunk.num_accepted)
             model.count_levels(timings.num_draft_levels, chunk.num_accepted)
-
-    def _tick(self, choice_index: int, num_tokens: int) -> None:
-        now_ns = time.monotonic_ns()
-        clock = self._clocks.get(choice_index)
-        if clock is None:
-            self._clocks[choice_index] = _ChoiceClock(now_ns, num_tokens)
-            self._model.first_token.observe((now_ns - self._arrival_ns) * _NS)
-            return
-        self._model.inter_token.observe((now_ns - clock.last_ns) * _NS)
-        clock.last_ns = now_ns
-        clock.num_tokens += num_tokens
 
     def finished(self, ending: Ending) -> None:
         model = self._model
@@ -233,8 +211,8 @@ class _RequestMetrics:
             clock = self._clocks[index]
             model.count_ending(completion.finish_reason.value)
             model.request_seconds.observe((clock.last_ns - self._arrival_ns) * _NS)
-            model.prompt_size.observe(self._num_prompt_tokens)
-            model.output_size.observe(clock.num_tokens)
-            num_later_tokens = clock.num_tokens - clock.num_first_tokens
+            model.prompt_size.observe(completion.num_prompt_tokens)
+            model.output_size.observe(completion.num_output_tokens)
+            num_later_tokens = completion.num_output_tokens - clock.num_first_tokens
             if num_later_tokens > 0:
                 model.per_output_token.observe((clock.last_ns - clock.first_ns) * _NS / num_later_tokens)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 
 
+@dataclass
+class RequestTotals:
+    """What the rounds of a request came to, all its choices together."""
+
+    num_prompt_tokens: int = 0
+    num_rounds: int = 0
+    num_output_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_draft_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a request ended. `reason` is stop or length (of its last choice), abort (the client went away) or error;
@@ -28,6 +39,7 @@ class Ending:
     completions: Mapping[int, Completion]
     is_complete: bool = False
     error: Exception | None = None
+    totals: RequestTotals = field(default_factory=RequestTotals)
 
 
 class RequestObserver(Protocol):
@@ -49,18 +61,30 @@ class GenerationObserver(Protocol):
     def __call__(self, request: GenerationRequest, model: str) -> RequestObserver: ...
 
 
-class _AllObservers:
-    """Several observers as one. One that breaks is a bug, which is logged, and costs neither request nor others."""
+class ObservedRequest:
+    """A request and its observers. One that breaks is a bug, which is logged, and costs neither request nor others."""
 
     def __init__(self, observers: Sequence[RequestObserver]) -> None:
         self._observers = observers
+        self.totals = RequestTotals()
+        self.completions: dict[int, Completion] = {}
 
     def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
+        self.totals.num_prompt_tokens = num_prompt_tokens
         for observer in self._observers:
             with _bugs_logged():
                 observer.started(num_prompt_tokens, queue_ns)
 
-    def round(self, chunk: GenerationChunk) -> None:
+    def after_chunk(self, chunk: GenerationChunk) -> None:
+        """To be called with every chunk."""
+        if chunk.completion is not None:
+            self.completions[chunk.choice_index] = chunk.completion
+        if chunk.timings is NO_ROUND:
+            return
+        self.totals.num_rounds += 1
+        self.totals.num_output_tokens += len(chunk.token_ids)
+        self.totals.num_accepted_tokens += chunk.num_accepted
+        self.totals.num_draft_tokens += chunk.timings.num_draft_tokens
         for observer in self._observers:
             with _bugs_logged():
                 observer.round(chunk)
@@ -82,15 +106,6 @@ class _bugs_logged:  # noqa: N801
         return isinstance(error, Exception)
 
 
-def all_observers(*observers: GenerationObserver) -> GenerationObserver:
-    """An observer that tells all of them."""
-
-    def begin(request: GenerationRequest, model: str) -> RequestObserver:
-        return _AllObservers([observer(request, model) for observer in observers])
-
-    return begin
-
-
 class RequestLog:
     """One event per request, at its end: counts, reasons and durations; no text, no token ids."""
 
@@ -98,23 +113,14 @@ class RequestLog:
         self._request = request
         self._model = model
         self._started_ns = time.monotonic_ns()
-        self._num_prompt_tokens = 0
-        self._num_output_tokens = 0
-        self._num_rounds = 0
-        self._num_accepted = 0
-        self._num_draft_tokens = 0
         self._queue_ns = 0
         self._first_ns: int | None = None
 
     def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
-        self._num_prompt_tokens, self._queue_ns = num_prompt_tokens, queue_ns
+        self._queue_ns = queue_ns
 
     def round(self, chunk: GenerationChunk) -> None:
         self._first_ns = self._first_ns or time.monotonic_ns()
-        self._num_rounds += 1
-        self._num_output_tokens += len(chunk.token_ids)
-        self._num_accepted += chunk.num_accepted
-        self._num_draft_tokens += chunk.timings.num_draft_tokens
 
     def finished(self, ending: Ending) -> None:
         now_ns = time.monotonic_ns()
@@ -128,11 +134,7 @@ class RequestLog:
             num_choices=self._request.num_choices,
             reason=ending.reason,
             error=type(ending.error).__name__ if ending.error is not None else None,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            num_rounds=self._num_rounds,
-            num_accepted_tokens=self._num_accepted,
-            num_draft_tokens=self._num_draft_tokens,
+            **vars(ending.totals),
             num_drafter_failures=sum(each.num_drafter_failures for each in statistics),
             num_verifier_failures=sum(each.num_verifier_failures for each in statistics),
             queue_ms=round(self._queue_ns / 1e6, 3),
@@ -142,30 +144,21 @@ class RequestLog:
 
 
 @contextlib.contextmanager
-def observed(observer: RequestObserver, num_choices: int) -> Iterator[Callable[[GenerationChunk], None]]:
-    """Follow a request through the block, which calls what this yields with every chunk; then tell how it ended."""
-    completions: dict[int, Completion] = {}
-
-    def after_chunk(chunk: GenerationChunk) -> None:
-        if chunk.completion is not None:
-            completions[chunk.choice_index] = chunk.completion
-        if chunk.timings is not NO_ROUND:
-            observer.round(chunk)
-
-    error: Exception | None = None
+def observed(
+    request: GenerationRequest, model: str, observers: Sequence[GenerationObserver]
+) -> Iterator[ObservedRequest]:
+    """Follow a request through the block; then tell how it ended."""
+    observed_request = ObservedRequest([observer(request, model) for observer in observers])
+    completions, totals = observed_request.completions, observed_request.totals
+    ending = Ending("abort", completions, totals=totals)
     try:
-        yield after_chunk
-    except Exception as raised:
-        error = raised
+        yield observed_request
+    except Exception as error:
+        ending = replace(ending, reason="error", error=error)
         raise
     finally:
         # A client may well go away, or be cancelled, once it has the last chunk.
-        observer.finished(_ending(completions, num_choices, error))
-
-
-def _ending(completions: Mapping[int, Completion], num_choices: int, error: Exception | None) -> Ending:
-    if error is not None:
-        return Ending("error", completions, error=error)
-    if len(completions) < num_choices:
-        return Ending("abort", completions)
-    return Ending([*completions.values()][-1].finish_reason.value, completions, is_complete=True)
+        if ending.error is None and len(completions) >= request.num_choices:
+            reason = [*completions.values()][-1].finish_reason.value
+            ending = replace(ending, reason=reason, is_complete=True)
+        observed_request.finished(ending)

@@ -36,20 +36,12 @@ class _RequestSpan:
 
     def __init__(self, span: TracedSpan) -> None:
         self._span = span
-        self._num_prompt_tokens = 0
-        self._num_output_tokens = 0
-        self._num_rounds = 0
-        self._num_accepted = 0
 
     def started(self, num_prompt_tokens: int, queue_ns: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
         self._span.event("started", {"num_prompt_tokens": num_prompt_tokens, "queue_ms": queue_ns / 1e6})
 
     def round(self, chunk: GenerationChunk) -> None:
         timings = chunk.timings
-        self._num_rounds += 1
-        self._num_output_tokens += len(chunk.token_ids)
-        self._num_accepted += chunk.num_accepted
         attributes: Attributes = {
             "choice": chunk.choice_index,
             "num_draft_tokens": timings.num_draft_tokens,
@@ -66,11 +58,12 @@ class _RequestSpan:
         self._span.event("round", attributes)
 
     def finished(self, ending: Ending) -> None:
+        totals = ending.totals
         attributes: Attributes = {
             "easyspec.finish_reason": ending.reason,
-            "easyspec.num_prompt_tokens": self._num_prompt_tokens,
-            "easyspec.num_output_tokens": self._num_output_tokens,
-            "easyspec.num_rounds": self._num_rounds,
-            "easyspec.num_accepted_tokens": self._num_accepted,
+            "easyspec.num_prompt_tokens": totals.num_prompt_tokens,
+            "easyspec.num_output_tokens": totals.num_output_tokens,
+            "easyspec.num_rounds": totals.num_rounds,
+            "easyspec.num_accepted_tokens": totals.num_accepted_tokens,
         }
         self._span.end(attributes, type(ending.error).__name__ if ending.error is not None else None)

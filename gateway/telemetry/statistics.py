@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from easyspec.speculation.sources import DraftSources
+from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import Round
 
 
@@ -29,6 +30,16 @@ class RoundTimings:
 
 
 NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class RoundTrace:
+    """For display: the tree of a round, empty if nothing was drafted, the text of each of its nodes alone, and the rows
+    that were accepted and emitted, from the top down."""
+
+    draft_tree: TokenTree
+    draft_token_texts: tuple[str, ...]
+    accepted_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,11 @@ class StatisticsRecorder:
         for level in range(tree.num_levels):
             self._num_drafted_by_level[level] += 1
             self._num_accepted_by_level[level] += level < num_accepted
-        self._record_sources(round_, num_accepted)
+        if node_sources := round_.draft.node_sources:
+            for sources in node_sources:
+                self._num_drafted_by_source.update(sources)
+            for row in round_.answer.verdict.accepted_rows[:num_accepted]:
+                self._num_accepted_by_source.update(node_sources[row - 1])
         ahead_ns = round_.draft.timings.ahead_ns
         self._ahead_ns += [] if ahead_ns is None else [ahead_ns]
         return RoundTimings(
@@ -110,15 +125,6 @@ class StatisticsRecorder:
             num_batch_sessions=round_.answer.timings.num_batch_sessions,
             ahead_ns=ahead_ns,
         )
-
-    def _record_sources(self, round_: Round, num_accepted: int) -> None:
-        node_sources = round_.draft.node_sources
-        if not node_sources:
-            return
-        for sources in node_sources:
-            self._num_drafted_by_source.update(sources)
-        for row in round_.answer.verdict.accepted_rows[:num_accepted]:
-            self._num_accepted_by_source.update(node_sources[row - 1])
 
     def finish(self, num_drafter_failures: int, num_verifier_failures: int) -> SpeculationStatistics:
         """The counts so far, and the time."""

@@ -14,8 +14,7 @@ from gateway.decode_loop import DraftSession, NoDraft, Round
 from gateway.peers.draft_session import ResilientDraftSession
 from gateway.peers.verify_session import ResilientVerifySession
 from gateway.request import GenerationRequest
-from gateway.telemetry.statistics import RoundTimings, SpeculationStatistics, StatisticsRecorder
-from gateway.telemetry.trace import RoundTrace, trace_of
+from gateway.telemetry.statistics import RoundTimings, RoundTrace, SpeculationStatistics, StatisticsRecorder
 from gateway.text.conversation import Conversation
 from gateway.text.schema_check import SchemaCheck, UnenforcedSchema, checked
 from gateway.text.tokenizer import Tokenizer
@@ -103,7 +102,11 @@ class Output:
         if self._num_cached_prompt_tokens is None:
             self._num_cached_prompt_tokens = min(verdict.num_cached_tokens, self._num_prompt_tokens)
         timings = self._recorder.record(round_, num_accepted)
-        is_traced = self._request.speculation.is_traced
+        is_traced, trace = self._request.speculation.is_traced, None
+        if is_traced:
+            tree = round_.draft.tree
+            node_texts = tuple(map(self._tokenizer.token_text, tree.token_ids))
+            trace = RoundTrace(tree, node_texts, verdict.accepted_rows[:num_accepted])
         has_token_texts = is_traced or not isinstance(self._drafter, NoDraft)
         return GenerationChunk(
             text=answer.parsed.text,
@@ -113,7 +116,7 @@ class Output:
             timings=timings,
             completion=self._completion(round_, answer),
             logprobs=verdict.logprobs[: len(token_ids)],
-            trace=trace_of(round_, num_accepted, self._tokenizer) if is_traced else None,
+            trace=trace,
             tool_calls=answer.parsed.calls,
             reasoning=answer.parsed.reasoning,
             parts=answer.parsed.parts,
