@@ -35,7 +35,7 @@ from gateway.peers.replica_set import ReplicaSet
 from gateway.peers.verify_session import VerifierPool
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.speculation.controller import SpeculationController
-from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy, following
+from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy
 from gateway.telemetry.observation import GenerationObserver, ObservedRequest, observed
 from gateway.telemetry.progress import Progress
 from gateway.telemetry.statistics import NO_ROUND
@@ -215,7 +215,7 @@ class Generator:
         policy, prompt = self._policy(request.speculation), prepared.prompt
         # Left in reverse order: first the loop, whose round under way uses both sessions.
         async with contextlib.AsyncExitStack() as sessions:
-            sessions.enter_context(following(policy))
+            sessions.callback(policy.leave)  # it is load until then
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
             opening = _opening(request, prompt)
             verifier = await sessions.enter_async_context(self._verifiers.open(opening, timeout_s, progress))

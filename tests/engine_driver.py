@@ -21,6 +21,7 @@ from easyspec.speculation.parameters import FinishReason, LayerPlanRequest, Tree
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import DraftSession, NoDraft, Round, TimedDraft, TimedVerdict, decode
+from gateway.speculation.controller import SpeculationController
 from gateway.speculation.policy import FixedPolicy
 from verifier_service.engine import VerifierEngine
 
@@ -157,7 +158,9 @@ async def generate(
     base_length = len(request.prompt_token_ids) + len(request.output_token_ids)
     session = EngineVerifierSession(verifier, session_id)
     try:
-        async with aclosing(decode(base_length, FixedPolicy(None, budget), session, drafts or NoDraft())) as rounds:
+        async with aclosing(
+            decode(base_length, FixedPolicy(SpeculationController(budget), budget), session, drafts or NoDraft())
+        ) as rounds:
             taken = tuple([round_ async for round_ in rounds])
     finally:
         verifier.close(session_id)

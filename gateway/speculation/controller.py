@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 
 from easyspec.speculation.parameters import TreeBudget
 from gateway.speculation.arms import OFF, Arm, arms_within
-from gateway.speculation.busy_clock import BusyClock
-from gateway.speculation.estimates import AcceptanceCurve, CostCurve, Throughput
-from gateway.speculation.verifier_load import VerifierLoad
+from gateway.speculation.estimates import AcceptanceCurve, BusyClock, CostCurve, Throughput, VerifierLoad
 
 # Trials may cost this share of the throughput.
 _EXPLORATION_SHARE = 0.015

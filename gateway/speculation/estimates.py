@@ -1,8 +1,9 @@
-"""What is known of the running system: throughput by load and tree size, cost curves, acceptance by level."""
+"""What is known of the running system: throughput by load and tree size, cost curves, acceptance by level, load."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # Older samples count for less: by this much busy time they have lost two thirds of their weight.
@@ -16,6 +17,10 @@ _STRETCH_ROUNDS, _STRETCH_S, _CHANGE_FACTOR = 16, 0.5, 1.3
 _CLEAR_FACTOR, _CONFIRMED_S = 1.8, 2.5
 _SHORT_STRETCH_ROUNDS, _SHORT_STRETCH_S, _SHORT_CHANGE_FACTOR = 2, 2.0, 2.5
 _RATE = 0.05
+# Of a step's sessions the newest weigh most: the estimate has made two thirds of its way after this many seconds.
+_LOAD_MEMORY_S = 0.5
+# The average must be as far from the number that is told for another one to be told: steps differ.
+_LOAD_TOLERANCE = 0.6
 
 
 @dataclass
@@ -123,10 +128,6 @@ class CostCurve:
         (size_0, seconds_0), (size_1, seconds_1) = below[-1], above[0]
         return seconds_0 + (seconds_1 - seconds_0) * (size - size_0) / (size_1 - size_0)
 
-    def points(self) -> tuple[tuple[float, float], ...]:
-        """Known (size, seconds), smallest first."""
-        return tuple(sorted(self._points.values()))
-
 
 @dataclass
 class AcceptanceCurve:
@@ -152,3 +153,39 @@ class AcceptanceCurve:
     @property
     def rates(self) -> tuple[float, ...]:
         return tuple(self._rates)
+
+
+class VerifierLoad:
+    """Sessions, other gateways' included, that share the steps of our rounds; 0 until a verdict has told."""
+
+    def __init__(self) -> None:
+        self._average: float | None = None
+        self._seen_s = 0.0
+        self.num_sessions = 0
+
+    def add(self, num_batch_sessions: int, now_s: float) -> None:
+        """A round that ended now was verified in a step of so many sessions."""
+        if self._average is None:
+            self._average = float(num_batch_sessions)
+        keep = math.exp(-max(0.0, now_s - self._seen_s) / _LOAD_MEMORY_S)
+        self._seen_s = now_s
+        self._average = keep * self._average + (1 - keep) * num_batch_sessions
+        if abs(self._average - self.num_sessions) >= _LOAD_TOLERANCE:
+            self.num_sessions = round(self._average)
+
+
+class BusyClock:
+    """Seconds of another clock, without the seconds in which no request ran."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._read_s = clock()
+        self._busy_s = 0.0
+
+    def read(self, *, was_busy: bool) -> float:
+        """Busy seconds since the clock was made; `was_busy` says whether a request ran since the last reading."""
+        now_s = self._clock()
+        if was_busy:
+            self._busy_s += now_s - self._read_s
+        self._read_s = now_s
+        return self._busy_s

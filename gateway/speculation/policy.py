@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
+from abc import ABC, abstractmethod
 
 from easyspec.speculation.parameters import TreeBudget
 from gateway.decode_loop import Round
@@ -33,8 +30,66 @@ _MAX_PLAIN_ROUNDS, _PLAIN_ROUNDS_S = 16, 0.1
 _MOST_OTHER_S = 0.02
 
 
-class SpeculationPolicy:
-    """Chooses the next tree of a request and learns from every round; see `gateway.decode_loop.BudgetPolicy`.
+class Policy(ABC):
+    """How much one request speculates; see `gateway.decode_loop.BudgetPolicy`. It counts as load from its second round
+    until it leaves."""
+
+    def __init__(self, controller: SpeculationController) -> None:
+        self._controller = controller
+        self._participant = Participant()
+        self._ended_s: float | None = None  # the last round
+        self._plain_s: float | None = None  # what a plain round takes
+
+    @property
+    @abstractmethod
+    def wants_drafts(self) -> bool:
+        """Whether the next round would be drafted; decides if a session at the drafter is opened at once."""
+
+    @abstractmethod
+    def next_budget(self) -> TreeBudget | None: ...
+
+    @abstractmethod
+    def _learn_arm(self, round_: Round) -> Arm | None:
+        """Learn from a round, and tell the arm whose sample it is; None: of no arm's."""
+
+    def plain_rounds(self) -> int:
+        """0 until it is known what a plain round takes."""
+        if self._plain_s is None:
+            return 0
+        return min(_MAX_PLAIN_ROUNDS, int(_PLAIN_ROUNDS_S / self._plain_s))
+
+    def learn(self, round_: Round) -> None:
+        draft, answer = round_.draft, round_.answer
+        now_s = self._controller.clock()
+        last_s, self._ended_s = self._ended_s, now_s
+        if last_s is None:  # the first: it took as long as the prompt
+            return
+        if not draft.tree:
+            elapsed_s = max(now_s - last_s, 1e-6)
+            self._plain_s = elapsed_s if self._plain_s is None else self._plain_s + _RATE * (elapsed_s - self._plain_s)
+        # What it took besides draft and verdict. A client that reads slowly adds to it, hence the bound.
+        asked_s = (draft.elapsed_ns + answer.elapsed_ns) / 1e9
+        other_s = min(max(0.0, now_s - last_s - asked_s), asked_s + _MOST_OTHER_S)
+        sample = RoundSample(
+            arm=self._learn_arm(round_),
+            num_tokens=len(answer.verdict.token_ids),
+            num_accepted=answer.verdict.num_accepted,
+            num_levels=draft.tree.num_levels,
+            num_rows=len(draft.tree) + 1,
+            draft_s=draft.elapsed_ns / 1e9,
+            verify_s=answer.elapsed_ns / 1e9,
+            other_s=other_s,
+            num_batch_sessions=answer.timings.num_batch_sessions,
+        )
+        self._controller.observe(self._participant, sample)
+
+    def leave(self) -> None:
+        """The request is over."""
+        self._controller.leave(self._participant)
+
+
+class SpeculationPolicy(Policy):
+    """Mode auto: chooses the next tree of a request and learns from every round.
 
     The whole process's choice is refined by the request's own acceptance: one whose guesses are hopeless stops
     drafting and tries again now and then; one whose guesses are all accepted gets larger trees, step by step.
@@ -42,13 +97,10 @@ class SpeculationPolicy:
     """
 
     def __init__(self, controller: SpeculationController, budget: TreeBudget | None) -> None:
-        self._controller = controller
+        super().__init__(controller)
         self._cap = budget
-        self._participant = Participant()
-        self._rounds = _RoundClock()
         self._arm: Arm | None = None
         self._asked: TreeBudget | None = None
-        self._is_first = True
         self._accepted = 0.0
         self._num_perfect = 0
         self._num_steps = 0  # up from the process's choice
@@ -59,7 +111,6 @@ class SpeculationPolicy:
 
     @property
     def wants_drafts(self) -> bool:
-        """Whether the next round would be drafted; decides if a session at the drafter is opened at once."""
         return self._controller.arm is not OFF
 
     def next_budget(self) -> TreeBudget | None:
@@ -68,28 +119,11 @@ class SpeculationPolicy:
         return self._asked
 
     def plain_rounds(self) -> int:
-        num_rounds = self._rounds.num_ahead
+        num_rounds = super().plain_rounds()
         if self._rest_left > 0:
             num_rounds = min(num_rounds, self._rest_left)
             self._rest_left -= num_rounds
         return num_rounds
-
-    def learn(self, round_: Round) -> None:
-        other_s = self._rounds.other_s(round_, self._controller.clock())
-        if self._is_first:  # it took as long as the prompt
-            self._is_first = False
-            return
-        if self._asked is not None and len(round_.draft.tree) > 0:
-            self._num_empty = 0
-            self._learn_acceptance(round_)
-        elif self._asked is not None and round_.draft.elapsed_ns > 0:
-            self._rest_left = min(2**self._num_empty, _MAX_ROUNDS_AFTER_EMPTY)
-            self._num_empty += 1
-        self._controller.observe(self._participant, _sample(self._followed(round_), round_, other_s))
-
-    def leave(self) -> None:
-        """The request is over."""
-        self._controller.leave(self._participant)
 
     def _refined(self, arm: Arm) -> TreeBudget | None:
         if arm.budget is None:
@@ -97,7 +131,8 @@ class SpeculationPolicy:
         if self._rest_left > 0:
             self._rest_left -= 1
             return None
-        if self._is_hopeless():
+        break_even = self._controller.break_even_acceptance() if self._num_drafted >= _MIN_DRAFTED_ROUNDS else None
+        if break_even is not None and self._accepted < _HOPELESS_SHARE * break_even:
             self._rest_left, self._rest_rounds = self._rest_rounds, min(2 * self._rest_rounds, _MAX_REST_ROUNDS)
             self._num_drafted = _MIN_DRAFTED_ROUNDS - _RETRY_ROUNDS
             return None
@@ -107,14 +142,22 @@ class SpeculationPolicy:
         self._num_steps = min(self._num_steps, len(sizes))
         return within([*sizes, deepened(sizes[-1])][self._num_steps], self._cap)
 
-    def _is_hopeless(self) -> bool:
-        if self._num_drafted < _MIN_DRAFTED_ROUNDS:
-            return False
-        break_even = self._controller.break_even_acceptance()
-        return break_even is not None and self._accepted < _HOPELESS_SHARE * break_even
+    def _learn_arm(self, round_: Round) -> Arm | None:
+        """A refined round is part of following the arm; one whose session at the drafter was not ready yet is not, nor
+        is one that the request's own cap made smaller."""
+        if self._asked is not None and len(round_.draft.tree) > 0:
+            self._num_empty = 0
+            self._learn_acceptance(round_.answer.verdict.num_accepted, round_.draft.tree.num_levels)
+        elif self._asked is not None and round_.draft.elapsed_ns > 0:
+            self._rest_left = min(2**self._num_empty, _MAX_ROUNDS_AFTER_EMPTY)
+            self._num_empty += 1
+        arm = self._arm
+        if arm is None or (self._asked is not None and round_.draft.elapsed_ns == 0):
+            return None
+        is_capped = arm.budget is not None and within(arm.budget, self._cap) != arm.budget
+        return None if is_capped else arm
 
-    def _learn_acceptance(self, round_: Round) -> None:
-        accepted, levels = round_.answer.verdict.num_accepted, round_.draft.tree.num_levels
+    def _learn_acceptance(self, accepted: int, levels: int) -> None:
         rate = max(_RATE, 1 / (self._num_drafted + 1))
         self._num_drafted += 1
         self._accepted += rate * (accepted - self._accepted)
@@ -125,27 +168,14 @@ class SpeculationPolicy:
         elif accepted < _POOR_SHARE * levels:
             self._num_steps = max(0, self._num_steps - 1)
 
-    def _followed(self, round_: Round) -> Arm | None:
-        """The arm whose sample this round is: a refined round is part of following the arm, one whose session at the
-        drafter was not ready yet is not, nor is one that the request's own cap made smaller."""
-        arm = self._arm
-        if arm is None or (self._asked is not None and round_.draft.elapsed_ns == 0):
-            return None
-        is_capped = arm.budget is not None and within(arm.budget, self._cap) != arm.budget
-        return None if is_capped else arm
 
+class FixedPolicy(Policy):
+    """Mode on (`budget`) or off (None): always the same, whatever it earns."""
 
-class FixedPolicy:
-    """Mode on (`budget`) or off (None): always the same, whatever it earns. It counts as load."""
-
-    def __init__(self, controller: SpeculationController | None, budget: TreeBudget | None) -> None:
-        self._controller = controller
+    def __init__(self, controller: SpeculationController, budget: TreeBudget | None) -> None:
+        super().__init__(controller)
         self._budget = budget
-        self._participant = Participant()
-        self._rounds = _RoundClock()
-        arms = controller.arms if controller is not None else ()
-        self._arm = next((arm for arm in arms if arm.budget == budget), None)
-        self._is_first = True
+        self._arm = next((arm for arm in controller.arms if arm.budget == budget), None)
 
     @property
     def wants_drafts(self) -> bool:
@@ -154,75 +184,5 @@ class FixedPolicy:
     def next_budget(self) -> TreeBudget | None:
         return self._budget
 
-    def plain_rounds(self) -> int:
-        return self._rounds.num_ahead
-
-    def learn(self, round_: Round) -> None:
-        clock = self._controller.clock if self._controller is not None else time.monotonic
-        other_s = self._rounds.other_s(round_, clock())
-        if self._controller is None:
-            return
-        if self._is_first:
-            self._is_first = False
-            return
-        is_followed = self._budget is None or round_.draft.elapsed_ns > 0
-        self._controller.observe(self._participant, _sample(self._arm if is_followed else None, round_, other_s))
-
-    def leave(self) -> None:
-        """The request is over."""
-        if self._controller is not None:
-            self._controller.leave(self._participant)
-
-
-Policy: TypeAlias = SpeculationPolicy | FixedPolicy
-
-
-@contextmanager
-def following(policy: Policy) -> Iterator[None]:
-    """Count a request as running while its rounds go on."""
-    try:
-        yield
-    finally:
-        policy.leave()
-
-
-class _RoundClock:
-    """When the rounds of a request end, and how many plain ones are worth asking for ahead."""
-
-    def __init__(self) -> None:
-        self._last_s: float | None = None
-        self._plain_s: float | None = None
-
-    @property
-    def num_ahead(self) -> int:
-        """0 until it is known what a plain round takes."""
-        if self._plain_s is None:
-            return 0
-        return min(_MAX_PLAIN_ROUNDS, int(_PLAIN_ROUNDS_S / self._plain_s))
-
-    def other_s(self, round_: Round, now_s: float) -> float:
-        """What a round that ends now took besides draft and verdict. A client that reads slowly adds to it, hence the
-        bound."""
-        last_s, self._last_s = self._last_s, now_s
-        if last_s is None:
-            return 0.0
-        if not round_.draft.tree:
-            elapsed_s = max(now_s - last_s, 1e-6)
-            self._plain_s = elapsed_s if self._plain_s is None else self._plain_s + _RATE * (elapsed_s - self._plain_s)
-        asked_s = (round_.draft.elapsed_ns + round_.answer.elapsed_ns) / 1e9
-        return min(max(0.0, now_s - last_s - asked_s), asked_s + _MOST_OTHER_S)
-
-
-def _sample(arm: Arm | None, round_: Round, other_s: float) -> RoundSample:
-    tree, verdict = round_.draft.tree, round_.answer.verdict
-    return RoundSample(
-        arm=arm,
-        num_tokens=len(verdict.token_ids),
-        num_accepted=verdict.num_accepted,
-        num_levels=tree.num_levels,
-        num_rows=len(tree) + 1,
-        draft_s=round_.draft.elapsed_ns / 1e9,
-        verify_s=round_.answer.elapsed_ns / 1e9,
-        other_s=other_s,
-        num_batch_sessions=round_.answer.timings.num_batch_sessions,
-    )
+    def _learn_arm(self, round_: Round) -> Arm | None:
+        return self._arm if self._budget is None or round_.draft.elapsed_ns > 0 else None

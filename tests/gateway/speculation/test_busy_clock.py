@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gateway.speculation.busy_clock import BusyClock
+from gateway.speculation.estimates import BusyClock
 
 
 def test_only_time_in_which_somebody_was_served_counts() -> None:

@@ -12,9 +12,8 @@ from easyspec.speculation.token_tree import TokenTree
 from gateway.decode_loop import NOTHING_DRAFTED, Round, TimedDraft, TimedVerdict
 from gateway.speculation.arms import OFF, Arm, arms_within, deepened, within
 from gateway.speculation.controller import SpeculationController
-from gateway.speculation.estimates import AcceptanceCurve, CostCurve, Throughput
+from gateway.speculation.estimates import AcceptanceCurve, CostCurve, Throughput, VerifierLoad
 from gateway.speculation.policy import FixedPolicy, SpeculationPolicy
-from gateway.speculation.verifier_load import VerifierLoad
 from tests.gateway.simulated_system import Costs, SimulatedSystem, fixed_throughputs, throughput_of
 
 BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=15)
