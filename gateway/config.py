@@ -12,7 +12,7 @@ from easyspec.settings import ServerSettings, address_field, check_address, chec
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.tls import ChannelTls, is_loopback
 from gateway.limits import RequestLimits
-from gateway.peers.model_routes import FurtherModel, ModelRoute, check_addresses, further_route, split_addresses
+from gateway.peers.model_routes import Addresses, FurtherModel, ModelRoute, further_route, split_addresses
 
 HTTP_OFF = "off"
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -40,10 +40,10 @@ class GatewaySettings(ServerSettings, RequestLimits):
     tokenizer: Path
     """Where the base model's tokenizer is, usually its checkpoint: a folder, GGUF file or hub id. No default: it must
     fit the verifier's model."""
-    verifier_address: str = Field(default="127.0.0.1:50053", min_length=1)
+    verifier_address: Addresses = "127.0.0.1:50053"
     """host:port of the verifier. Several replicas: a list separated by commas, or dns:///name:port for all addresses
     behind a name. Default: the verifier's own."""
-    drafter_address: str | None = Field(default=None, min_length=1)
+    drafter_address: Addresses | None = None
     """host:port of the drafter, or several as for the verifier. Unset: plain decoding."""
     further_models: dict[Annotated[str, Field(min_length=1)], FurtherModel] = Field(default_factory=dict)
     """Base models beside the one of --verifier-address, by the names that requests use, as JSON: {"NAME":
@@ -190,11 +190,6 @@ class GatewaySettings(ServerSettings, RequestLimits):
         if self.peer_tls_ca is None:
             return None
         return ChannelTls(self.peer_tls_ca, self.peer_tls_certificate, self.peer_tls_key, self.peer_tls_server_name)
-
-    @field_validator("verifier_address", "drafter_address")
-    @classmethod
-    def _check_addresses(cls, addresses: str | None) -> str | None:
-        return check_addresses(addresses) if addresses is not None else None
 
     @property
     def routes(self) -> tuple[ModelRoute, ...]:

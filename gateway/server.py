@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -35,41 +34,23 @@ from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
 from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
-from gateway.telemetry.statistics import RoundTrace, SpeculationStatistics
+from gateway.telemetry.statistics import SpeculationStatistics
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.text.output import Completion, GenerationChunk
-from gateway.text.tool_parser import ToolCallDelta
 
 _KEYS_POLL_S = 2.0
 # Of what would hold up the event loop: large bodies, schemas, finished outputs to check.
 _NUM_WORKERS = 4
 
-_Mode = generation_pb2.SpeculationParameters
 _PeerState = generation_pb2.GetServerInfoResponse
-_MODES: Mapping[int, SpeculationMode] = MappingProxyType(
-    {
-        _Mode.MODE_UNSPECIFIED: SpeculationMode.AUTO,
-        _Mode.MODE_AUTO: SpeculationMode.AUTO,
-        _Mode.MODE_ON: SpeculationMode.ON,
-        _Mode.MODE_OFF: SpeculationMode.OFF,
-    }
-)
-_PEER_STATES: Mapping[PeerState, _PeerState.PeerState.ValueType] = MappingProxyType(
-    {
-        PeerState.READY: _PeerState.PEER_STATE_READY,
-        PeerState.UNREACHABLE: _PeerState.PEER_STATE_UNREACHABLE,
-        PeerState.REFUSED: _PeerState.PEER_STATE_REFUSED,
-    }
-)
+_Mode = generation_pb2.SpeculationParameters
 _ToolMode = generation_pb2.ToolChoice
-_TOOL_MODES: Mapping[int, ToolMode] = MappingProxyType(
-    {
-        _ToolMode.MODE_UNSPECIFIED: ToolMode.AUTO,
-        _ToolMode.MODE_AUTO: ToolMode.AUTO,
-        _ToolMode.MODE_NONE: ToolMode.NONE,
-        _ToolMode.MODE_REQUIRED: ToolMode.REQUIRED,
-        _ToolMode.MODE_NAMED: ToolMode.NAMED,
-    }
+_MODES: Mapping[_Mode.Mode.ValueType, SpeculationMode] = MappingProxyType(
+    {_Mode.MODE_UNSPECIFIED: SpeculationMode.AUTO}
+    | {_Mode.Mode.Value(f"MODE_{mode.name}"): mode for mode in SpeculationMode}
+)
+_TOOL_MODES: Mapping[_ToolMode.Mode.ValueType, ToolMode] = MappingProxyType(
+    {_ToolMode.MODE_UNSPECIFIED: ToolMode.AUTO} | {_ToolMode.Mode.Value(f"MODE_{mode.name}"): mode for mode in ToolMode}
 )
 
 
@@ -86,7 +67,9 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         self._assembly: Assembly | None = None
         self._models: ServedModels | None = None
         self._tracing = open_tracing("gateway", settings.otlp_endpoint)
-        self._keys = _api_keys(settings)
+        inline_keys = settings.api_keys.get_secret_value() if settings.api_keys else None
+        has_keys = settings.api_keys_file is not None or settings.api_keys is not None
+        self._keys = ApiKeys(settings.api_keys_file, inline_keys) if has_keys else None
         self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
 
     @property
@@ -194,7 +177,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
         self._settings.check_message_bytes(request.ByteSize())
         generator = self.models.of(request.model)
-        asked = _request_from_pb(request, generator.sampling_defaults, _caller())
+        asked = _request_from_pb(request, generator.sampling_defaults)
         async with aclosing(generator.generate(asked, timeout_s)) as chunks:
             async for chunk in chunks:
                 yield _chunk_to_pb(chunk)
@@ -221,6 +204,10 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         )
 
 
+def _peer_state_to_pb(state: PeerState) -> _PeerState.PeerState.ValueType:
+    return _PeerState.PeerState.Value(f"PEER_STATE_{state.name}")
+
+
 def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
     base, drafter = generator.model_info, generator.drafter_peer
     draft = drafter.info if drafter is not None else None
@@ -228,8 +215,8 @@ def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
     return generation_pb2.ServedModel(
         name=generator.name or "",
         base_model=convert.model_info_to_pb(base) if base is not None else None,
-        verifier_state=_PEER_STATES[generator.verifier_peer.state],
-        drafter_state=_PEER_STATES[drafter.state] if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
+        verifier_state=_peer_state_to_pb(generator.verifier_peer.state),
+        drafter_state=_peer_state_to_pb(drafter.state) if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
         draft_model=convert.model_info_to_pb(draft.model) if draft is not None else None,
         num_running_requests=generator.num_running,
         speculation=generation_pb2.SpeculationState(
@@ -259,29 +246,8 @@ def _model_sample(generator: Generator) -> ModelSample:
     )
 
 
-def _api_keys(settings: GatewaySettings) -> ApiKeys | None:
-    """The keys that clients need; None if no key is needed. Raises ConfigurationError."""
-    if settings.api_keys_file is None and settings.api_keys is None:
-        return None
-    return ApiKeys(settings.api_keys_file, settings.api_keys.get_secret_value() if settings.api_keys else None)
-
-
-@dataclass(frozen=True)
-class _Caller:
-    """What the boundary has found out about an RPC before we are asked."""
-
-    request_id: str
-    client: str
-
-
-def _caller() -> _Caller:
-    bound = structlog.contextvars.get_contextvars()
-    return _Caller(str(bound.get("request_id", "")), str(bound.get("client", "")))
-
-
-def _request_from_pb(
-    message: generation_pb2.GenerateRequest, defaults: SamplingDefaults, caller: _Caller
-) -> GenerationRequest:
+def _request_from_pb(message: generation_pb2.GenerateRequest, defaults: SamplingDefaults) -> GenerationRequest:
+    found_at_boundary = structlog.contextvars.get_contextvars()
     return GenerationRequest(
         prompt=_prompt_from_pb(message),
         sampling=convert.sampling_from_pb(message.sampling, default_seed=secrets.randbits(64), defaults=defaults.given),
@@ -289,8 +255,8 @@ def _request_from_pb(
         stop_strings=tuple(message.stop_strings),
         speculation=_speculation_from_pb(message.speculation),
         model=message.model,
-        request_id=caller.request_id,
-        client=caller.client,
+        request_id=str(found_at_boundary.get("request_id", "")),
+        client=str(found_at_boundary.get("client", "")),
         num_choices=message.num_choices if message.HasField("num_choices") else 1,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         echo=message.echo,
@@ -305,12 +271,8 @@ def _prompt_from_pb(message: generation_pb2.GenerateRequest) -> str | TokenIds |
         return message.text
     if kind == "token_ids":
         return TokenIds(tuple(message.token_ids.ids))
-    if kind == "chat":
-        return _conversation_from_pb(message.chat)
-    raise InvalidRequestError("prompt", None, "text, token_ids or chat")
-
-
-def _conversation_from_pb(message: generation_pb2.ChatPrompt) -> Conversation:
+    if kind != "chat":
+        raise InvalidRequestError("prompt", None, "text, token_ids or chat")
     turns = tuple(
         ChatTurn(
             turn.role,
@@ -320,9 +282,9 @@ def _conversation_from_pb(message: generation_pb2.ChatPrompt) -> Conversation:
             turn.name,
             turn.reasoning,
         )
-        for turn in message.messages
+        for turn in message.chat.messages
     )
-    return Conversation(turns, _tools_from_pb(message), continues_last_turn=message.continue_final_message)
+    return Conversation(turns, _tools_from_pb(message.chat), continues_last_turn=message.chat.continue_final_message)
 
 
 def _tools_from_pb(message: generation_pb2.ChatPrompt) -> Tools | None:
@@ -354,6 +316,10 @@ def _speculation_from_pb(message: generation_pb2.SpeculationParameters) -> Specu
 
 
 def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
+    trace = None
+    if chunk.trace is not None:
+        draft_tree = convert.tree_to_pb(chunk.trace.draft_tree)
+        trace = generation_pb2.RoundTrace(**vars(chunk.trace) | {"draft_tree": draft_tree})
     return generation_pb2.GenerateResponse(
         text=chunk.text,
         token_ids=chunk.token_ids,
@@ -363,23 +329,14 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
         completion=_completion_to_pb(chunk.completion) if chunk.completion is not None else None,
         choice_index=chunk.choice_index,
         logprobs=[convert.logprobs_to_pb(entry) if entry else types_pb2.TokenLogprobs() for entry in chunk.logprobs],
-        trace=_trace_to_pb(chunk.trace) if chunk.trace is not None else None,
-        tool_calls=[_tool_call_to_pb(call) for call in chunk.tool_calls],
+        trace=trace,
+        tool_calls=[
+            generation_pb2.ToolCallDelta(
+                index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments
+            )
+            for call in chunk.tool_calls
+        ],
         reasoning=chunk.reasoning,
-    )
-
-
-def _tool_call_to_pb(call: ToolCallDelta) -> generation_pb2.ToolCallDelta:
-    return generation_pb2.ToolCallDelta(
-        index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments
-    )
-
-
-def _trace_to_pb(trace: RoundTrace) -> generation_pb2.RoundTrace:
-    return generation_pb2.RoundTrace(
-        draft_tree=convert.tree_to_pb(trace.draft_tree),
-        draft_token_texts=trace.draft_token_texts,
-        accepted_rows=trace.accepted_rows,
     )
 
 
@@ -395,16 +352,14 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
         speculation=_statistics_to_pb(completion.statistics),
         seed=completion.seed,
     )
-    check = completion.schema_check
-    if check is not None:
-        told = generation_pb2.SchemaCheck(
-            unenforced_keywords=check.keywords, is_valid=check.is_valid, reason=check.reason
-        )
-        message.schema_check.CopyFrom(told)
     if completion.matched_token_id is not None:
         message.token_id = completion.matched_token_id
     if completion.matched_stop_string is not None:
         message.stop_string = completion.matched_stop_string
+    if (check := completion.schema_check) is not None:
+        message.schema_check.MergeFrom(
+            generation_pb2.SchemaCheck(unenforced_keywords=check.keywords, is_valid=check.is_valid, reason=check.reason)
+        )
     return message
 
 

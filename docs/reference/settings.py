@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
@@ -97,7 +97,9 @@ def _type(info: FieldInfo) -> str:
 
 def _type_names(annotation: Any) -> Iterator[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
+    if origin is Annotated:
+        yield from _type_names(arguments[0])
+    elif origin is Literal:
         yield from (code(str(value)) for value in arguments)
     elif origin in (Union, types.UnionType):
         for argument in arguments:

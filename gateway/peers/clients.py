@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -52,23 +52,15 @@ class VerifierClient:
 
     async def info(self) -> PeerInfo:
         """What the service says of itself; EasyspecError if it does not answer in time."""
-        try:
-            response = await self._stub.GetVerifierInfo(
-                verifier_pb2.GetVerifierInfoRequest(), timeout=self._info_timeout_s
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = verifier_pb2.GetVerifierInfoRequest()
+        response = await _answered(self._stub.GetVerifierInfo(request, timeout=self._info_timeout_s))
         model, kv = model_info_from_pb(response.model), kv_usage_from_pb(response.kv)
         return PeerInfo(model, response.max_tree_nodes, kv, response.instance_id)
 
     async def vocabulary(self) -> dict[int, str]:
         """Its tokenizer's entries, token id -> token; EasyspecError if it does not tell."""
-        try:
-            response = await self._stub.GetVerifierVocabulary(
-                verifier_pb2.GetVerifierVocabularyRequest(), timeout=self._info_timeout_s
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = verifier_pb2.GetVerifierVocabularyRequest()
+        response = await _answered(self._stub.GetVerifierVocabulary(request, timeout=self._info_timeout_s))
         return vocabulary_from_pb(response.vocabulary)
 
     @contextlib.asynccontextmanager
@@ -85,9 +77,7 @@ class VerifierClient:
 class VerifierStream:
     """An open session at the verifier."""
 
-    def __init__(
-        self, call: grpc.aio.StreamStreamCall[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
-    ) -> None:
+    def __init__(self, call: _VerifyCall) -> None:
         self._call = call
         self._num_coming = 0  # verdicts that were asked for before their turn
         self._last_ns = 0
@@ -120,22 +110,14 @@ class DrafterClient:
 
     async def info(self) -> PeerInfo:
         """What the service says of itself; EasyspecError if it does not answer in time."""
-        try:
-            response = await self._stub.GetDrafterInfo(
-                drafter_pb2.GetDrafterInfoRequest(), timeout=self._info_timeout_s
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = drafter_pb2.GetDrafterInfoRequest()
+        response = await _answered(self._stub.GetDrafterInfo(request, timeout=self._info_timeout_s))
         return PeerInfo(model_info_from_pb(response.model), response.max_tree_nodes, kv_usage_from_pb(response.kv))
 
     async def vocabulary(self) -> dict[int, str]:
         """Its tokenizer's entries, token id -> token; EasyspecError if it does not tell."""
-        try:
-            response = await self._stub.GetDrafterVocabulary(
-                drafter_pb2.GetDrafterVocabularyRequest(), timeout=self._info_timeout_s
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        request = drafter_pb2.GetDrafterVocabularyRequest()
+        response = await _answered(self._stub.GetDrafterVocabulary(request, timeout=self._info_timeout_s))
         return vocabulary_from_pb(response.vocabulary)
 
     def open(self, opening: OpenSpeculation) -> DrafterStream:
@@ -147,32 +129,31 @@ class DrafterClient:
 class DrafterStream:
     """An open session at the drafter; see `gateway.peers.draft_session.DraftStream`."""
 
-    def __init__(
-        self,
-        call: _SpeculateCall,
-        opening: OpenSpeculation,
-    ) -> None:
+    def __init__(self, call: _SpeculateCall, opening: OpenSpeculation) -> None:
         self._call = call
-        self._committed_length = len(opening.prompt_token_ids)
+        self.committed_length = len(opening.prompt_token_ids)
         request = drafter_pb2.SpeculateRequest(open=open_speculation_to_pb(opening))
         self._opened = asyncio.create_task(_write(call, request))
         # If no draft is asked for any more, an error that was not read is noise in the log.
         self._opened.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    @property
-    def committed_length(self) -> int:
-        return self._committed_length
-
     async def draft(self, calibration: Calibration) -> Draft:
         await self._opened
         await _write(self._call, drafter_pb2.SpeculateRequest(calibration=calibration_to_pb(calibration)))
         draft = draft_from_pb(await _read(self._call))
-        self._committed_length += len(calibration.token_ids)
+        self.committed_length += len(calibration.token_ids)
         return draft
 
     def cancel(self) -> None:
         self._opened.cancel()
         self._call.cancel()
+
+
+async def _answered(call: Awaitable[_ResponseT]) -> _ResponseT:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
 
 
 async def _write(call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT], request: _RequestT) -> None:

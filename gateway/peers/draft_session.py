@@ -45,8 +45,7 @@ _CATCH_UP_BUDGET = TreeBudget(num_levels=1, width=1, num_nodes=1)
 class DraftStream(Protocol):
     """One session at the drafter; raises EasyspecError once it is lost. `committed_length` is where it stands."""
 
-    @property
-    def committed_length(self) -> int: ...
+    committed_length: int
 
     async def draft(self, calibration: Calibration) -> Draft: ...
 
@@ -74,8 +73,8 @@ class DrafterPool:
 
     def __init__(self, replicas: ReplicaSet[DraftConnection], limits: DraftLimits) -> None:
         self.replicas = replicas
-        self._limits = limits
-        self._pace = DraftPace(limits.deadline_s)
+        self.limits = limits
+        self.pace = DraftPace(limits.deadline_s)
         self._noted: set[tuple[int, int]] = set()
 
     def note_padding(self, base_rows: int) -> None:
@@ -97,7 +96,7 @@ class DrafterPool:
         The drafter is told the prompt at once if the first draft `is_wanted`, else not before one is.
         """
         self.note_padding(vocab_size)
-        session = ResilientDraftSession(self.replicas, self._limits, opening, vocab_size, self._pace)
+        session = ResilientDraftSession(self, opening, vocab_size)
         if is_wanted:
             session.open()
         try:
@@ -140,20 +139,13 @@ class ResilientDraftSession:
     drafter is known to be there. `num_failures` counts streams lost, and late answers.
     """
 
-    def __init__(
-        self,
-        replicas: ReplicaSet[DraftConnection],
-        limits: DraftLimits,
-        opening: OpenSpeculation,
-        vocab_size: int,
-        pace: DraftPace,
-    ) -> None:
-        self._pace = pace
+    def __init__(self, pool: DrafterPool, opening: OpenSpeculation, vocab_size: int) -> None:
+        self._pace = pool.pace
         self._drafted: DraftStream | None = None
         self._late: asyncio.Task[Draft] | None = None
         self._late_since_s = 0.0
-        self._replicas = replicas
-        self._limits = limits
+        self._replicas = pool.replicas
+        self._limits = pool.limits
         self._opening = opening
         self._vocab_size = vocab_size
         self._history = list(opening.prompt_token_ids)

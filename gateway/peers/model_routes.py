@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 NO_DRAFTER = "off"
 
@@ -24,23 +25,20 @@ def split_addresses(addresses: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in addresses.split(",")))
 
 
+Addresses: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(check_addresses)]
+
+
 class FurtherModel(BaseModel):
     """A base model beside the first one. What is unset is as for the first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verifier_address: str = Field(min_length=1, description="As --verifier-address; no default.")
+    verifier_address: Addresses = Field(description="As --verifier-address; no default.")
     tokenizer: Path | None = Field(default=None, description="As --tokenizer. Unset: the same.")
-    drafter_address: str | None = Field(
-        default=None, min_length=1, description="As --drafter-address. Unset: the same; off: plain decoding."
+    drafter_address: Addresses | None = Field(
+        default=None, description="As --drafter-address. Unset: the same; off: plain decoding."
     )
-
     chat_template: Path | None = Field(default=None, description="As --chat-template. Unset: the checkpoint's own.")
-
-    @field_validator("verifier_address", "drafter_address")
-    @classmethod
-    def _check_addresses(cls, addresses: str | None) -> str | None:
-        return check_addresses(addresses) if addresses is not None else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import structlog
 
@@ -39,10 +39,8 @@ class PeerInfo:
     instance_id: str = ""
 
 
-class Backoff(Protocol):
-    """How long to wait after so many failures in a row."""
-
-    def __call__(self, num_failures: int) -> float: ...
+# Seconds to wait after so many failures in a row.
+Backoff: TypeAlias = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,6 @@ class PeerPolicy:
     num_tolerated_misfits: int = 0
 
 
-def _do_nothing() -> None: ...
-
-
 class Peer:
     """One service behind the gateway. All requests share what one of them, or a probe, has learned about it.
 
@@ -106,7 +101,7 @@ class Peer:
         self._num_failures = 0
         self._num_misfits = 0
         self._failed = asyncio.Event()
-        self.when_changed: Callable[[], None] = _do_nothing
+        self.when_changed: Callable[[], None] = lambda: None
         self.state = PeerState.UNREACHABLE
         self.info: PeerInfo | None = None
         self.asked_s = -math.inf  # when `info` was asked for, by the monotonic clock
@@ -147,19 +142,14 @@ class Peer:
             _log.warning("peer_replica_misfit", peer=self._role, reason=reason)
             return
         if self.state is not PeerState.REFUSED or not self.misfit.startswith(reason):
-            self.misfit = await self._explained(reason)
+            explained = reason
+            if self._explain_misfit is not None:
+                with contextlib.suppress(EasyspecError):  # a version that cannot be asked, or it has just gone
+                    explained = f"{reason}: {await self._explain_misfit()}"
+            self.misfit = explained
         self.info, self.asked_s = info, asked_s
         self._num_failures += 1
         self._become(PeerState.REFUSED, reason=self.misfit)
-
-    async def _explained(self, reason: str) -> str:
-        """Why the peer does not fit: that the vocabularies differ, and where, if it can tell."""
-        if self._explain_misfit is None:
-            return reason
-        try:
-            return f"{reason}: {await self._explain_misfit()}"
-        except EasyspecError:  # a version that cannot be asked, or it has just gone
-            return reason
 
     async def wait_for_answer(self) -> None:
         """Probe until the peer answers, whether it can be used or not."""

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
+from array import array
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Generic, TypeVar
 
 import structlog
 
 from easyspec.errors import ConnectionLostError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
-from gateway.peers.affinity import preferred
 from gateway.peers.peer import Peer, PeerInfo, PeerState
 
 # A round that began before the probe that found its replica silent has waited longer.
 _SILENT_S = 2.0
+# Lengths of a prompt's beginnings, in tokens. What is shorter than the first has nothing worth meeting for.
+_BEGINNINGS = (64, 256, 1024)
+# A replica may have so many times its share of the sessions before prompts that prefer it go elsewhere.
+_MAX_SHARE = 1.25
 
 _log = structlog.get_logger()
 _ClientT = TypeVar("_ClientT")
@@ -164,6 +170,29 @@ class ReplicaSet(Generic[_ClientT]):
     async def watch(self) -> None:
         """Keep every replica's state true until cancelled."""
         await asyncio.gather(*(replica.peer.watch() for replica in self.replicas))
+
+
+def preferred(replicas: Sequence[Replica[_ClientT]], prompt: Sequence[int]) -> Replica[_ClientT] | None:
+    """The replica for a prompt by rendezvous hashing, bounded by load; None if the prompt is short, or if the replicas
+    for its beginnings have enough to do.
+
+    All prompts with one beginning prefer one replica, whichever gateway asks. Where that has more than its share,
+    prompts with a longer beginning in common still meet at another.
+    """
+    most = math.ceil(_MAX_SHARE * (sum(replica.num_sessions for replica in replicas) + 1) / len(replicas))
+
+    def score(replica: Replica[_ClientT]) -> bytes:
+        key = blake2b(replica.address.encode(), digest_size=32).digest()
+        return blake2b(beginning, digest_size=8, key=key).digest()
+
+    for length in _BEGINNINGS:
+        if len(prompt) < length:
+            return None
+        beginning = array("q", prompt[:length]).tobytes()
+        best = max(replicas, key=score)
+        if best.num_sessions < most:
+            return best
+    return None
 
 
 def _described(model: ModelInfo) -> str:

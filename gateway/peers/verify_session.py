@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -57,13 +57,17 @@ class FailoverLimits:
 
 
 class VerifierPool:
-    """The verifiers as all requests share them, and how to open a session."""
+    """The verifiers as all requests share them, and how to open a session.
+
+    A session that was open when a verifier died may be why. `trials` is held while one that is suspected in earnest is
+    tried: alone, not where the only replica left has other sessions, and once.
+    """
 
     def __init__(self, replicas: ReplicaSet[VerifyConnection], limits: FailoverLimits) -> None:
         self.replicas = replicas
-        self._limits = limits
-        self._trials = asyncio.Lock()
-        self._round_time = UsualTime()
+        self.limits = limits
+        self.trials = asyncio.Lock()
+        self.round_time = UsualTime()
 
     @contextlib.asynccontextmanager
     async def open(
@@ -76,9 +80,7 @@ class VerifierPool:
         info = self.replicas.info
         if info is not None:
             opening = replace(opening, model_fingerprint=info.model.fingerprint)
-        session = ResilientVerifySession(
-            self.replicas, self._limits, opening, timeout_s, self._trials, self._round_time, progress
-        )
+        session = ResilientVerifySession(self, opening, timeout_s, progress or Progress())
         try:
             yield session
         finally:
@@ -91,26 +93,14 @@ class ResilientVerifySession:
     A lost stream is opened again from prompt and output so far, and asked again for the round that was lost: what
     comes out is what would have come out. Raises EasyspecError where that does not help (a request that is refused
     would be refused again) or takes longer than the limits allow. `num_failures` counts the rounds that met a failure.
-
-    A session that was open when a verifier died may be why. `trials`, which all sessions share, is held while one that
-    is suspected in earnest is tried: alone, not where the only replica left has other sessions, and once.
     """
 
-    def __init__(
-        self,
-        replicas: ReplicaSet[VerifyConnection],
-        limits: FailoverLimits,
-        opening: OpenVerification,
-        timeout_s: float,
-        trials: asyncio.Lock,
-        round_time: UsualTime,
-        progress: Progress | None = None,
-    ) -> None:
-        self._progress = progress or Progress()
-        self._replicas = replicas
-        self._limits = limits
-        self._trials = trials
-        self._round_time = round_time
+    def __init__(self, pool: VerifierPool, opening: OpenVerification, timeout_s: float, progress: Progress) -> None:
+        self._progress = progress
+        self._replicas = pool.replicas
+        self._limits = pool.limits
+        self._trials = pool.trials
+        self._round_time = pool.round_time
         self._has_read = False
         self._is_on_trial = False
         self._deaths: list[_Death] = []
@@ -135,12 +125,20 @@ class ResilientVerifySession:
             except InvalidRequestError:  # the client's own mistake
                 raise
             except EasyspecError as error:
-                outage = outage or self._begin_outage()
+                if outage is None:
+                    self.num_failures += 1
+                    self._progress.stall()
+                    now_s = time.monotonic()
+                    patience_s = self._limits.reopen_timeout_s if self._has_spoken else self._limits.open_timeout_s
+                    outage = _Outage(now_s, min(now_s + patience_s, self._deadline_s))
                 # Blame first: it asks which replica and stream failed, and losing forgets both.
                 await self._blame(outage, error)
                 await self._lose(outage, error)
                 await self._wait_for_next_try(outage, error)
-        self._commit(answer)
+        self._output.extend(answer.verdict.token_ids)
+        self._has_spoken = True
+        self._deaths.clear()
+        self._end_trial()
         if outage is None:
             return answer
         self._progress.resume()
@@ -208,12 +206,6 @@ class ResilientVerifySession:
             self._stream = await self._connection.enter_async_context(replica.client.open(opening, remaining_s))
         return self._stream
 
-    def _commit(self, answer: TimedVerdict) -> None:
-        self._output.extend(answer.verdict.token_ids)
-        self._has_spoken = True
-        self._deaths.clear()
-        self._end_trial()
-
     @property
     def _num_deaths(self) -> int:
         """Verifiers that died with this session in a row, less verifiers that were alive since: they only did
@@ -260,13 +252,6 @@ class ResilientVerifySession:
         if self._is_on_trial:
             self._is_on_trial = False
             self._trials.release()
-
-    def _begin_outage(self) -> _Outage:
-        self.num_failures += 1
-        self._progress.stall()
-        now_s = time.monotonic()
-        patience_s = self._limits.reopen_timeout_s if self._has_spoken else self._limits.open_timeout_s
-        return _Outage(now_s, min(now_s + patience_s, self._deadline_s))
 
     async def _lose(self, outage: _Outage, error: EasyspecError) -> None:
         replica = self._replica
@@ -338,11 +323,11 @@ class _Death:
         return bool(self.instance_id) and info is not None and info.instance_id == self.instance_id
 
 
+@dataclass
 class _Outage:
     """One round's failures: since when, until when to go on trying, how many, and at which replicas of late."""
 
-    def __init__(self, started_s: float, give_up_s: float) -> None:
-        self.started_s = started_s
-        self.give_up_s = give_up_s
-        self.num_failures = 0
-        self.tried: set[Replica[VerifyConnection]] = set()
+    started_s: float
+    give_up_s: float
+    num_failures: int = 0
+    tried: set[Replica[VerifyConnection]] = field(default_factory=set)

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from gateway.peers.affinity import preferred
+from gateway.peers.replica_set import preferred
 
 
 @dataclass

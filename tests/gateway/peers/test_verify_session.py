@@ -144,7 +144,7 @@ async def test_nobody_waits_beyond_the_requests_own_deadline() -> None:
 async def test_another_replica_is_asked_at_once_and_the_lost_one_looked_at() -> None:
     lost, other = FakeConnection([None], lasting=UnavailableError("gone")), FakeConnection()
     pool = await pool_of(lost, other)
-    pool._limits = replace(pool._limits, backoff=ExponentialBackoff(60.0, 60.0))  # a pause would be an error
+    pool.limits = replace(pool.limits, backoff=ExponentialBackoff(60.0, 60.0))  # a pause would be an error
     async with pool.open(OPENING, 10) as session:
         await rounds(session, 1)
         assert await rounds(session, 2, start=4) == [4, 5]
@@ -249,7 +249,7 @@ async def test_a_round_that_takes_many_times_the_usual_is_asked_elsewhere(monkey
     """The verifier answers probes, and its device hangs."""
     hanging, other = HangingConnection(), FakeConnection()
     pool = await pool_of(hanging, other)
-    pool._round_time = UsualTime(least_bound_s=0.3)
+    pool.round_time = UsualTime(least_bound_s=0.3)
     async with pool.open(OPENING, 10) as session:
         await rounds(session, 2)
         hanging.hangs = True
