@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import random
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 HELDOUT_LIST = Path(__file__).with_name("heldout.txt")
@@ -35,40 +35,25 @@ def held_out_prompts(num_prompts: int, seed: int, max_chars: int) -> list[str]:
     """
     if max_chars < _MIN_PROMPT_CHARS:
         raise ValueError(f"max_chars must be at least {_MIN_PROMPT_CHARS}, not {max_chars}")
-    prompts = _all_function_prompts(max_chars)
+    prompts = _function_prompts(max_chars)
     if num_prompts > len(prompts):
         raise ValueError(f"num_prompts must be at most {len(prompts)}, not {num_prompts}")
     return random.Random(seed).sample(prompts, num_prompts)
 
 
 @functools.cache
-def _all_function_prompts(max_chars: int) -> list[str]:
-    return sorted({prompt for source in held_out_texts().values() for prompt in _function_prompts(source, max_chars)})
-
-
-def _function_prompts(source: str, max_chars: int) -> Iterator[str]:
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            prompt = _tail_of_lines(lines[: _last_head_line(node)], max_chars)
-            if len(prompt) >= _MIN_PROMPT_CHARS:
-                yield prompt
-
-
-def _last_head_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Return the 1-based line where the docstring, or without one the signature, ends."""
-    first = node.body[0]
-    if ast.get_docstring(node) is not None:
-        return first.end_lineno or first.lineno
-    return max(node.lineno, first.lineno - 1)
-
-
-def _tail_of_lines(lines: list[str], max_chars: int) -> str:
-    kept: list[str] = []
-    num_chars = 0
-    for line in reversed(lines):
-        num_chars += len(line)
-        if num_chars > max_chars:
-            break
-        kept.append(line)
-    return "".join(reversed(kept)).strip("\n").rstrip()
+def _function_prompts(max_chars: int) -> list[str]:
+    prompts: set[str] = set()
+    for source in held_out_texts().values():
+        lines = source.splitlines(keepends=True)
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            first = node.body[0]
+            # Up to the docstring's last line, or without one the signature's.
+            end = first.end_lineno if ast.get_docstring(node) is not None else max(node.lineno, first.lineno - 1)
+            head = lines[:end]
+            lengths = itertools.accumulate(map(len, reversed(head)))
+            num_kept = sum(length <= max_chars for length in lengths)
+            prompts.add("".join(head[len(head) - num_kept :]).strip("\n").rstrip())
+    return sorted(prompt for prompt in prompts if len(prompt) >= _MIN_PROMPT_CHARS)

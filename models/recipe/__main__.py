@@ -7,20 +7,21 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 
 from models.recipe.cut import cut_and_heal
-from models.recipe.cut_report import write_cut_report
 from models.recipe.distil import distil
 from models.recipe.evaluate import evaluate_pair
-from models.recipe.llama import load_model
+from models.recipe.llama import load_model, publish_member
 from models.recipe.pretrain import pretrain, teach_copying
-from models.recipe.publish import publish_member
-from models.recipe.report import record_effort, write_report
+from models.recipe.report import record_effort, write_cut_report, write_report
 from models.recipe.settings import MODELS, RecipeSettings
 from models.recipe.tokenizer import load_tokenizer
 from models.recipe.tokens import ensure_tokenizer
+from models.recipe.trainer import Effort
 from models.recipe.widen import WidenSettings, widen_checkpoint
 
 _MIN_PARAMETER_RATIO = 8
@@ -38,9 +39,7 @@ def main(arguments: list[str]) -> None:
     settings = _settings(options)
     command = "python -m models.recipe " + shlex.join(arguments)
     if options.command == "train":
-        train_base(settings)
-        train_copying(settings)
-        train_draft(settings)
+        train(settings)
     if options.command == "cut":
         cut(settings)
     else:
@@ -49,47 +48,40 @@ def main(arguments: list[str]) -> None:
         write_cut_report(settings, command)
 
 
-def train_base(settings: RecipeSettings) -> None:
-    """Make `<out>/base`, unless an earlier, interrupted run has already made it."""
-    done = settings.work / "base.done"
-    if done.exists():
-        return
-    base, effort = pretrain(settings)
-    publish_member(base, ensure_tokenizer(settings), settings.out / "base", {})
-    record_effort(settings.out, "base", effort)
-    done.touch()
+def train(settings: RecipeSettings) -> None:
+    """Make `<out>/base`, let it go on with copying, and make `<out>/draft` from the base that ships, rounding included.
 
-
-def train_copying(settings: RecipeSettings) -> None:
-    """Make `<out>/base` go on from the pre-trained one there, unless an earlier run has already done it."""
-    done = settings.work / "copying.done"
-    if done.exists():
-        return
+    Stages of the base that an earlier, interrupted run has finished in this work folder are left out.
+    """
+    if _is_due(settings, "base"):
+        _publish(settings, "base", "base", *pretrain(settings))
     base = load_model(settings.out / "base", settings.device)
-    effort = teach_copying(settings, base)
-    publish_member(base, ensure_tokenizer(settings), settings.out / "base", {})
-    record_effort(settings.out, "copying", effort)
-    done.touch()
-
-
-def train_draft(settings: RecipeSettings) -> None:
-    """Make `<out>/draft` from the base that ships, rounding included."""
-    base = load_model(settings.out / "base", settings.device)
-    draft, effort = distil(settings, base)
-    extra = {"exit_layers": list(settings.distil.exit_layers)}
-    publish_member(draft, ensure_tokenizer(settings), settings.out / "draft", extra)
-    record_effort(settings.out, "draft", effort)
+    if _is_due(settings, "copying"):
+        _publish(settings, "copying", "base", base, teach_copying(settings, base))
+        base = load_model(settings.out / "base", settings.device)
+    _publish(settings, "draft", "draft", *distil(settings, base), exit_layers=list(settings.distil.exit_layers))
 
 
 def cut(settings: RecipeSettings) -> None:
     """Make `<out>/base-small` from `<out>/base`, unless an earlier run has already made it in this work folder."""
-    done = settings.work / "base-small.done"
-    if done.exists():
-        return
-    small, kept, effort = cut_and_heal(settings, load_model(settings.out / "base", settings.device))
-    publish_member(small, load_tokenizer(settings.out / "base"), settings.out / "base-small", {"kept_layers": kept})
-    record_effort(settings.out, "base-small", effort)
-    done.touch()
+    if _is_due(settings, "base-small"):
+        small, kept, effort = cut_and_heal(settings, load_model(settings.out / "base", settings.device))
+        _publish(settings, "base-small", "base-small", small, effort, kept_layers=kept)
+
+
+def _is_due(settings: RecipeSettings, stage: str) -> bool:
+    return not (settings.work / f"{stage}.done").exists()
+
+
+def _publish(
+    settings: RecipeSettings, stage: str, member: str, model: LlamaForCausalLM, effort: Effort, **extra_config: Any
+) -> None:
+    # The cut base's stage may have no corpus of its own, and takes the tokenizer of the base that ships.
+    is_cut = stage == "base-small"
+    tokenizer = load_tokenizer(settings.out / "base") if is_cut else ensure_tokenizer(settings)
+    publish_member(model, tokenizer, settings.out / member, extra_config)
+    record_effort(settings.out, stage, effort)
+    (settings.work / f"{stage}.done").touch()
 
 
 def evaluate(settings: RecipeSettings, command: str) -> None:
@@ -105,20 +97,11 @@ def _settings(options: argparse.Namespace) -> RecipeSettings:
     torch.set_num_threads(options.threads)
     settings = RecipeSettings(out=options.out, work=options.work, device=options.device)
     settings.work.mkdir(parents=True, exist_ok=True)
-    base = replace(
-        settings.base_optim,
-        num_steps=options.base_steps,
-        max_seconds=options.base_minutes and options.base_minutes * 60,
-    )
-    copying = replace(
-        settings.copying_optim,
-        num_steps=options.copying_steps,
-        max_seconds=options.copying_minutes and options.copying_minutes * 60,
-    )
-    draft = replace(
-        settings.distil.optim,
-        num_steps=options.draft_steps,
-        max_seconds=options.draft_minutes and options.draft_minutes * 60,
+    given = vars(options)
+    optims = {"base": settings.base_optim, "copying": settings.copying_optim, "draft": settings.distil.optim}
+    base, copying, draft = (
+        replace(optim, num_steps=given[f"{name}_steps"], max_seconds=(given[f"{name}_minutes"] or 0) * 60 or None)
+        for name, optim in optims.items()
     )
     heal = replace(settings.cut.heal.optim, max_seconds=options.cut_minutes * 60)
     own_text = replace(settings.distil.own_text, num_batches=options.own_batches)
@@ -130,12 +113,29 @@ def _settings(options: argparse.Namespace) -> RecipeSettings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.recipe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    recipe = RecipeSettings()
     for name, purpose in (
         ("train", "make the pair, resuming an interrupted run, and evaluate it"),
         ("evaluate", "measure all models and write EVALUATION.json and the cards"),
         ("cut", "make a second, shallower base of the finished base, and measure it"),
     ):
-        _add_recipe_options(commands.add_parser(name, help=purpose))
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("--out", type=Path, default=recipe.out)
+        command.add_argument("--work", type=Path, default=recipe.work)
+        command.add_argument("--device", default=recipe.device)
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        command.add_argument("--own-batches", type=int, default=recipe.distil.own_text.num_batches)
+        healing_minutes = (recipe.cut.heal.optim.max_seconds or 0) / 60
+        command.add_argument("--cut-minutes", type=float, default=healing_minutes, help="how long the cut base heals")
+        for stage, optim in (
+            ("base", recipe.base_optim),
+            ("copying", recipe.copying_optim),
+            ("draft", recipe.distil.optim),
+        ):
+            command.add_argument(f"--{stage}-steps", type=int, default=optim.num_steps)
+            command.add_argument(
+                f"--{stage}-minutes", type=float, help=f"end the schedule of {stage} by then at the latest"
+            )
     widen = commands.add_parser("widen", help="write a larger base that computes the same")
     defaults = WidenSettings()
     widen.add_argument("--source", type=Path, default=MODELS / "base")
@@ -145,23 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     widen.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     widen.add_argument("--seed", type=int, default=defaults.seed)
     return parser
-
-
-def _add_recipe_options(command: argparse.ArgumentParser) -> None:
-    defaults = RecipeSettings()
-    command.add_argument("--out", type=Path, default=defaults.out)
-    command.add_argument("--work", type=Path, default=defaults.work)
-    command.add_argument("--device", default=defaults.device)
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
-    command.add_argument("--base-steps", type=int, default=defaults.base_optim.num_steps)
-    command.add_argument("--copying-steps", type=int, default=defaults.copying_optim.num_steps)
-    command.add_argument("--draft-steps", type=int, default=defaults.distil.optim.num_steps)
-    own_batches = defaults.distil.own_text.num_batches
-    command.add_argument("--own-batches", type=int, default=own_batches)
-    healing_minutes = (defaults.cut.heal.optim.max_seconds or 0) / 60
-    command.add_argument("--cut-minutes", type=float, default=healing_minutes, help="how long the shallower base heals")
-    for name in ("base", "copying", "draft"):
-        command.add_argument(f"--{name}-minutes", type=float, help=f"end the schedule of {name} by then at the latest")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ _EXPLAIN = (
     "Explain this code:\n\n{source}",
     "Write a docstring for `{name}`:\n\n{source}",
 )
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def chat_documents(name: str, text: str, settings: CorpusSettings) -> Iterator[tuple[str, str]]:
@@ -70,45 +70,47 @@ def chat_documents(name: str, text: str, settings: CorpusSettings) -> Iterator[t
     choose = random.Random(f"{settings.seed}:{name}")
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree):
-        if isinstance(node, _Definition):
+        if isinstance(node, Definition):
             turn = _turn(node, lines, choose, settings)
             if turn is not None:
-                yield f"{name}#{node.name}@{node.lineno}", _chat_ml(*turn, choose)
+                question, answer = turn
+                prefix = f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n" if choose.random() < _SYSTEM_SHARE else ""
+                yield f"{name}#{node.name}@{node.lineno}", f"{prefix}{chat_ml(question, answer)}"
 
 
 def _turn(
-    node: _Definition, lines: list[str], choose: random.Random, settings: CorpusSettings
+    node: Definition, lines: list[str], choose: random.Random, settings: CorpusSettings
 ) -> tuple[str, str] | None:
     """Return (question, answer), or None where the definition is undocumented or too long."""
     doc = (ast.get_docstring(node) or "").strip()
-    source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).strip()
+    source = source_of(node, lines)
     paragraph = doc.split("\n\n")[0]
     too_long = len(source) > settings.max_chat_source_chars
     if not doc or too_long or len(paragraph) > settings.max_chat_docstring_chars:
         return None
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
     if choose.random() < _EXPLAIN_SHARE and len(node.body) > 1:
-        bare = textwrap.dedent(_without_docstring(node, lines)).strip()
-        question = choose.choice(_EXPLAIN).format(kind=kind, name=node.name, source=bare)
-        return question, doc
-    fields = {"kind": kind, "name": node.name, "head": _head(node), "doc": paragraph}
+        bare = bare_source_of(node, lines)
+        return choose.choice(_EXPLAIN).format(kind=kind, name=node.name, source=bare), doc
+    head = f"class {node.name}"
+    if not isinstance(node, ast.ClassDef):
+        head = f"def {node.name}({ast.unparse(node.args)})"
+    fields = {"kind": kind, "name": node.name, "head": head, "doc": paragraph}
     return choose.choice(_WRITE).format(**fields).strip(), source
 
 
-def _head(node: _Definition) -> str:
-    if isinstance(node, ast.ClassDef):
-        return f"class {node.name}"
-    return f"def {node.name}({ast.unparse(node.args)})"
+def source_of(node: Definition, lines: list[str]) -> str:
+    """The definition's source, from the lines of its file."""
+    return textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).strip()
 
 
-def _without_docstring(node: _Definition, lines: list[str]) -> str:
+def bare_source_of(node: Definition, lines: list[str]) -> str:
+    """The same without its docstring, which it has."""
     first = node.body[0]
-    head = lines[node.lineno - 1 : first.lineno - 1]
-    return "".join([*head, *lines[first.end_lineno or first.lineno : node.end_lineno]])
+    kept = [*lines[node.lineno - 1 : first.lineno - 1], *lines[first.end_lineno or first.lineno : node.end_lineno]]
+    return textwrap.dedent("".join(kept)).strip()
 
 
-def _chat_ml(question: str, answer: str, choose: random.Random) -> str:
-    system = f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n"
-    prefix = system if choose.random() < _SYSTEM_SHARE else ""
-    user = f"<|im_start|>user\n{question}<|im_end|>\n"
-    return f"{prefix}{user}<|im_start|>assistant\n{answer}<|im_end|>\n"
+def chat_ml(question: str, answer: str) -> str:
+    """A user's turn and its answer."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"

@@ -9,9 +9,9 @@ tokens said twice, half of them shuffled, so that nothing but looking back predi
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from models.recipe.chat import bare_source_of, chat_ml, source_of
 from models.recipe.corpus import Document
 from models.recipe.settings import CopyingSettings
 from models.recipe.tokenizer import END_OF_TEXT
@@ -28,6 +29,7 @@ _CHAT_SHARE = 0.4
 _QUOTE_SHARE = 0.25
 _SHUFFLED_SHARE = 0.5
 _NUM_WAITING = 64
+_NUM_ENCODED = 1_000  # at once
 _MIN_SAID_TWICE = 24
 _NEW_NAMES: Sequence[str] = (
     "{}_checked",
@@ -101,7 +103,14 @@ def copying_stream(
     if not any(original.names for original in originals):
         shortest, longest = settings.original_chars
         raise ValueError(f"no function of {shortest} to {longest} characters to copy")
-    exercises = _encoded(tokenizer, _exercises(originals, choose))
+    texts = _exercises(originals, choose)
+    exercises = (
+        token_ids
+        for _ in itertools.count()
+        for token_ids in tokenizer([*itertools.islice(texts, _NUM_ENCODED)], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    )
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     blocks = _blocks(exercises, corpus, end, settings.block_tokens, choose)
     return np.concatenate([np.asarray(next(blocks), dtype=np.uint16) for _ in range(num_blocks)])
@@ -121,9 +130,10 @@ def _originals(document: Document, settings: CopyingSettings) -> Iterator[_Origi
         if docstring is not None and shortest <= len(docstring) <= longest:
             yield _Original(docstring)
         if isinstance(node, ast.FunctionDef):
-            source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).strip()
+            source = source_of(node, lines)
             if shortest <= len(source) <= longest:
-                yield _Original(source, _names(node), _without_docstring(node, lines))
+                bare = None if docstring is None or len(node.body) < 2 else bare_source_of(node, lines)
+                yield _Original(source, _names(node), bare)
 
 
 def _names(node: ast.FunctionDef) -> tuple[str, ...]:
@@ -131,14 +141,6 @@ def _names(node: ast.FunctionDef) -> tuple[str, ...]:
     found = {arg.arg for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]} - {"self", "cls"}
     found |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
     return (node.name, *sorted(found))
-
-
-def _without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
-    if ast.get_docstring(node) is None or len(node.body) < 2:
-        return None
-    first = node.body[0]
-    kept = [*lines[node.lineno - 1 : first.lineno - 1], *lines[first.end_lineno or first.lineno : node.end_lineno]]
-    return textwrap.dedent("".join(kept)).strip()
 
 
 def _exercises(originals: Sequence[_Original], choose: random.Random) -> Iterator[str]:
@@ -167,7 +169,7 @@ def _edit(function: _Original, choose: random.Random) -> str:
         edited = re.sub(rf"\b{re.escape(old)}\b", new, function.text)
         remarks, requests = _RENAME_REMARKS, _RENAME_REQUESTS
     if choose.random() < _CHAT_SHARE:
-        return _turns(choose.choice(requests).format(old=old, new=new), function.text, edited)
+        return chat_ml(f"{choose.choice(requests).format(old=old, new=new)}\n\n{function.text}", edited)
     return f"{function.text}\n\n{choose.choice(remarks).format(old=old, new=new)}\n{edited}\n"
 
 
@@ -175,19 +177,9 @@ def _quote(document: str, choose: random.Random) -> str:
     if choose.random() >= _CHAT_SHARE:
         return f"{document}\n\n{choose.choice(_QUOTE_REMARKS)}\n\n{document}\n"
     if choose.random() < 0.3:
-        return _turns(choose.choice(_FIRST_REQUESTS), document, re.split(r"(?<=[.:])\s", document, maxsplit=1)[0])
-    return _turns(choose.choice(_QUOTE_REQUESTS), document, document)
-
-
-def _turns(request: str, original: str, answer: str) -> str:
-    return f"<|im_start|>user\n{request}\n\n{original}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
-
-
-def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> Iterator[list[int]]:
-    """Token ids of the texts, many encoded at once."""
-    while True:
-        batch = [next(texts) for _ in range(1_000)]
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        first = re.split(r"(?<=[.:])\s", document, maxsplit=1)[0]
+        return chat_ml(f"{choose.choice(_FIRST_REQUESTS)}\n\n{document}", first)
+    return chat_ml(f"{choose.choice(_QUOTE_REQUESTS)}\n\n{document}", document)
 
 
 def _blocks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -96,21 +97,11 @@ def training_pass(settings: CorpusSettings, pass_index: int) -> list[Document]:
         for name, text in chat_documents(document.name, document.text, settings)
     ]
     order.shuffle(chat)
-    chosen += _chat_share(chat, sum(len(document.text) for document in chosen), settings)
+    wanted = sum(len(document.text) for document in chosen) * settings.chat_share / (1 - settings.chat_share)
+    num_before = itertools.accumulate((len(document.text) for document in chat), initial=0)
+    chosen += [document for document, num_chars in zip(chat, num_before, strict=False) if num_chars < wanted]
     random.Random(settings.seed * 1_000 + pass_index).shuffle(chosen)
     return chosen
-
-
-def _chat_share(chat: list[Document], num_other_chars: int, settings: CorpusSettings) -> list[Document]:
-    wanted = num_other_chars * settings.chat_share / (1 - settings.chat_share)
-    kept: list[Document] = []
-    num_chars = 0
-    for document in chat:
-        if num_chars >= wanted:
-            break
-        kept.append(document)
-        num_chars += len(document.text)
-    return kept
 
 
 def _is_table(name: str) -> bool:

@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,15 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM
 
 from models.recipe.copying import Stream
-from models.recipe.distil import DistilBatches, distil_losses, mean_exit_loss
-from models.recipe.llama import compile_layers, save_pair_member
+from models.recipe.distil import learn
+from models.recipe.llama import TOKENIZER_FILES
 from models.recipe.own_text import write_own_text
-from models.recipe.publish import TOKENIZER_FILES
 from models.recipe.settings import CutSettings, RecipeSettings
 from models.recipe.tokenizer import load_tokenizer
 from models.recipe.tokens import pass_stream
-from models.recipe.trainer import Effort, Trainer
+from models.recipe.trainer import Effort
 
-_LAYER_KEY = re.compile(r"(model\.layers\.)(\d+)(\..+)")
+_LAYER_NUMBER = re.compile(r"(?<=^model\.layers\.)\d+")
 
 
 def cut_and_heal(settings: RecipeSettings, base: LlamaForCausalLM) -> tuple[LlamaForCausalLM, list[int], Effort]:
@@ -46,17 +44,7 @@ def cut_and_heal(settings: RecipeSettings, base: LlamaForCausalLM) -> tuple[Llam
     heal = replace(settings.cut.heal, exit_layers=(settings.cut.num_layers,))
     healing = replace(settings, distil=heal)
     own = write_own_text(base, stream, healing.distil.own_text, settings.work / "own-cut")
-    compile_layers(small)
-    compile_layers(base)
-
-    def publish(folder: Path) -> None:
-        save_pair_member(small, load_tokenizer(settings.out / "base"), folder)
-
-    batches = DistilBatches(healing, base, own)
-    loss = torch.compile(mean_exit_loss, dynamic=False)
-    trainer = Trainer("base-small", small, healing.distil.optim, settings, publish)
-    effort = trainer.run(lambda step, progress: distil_losses(small, base, batches, loss, healing, step))
-    return small, kept, effort
+    return small, kept, learn("base-small", small, base, own, load_tokenizer(settings.out / "base"), healing)
 
 
 def adopt_tokenizer(settings: RecipeSettings) -> None:
@@ -115,10 +103,6 @@ def without_layers(base: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausa
     config.num_hidden_layers = len(kept)
     small = LlamaForCausalLM(config)
     old: dict[str, Tensor] = nn.Module.state_dict(base)
-    small.load_state_dict({key: old[_old_key(key, kept)] for key in small.state_dict()})
+    old_keys = {key: _LAYER_NUMBER.sub(lambda found: str(kept[int(found[0])]), key) for key in small.state_dict()}
+    small.load_state_dict({key: old[old_key] for key, old_key in old_keys.items()})
     return small
-
-
-def _old_key(key: str, kept: Sequence[int]) -> str:
-    found = _LAYER_KEY.fullmatch(key)
-    return f"{found[1]}{kept[int(found[2])]}{found[3]}" if found else key

@@ -8,12 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.recipe.llama import build_llama, compile_layers, save_pair_member
 from models.recipe.own_text import OwnText, write_own_text
@@ -34,17 +34,24 @@ def distil(settings: RecipeSettings, base: LlamaForCausalLM) -> tuple[LlamaForCa
     draft = build_llama(settings.draft_shape, settings.distil.optim.seed)
     inherit_embedding(draft, base)
     draft.to(settings.device)
+    return draft, learn("draft", draft, base, own, tokenizer, settings)
+
+
+def learn(
+    name: str,
+    draft: LlamaForCausalLM,
+    base: LlamaForCausalLM,
+    own: OwnText,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: RecipeSettings,
+) -> Effort:
+    """Train `draft` in place on what `base` says, as `settings.distil` has it, and compile both."""
     compile_layers(draft)
     compile_layers(base)
-
-    def publish(folder: Path) -> None:
-        save_pair_member(draft, tokenizer, folder)
-
     batches = DistilBatches(settings, base, own)
     exit_loss = torch.compile(mean_exit_loss, dynamic=False)
-    trainer = Trainer("draft", draft, settings.distil.optim, settings, publish)
-    effort = trainer.run(lambda step, progress: distil_losses(draft, base, batches, exit_loss, settings, step))
-    return draft, effort
+    trainer = Trainer(name, draft, settings.distil.optim, settings, partial(save_pair_member, draft, tokenizer))
+    return trainer.run(lambda step, progress: distil_losses(draft, base, batches, exit_loss, settings, step))
 
 
 class DistilBatches:

@@ -5,7 +5,6 @@ Dimensions: B rows, T tokens, H hidden size, V vocabulary, E exits.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from models.heldout import held_out_texts
 from models.recipe.copying import Stream
 from models.recipe.distil import base_hidden, exit_hidden
 from models.recipe.llama import load_model
-from models.recipe.own_text import continue_text
+from models.recipe.own_text import continue_text, prompts_of
 from models.recipe.tokenizer import load_tokenizer
 from models.recipe.tokens import encode_documents
 
@@ -77,13 +76,8 @@ def evaluate_pair(
         windows = windows[:: max(1, -(-len(windows) // max_windows))]
     figures = {"held_out": text_figures(pair, windows, 0)}
     for name, temperature in (("own_greedy", 0.0), ("own_temperature_0.8", 0.8)):
-        own = continue_text(
-            pair.base,
-            _prompts(stream),
-            _NEW_TOKENS,
-            torch.full((_NUM_PROMPTS,), temperature),
-            _SEED,
-        )
+        prompts = prompts_of(stream, _NUM_PROMPTS, _PROMPT_TOKENS, _SEED)
+        own = continue_text(pair.base, prompts, _NEW_TOKENS, torch.full((_NUM_PROMPTS,), temperature), _SEED)
         figures[name] = text_figures(pair, own.token_ids, _PROMPT_TOKENS - 1)
     return figures
 
@@ -147,9 +141,3 @@ def repeated_share(rows: Iterable[list[int]]) -> float:
             num_all += 1
             seen.add(run)
     return round(num_repeated / max(1, num_all), 4)
-
-
-def _prompts(stream: Stream) -> Tensor:
-    choose = random.Random(_SEED)
-    starts = [choose.randrange(len(stream) - _PROMPT_TOKENS) for _ in range(_NUM_PROMPTS)]
-    return torch.tensor([stream[start : start + _PROMPT_TOKENS].tolist() for start in starts])

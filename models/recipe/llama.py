@@ -1,22 +1,22 @@
-"""The pair's models as ordinary transformers objects: built, compiled, saved."""
+"""The pair's models as ordinary transformers objects: built, compiled, saved, published."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.recipe.settings import ModelShape
 from models.recipe.tokenizer import END_OF_TEXT, TURN_END
 
 _INIT_STD = 0.02
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def build_llama(shape: ModelShape, seed: int) -> LlamaForCausalLM:
@@ -59,6 +59,28 @@ def save_pair_member(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     model.generation_config = GenerationConfig(eos_token_id=[end, turn_end], pad_token_id=end, do_sample=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def publish_member(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    extra_config: Mapping[str, Any],
+) -> None:
+    """Replace `folder` by the model with weights stored as bfloat16; `model` is left as it is.
+
+    The configuration names float32 as the type to run in: widening bfloat16 is exact, and
+    processors without bfloat16 instructions are faster in float32.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    rounded = LlamaForCausalLM(model.config)
+    rounded.load_state_dict(model.state_dict())
+    save_pair_member(rounded.to(torch.bfloat16), tokenizer, folder)
+    model.config.dtype = torch.float32
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"dtype": "float32", "use_cache": True, **extra_config}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path, device: str) -> LlamaForCausalLM:

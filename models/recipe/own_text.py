@@ -73,16 +73,11 @@ def continue_text(
     for _ in range(new_tokens):
         hidden = model.model(input_ids=fresh, past_key_values=cache, use_cache=True).last_hidden_state
         states.append(hidden)
-        fresh = _choose(model.lm_head(hidden[:, -1]), temperatures, noise)  # [B, 1]
+        logits = model.lm_head(hidden[:, -1])  # [B, V]
+        exponential = torch.empty_like(logits).exponential_(generator=noise)  # the Gumbel-max rule
+        fresh = (logits - temperatures[:, None] * exponential.log()).argmax(dim=-1, keepdim=True)  # [B, 1]
         token_ids.append(fresh)
     return OwnText(torch.cat(token_ids, dim=1), torch.cat(states, dim=1))
-
-
-def _choose(logits: Tensor, temperatures: Tensor, noise: torch.Generator) -> Tensor:
-    """Return the chosen ids [B, 1] for logits [B, V] by the Gumbel-max rule."""
-    exponential = torch.empty_like(logits).exponential_(generator=noise)
-    perturbed = logits - temperatures[:, None] * exponential.log()
-    return perturbed.argmax(dim=-1, keepdim=True)
 
 
 def write_own_text(model: LlamaForCausalLM, stream: Stream, settings: OwnTextSettings, folder: Path) -> OwnText:
@@ -94,23 +89,16 @@ def write_own_text(model: LlamaForCausalLM, stream: Stream, settings: OwnTextSet
         if not path.exists():
             temperatures = torch.full((settings.batch_size,), settings.temperature)
             temperatures[: int(settings.batch_size * settings.greedy_share)] = 0.0
-            text = continue_text(
-                model,
-                _prompts(stream, settings, index).to(model.device),
-                settings.new_tokens,
-                temperatures.to(model.device),
-                settings.seed * 1_000 + index,
-            )
+            seed = settings.seed * 1_000 + index
+            prompts = prompts_of(stream, settings.batch_size, settings.prompt_tokens, seed).to(model.device)
+            text = continue_text(model, prompts, settings.new_tokens, temperatures.to(model.device), seed)
             torch.save((text.token_ids, text.hidden), path)
         batches.append(torch.load(path, map_location="cpu"))
-    return OwnText(
-        torch.cat([token_ids for token_ids, _ in batches]),
-        torch.cat([hidden for _, hidden in batches]),
-    )
+    return OwnText(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
-def _prompts(stream: Stream, settings: OwnTextSettings, index: int) -> Tensor:
-    choose = random.Random(settings.seed * 1_000 + index)
-    starts = [choose.randrange(len(stream) - settings.prompt_tokens) for _ in range(settings.batch_size)]
-    rows = [stream[start : start + settings.prompt_tokens].tolist() for start in starts]
-    return torch.tensor(rows)  # [B, T]
+def prompts_of(stream: Stream, num_prompts: int, num_tokens: int, seed: int) -> Tensor:
+    """Return windows [B, T] from seeded places of a stream."""
+    choose = random.Random(seed)
+    starts = [choose.randrange(len(stream) - num_tokens) for _ in range(num_prompts)]
+    return torch.tensor([stream[start : start + num_tokens].tolist() for start in starts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -39,14 +39,11 @@ def _train(name: str, model: LlamaForCausalLM, optim: OptimSettings, settings: R
     compile_layers(model)
     sampler = WindowSampler(settings, optim)
 
-    def publish(folder: Path) -> None:
-        save_pair_member(model, tokenizer, folder)
-
     def losses(step: int, progress: float) -> Iterator[Tensor]:
         for part, share in micro_batches(sampler.batch(step, progress), optim):
             yield next_token_loss(model, part.to(settings.device)) * share
 
-    return Trainer(name, model, optim, settings, publish).run(losses)
+    return Trainer(name, model, optim, settings, partial(save_pair_member, model, tokenizer)).run(losses)
 
 
 def next_token_loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:

@@ -77,20 +77,16 @@ class Trainer:
                 published = now
             if progress >= 1:
                 return Effort(step, step * self._optim.tokens_per_step, round(seconds, 1))
-            losses.append(self._step(step, progress, losses_of(step, progress)))
+            set_lr_factor(self._optimizers, lr_factor(step, progress, self._optim))
+            losses.append(0.0)
+            for loss in losses_of(step, progress):
+                loss.backward()
+                losses[-1] += loss.item()
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._optim.max_grad_norm)
+            for optimizer in self._optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
-
-    def _step(self, step: int, progress: float, losses: Iterator[Tensor]) -> float:
-        set_lr_factor(self._optimizers, lr_factor(step, progress, self._optim))
-        total = 0.0
-        for loss in losses:
-            loss.backward()
-            total += loss.item()
-        nn.utils.clip_grad_norm_(self._model.parameters(), self._optim.max_grad_norm)
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return total
 
     def _resume(self) -> tuple[int, float]:
         if not self._checkpoint.exists():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from models.recipe.publish import TOKENIZER_FILES
+from models.recipe.llama import TOKENIZER_FILES
 
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SHARD_SIZE = "400MB"
@@ -59,7 +59,13 @@ def widen_model(small: LlamaForCausalLM, settings: WidenSettings) -> LlamaForCau
     torch.manual_seed(settings.seed)
     wide = LlamaForCausalLM(wide_config(small.config, settings))
     old = small.state_dict()
-    source_of = _layer_sources(small.config.num_hidden_layers, settings.num_extra_layers)
+    num_layers = small.config.num_hidden_layers
+    source_of: list[
+        int | None
+    ] = []  # the old layer that each new one repeats; those that repeat none are spread evenly
+    for layer in range(num_layers):
+        num_due = (layer + 1) * settings.num_extra_layers // num_layers
+        source_of += [layer, *[None] * (num_due - source_of.count(None))]
     state = {key: _widened(key, value, old, source_of, settings.factor) for key, value in wide.state_dict().items()}
     wide.load_state_dict(state)
     return wide.eval()
@@ -82,18 +88,6 @@ def wide_config(config: LlamaConfig, settings: WidenSettings) -> LlamaConfig:
     wide.num_hidden_layers = config.num_hidden_layers + settings.num_extra_layers
     wide.rms_norm_eps = config.rms_norm_eps / settings.factor
     return wide
-
-
-def _layer_sources(num_layers: int, num_extra: int) -> list[int | None]:
-    """Return for each new layer the old layer it repeats, or None; None are spread evenly."""
-    sources: list[int | None] = []
-    num_placed = 0
-    for layer in range(num_layers):
-        sources.append(layer)
-        num_due = (layer + 1) * num_extra // num_layers
-        sources += [None] * (num_due - num_placed)
-        num_placed = num_due
-    return sources
 
 
 def _widened(key: str, random: Tensor, old: dict[str, Tensor], source_of: list[int | None], factor: int) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from models.recipe.cut import adopt_tokenizer, calibration_windows, kept_layers, without_layers
-from models.recipe.llama import build_llama
-from models.recipe.publish import TOKENIZER_FILES
+from models.recipe.llama import TOKENIZER_FILES, build_llama
 from models.recipe.settings import CutSettings, DistilSettings, ModelShape, OptimSettings, RecipeSettings
 
 _SHAPE = ModelShape(

@@ -66,7 +66,9 @@ class Openings:
         """The next one of a seeded sequence."""
         settings, kind = self._settings, choose.random()
         if kind < settings.continuation_share:
-            return Opening("continuation", self._stretch(choose), "")
+            text = choose.choice(self._documents).text
+            start = choose.randrange(max(1, len(text) - 600))
+            return Opening("continuation", text[start : start + choose.randint(100, 600)].rstrip(), "")
         if kind < settings.continuation_share + settings.code_question_share:
             question = choose.choice(self._questions_of_code)
             return Opening("library", f"{self._user_header}{question}<|im_end|>\n<|im_start|>assistant\n", "assistant")
@@ -74,11 +76,6 @@ class Openings:
             return Opening("free", self._user_header, "user")
         name, words = choose.choice((("question", _QUESTIONS), ("code", _CODE), ("text", _TEXTS)))
         return Opening(name, self._user_header + choose.choice(words), "user")
-
-    def _stretch(self, choose: random.Random) -> str:
-        text = choose.choice(self._documents).text
-        start = choose.randrange(max(1, len(text) - 600))
-        return text[start : start + choose.randint(100, 600)].rstrip()
 
     @functools.cached_property
     def _all_documents(self) -> list[Document]:

@@ -50,7 +50,10 @@ def publish(draft: Draft, base: Path, settings: DraftSettings, folder: Path) -> 
     config = draft.model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in draft.model.named_parameters():
-        values = _in_file_order(parameter.detach(), heads.get(name.split(".")[-2]))
+        values, num_heads = parameter.detach(), heads.get(name.split(".")[-2])
+        if num_heads is not None:
+            # Of queries and keys llama.cpp turns neighbouring rows against each other, Hugging Face i and i + D / 2.
+            values = values.view(num_heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
         if values.dim() == 1:
             writer.add_tensor(_gguf_name(name), values.numpy())
             continue
@@ -79,13 +82,6 @@ def blocks_of(weight: QuantisedWeight) -> NDArray[np.uint8]:
 
 def _half_bytes(values: Tensor) -> Tensor:
     return values.half()[..., None].view(torch.uint8)  # [O, groups, 2]
-
-
-def _in_file_order(values: Tensor, num_heads: int | None) -> Tensor:
-    """llama.cpp turns neighbouring rows of queries and keys against each other, Hugging Face row i and i + D / 2."""
-    if num_heads is None:
-        return values
-    return values.view(num_heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
 
 
 def _gguf_name(name: str) -> str:

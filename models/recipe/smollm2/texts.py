@@ -52,7 +52,8 @@ def read_texts(folder: Path, shards: Sequence[int]) -> list[WrittenText]:
         path = folder / f"{shard:05}.npz"
         if path.exists():
             for text in _texts_of(path):
-                beginning = text.token_ids[: _beginning(text)].tobytes()
+                answered = np.flatnonzero(text.writers == ASSISTANT)
+                beginning = text.token_ids[: answered[0] if len(answered) else None].tobytes()
                 if beginning not in seen and len(text.best_ids) > 1:
                     seen.add(beginning)
                     texts.append(text)
@@ -119,12 +120,6 @@ def _texts_of(path: Path) -> Iterator[WrittenText]:
         first = written_ends[start - 1] if start else 0
         kept = slice(first, written_ends[end - 1])
         yield WrittenText(token_ids[start:end], writers[start:end], best_ids[kept], best_logprobs[kept])
-
-
-def _beginning(text: WrittenText) -> int:
-    """Tokens before the first that an answer has."""
-    answered = np.flatnonzero(text.writers == ASSISTANT)
-    return int(answered[0]) if len(answered) else len(text.token_ids)
 
 
 def _runs(token_ids: NDArray[np.uint16], length: int) -> set[bytes]:

@@ -114,7 +114,9 @@ class Writer:
             self._add(text, token_ids, logprobs)
 
     def _add(self, text: Text, token_ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> None:
-        settings, is_user = self._settings, self._is_user(text)
+        settings = self._settings
+        has_answer_header = text.token_ids[-len(self._answer_header) :] == self._answer_header
+        is_user = text.opening.role == "user" and ASSISTANT not in text.writers and not has_answer_header
         temperature = settings.user_temperature if is_user else text.temperature
         top_p = settings.user_top_p if is_user else 1.0
         chosen = int(token_ids[_choose(logprobs, temperature, top_p, text.choose.random())])
@@ -129,12 +131,6 @@ class Writer:
             text.token_ids += given
             text.writers += [GIVEN] * len(given)
             text.num_in_turn = 0
-
-    def _is_user(self, text: Text) -> bool:
-        return text.opening.role == "user" and ASSISTANT not in text.writers and not self._has_answer_header(text)
-
-    def _has_answer_header(self, text: Text) -> bool:
-        return text.token_ids[-len(self._answer_header) :] == self._answer_header
 
     def _is_finished(self, text: Text) -> bool:
         if text.writers[-1] != ASSISTANT:
