@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
 
 TOKENIZER_FILE = "tokenizer.json"
-
-_ResultT = TypeVar("_ResultT")
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -24,41 +21,33 @@ def tokenizer_fingerprint(folder: Path) -> str:
     padding of the embedding table and the like do not count: equal digests mean interchangeable token ids.
     Raises ConfigurationError if the file is missing or not a tokenizer.
     """
-    return _read(folder, _digest)
+    token_of, merges = read_vocabulary(folder)
+    canonical = json.dumps([sorted(token_of.items()), merges], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def tokens_by_id(folder: Path) -> dict[int, str]:
-    """Every entry of `folder`'s tokenizer.json, added tokens included; raises ConfigurationError like the digest."""
-    return _read(folder, _token_of)
-
-
-def _read(folder: Path, reading: Callable[[Mapping[str, Any], list[Mapping[str, Any]]], _ResultT]) -> _ResultT:
+def read_vocabulary(folder: Path) -> tuple[dict[int, str], list[list[str]]]:
+    """Every entry of `folder`'s tokenizer by id, added tokens included, and its merges; raises ConfigurationError."""
     if is_gguf(folder):
         header = read_header(folder)
-        vocabulary = {token: token_id for token_id, token in header.vocabulary.items()}
-        return reading({"vocab": vocabulary, "merges": header.merges}, [])
+        return header.vocabulary, [merge.split(" ") for merge in header.merges]
     path = folder / TOKENIZER_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return reading(content["model"], content.get("added_tokens") or [])
+        vocabulary, merges = content["model"]["vocab"], content["model"].get("merges") or []
+        if isinstance(vocabulary, Mapping):
+            token_of = {int(token_id): token for token, token_id in vocabulary.items()}
+        else:  # a unigram model lists [piece, score] in the order of ids
+            token_of = {token_id: piece for token_id, (piece, _) in enumerate(vocabulary)}
+        token_of |= {int(token["id"]): token["content"] for token in content.get("added_tokens") or []}
+        # Merges are written as "a b" by older versions of the tokenizers library, as ["a", "b"] by newer ones.
+        return token_of, [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
     except OSError as error:
         raise ConfigurationError(f"tokenizer file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"tokenizer file {path} is not a tokenizer: {error!r}") from error
 
 
-def _token_of(model: Mapping[str, Any], added_tokens: list[Mapping[str, Any]]) -> dict[int, str]:
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, Mapping):
-        token_of = {int(token_id): token for token, token_id in vocabulary.items()}
-    else:  # a unigram model lists [piece, score] in the order of ids
-        token_of = {token_id: piece for token_id, (piece, _) in enumerate(vocabulary)}
-    return token_of | {int(token["id"]): token["content"] for token in added_tokens}
-
-
-def _digest(model: Mapping[str, Any], added_tokens: list[Mapping[str, Any]]) -> str:
-    token_of = _token_of(model, added_tokens)
-    # Merges are written as "a b" by older versions of the tokenizers library, as ["a", "b"] by newer ones.
-    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
-    canonical = json.dumps([sorted(token_of.items()), merges], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+def tokens_by_id(folder: Path) -> dict[int, str]:
+    """The entries alone; raises ConfigurationError."""
+    return read_vocabulary(folder)[0]

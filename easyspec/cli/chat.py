@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
@@ -14,16 +13,16 @@ from rich.console import Console
 from rich.style import Style
 
 from easyspec.cli.access import GatewayAccess
-from easyspec.cli.chat_commands import CommandError, Conversation, Leave, Say, obey
+from easyspec.cli.chat_commands import Conversation, obey
 from easyspec.cli.clients import GatewayClient, GenerateFlags, GenerateResponse
 from easyspec.cli.event_loop import EventLoopThread
-from easyspec.cli.generate import coloured, statistics_table
+from easyspec.cli.generate import coloured
 from easyspec.cli.processes import LogSink, ServiceStack, StackSettings
+from easyspec.cli.signals import END_SIGNALS, handled_signals
 from easyspec.cli.up import say
 from easyspec.errors import EasyspecError
 
 _PROMPT, _CONTINUATION = "> ", ". "
-_BYE_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _THOUGHT_STYLE = Style(dim=True)
 # A model's text may hold anything; a terminal must not take it for commands. Newline and tab are text.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -45,7 +44,13 @@ class ChatTerminal:
 
     def write(self, response: GenerateResponse, ends_thinking: bool) -> None:
         """Show a round of the answer; of thinking before it only where colours tell it apart."""
-        shown = _printable(response) if sys.stdout.isatty() else response
+        shown = response
+        if sys.stdout.isatty():
+            shown = GenerateResponse()
+            shown.CopyFrom(response)
+            shown.text = response.text.translate(_CONTROLS)
+            shown.reasoning = response.reasoning.translate(_CONTROLS)
+            shown.token_texts[:] = [text.translate(_CONTROLS) for text in response.token_texts]
         if not self.is_coloured:
             _out(shown.text)
             return
@@ -76,28 +81,25 @@ def hold_chat(
 
     Raises EasyspecError: at the start, and where input does not come from a terminal also later.
     """
-    with EventLoopThread() as loop, _leaving_on_signals():
-        stack = AsyncExitStack()
+    stack = AsyncExitStack()
+
+    async def open_client() -> GatewayClient:
+        address = gateway_address
+        if address is None:
+            address = (await stack.enter_async_context(ServiceStack(settings, on_log, say))).gateway_address
+        client = await stack.enter_async_context(GatewayClient(address, access))
+        await client.info()
+        return client
+
+    def leave(number: int, _frame: Any) -> NoReturn:
+        """SIGTERM and a closed terminal end the program as an exception does, so that services are stopped."""
+        raise SystemExit(128 + number)
+
+    with EventLoopThread() as loop, handled_signals(leave, END_SIGNALS):
         try:
-            client = loop.run(_open(stack, gateway_address, settings, on_log, access))
-            _converse(loop, client, Conversation(flags, system_prompt), terminal)
+            _converse(loop, loop.run(open_client()), Conversation(flags, system_prompt), terminal)
         finally:
             loop.run(stack.aclose())
-
-
-async def _open(
-    stack: AsyncExitStack,
-    gateway_address: str | None,
-    settings: StackSettings,
-    on_log: LogSink,
-    access: GatewayAccess,
-) -> GatewayClient:
-    if gateway_address is None:
-        services = await stack.enter_async_context(ServiceStack(settings, on_log, say))
-        gateway_address = services.gateway_address
-    client = await stack.enter_async_context(GatewayClient(gateway_address, access))
-    await client.info()
-    return client
 
 
 def _converse(loop: EventLoopThread, client: GatewayClient, conversation: Conversation, terminal: ChatTerminal) -> None:
@@ -107,25 +109,18 @@ def _converse(loop: EventLoopThread, client: GatewayClient, conversation: Conver
         try:
             if line.startswith("/") and not line.startswith("//"):
                 outcome = obey(line.rstrip(), conversation)
-                if isinstance(outcome, Leave):
+                if outcome is None:
                     return
-                _show(outcome, conversation, terminal)
+                if isinstance(outcome, str):
+                    terminal.say(outcome)
+                else:
+                    Console(stderr=True).print(outcome)
             elif line.strip():
                 _answer(line.removeprefix("/"), loop, client, conversation, terminal)
         except EasyspecError as error:
             if not terminal.is_interactive:
                 raise
             terminal.say(str(error))
-
-
-def _show(outcome: object, conversation: Conversation, terminal: ChatTerminal) -> None:
-    if isinstance(outcome, Say):
-        terminal.say(outcome.text)
-        return
-    rounds = conversation.last_rounds
-    if not rounds[-1].HasField("completion"):
-        raise CommandError("the last answer was stopped before its statistics came")
-    Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion))
 
 
 def _answer(
@@ -177,16 +172,6 @@ def _summary(rounds: list[GenerateResponse]) -> str:
     return ", ".join([*parts, f"seed {completion.seed}"])
 
 
-def _printable(response: GenerateResponse) -> GenerateResponse:
-    """The round with control characters replaced, so that its text cannot command the terminal."""
-    shown = GenerateResponse()
-    shown.CopyFrom(response)
-    shown.text = response.text.translate(_CONTROLS)
-    shown.reasoning = response.reasoning.translate(_CONTROLS)
-    shown.token_texts[:] = [text.translate(_CONTROLS) for text in response.token_texts]
-    return shown
-
-
 def _joined(read: Callable[[str], str], is_interactive: bool) -> Iterator[str]:
     """Lines, each ending in a backslash joined with the next; the end of input is an empty string from `read`."""
     parts: list[str] = []
@@ -217,21 +202,6 @@ def _ask(prompt: str) -> str:
         return input(prompt) + "\n"
     except EOFError:
         return ""
-
-
-@contextlib.contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the program as an exception does, so that services are stopped."""
-
-    def leave(number: int, _frame: Any) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in _BYE_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _out(text: str) -> None:

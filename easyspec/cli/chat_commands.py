@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+
+from rich.table import Table
 
 from easyspec.cli.clients import GenerateFlags, GenerateResponse, Turn
+from easyspec.cli.generate import statistics_table
 from easyspec.errors import EasyspecError
 from easyspec.speculation.parameters import MAX_SEED
 
@@ -51,57 +53,42 @@ class Conversation:
         self.turns += [Turn("user", message), Turn("assistant", answer)]
 
 
-@dataclass(frozen=True)
-class Say:
-    """A command was done; `text` tells the person."""
+def obey(line: str, conversation: Conversation) -> str | Table | None:
+    """Do what a line that begins with a slash says; returns what to show, None to end the conversation.
 
-    text: str
-
-
-@dataclass(frozen=True)
-class ShowStatistics:
-    """Show what speculation did for the last answer."""
-
-
-@dataclass(frozen=True)
-class Leave:
-    """End the conversation."""
-
-
-Outcome: TypeAlias = Say | ShowStatistics | Leave
-
-
-def obey(line: str, conversation: Conversation) -> Outcome:
-    """Do what a line that begins with a slash says; raises CommandError."""
+    Raises CommandError.
+    """
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     match name:
         case "/help":
-            return Say(HELP)
+            return HELP
         case "/quit" | "/exit":
-            return Leave()
+            return None
         case "/reset":
             conversation.turns.clear()
-            return Say("The conversation begins anew.")
+            return "The conversation begins anew."
         case "/system":
             conversation.system_prompt = argument or None
-            return Say("The system prompt is set." if argument else "No system prompt.")
+            return "The system prompt is set." if argument else "No system prompt."
         case "/seed":
             if argument and not (argument.isdecimal() and int(argument) <= MAX_SEED):
                 raise CommandError(f"seed is {argument!r}; allowed: 0 to {MAX_SEED}, or nothing")
             seed = int(argument) if argument else None
             conversation.flags = replace(conversation.flags, sampling=replace(conversation.flags.sampling, seed=seed))
-            return Say("A new seed for every answer." if seed is None else f"Answers use seed {seed}.")
+            return "A new seed for every answer." if seed is None else f"Answers use seed {seed}."
         case "/stats":
-            if not conversation.last_rounds:
+            if not (rounds := conversation.last_rounds):
                 raise CommandError("no answer yet")
-            return ShowStatistics()
+            if not rounds[-1].HasField("completion"):
+                raise CommandError("the last answer was stopped before its statistics came")
+            return statistics_table(rounds, rounds[-1].completion)
         case "/save":
             return _save(argument, conversation)
     raise CommandError(f"unknown command {name}; /help lists the commands")
 
 
-def _save(argument: str, conversation: Conversation) -> Outcome:
+def _save(argument: str, conversation: Conversation) -> str:
     if not argument:
         raise CommandError("name a file: /save FILE")
     messages = [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
@@ -114,4 +101,4 @@ def _save(argument: str, conversation: Conversation) -> Outcome:
         raise CommandError(f"{path} exists already; name another file") from None
     except (OSError, ValueError) as error:
         raise CommandError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    return Say(f"{len(messages)} messages written to {path}.")
+    return f"{len(messages)} messages written to {path}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Self
 
 import grpc
@@ -118,19 +118,19 @@ class GatewayClient:
 
 def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_pb2.GenerateRequest:
     """The request; `default_budget` completes a tree size that was given in part."""
-    budget = TreeBudget(
-        _given(flags.num_draft_levels, default_budget.num_levels),
-        _given(flags.tree_width, default_budget.width),
-        _given(flags.num_nodes, default_budget.num_nodes),
-    )
+    sizes = {"num_levels": flags.num_draft_levels, "width": flags.tree_width, "num_nodes": flags.num_nodes}
+    named = {name: size for name, size in sizes.items() if size is not None}
+    mode = _Mode.MODE_OFF
+    if flags.is_drafting:  # a named tree is used; else the gateway chooses by what drafts earn
+        mode = _Mode.MODE_ON if named else _Mode.MODE_AUTO
     request = generation_pb2.GenerateRequest(
         model=flags.model,
         sampling=types_pb2.SamplingParameters(**vars(flags.sampling)),
         stop=convert.stop_to_pb(flags.stop),
         stop_strings=flags.stop_strings,
         speculation=generation_pb2.SpeculationParameters(
-            mode=_mode(flags),
-            budget=convert.budget_to_pb(budget),
+            mode=mode,
+            budget=convert.budget_to_pb(replace(default_budget, **named)),
             layer_plan=convert.layer_plan_to_pb(flags.layer_plan),
             sources=convert.sources_to_pb(flags.sources),
         ),
@@ -141,18 +141,6 @@ def request_of(flags: GenerateFlags, default_budget: TreeBudget) -> generation_p
     else:
         request.text = flags.prompt
     return request
-
-
-def _mode(flags: GenerateFlags) -> _Mode.Mode.ValueType:
-    """A named tree is used; else the gateway chooses by what drafts earn."""
-    if not flags.is_drafting:
-        return _Mode.MODE_OFF
-    is_named = any(value is not None for value in (flags.num_draft_levels, flags.tree_width, flags.num_nodes))
-    return _Mode.MODE_ON if is_named else _Mode.MODE_AUTO
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def finish_reason_name(completion: Completion) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
+
+from easyspec.cli.signals import END_SIGNALS, handled_signals
 
 _T = TypeVar("_T")
 
 _POLL_S = 0.1
-_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EventLoopThread:
@@ -41,12 +41,12 @@ class EventLoopThread:
         """Its result, or its exception."""
         job = _Job(self._loop, work)
         # Exceptions out of signal handlers could come between any two lines and leave the job running.
-        with _signals_cancel(job):
+        with handled_signals(job.cancel, (signal.SIGINT, *END_SIGNALS)):
             job.start()
             # A signal may reach any thread, and Python's handler waits until the main one has something to do.
             while not job.ended.wait(_POLL_S):
                 pass
-        end = next((number for number in job.signals if number in _END_SIGNALS), None)
+        end = next((number for number in job.signals if number in END_SIGNALS), None)
         if end is not None:
             raise SystemExit(128 + end)
         if job.signals and job.task.cancelled():
@@ -86,16 +86,6 @@ class _Job(Generic[_T]):
     def _cancel(self) -> None:
         for task in self._started:
             task.cancel()
-
-
-@contextmanager
-def _signals_cancel(job: _Job[Any]) -> Iterator[None]:
-    before = {number: signal.signal(number, job.cancel) for number in (signal.SIGINT, *_END_SIGNALS)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 async def _finish(loop: asyncio.AbstractEventLoop) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import typer
 
@@ -32,30 +31,7 @@ _ANY_VOCAB_SIZE = 2**31
 _ANY_NUM_NODES = 4096
 
 
-class Mlp(enum.Enum):
-    """Where the MLPs of a layer group run."""
-
-    sequential = "sequential"
-    staged = "staged"
-
-
-class DtypeName(enum.Enum):
-    """Types that models compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Placement(enum.Enum):
-    """What the drafter's ranks share."""
-
-    layers = "layers"
-    layers_sharded_mlp = "layers-sharded-mlp"
-    tensor = "tensor"
-
-
+DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 _A_MODEL = "folder, GGUF file, hub id, or a name that `easyspec models` lists"
 BaseModel = Annotated[
     str | None,
@@ -94,7 +70,7 @@ DrafterRanks = Annotated[
     ),
 ]
 RankPlacementFlag = Annotated[
-    Placement | None,
+    Literal["layers", "layers-sharded-mlp", "tensor"] | None,
     typer.Option(
         "--rank-placement",
         help="What the drafter's ranks share: the layers of groups, these and sharded MLPs, or every layer.",
@@ -107,7 +83,7 @@ Sources = Annotated[
 LayerParallelSize = Annotated[
     int | None, typer.Option(help="Draft layers whose attention runs at the same time; 1 is sequential.")
 ]
-MlpFlag = Annotated[Mlp | None, typer.Option("--mlp", help="Where the MLPs of a layer group run.")]
+MlpFlag = Annotated[MlpPlacement | None, typer.Option("--mlp", help="Where the MLPs of a layer group run.")]
 
 Dtype = Annotated[
     DtypeName | None, typer.Option("--dtype", help="Type that both models compute in. [default: the checkpoint's own]")
@@ -203,9 +179,7 @@ class RequestFlags:
             tree_width=self.tree_width,
             num_nodes=self.num_nodes,
             sources=sources,
-            layer_plan=LayerPlanRequest(
-                self.layer_parallel_size, None if self.mlp is None else MlpPlacement(self.mlp.value), calibrates
-            ),
+            layer_plan=LayerPlanRequest(self.layer_parallel_size, self.mlp, calibrates),
         )
         check_flags(request)
         return request
@@ -248,11 +222,8 @@ def service_flags(
     sources: str | None = None,
 ) -> dict[str, list[str]]:
     """What these flags are called at verifier and drafter."""
-    both = _given(("--dtype", None if dtype is None else dtype.value), ("--num-threads", threads))
-    verifier = _given(
-        ("--max-model-len", max_model_len),
-        ("--kv-memory-gib", kv_memory),
-    )
+    both = _given(("--dtype", dtype), ("--num-threads", threads))
+    verifier = _given(("--max-model-len", max_model_len), ("--kv-memory-gib", kv_memory))
     return {VERIFIER: [*both, *verifier], DRAFTER: [*both, *_given(("--sources", sources))]}
 
 
@@ -294,17 +265,12 @@ def wishes_of(
     tensor_parallel_size: int | None = None,
     drafter_ranks: int | None = None,
     layer_parallel_size: int | None = None,
-    mlp: Mlp | None = None,
-    rank_placement: Placement | None = None,
+    mlp: MlpPlacement | None = None,
+    rank_placement: str | None = None,
 ) -> Wishes:
     """What these flags ask for; the rest is planned."""
-    return Wishes(
-        tensor_parallel_size,
-        drafter_ranks,
-        layer_parallel_size,
-        None if mlp is None else mlp.value,
-        None if rank_placement is None else rank_placement.value,
-    )
+    placed = None if mlp is None else mlp.value
+    return Wishes(tensor_parallel_size, drafter_ranks, layer_parallel_size, placed, rank_placement)
 
 
 def check_flags(flags: GenerateFlags) -> None:
@@ -312,9 +278,8 @@ def check_flags(flags: GenerateFlags) -> None:
     given = {name: value for name, value in vars(flags.sampling).items() if value is not None}
     SamplingParameters(**({"seed": 0} | given)).check(_ANY_VOCAB_SIZE)
     flags.stop.check(_ANY_VOCAB_SIZE)
-    TreeBudget(_or_one(flags.num_draft_levels), _or_one(flags.tree_width), _or_one(flags.num_nodes)).check(
-        _ANY_NUM_NODES
-    )
+    sizes = (flags.num_draft_levels, flags.tree_width, flags.num_nodes)
+    TreeBudget(*(1 if size is None else size for size in sizes)).check(_ANY_NUM_NODES)
     layer_parallel_size = flags.layer_plan.layer_parallel_size
     if layer_parallel_size is not None and layer_parallel_size < 1:
         raise InvalidRequestError("layer_parallel_size", layer_parallel_size, "at least 1")
@@ -336,10 +301,6 @@ def model_and_prompt(words: list[str]) -> tuple[str | None, str]:
     if len(words) > 2:
         raise InvalidRequestError("PROMPT", " ".join(words), "one argument, in quotes if it has blanks")
     return (None if len(words) == 1 else words[0]), words[-1]
-
-
-def _or_one(value: int | None) -> int:
-    return 1 if value is None else value
 
 
 def checked_address(flag: str, address: str) -> str:

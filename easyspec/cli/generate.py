@@ -76,6 +76,7 @@ def statistics_table(
 ) -> Table:
     """What a completion came to; `plain` is the same one without speculation."""
     statistics = completion.speculation
+    levels = zip_longest(statistics.num_accepted_by_level, statistics.num_drafted_by_level, fillvalue=0)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "finish reason": finish_reason_name(completion),
@@ -87,7 +88,7 @@ def statistics_table(
         "acceptance rate": _ratio(statistics.num_accepted_tokens, statistics.num_draft_tokens, "{:.1%}")
         + f" ({statistics.num_accepted_tokens} of {statistics.num_draft_tokens} draft tokens)",
         "mean acceptance length": f"{statistics.mean_acceptance_length:.2f}",
-        "acceptance by level": _by_level(completion),
+        "acceptance by level": " ".join(_ratio(accepted, drafted, "{:.0%}") for accepted, drafted in levels) or "-",
         "per round": _per_round(rounds),
         "drafter failures": str(statistics.num_drafter_failures),
         "seed": str(completion.seed),
@@ -118,12 +119,6 @@ def _comparison(rounds: Sequence[GenerateResponse], plain: Sequence[GenerateResp
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _by_level(completion: Completion) -> str:
-    statistics = completion.speculation
-    levels = zip_longest(statistics.num_accepted_by_level, statistics.num_drafted_by_level, fillvalue=0)
-    return " ".join(_ratio(accepted, drafted, "{:.0%}") for accepted, drafted in levels) or "-"
 
 
 def _per_round(rounds: list[GenerateResponse]) -> str:

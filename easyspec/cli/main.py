@@ -16,7 +16,7 @@ from easyspec.cli import flags
 from easyspec.cli.access import access_from_environment
 from easyspec.cli.bench import OWN_FLAGS, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
-from easyspec.cli.clients import GenerateFlags, SamplingFlags
+from easyspec.cli.clients import SamplingFlags
 from easyspec.cli.flags import (
     check_reach,
     checked_address,
@@ -33,7 +33,7 @@ from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, nam
 from easyspec.cli.packaged_models import PACKAGED_MODELS, fetch_model
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
-from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, LogSink, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
 from easyspec.cli.supported import supported_table
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
@@ -186,7 +186,13 @@ def generate(
     else:
         wishes = wishes_of(tensor_parallel_size, drafter_ranks, asked.layer_parallel_size, asked.mlp)
         settings = _own_stack(named, stack, wishes)
-        work = _generate_with_own_services(settings, request, display, RoleLog() if stack.verbose else _no_log)
+
+        async def generate_with_own_services() -> None:
+            async with ServiceStack(settings, RoleLog() if stack.verbose else _no_log, say) as services:
+                access = access_from_environment(is_own_gateway=True)
+                await stream_completion(services.gateway_address, request, display, access)
+
+        work = generate_with_own_services()
     raise typer.Exit(run_until_signal(work))
 
 
@@ -353,14 +359,6 @@ def _own_stack(named: str | None, stack: flags.StackFlags, wishes: Wishes) -> St
     if placement.is_for_gpus:  # elsewhere there is nothing to choose
         say(f"plan: {placement}")
     return settings
-
-
-async def _generate_with_own_services(
-    settings: StackSettings, request: GenerateFlags, display: Display, on_log: LogSink
-) -> None:
-    async with ServiceStack(settings, on_log, say) as stack:
-        access = access_from_environment(is_own_gateway=True)
-        await stream_completion(stack.gateway_address, request, display, access)
 
 
 def _no_log(_role: str, _line: str) -> None:

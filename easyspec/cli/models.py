@@ -124,7 +124,11 @@ def named_models() -> Mapping[str, NamedModel]:
         found[packaged.name] = NamedModel(packaged.name, place, packaged.path if packaged.is_here else None)
     if own := os.environ.get(MODELS_VARIABLE):
         add(_models_in(Path(own)), f"${MODELS_VARIABLE}")
-    for hub_id in _cached_hub_ids():
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = Path(HF_HUB_CACHE).glob("models--*--*")
+    for folder in sorted(folder for folder in folders if any(folder.glob("snapshots/*/*"))):
+        hub_id = "/".join(folder.name.split("--")[1:3])
         found.setdefault(hub_id, NamedModel(hub_id, "hub cache"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     add(_gguf_files_in(Path(os.environ.get("LLAMA_CACHE") or cache / "llama.cpp")), "llama.cpp's cache")
@@ -149,13 +153,6 @@ def _gguf_files_in(folder: Path) -> dict[str, Path]:
     """GGUF files in a folder and those below it, by name, without the parts of models that read pictures."""
     paths = sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
     return {model_name(str(path)): path for path in paths}
-
-
-def _cached_hub_ids() -> list[str]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folders = Path(HF_HUB_CACHE).glob("models--*--*")
-    return sorted("/".join(folder.name.split("--")[1:3]) for folder in folders if any(folder.glob("snapshots/*/*")))
 
 
 def _is_drafted_by(draft: Path, base: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from easyspec.cli.processes import DRAFTER, VERIFIER, StackSettings
@@ -24,31 +24,39 @@ def planned(
     """
     settings.check()
     environment = os.environ if environment is None else environment
-    size = _value(environment, DRAFTER, "layer_parallel_size")
+
+    def given(role: str, name: str) -> str | None:
+        return environment.get(_ENVIRONMENT[role] + name.upper())
+
+    size = given(DRAFTER, "layer_parallel_size")
     wishes = replace(
         wishes,
         layer_parallel_size=wishes.layer_parallel_size or (int(size) if size and size.isdecimal() else None),
-        mlp=wishes.mlp or _value(environment, DRAFTER, "mlp"),
-        rank_placement=wishes.rank_placement or _value(environment, DRAFTER, "rank_placement"),
+        mlp=wishes.mlp or given(DRAFTER, "mlp"),
+        rank_placement=wishes.rank_placement or given(DRAFTER, "rank_placement"),
     )
-    placement = _placement(settings, wishes, environment)
+    placement = _placement(settings, wishes, is_for_cpu=all(given(role, "device") == "cpu" for role in _ENVIRONMENT))
     layer_flags = dict(placement.layer_flags)
-    if _is_set(environment, DRAFTER, "layer_groups"):  # says which layers run at the same time
+    if given(DRAFTER, "layer_groups") is not None:  # says which layers run at the same time
         for flag in _GROUP_FLAGS:
             layer_flags.pop(flag, None)
     flags = dict(settings.flags)
     for role, role_flags in ((VERIFIER, {}), (DRAFTER, layer_flags)):
-        further = [part for flag, value in role_flags.items() for part in (flag, value)]
-        flags[role] = [*flags.get(role, ()), *further, *_kv_flags(placement, role, environment)]
+        of_role = [*flags.get(role, ()), *(part for pair in role_flags.items() for part in pair)]
+        # Both roles share the GPUs: by itself each would take most of what is free when it comes to its pool.
+        is_pool_set = any(given(role, name) is not None for name in ("num_kv_slots", "kv_memory_fraction"))
+        if placement.num_kv_slots is not None and not is_pool_set:
+            of_role += ["--num-kv-slots", str(placement.num_kv_slots)]
+        flags[role] = of_role
     num_ranks = {VERIFIER: placement.verifier_ranks, DRAFTER: placement.drafter_ranks}
     draft = settings.draft if placement.has_drafter else None
     return replace(settings, draft=draft, flags=flags, num_ranks=num_ranks), placement
 
 
-def _placement(settings: StackSettings, wishes: Wishes, environment: Mapping[str, str]) -> Placement:
+def _placement(settings: StackSettings, wishes: Wishes, *, is_for_cpu: bool) -> Placement:
     if wishes.is_complete:
         placement = as_asked(wishes, "as asked")
-    elif all(_value(environment, role, "device") == "cpu" for role in _ENVIRONMENT):
+    elif is_for_cpu:
         placement = as_asked(wishes, "both roles are to run on the CPU")
     elif not (found := gpus.detect_gpus()):
         placement = as_asked(wishes, "no GPU here")
@@ -58,19 +66,3 @@ def _placement(settings: StackSettings, wishes: Wishes, environment: Mapping[str
         draft = None if settings.draft is None else find_shape(str(settings.draft))
         return place(find_shape(str(settings.base)), draft, found, wishes)
     return replace(placement, has_drafter=settings.draft is not None or settings.drafts_from_text)
-
-
-def _kv_flags(placement: Placement, role: str, environment: Mapping[str, str]) -> Sequence[str]:
-    """Both roles share the GPUs: by itself each would take most of what is free when it comes to its pool."""
-    is_set = any(_is_set(environment, role, name) for name in ("num_kv_slots", "kv_memory_fraction"))
-    if placement.num_kv_slots is None or is_set:
-        return ()
-    return ("--num-kv-slots", str(placement.num_kv_slots))
-
-
-def _is_set(environment: Mapping[str, str], role: str, name: str) -> bool:
-    return _value(environment, role, name) is not None
-
-
-def _value(environment: Mapping[str, str], role: str, name: str) -> str | None:
-    return environment.get(_ENVIRONMENT[role] + name.upper())

@@ -193,15 +193,11 @@ class ServiceProcess:
         if self._pump is not None:
             await self._pump
         ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return ServiceFailedError(f"the {self.role} {ending} {when}: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        """Why the role says that it ended, whatever a launcher says after it; else the last line."""
+        # Why the role says that it ended, whatever a launcher says after it; else the last line.
         own_lines = [line for line in self._last_lines if line.startswith(f"{self.role}: ")]
-        lines = own_lines or self._last_lines
-        if self._output is not None:
-            return f"see {self._output}"
-        return lines[-1] if lines else "it said nothing"
+        lines = own_lines or self._last_lines or ["it said nothing"]
+        words = lines[-1] if self._output is None else f"see {self._output}"
+        return ServiceFailedError(f"the {self.role} {ending} {when}: {words}")
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -328,12 +324,18 @@ class ServiceStack:
         )
 
     async def __aenter__(self) -> Self:
+
+        async def wait_ready(process: ServiceProcess) -> None:
+            started_s = time.monotonic()
+            await process.wait_serving(self._settings.ready_timeout_s)
+            self._say(f"{process.role} ready after {time.monotonic() - started_s:.1f} s")
+
         try:
             roles = ", ".join(process.role for process in self.processes)
             self._say(f"loading {self._settings.base.name} ({self._settings.num_bytes / 2**20:,.0f} MiB): {roles}")
             for process in self.processes:
                 await process.start()
-            await _all(self._wait_ready(process) for process in self.processes)
+            await _all(wait_ready(process) for process in self.processes)
             if (self.drafter is not None or self.also) and not self._settings.has_tls:
                 # The first request should have all models; the gateway works without some, so a timeout is no failure.
                 with contextlib.suppress(TimeoutError):
@@ -345,47 +347,40 @@ class ServiceStack:
             raise
         return self
 
-    async def _wait_ready(self, process: ServiceProcess) -> None:
-        started_s = time.monotonic()
-        await process.wait_serving(self._settings.ready_timeout_s)
-        self._say(f"{process.role} ready after {time.monotonic() - started_s:.1f} s")
-
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def stop(self) -> None:
         """Drain the gateway, then the services behind it; also when the caller is being cancelled."""
-        await _uninterrupted(self._stop())
 
-    async def _stop(self) -> None:
-        await self.gateway.stop(self._settings.stop_grace_s)
-        await asyncio.gather(*(process.stop(self._settings.stop_grace_s) for process in self._roles))
+        async def stop_all() -> None:
+            await self.gateway.stop(self._settings.stop_grace_s)
+            await asyncio.gather(*(process.stop(self._settings.stop_grace_s) for process in self._roles))
 
-    async def kill_drafter(self) -> None:
-        """SIGKILL the drafter and wait until it is gone."""
-        assert self.drafter is not None, "there is no drafter"
-        self.drafter.kill()
-        await self.drafter.wait()
-
-    async def restart_drafter(self) -> None:
-        """Start the drafter again, at the same address, and wait until it is healthy."""
-        assert self.drafter is not None, "there is no drafter"
-        await self.drafter.start()
-        await self.drafter.wait_serving(self._settings.ready_timeout_s)
+        stopping, is_cancelled = asyncio.ensure_future(stop_all()), False
+        while not stopping.done():
+            try:
+                await asyncio.shield(stopping)
+            except asyncio.CancelledError:  # comes after
+                is_cancelled = True
+        stopping.result()
+        if is_cancelled:
+            raise asyncio.CancelledError
 
     async def watch(self) -> None:
         """Restart verifiers and drafter whenever they end; raises ServiceFailedError for the gateway, and for a
         verifier of the first model that does not stay up however often it is started."""
-        watches = [self._watch_gateway()]
+
+        async def watch_gateway() -> None:
+            await self.gateway.wait()
+            raise await self.gateway.failure("while serving")
+
+        watches: list[Awaitable[None]] = [watch_gateway()]
         watches += [self._keep(verifier, _MAX_VITAL_RESTARTS) for verifier in self.verifiers]
         # Others go on without these.
         spared = [*self.also.values(), *([self.drafter] if self.drafter is not None else [])]
         watches += [self._keep(process, max_restarts=None) for process in spared]
         await _all(watches)
-
-    async def _watch_gateway(self) -> None:
-        await self.gateway.wait()
-        raise await self.gateway.failure("while serving")
 
     async def _keep(self, process: ServiceProcess, max_restarts: int | None) -> None:
         pause_s, num_restarts = _RESTART_FIRST_S, 0
@@ -430,17 +425,3 @@ async def _all(waits: collections.abc.Iterable[Awaitable[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _uninterrupted(work: Awaitable[None]) -> None:
-    """Await to the end even if cancelled meanwhile; the cancellation comes after."""
-    task = asyncio.ensure_future(work)
-    is_cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            is_cancelled = True
-    task.result()
-    if is_cancelled:
-        raise asyncio.CancelledError

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, Any], object], numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Have signals handled so within the block, and as before after it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> int:

@@ -16,11 +16,8 @@ def supported_table() -> str:
     for family in SUPPORTED_MODEL_TYPES:
         architecture = next((name for name, type_ in GGUF_MODEL_TYPES.items() if type_ == family), _ALSO_IN.get(family))
         blocks = [name for name in BLOCK_FORMATS if name != "MXFP4" or family == _WITH_MXFP4]
+        # gpt-oss keeps all experts in one tensor, which other ways of quantizing do not.
+        methods = [method for method in QUANTIZATION_METHODS if (method == "mxfp4") == (family == _WITH_MXFP4)]
         as_gguf = "-" if architecture is None else f"`{architecture}`: F32, F16, BF16, {', '.join(blocks)}"
-        rows.append(f"| {family} | {', '.join(_FLOATS)} | {', '.join(_methods(family))} | {as_gguf} |")
+        rows.append(f"| {family} | {', '.join(_FLOATS)} | {', '.join(methods)} | {as_gguf} |")
     return "\n".join(rows)
-
-
-def _methods(family: str) -> list[str]:
-    """gpt-oss keeps all experts in one tensor, which other ways of quantizing do not."""
-    return [method for method in QUANTIZATION_METHODS if (method == "mxfp4") == (family == _WITH_MXFP4)]

@@ -59,10 +59,12 @@ async def test_a_stack_starts_serves_survives_its_drafter_and_stops(settings: St
         assert stack.drafter is not None
         text, num_draft_rounds = await generate(stack.gateway_address)
         assert num_draft_rounds > 0
-        await stack.kill_drafter()
+        stack.drafter.kill()
+        await stack.drafter.wait()
         assert not stack.drafter.is_running
         assert (await generate(stack.gateway_address))[0] == text
-        await stack.restart_drafter()
+        await stack.drafter.start()
+        await stack.drafter.wait_serving(60.0)
         assert await is_serving(stack.drafter.address)
         pids = [process.pid for process in stack.processes]
         assert all(is_alive(pid) for pid in pids)
@@ -133,7 +135,7 @@ async def test_a_verifier_that_does_not_stay_up_is_given_up(
     monkeypatch.setattr("easyspec.cli.processes._MAX_VITAL_RESTARTS", 2)
     async with ServiceStack(replace(settings, draft=None), lambda role, line: None) as stack:
         # What is started from now on ends at once.
-        stack.verifier._arguments = ("-m", "tests.fakes.services", "crash")  # type: ignore[assignment]
+        stack.verifier._arguments = ("-m", "tests.fakes.services", "crash")
         watch = asyncio.create_task(stack.watch())
         stack.verifier.kill()
         with pytest.raises(ServiceFailedError, match="verifier ended with exit code 2 after 2 restarts: crash"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, SamplingFlags, are_peers_ready
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceProcess, ServiceStack, StackSettings
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, StopConditions
 
 PROMPT = "def fibonacci(n):"
@@ -40,8 +40,17 @@ class Running:
                 text += response.text
                 num_chunks += 1
                 if num_chunks == kill_after:
-                    await self.stack.kill_drafter()
+                    await self.kill_drafter()
         return text, response.completion
+
+    @property
+    def drafter(self) -> ServiceProcess:
+        assert self.stack.drafter is not None
+        return self.stack.drafter
+
+    async def kill_drafter(self) -> None:
+        self.drafter.kill()
+        await self.drafter.wait()
 
     async def until_the_drafter_is_used(self) -> None:
         async with asyncio.timeout(20):
@@ -65,7 +74,8 @@ async def check_a_killed_drafter_changes_nothing(pair: Running, flags: GenerateF
     without, completion = await pair.generate(flags)
     assert without == whole
     assert completion.speculation.num_draft_rounds == 0
-    await pair.stack.restart_drafter()
+    await pair.drafter.start()
+    await pair.drafter.wait_serving(60.0)
     await pair.until_the_drafter_is_used()
     again, completion = await pair.generate(flags)
     assert again == whole
@@ -96,7 +106,7 @@ async def test_a_drafter_killed_while_it_drafts_ahead_changes_nothing(settings: 
             async for response in responses:
                 text += response.text
                 if not is_killed and response.timings.HasField("ahead_ns"):
-                    await pair.stack.kill_drafter()
+                    await pair.kill_drafter()
                     is_killed = True
         assert is_killed
         assert text == whole

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.location import is_gguf, weight_bytes
-from easyspec.cli.doctor.gguf import check_gguf, check_gguf_template, gguf_config
+from easyspec.cli.doctor.gguf import check_gguf_file
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.cli.doctor.weights import check_weights
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
-from easyspec.tokenizer_fingerprint import TOKENIZER_FILE, tokenizer_fingerprint
+from easyspec.tokenizer_fingerprint import read_vocabulary, tokenizer_fingerprint
 
 _MAX_DIFFERENCES = 3
 
@@ -43,32 +43,17 @@ def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
         if folder is None:
             continue
         if is_gguf(folder) and folder.is_file():
-            config, gguf_findings = _check_gguf(name, folder)
+            config, gguf_findings = check_gguf_file(name, folder)
             findings += gguf_findings
-            checkpoints.append(Checkpoint(name, folder, config))
-            continue
-        config, finding = _check_config(name, folder)
-        findings.append(finding)
+        else:
+            config, finding = _check_config(name, folder)
+            findings.append(finding)
+            if folder.is_dir():
+                findings += [check_weights(name, folder), _check_tokenizer(name, folder)]
         checkpoints.append(Checkpoint(name, folder, config))
-        if folder.is_dir():
-            findings.append(check_weights(name, folder))
-            findings.append(_check_tokenizer(name, folder))
     if len(checkpoints) == 2 and all(checkpoint.folder.exists() for checkpoint in checkpoints):
         findings += check_pair(*checkpoints)
     return findings
-
-
-def _check_gguf(name: str, file: Path) -> tuple[Mapping[str, Any], list[Finding]]:
-    try:
-        header = read_header(file)
-    except ConfigurationError as error:
-        return {}, [problem(f"{name} config", str(error), "download it again, or name another file")]
-    findings = check_gguf(name, header)
-    try:
-        findings.append(check_gguf_template(name, header, tokenizer_fingerprint(file)))
-    except ConfigurationError as error:
-        findings.append(problem(f"{name} tokenizer", str(error), "get a file with a tokenizer in it"))
-    return gguf_config(header), findings
 
 
 def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
@@ -81,7 +66,16 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
         model_type = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, problem(check, f"no usable config.json in {folder}: {error!r}", "name the folder of a checkpoint")
-    if why := _unsupported(config):
+    # What the decoder says at start-up, told before.
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    why = None
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        why = f"model_type is {model_type!r}"
+    elif config.get("hidden_act", "silu") not in SUPPORTED_ACTIVATIONS:
+        why = f"hidden_act is {config['hidden_act']!r}"
+    elif config.get("quantization_config") is not None and method not in QUANTIZATION_METHODS:
+        why = f"quant_method is {method!r}"
+    if why is not None:
         families = ", ".join(SUPPORTED_MODEL_TYPES)
         return config, problem(check, why, f"use a checkpoint of a supported family: {families}")
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
@@ -91,18 +85,6 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
     return config, ok(check, text)
 
 
-def _unsupported(config: Mapping[str, Any]) -> str | None:
-    """Why the decoder cannot run this; what it says at start-up, told before."""
-    if config["model_type"] not in SUPPORTED_MODEL_TYPES:
-        return f"model_type is {config['model_type']!r}"
-    if config.get("hidden_act", "silu") not in SUPPORTED_ACTIVATIONS:
-        return f"hidden_act is {config['hidden_act']!r}"
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if config.get("quantization_config") is not None and method not in QUANTIZATION_METHODS:
-        return f"quant_method is {method!r}"
-    return None
-
-
 def _check_tokenizer(name: str, folder: Path) -> Finding:
     check = f"{name} tokenizer"
     try:
@@ -110,19 +92,14 @@ def _check_tokenizer(name: str, folder: Path) -> Finding:
     except ConfigurationError as error:
         advice = "only fast tokenizers are supported: save one with AutoTokenizer.from_pretrained(...).save_pretrained"
         return problem(check, str(error), advice)
-    if name == "base" and not _has_chat_template(folder):
+    has_template = (folder / "chat_template.jinja").is_file()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        of_tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        has_template = has_template or bool(of_tokenizer.get("chat_template"))
+    if name == "base" and not has_template:
         advice = "chat requests will be refused; add the model's chat_template.jinja if it has one"
         return warning(check, f"fast, fingerprint {fingerprint[:12]}, no chat template", advice)
     return ok(check, f"fast, fingerprint {fingerprint[:12]}")
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def check_pair(base: Checkpoint, draft: Checkpoint) -> list[Finding]:
@@ -158,8 +135,8 @@ def _check_vocabularies(base: Checkpoint, draft: Checkpoint) -> Finding:
 
 def explain_difference(base: Path, draft: Path) -> list[str]:
     """Where two tokenizers part: the first entries by id, then merges. Raises ConfigurationError for no tokenizer."""
-    base_tokens, base_merges = _vocabulary(base)
-    draft_tokens, draft_merges = _vocabulary(draft)
+    base_tokens, base_merges = read_vocabulary(base)
+    draft_tokens, draft_merges = read_vocabulary(draft)
     differing = [
         token_id
         for token_id in sorted(base_tokens.keys() | draft_tokens.keys())
@@ -183,19 +160,3 @@ def explain_difference(base: Path, draft: Path) -> list[str]:
 
 def _shown(tokens: Mapping[int, str], token_id: int) -> str:
     return repr(tokens[token_id]) if token_id in tokens else "missing"
-
-
-def _vocabulary(folder: Path) -> tuple[dict[int, str], list[list[str]]]:
-    """Tokens by id, added ones included, and merges."""
-    if is_gguf(folder):
-        header = read_header(folder)
-        return header.vocabulary, [merge.split(" ") for merge in header.merges]
-    content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, Mapping):
-        tokens = {int(token_id): token for token, token_id in vocabulary.items()}
-    else:
-        tokens = {token_id: piece for token_id, (piece, _) in enumerate(vocabulary)}
-    tokens |= {int(token["id"]): token["content"] for token in content.get("added_tokens") or []}
-    merges = content["model"].get("merges") or []
-    return tokens, [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]

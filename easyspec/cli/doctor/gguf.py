@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from easyspec.checkpoint.gguf_header import GgufHeader, GgufTensor
+from easyspec.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.errors import ConfigurationError
 from easyspec.model.families import BLOCK_FORMATS, GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name, row_bytes
+from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 
-def gguf_config(header: GgufHeader) -> Mapping[str, Any]:
-    """What the checks of a pair look at, by the names that config.json has for it."""
+def check_gguf_file(name: str, file: Path) -> tuple[Mapping[str, Any], list[Finding]]:
+    """Architecture, types of tensors, whether the file is whole, and its tokenizer; with it what the checks of a pair
+    look at, by the names that config.json has for it."""
+    check = f"{name} config"
+    try:
+        header = read_header(file)
+    except ConfigurationError as error:
+        return {}, [problem(check, str(error), "download it again, or name another file")]
+    if header.architecture not in GGUF_MODEL_TYPES:
+        supported = f"use a model of a supported architecture: {', '.join(GGUF_MODEL_TYPES)}"
+        findings = [problem(check, f"general.architecture is {header.architecture!r}", supported)]
+    else:
+        shape = f"{header.of_model('block_count')} layers of {header.of_model('embedding_length')}"
+        positions = header.of_model("context_length")
+        findings = [ok(check, f"GGUF, {header.architecture}, {shape}, {positions} positions")]
+        findings.append(_check_tensors(f"{name} weights", header))
+    findings.append(_check_tokenizer(f"{name} tokenizer", header))
     embeddings = header.tensors.get("token_embd.weight")
-    return {
+    config = {
         "model_type": GGUF_MODEL_TYPES.get(header.architecture),
         "vocab_size": None if embeddings is None else embeddings.shape[0],
         "max_position_embeddings": header.of_model("context_length"),
     }
-
-
-def check_gguf(name: str, header: GgufHeader) -> list[Finding]:
-    """Architecture, types of tensors, and whether the file is whole."""
-    check = f"{name} config"
-    if header.architecture not in GGUF_MODEL_TYPES:
-        supported = f"use a model of a supported architecture: {', '.join(GGUF_MODEL_TYPES)}"
-        return [problem(check, f"general.architecture is {header.architecture!r}", supported)]
-    shape = f"{header.of_model('block_count')} layers of {header.of_model('embedding_length')}"
-    config = ok(check, f"GGUF, {header.architecture}, {shape}, {header.of_model('context_length')} positions")
-    return [config, _check_tensors(f"{name} weights", header)]
+    return config, findings
 
 
 def _check_tensors(check: str, header: GgufHeader) -> Finding:
@@ -48,18 +56,18 @@ def _check_tensors(check: str, header: GgufHeader) -> Finding:
 
 
 def _end(tensor: GgufTensor) -> int:
-    num_rows = 1
-    for size in tensor.shape[:-1]:
-        num_rows *= size
     try:
-        return tensor.offset + num_rows * row_bytes(tensor.kind, tensor.shape[-1])
+        return tensor.offset + math.prod(tensor.shape[:-1]) * row_bytes(tensor.kind, tensor.shape[-1])
     except ConfigurationError:
         return tensor.offset
 
 
-def check_gguf_template(name: str, header: GgufHeader, fingerprint: str) -> Finding:
-    """Whether conversations can be rendered."""
+def _check_tokenizer(check: str, header: GgufHeader) -> Finding:
+    try:
+        message = f"fast, fingerprint {tokenizer_fingerprint(header.path)[:12]}"
+    except ConfigurationError as error:
+        return problem(check, str(error), "get a file with a tokenizer in it")
     if header.chat_template:
-        return ok(f"{name} tokenizer", f"fast, fingerprint {fingerprint[:12]}")
+        return ok(check, message)
     advice = "chat requests will be refused: the file has no tokenizer.chat_template"
-    return warning(f"{name} tokenizer", f"fast, fingerprint {fingerprint[:12]}, no chat template", advice)
+    return warning(check, f"{message}, no chat template", advice)

@@ -5,6 +5,7 @@ Imports no package it checks.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -31,17 +32,12 @@ _COMMAND_TIMEOUT_S = 5.0
 def check_python(version: str | None = None, required: str | None = None) -> Finding:
     """This interpreter against what the package declares."""
     version = version or platform.python_version()
-    required = required or _metadata_field("Requires-Python") or ">=3.11"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        required = required or importlib.metadata.metadata("easyspec")["Requires-Python"]
+    required = required or ">=3.11"
     if Version(version) not in SpecifierSet(required):
         return problem("python", f"{version}; needed: {required}", f"make a new environment with Python {required}")
     return ok("python", f"{version} ({sys.executable})")
-
-
-def _metadata_field(name: str) -> str | None:
-    try:
-        return importlib.metadata.metadata("easyspec")[name]
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> list[Finding]:
@@ -125,8 +121,13 @@ def check_memory(
 
 
 def check_gpu(torch_version_file: Path | None = None) -> Finding:
-    """NVIDIA GPUs, and whether the installed torch can use them."""
-    cuda = _cuda_of_torch(torch_version_file)
+    """NVIDIA GPUs, and whether the installed torch can use them, by its source: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if torch_version_file is None and spec is not None and spec.origin is not None:
+        torch_version_file = Path(spec.origin).with_name("version.py")
+    source = "" if torch_version_file is None else _read(torch_version_file)
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", source, re.MULTILINE)
+    cuda = found.group(1) if found else None
     listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     if listed is None:
         built = "" if cuda is None else f" (torch is built for CUDA {cuda})"
@@ -136,17 +137,6 @@ def check_gpu(torch_version_file: Path | None = None) -> Finding:
         advice = "install a CUDA build: pip install torch --index-url https://download.pytorch.org/whl/cu128"
         return warning("gpu", f"{gpus}; the installed torch is a CPU build", advice)
     return ok("gpu", f"{gpus}; torch is built for CUDA {cuda}")
-
-
-def _cuda_of_torch(version_file: Path | None) -> str | None:
-    """CUDA version of the torch build, read from its source: importing torch takes seconds."""
-    if version_file is None:
-        spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
-            return None
-        version_file = Path(spec.origin).with_name("version.py")
-    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", _read(version_file), re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def check_containers() -> Finding:

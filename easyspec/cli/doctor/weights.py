@@ -36,7 +36,9 @@ def check_weights(name: str, folder: Path) -> Finding:
         for path, listed in expected_files.items():
             held = _tensor_names(path)
             if missing := sorted(listed - held):
-                raise _BrokenFileError(f"{path.name} lacks {_some(missing)}, which {_INDEX} says it holds", _AGAIN)
+                more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+                lacking = ", ".join(missing[:_MAX_NAMED]) + more
+                raise _BrokenFileError(f"{path.name} lacks {lacking}, which {_INDEX} says it holds", _AGAIN)
             tensors |= held
     except _BrokenFileError as error:
         return problem(check, error.message, error.advice)
@@ -107,8 +109,3 @@ def _tensor_names(path: Path) -> set[str]:
     if num_bytes != expected:
         raise _BrokenFileError(f"{path.name} has {num_bytes:,} bytes of {expected:,}", _AGAIN)
     return set(names)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
