@@ -31,13 +31,8 @@ def is_loopback(address: str) -> bool:
     """Whether `address` is reached on this machine alone: `host:port`, or a gRPC target such as `dns:///host:port` or
     `ipv4:address:port,address:port`."""
     places = address.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:").split(",")
-    return all(_is_loopback_host(place.rpartition(":")[0].strip("[]")) for place in places)
-
-
-def _is_loopback_host(host: str) -> bool:
-    if host == "localhost":
-        return True
+    hosts = [place.rpartition(":")[0].strip("[]") for place in places]
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
     except ValueError:
         return False

@@ -72,10 +72,16 @@ def end_token_ids(path: Path, of_config: Any) -> tuple[int, ...]:
     """Every token that ends a text: those of generation_config.json, then of config.json (`of_config`), then the
     tokenizer's own. Raises ConfigurationError for values that are not token ids."""
     found: list[int] = []
+    of_tokenizer = None
+    if not is_gguf(path) and (path / TOKENIZER_FILE).is_file():
+        eos = _read_object(path / "tokenizer_config.json").get("eos_token")
+        text = eos.get("content") if isinstance(eos, Mapping) else eos
+        if text is not None:
+            of_tokenizer = next((token_id for token_id, token in tokens_by_id(path).items() if token == text), None)
     for name, value in (
         (_GENERATION_FILE, generation_config(path).get("eos_token_id")),
         ("config.json", of_config),
-        (TOKENIZER_FILE, None if is_gguf(path) else _tokenizer_eos(path)),
+        (TOKENIZER_FILE, of_tokenizer),
     ):
         ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
         if not all(type(token_id) is int for token_id in ids):
@@ -90,14 +96,6 @@ def generation_config(path: Path) -> Mapping[str, Any]:
         return _read_object(path / _GENERATION_FILE)
     metadata = read_header(path).metadata
     return {name: metadata[key] for name, key in _GGUF_KEYS.items() if key in metadata}
-
-
-def _tokenizer_eos(folder: Path) -> int | None:
-    eos = _read_object(folder / "tokenizer_config.json").get("eos_token")
-    text = eos.get("content") if isinstance(eos, Mapping) else eos
-    if text is None or not (folder / TOKENIZER_FILE).is_file():
-        return None
-    return next((token_id for token_id, token in tokens_by_id(folder).items() if token == text), None)
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:

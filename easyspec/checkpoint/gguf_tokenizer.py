@@ -75,18 +75,11 @@ def _post_processor(header: GgufHeader) -> Any:
 
     first, last = added("bos_token"), added("eos_token")
     ids = {token: header.tokens.index(token) for token in (*first, *last)}
-    return processors.TemplateProcessing(
-        single=[*(f"{token}:0" for token in first), "$A:0", *(f"{token}:0" for token in last)],
-        pair=[
-            *(f"{token}:0" for token in first),
-            "$A:0",
-            *(f"{token}:0" for token in last),
-            *(f"{token}:1" for token in first),
-            "$B:1",
-            *(f"{token}:1" for token in last),
-        ],
-        special_tokens=list(ids.items()),
+    single, second = (
+        [*(f"{token}:{number}" for token in first), f"${text}:{number}", *(f"{token}:{number}" for token in last)]
+        for number, text in enumerate("AB")
     )
+    return processors.TemplateProcessing(single=single, pair=[*single, *second], special_tokens=list(ids.items()))
 
 
 def _rule(header: GgufHeader) -> str:

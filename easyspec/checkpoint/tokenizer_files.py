@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from easyspec.checkpoint.gguf_header import GgufHeader, read_header
+from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.gguf_tokenizer import byte_level_backend, is_plain_byte_level, special_tokens
 from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
@@ -17,6 +17,7 @@ from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
 
 # Rules of cutting texts before merging that transformers knows, one pattern each.
 _SPLIT_BY_PATTERN = ("llama-bpe", "llama3", "llama-v3", "qwen2", "qwen35", "tekken", "smaug-bpe", "gpt-4o", "llama4")
+_UNKNOWN_RULE = "texts are cut as GPT-2 cuts them; some prompts may get other tokens than the model expects"
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -29,7 +30,11 @@ def load_tokenizer(path: Path) -> Any:
             backend, template = byte_level_backend(header), header.chat_template or None
             return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special_tokens(header))
         if header is not None:
-            _warn_of_unknown_rule(header)
+            rule = str(header.metadata.get("tokenizer.ggml.pre", ""))
+            if header.metadata.get("tokenizer.ggml.model") == "gpt2" and rule not in _SPLIT_BY_PATTERN:
+                structlog.get_logger().warning(
+                    "unknown_tokenizer_rule", file=str(path), rule=rule, consequence=_UNKNOWN_RULE
+                )
             # Alone in a folder: transformers would let files beside it have the last word.
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / path.name).symlink_to(path.resolve())
@@ -58,14 +63,3 @@ def load_backend(path: Path) -> Any:
         return Tokenizer.from_file(str(path / TOKENIZER_FILE))
     except Exception as error:  # the library raises plain Exceptions
         raise ConfigurationError(f"tokenizer in {path} cannot be loaded: {error}") from error
-
-
-def _warn_of_unknown_rule(header: GgufHeader) -> None:
-    rule = str(header.metadata.get("tokenizer.ggml.pre", ""))
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2" and rule not in _SPLIT_BY_PATTERN:
-        structlog.get_logger().warning(
-            "unknown_tokenizer_rule",
-            file=str(header.path),
-            rule=rule,
-            consequence="texts are cut as GPT-2 cuts them; some prompts may get other tokens than the model expects",
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
 
 from easyspec.errors import InvalidRequestError
 
@@ -113,28 +112,21 @@ STACKS: Mapping[str, Stack] = MappingProxyType(
 
 def device_named(name: str) -> Device:
     """A row of the table; InvalidRequestError lists the others."""
-    return _named(DEVICES, "gpu", name)
+    if name not in DEVICES:
+        raise InvalidRequestError("gpu", name, ", ".join(DEVICES))
+    return DEVICES[name]
 
 
 SERVICE = "service"
 
 
 def service_stacks(name: str) -> tuple[Stack, Stack]:
-    """Of a role on one rank, and of one on several: `service` has graphs on one alone."""
+    """Of a role on one rank, and of one on several: `service` has graphs on one alone.
+
+    InvalidRequestError lists the names.
+    """
     if name == SERVICE:
         return STACKS["graphs"], STACKS["eager"]
-    return stack_named(name), stack_named(name)
-
-
-def stack_named(name: str) -> Stack:
-    """A row of the table; InvalidRequestError lists the others."""
-    return _named(STACKS, "stack", name, SERVICE)
-
-
-_RowT = TypeVar("_RowT")
-
-
-def _named(table: Mapping[str, _RowT], field: str, name: str, *further: str) -> _RowT:
-    if name not in table:
-        raise InvalidRequestError(field, name, ", ".join([*further, *table]))
-    return table[name]
+    if name not in STACKS:
+        raise InvalidRequestError("stack", name, ", ".join([SERVICE, *STACKS]))
+    return STACKS[name], STACKS[name]

@@ -14,7 +14,7 @@ from easyspec.planner.costs import CostModel
 from easyspec.planner.gpus import Gpu, known_device
 from easyspec.planner.hardware import SERVICE, Device, service_stacks
 from easyspec.planner.memory import fitting_verifier_ranks, kv_tokens_that_fit, missing_bytes
-from easyspec.planner.planner import Plan, RoundEstimate, Workload, best_verifier_ranks, make_plan
+from easyspec.planner.planner import Plan, Workload, best_verifier_ranks, make_plan
 from easyspec.planner.scheme import DraftScheme, draft_schemes
 from easyspec.planner.shape import ModelShape
 
@@ -98,7 +98,11 @@ def _fastest(
         schemes = [estimate.scheme for estimate in plan.estimates]
     else:
         best = admitted[0]
-        reason = f"{_gain(plan, best)} {_by_the_model(device, gpus, wishes)}"
+        gain = best.tokens_per_s * plan.plain_ms / 1e3
+        reason = f"{best.round_ms:.2f} ms a round of {best.tokens_per_round:.1f} tokens, {gain:.2f} x plain decoding,"
+        if gain <= 1:
+            reason = f"the best of drafts, though none beats plain decoding ({plan.plain_ms:.2f} ms a token)"
+        reason = f"{reason} {_by_the_model(device, gpus, wishes)}"
         flags = {"--layer-parallel-size": str(best.scheme.layer_parallel_size)}
         if best.scheme.layer_parallel_size > 1:
             flags["--mlp"] = best.scheme.plan.mlp.value
@@ -154,13 +158,6 @@ def _fewest_ranks(base: ModelShape, draft: ModelShape | None, gpus: Sequence[Gpu
             flags = {"--layer-parallel-size": "1", **asked.layer_flags}
             return replace(asked, verifier_ranks=ranks, layer_flags=flags, num_kv_slots=slots)
     return replace(asked, verifier_ranks=candidates[-1], has_drafter=False, reason="the draft does not fit beside it")
-
-
-def _gain(plan: Plan, best: RoundEstimate) -> str:
-    gain = best.tokens_per_s * plan.plain_ms / 1e3
-    if gain > 1:
-        return f"{best.round_ms:.2f} ms a round of {best.tokens_per_round:.1f} tokens, {gain:.2f} x plain decoding,"
-    return f"the best of drafts, though none beats plain decoding ({plan.plain_ms:.2f} ms a token)"
 
 
 def _by_the_model(device: Device, gpus: Sequence[Gpu], wishes: Wishes) -> str:

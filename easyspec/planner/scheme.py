@@ -42,14 +42,9 @@ def draft_schemes(draft: ModelShape, num_gpus: int) -> Iterator[DraftScheme]:
             continue
         paper = paper_plan(draft.num_layers, size, MlpPlacement.SEQUENTIAL)
         staged = paper_plan(draft.num_layers, size, MlpPlacement.STAGED)
-        for ranks in _useful_ranks(size, num_gpus):
+        # Ranks of which the busiest has fewer layers of a group than with one rank less.
+        for ranks in sorted({-(-size // most) for most in range(1, size + 1)} & {*range(1, num_gpus + 1)}):
             yield DraftScheme(f"LP N={size} R={ranks}", ranks, paper, size)
             if ranks > 1 and ranks in draft.supported_ranks(num_gpus):
                 yield DraftScheme(f"LP N={size} R={ranks} + sharded MLP", ranks, paper, size, is_mlp_sharded=True)
             yield DraftScheme(f"staged LP N={size} R={ranks}", ranks, staged, size)
-
-
-def _useful_ranks(layer_parallel_size: int, num_gpus: int) -> list[int]:
-    """Ranks of which the busiest has fewer layers of a group than with one rank less."""
-    most_layers = range(1, layer_parallel_size + 1)
-    return sorted({ranks for most in most_layers if (ranks := -(-layer_parallel_size // most)) <= num_gpus})

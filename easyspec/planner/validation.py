@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from easyspec.parallel.layer_groups import paper_plan
 from easyspec.planner.acceptance import tokens_per_round
 from easyspec.planner.costs import CostModel, Load
-from easyspec.planner.hardware import device_named, stack_named
+from easyspec.planner.hardware import STACKS, device_named
 from easyspec.planner.planner import draft_pass_us
 from easyspec.planner.scheme import DraftScheme
 from easyspec.planner.shape import KNOWN_SHAPES
@@ -66,32 +66,27 @@ class Comparison:
 
 def compare_with_paper() -> Iterator[Comparison]:
     """Every drafting, verification and total column, and plain tensor parallelism."""
-    costs = CostModel(device_named("a100"), stack_named("paper"))
+    costs = CostModel(device_named("a100"), STACKS["paper"])
     plan = paper_plan(_DRAFT.num_layers, 4, MlpPlacement.SEQUENTIAL)
+    scheme, level = DraftScheme("LP N=4 R=4", 4, plan), Load(_LEVEL_ROWS, _CONTEXT_TOKENS)
     exact_s, fuzzy_s = (
-        draft_pass_us(
-            costs,
-            _DRAFT,
-            DraftScheme("LP N=4 R=4", 4, plan),
-            Load(_LEVEL_ROWS, _CONTEXT_TOKENS),
-            is_calibration=is_exact,
-        )
-        / 1e6
-        for is_exact in (True, False)
+        draft_pass_us(costs, _DRAFT, scheme, level, is_calibration=is_exact) / 1e6 for is_exact in (True, False)
     )
     verify_s = costs.tensor_parallel_us(_BASE, Load(_TREE_ROWS, _CONTEXT_TOKENS), _NUM_GPUS) / 1e6
     plain_s = costs.tensor_parallel_us(_BASE, Load(1, _CONTEXT_TOKENS), _NUM_GPUS) / 1e6
     for row in PAPER_TABLE_2:
-        tree_rounds = 100 / tokens_per_round(row.tree_rate, _NUM_LEVELS)
-        easyspec_rounds = 100 / tokens_per_round(row.easyspec_rate, _NUM_LEVELS)
-        tree_draft_s = tree_rounds * _NUM_LEVELS * exact_s
-        easyspec_draft_s = easyspec_rounds * (exact_s + (_NUM_LEVELS - 1) * fuzzy_s)
         yield Comparison(row.name, "TP", PAPER_TP_S[row.name], 100 * plain_s)
-        yield Comparison(row.name, "tree: draft", row.tree_draft_s, tree_draft_s)
-        yield Comparison(row.name, "tree: verify", row.tree_verify_s, tree_rounds * verify_s)
-        tree_s = row.tree_draft_s + row.tree_verify_s
-        yield Comparison(row.name, "tree: total", tree_s, tree_draft_s + tree_rounds * verify_s)
-        yield Comparison(row.name, "EasySpec: draft", row.easyspec_draft_s, easyspec_draft_s)
-        yield Comparison(row.name, "EasySpec: verify", row.easyspec_verify_s, easyspec_rounds * verify_s)
-        easyspec_s = row.easyspec_draft_s + row.easyspec_verify_s
-        yield Comparison(row.name, "EasySpec: total", easyspec_s, easyspec_draft_s + easyspec_rounds * verify_s)
+        for way, draft_s, paper_draft_s, paper_verify_s, rate in (
+            ("tree", _NUM_LEVELS * exact_s, row.tree_draft_s, row.tree_verify_s, row.tree_rate),
+            (
+                "EasySpec",
+                exact_s + (_NUM_LEVELS - 1) * fuzzy_s,
+                row.easyspec_draft_s,
+                row.easyspec_verify_s,
+                row.easyspec_rate,
+            ),
+        ):
+            rounds = 100 / tokens_per_round(rate, _NUM_LEVELS)
+            yield Comparison(row.name, f"{way}: draft", paper_draft_s, rounds * draft_s)
+            yield Comparison(row.name, f"{way}: verify", paper_verify_s, rounds * verify_s)
+            yield Comparison(row.name, f"{way}: total", paper_draft_s + paper_verify_s, rounds * (draft_s + verify_s))

@@ -13,6 +13,21 @@ from easyspec.tls import ChannelTls
 # A prompt of 131 072 token ids is at most 0.7 MB on the wire; 16 MiB leaves room for long chats as text.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 REQUEST_ID_KEY = "x-request-id"
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A peer that restarts is found again in well under a second; gRPC's own backoff grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A replica that was restarted may have another address; gRPC would not look again within 30 s.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+    # Peers are neighbours: an http_proxy in the environment is not meant for them.
+    ("grpc.enable_http_proxy", 0),
+)
 
 
 def open_channel(address: str, health_service: str | None = None, tls: ChannelTls | None = None) -> grpc.aio.Channel:
@@ -23,7 +38,11 @@ def open_channel(address: str, health_service: str | None = None, tls: ChannelTl
     `easyspec.v1.VerifierService`) a replica that reports NOT_SERVING takes no new RPCs: they go elsewhere, or fail
     with UNAVAILABLE at once. Raises ConfigurationError if the files of `tls` cannot be used.
     """
-    options = _channel_options(health_service)
+    # pick_first, gRPC's default, would ignore both the other replicas and their health.
+    service_config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if health_service is not None:
+        service_config["healthCheckConfig"] = {"serviceName": health_service}
+    options = [*_OPTIONS, ("grpc.service_config", json.dumps(service_config))]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
     if tls.server_name is not None:
@@ -37,26 +56,3 @@ def request_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
     if traceparent is None:
         return ((REQUEST_ID_KEY, request_id),)
     return ((REQUEST_ID_KEY, request_id), (TRACEPARENT_KEY, traceparent))
-
-
-def _channel_options(health_service: str | None) -> list[tuple[str, int | str]]:
-    # pick_first, gRPC's default, would ignore both the other replicas and their health.
-    service_config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if health_service is not None:
-        service_config["healthCheckConfig"] = {"serviceName": health_service}
-    return [
-        ("grpc.service_config", json.dumps(service_config)),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # A peer that restarts is found again in well under a second; gRPC's own backoff grows to two minutes.
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        # A replica that was restarted may have another address; gRPC would not look again within 30 s.
-        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-        # Peers are neighbours: an http_proxy in the environment is not meant for them.
-        ("grpc.enable_http_proxy", 0),
-    ]

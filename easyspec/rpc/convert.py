@@ -10,10 +10,12 @@ reproduces the rounded value exactly.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from easyspec.errors import InvalidRequestError
@@ -50,35 +52,36 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
-    {
-        FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
-        FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
-        FinishReason.TOOL_CALLS: types_pb2.FINISH_REASON_TOOL_CALLS,
-    }
+    {reason: types_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 )
 _FINISH_REASON_FROM_PB = MappingProxyType({value: key for key, value in _FINISH_REASON_TO_PB.items()})
 _MLP_TO_PB: Mapping[MlpPlacement, types_pb2.LayerPlan.MlpPlacement.ValueType] = MappingProxyType(
-    {
-        MlpPlacement.SEQUENTIAL: types_pb2.LayerPlan.MLP_PLACEMENT_SEQUENTIAL,
-        MlpPlacement.STAGED: types_pb2.LayerPlan.MLP_PLACEMENT_STAGED,
-    }
+    {mlp: types_pb2.LayerPlan.MlpPlacement.Value(f"MLP_PLACEMENT_{mlp.name}") for mlp in MlpPlacement}
 )
 _MLP_FROM_PB = MappingProxyType({value: key for key, value in _MLP_TO_PB.items()})
-
 _SOURCE_TO_PB: Mapping[DraftSources, types_pb2.DraftSource.ValueType] = MappingProxyType(
-    {
-        DraftSources.MODEL: types_pb2.DRAFT_SOURCE_MODEL,
-        DraftSources.RETRIEVAL: types_pb2.DRAFT_SOURCE_RETRIEVAL,
-        DraftSources.NGRAM: types_pb2.DRAFT_SOURCE_NGRAM,
-        DraftSources.EARLY_EXIT: types_pb2.DRAFT_SOURCE_EARLY_EXIT,
-    }
+    {source: types_pb2.DraftSource.Value(f"DRAFT_SOURCE_{source.name}") for source in SINGLE_SOURCES}
 )
 _SOURCE_FROM_PB = MappingProxyType({value: key for key, value in _SOURCE_TO_PB.items()})
 
 
-def _same_fields(plain: type[DataclassInstance], message: Message) -> dict[str, Any]:
-    """The message's values of all fields of the dataclass; unset ones have protobuf's defaults."""
-    return {field.name: getattr(message, field.name) for field in dataclasses.fields(plain)}
+@functools.cache
+def _kinds_of_fields(plain: type[DataclassInstance], message: Descriptor) -> Sequence[tuple[str, bool, bool]]:
+    """Of each field of the dataclass its name, and whether the message's is repeated, and can be unset."""
+    of_message = [(field.name, message.fields_by_name[field.name]) for field in dataclasses.fields(plain)]
+    return [(name, field.is_repeated, field.has_presence) for name, field in of_message]
+
+
+def _same_fields(plain: type[DataclassInstance], message: Message, **converted: Any) -> dict[str, Any]:
+    """The message's values of all fields of the dataclass but those that are `converted` already.
+
+    What is repeated becomes a tuple, what can be unset and is keeps the dataclass's default.
+    """
+    for name, is_repeated, has_presence in _kinds_of_fields(plain, message.DESCRIPTOR):
+        if name not in converted and (not has_presence or message.HasField(name)):
+            value = getattr(message, name)
+            converted[name] = tuple(value) if is_repeated else value
+    return converted
 
 
 # --- parameters -------------------------------------------------------------------------------------------------
@@ -116,10 +119,7 @@ def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
     if kind is None:
         allowed = ", ".join(kind.value for kind in GrammarKind)
         raise InvalidRequestError("sampling.grammar", None, f"exactly one of {allowed}")
-    thinking = None
-    if message.HasField("thinking"):
-        marks = message.thinking
-        thinking = Thinking(marks.opening, marks.closing, marks.is_open, marks.answer)
+    thinking = Thinking(**_same_fields(Thinking, message.thinking)) if message.HasField("thinking") else None
     return Grammar(GrammarKind(kind), getattr(message, kind), thinking)
 
 
@@ -129,12 +129,7 @@ def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
 
 
 def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
-    return StopConditions(
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-        stop_token_ids=frozenset(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        min_tokens=message.min_tokens,
-    )
+    return StopConditions(**_same_fields(StopConditions, message, stop_token_ids=frozenset(message.stop_token_ids)))
 
 
 def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
@@ -168,11 +163,7 @@ def layer_plan_from_pb(message: types_pb2.LayerPlan) -> LayerPlanRequest:
         if message.mlp not in _MLP_FROM_PB:
             raise InvalidRequestError("layer_plan.mlp", message.mlp, "an MlpPlacement: sequential, staged or unset")
         mlp = _MLP_FROM_PB[message.mlp]
-    return LayerPlanRequest(
-        layer_parallel_size=message.layer_parallel_size if message.HasField("layer_parallel_size") else None,
-        mlp=mlp,
-        calibration=message.calibration if message.HasField("calibration") else True,
-    )
+    return LayerPlanRequest(**_same_fields(LayerPlanRequest, message, mlp=mlp))
 
 
 def layer_plan_to_pb(plan: LayerPlanRequest) -> types_pb2.LayerPlan:
@@ -202,7 +193,7 @@ def sources_to_pb(sources: DraftSources | None) -> list[types_pb2.DraftSource.Va
 
 def tree_from_pb(message: types_pb2.TokenTree) -> TokenTree:
     """The tree as sent; whether it is one is for `TokenTree.check` to say."""
-    return TokenTree(token_ids=tuple(message.token_ids), parent_rows=tuple(message.parent_rows))
+    return TokenTree(**_same_fields(TokenTree, message))
 
 
 def tree_to_pb(tree: TokenTree) -> types_pb2.TokenTree:
@@ -213,17 +204,8 @@ def tree_to_pb(tree: TokenTree) -> types_pb2.TokenTree:
 
 
 def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVerification:
-    return OpenVerification(
-        prompt_token_ids=tuple(message.prompt_token_ids),
-        sampling=sampling_from_pb(message.sampling),
-        stop=stop_from_pb(message.stop),
-        output_token_ids=tuple(message.output_token_ids),
-        model=message.model,
-        request_id=message.request_id,
-        num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
-        prompt_logprobs=message.prompt_logprobs,
-        model_fingerprint=message.model_fingerprint,
-    )
+    sampling, stop = sampling_from_pb(message.sampling), stop_from_pb(message.stop)
+    return OpenVerification(**_same_fields(OpenVerification, message, sampling=sampling, stop=stop))
 
 
 def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerification:
@@ -245,30 +227,24 @@ def verify_tree_to_pb(base_length: int, tree: TokenTree, num_plain_rounds: int =
 
 
 def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
-    return Verdict(
-        base_length=message.base_length,
-        token_ids=tuple(message.token_ids),
-        accepted_rows=tuple(message.accepted_rows),
+    fields = _same_fields(
+        Verdict,
+        message,
         finish_reason=finish_reason_from_pb(message.finish_reason),
-        matched_stop_token_id=message.matched_stop_token_id if message.HasField("matched_stop_token_id") else None,
         logprobs=tuple(logprobs_from_pb(entry) for entry in message.logprobs),
         prompt_logprobs=tuple(logprobs_from_pb(entry) for entry in message.prompt_logprobs),
-        num_cached_tokens=message.num_cached_tokens,
     )
+    return Verdict(**fields)
 
 
 def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
-    return verifier_pb2.Verdict(
-        base_length=verdict.base_length,
-        token_ids=verdict.token_ids,
-        num_accepted=verdict.num_accepted,
-        finish_reason=finish_reason_to_pb(verdict.finish_reason),
-        matched_stop_token_id=verdict.matched_stop_token_id,
-        accepted_rows=verdict.accepted_rows,
-        logprobs=[logprobs_to_pb(entry) for entry in verdict.logprobs],
-        prompt_logprobs=[logprobs_to_pb(entry) for entry in verdict.prompt_logprobs],
-        num_cached_tokens=verdict.num_cached_tokens,
-    )
+    own = {
+        "num_accepted": verdict.num_accepted,
+        "finish_reason": finish_reason_to_pb(verdict.finish_reason),
+        "logprobs": [logprobs_to_pb(entry) for entry in verdict.logprobs],
+        "prompt_logprobs": [logprobs_to_pb(entry) for entry in verdict.prompt_logprobs],
+    }
+    return verifier_pb2.Verdict(**vars(verdict) | own)
 
 
 def logprobs_from_pb(message: types_pb2.TokenLogprobs) -> TokenLogprobs:
@@ -295,18 +271,14 @@ def verify_timings_to_pb(timings: VerifyTimings) -> verifier_pb2.VerifyTimings:
 
 
 def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpeculation:
-    return OpenSpeculation(
-        prompt_token_ids=tuple(message.prompt_token_ids),
+    fields = _same_fields(
+        OpenSpeculation,
+        message,
         sampling=sampling_from_pb(message.sampling),
         layer_plan=layer_plan_from_pb(message.layer_plan),
-        model=message.model,
-        request_id=message.request_id,
-        max_total_length=message.max_total_length if message.HasField("max_total_length") else None,
         sources=sources_from_pb(message.sources),
-        num_output_tokens=message.num_output_tokens,
-        base_fingerprint=message.base_fingerprint,
-        draft_ahead=message.draft_ahead if message.HasField("draft_ahead") else True,
     )
+    return OpenSpeculation(**fields)
 
 
 def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculation:
@@ -322,11 +294,7 @@ def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
     """An unset budget is an InvalidRequestError."""
     if not message.HasField("budget"):
         raise InvalidRequestError("calibration.budget", None, "a tree budget, and it must be set")
-    return Calibration(
-        base_length=message.base_length,
-        token_ids=tuple(message.token_ids),
-        budget=budget_from_pb(message.budget),
-    )
+    return Calibration(**_same_fields(Calibration, message, budget=budget_from_pb(message.budget)))
 
 
 def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
@@ -334,8 +302,7 @@ def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
 
 
 def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
-    ahead_ns = message.timings.ahead_ns if message.timings.HasField("ahead_ns") else None
-    timings = DraftTimings(**_same_fields(DraftTimings, message.timings) | {"ahead_ns": ahead_ns})
+    timings = DraftTimings(**_same_fields(DraftTimings, message.timings))
     node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
     return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
 
@@ -349,7 +316,7 @@ def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
 
 
 def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
-    return ModelInfo(**_same_fields(ModelInfo, message) | {"eos_token_ids": tuple(message.eos_token_ids)})
+    return ModelInfo(**_same_fields(ModelInfo, message))
 
 
 def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:

@@ -22,22 +22,21 @@ _TIMEOUT_S = 3.0
 
 def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S, tls: ChannelTls | None = None) -> str:
     """Status of `service` ("" for the whole server) at `address`: SERVING, NOT_SERVING or an error's code name."""
-    with _channel(address, tls) as channel:
+    options: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    channel = (
+        grpc.insecure_channel(address, options=options)
+        if tls is None
+        else grpc.secure_channel(address, channel_credentials(tls), options=options)
+    )
+    with channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
         except grpc.RpcError as error:
             return str(error.code().name)
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
-
-
-def _channel(address: str, tls: ChannelTls | None) -> grpc.Channel:
-    options: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
-    if tls is None:
-        return grpc.insecure_channel(address, options=options)
-    if tls.server_name is not None:
-        options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.secure_channel(address, channel_credentials(tls), options=options)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -88,36 +88,25 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
-        return self._streaming(handler, method) if handler.response_streaming else self._unary(handler, method)
-
-    def _unary(self, handler: _Handler, method: str) -> _Handler:
-        behavior: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
         deserialize, parse = _parsers(handler)
+        asked = "stream" if handler.request_streaming else "unary"
+        answered = "stream" if handler.response_streaming else "unary"
+        behavior: Any = getattr(handler, f"{asked}_{answered}")
 
         async def respond(request: Any, context: _Context) -> Any:
             async with self._rpc(method, context):
-                return await behavior(parse(request), context)
+                if not handler.response_streaming:
+                    return await behavior(parse(request), context)
+                # A coroutine that writes, not a generator that yields: a cancelled RPC would leave a generator
+                # suspended until it is collected, and what its `finally` frees along with it.
+                async with aclosing(behavior(parse(request), context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+                return None
 
-        make = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make(respond, deserialize, handler.response_serializer)
-
-    def _streaming(self, handler: _Handler, method: str) -> _Handler:
-        behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
-        deserialize, parse = _parsers(handler)
-
-        # A coroutine that writes, not a generator that yields: a cancelled RPC would leave a generator suspended
-        # until it is collected, and what its `finally` frees along with it.
-        async def respond(request: Any, context: _Context) -> None:
-            async with self._rpc(method, context), aclosing(behavior(parse(request), context)) as responses:
-                async for response in responses:
-                    await context.write(response)
-
-        make = (
-            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-        )
-        return make(respond, deserialize, handler.response_serializer)
+        make = getattr(grpc, f"{asked}_{answered}_rpc_method_handler")
+        wrapped: _Handler = make(respond, deserialize, handler.response_serializer)
+        return wrapped
 
     def _client(self, context: _Context) -> str:
         name = self._authenticate(_metadata(context, _AUTHORIZATION_KEY)) if self._authenticate is not None else None
@@ -139,7 +128,10 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
         # gRPC runs every RPC in a task of its own, so this binds it for this RPC alone.
-        request_id = _request_id(context)
+        request_id = _metadata(context, REQUEST_ID_KEY) or ""
+        # The caller's if it is fit for a log, else a new one.
+        request_id = request_id[:_MAX_REQUEST_ID_CHARS] if request_id.isprintable() else ""
+        request_id = request_id or uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
         span = self._begin_span(method, context, request_id)
         started_ns = time.monotonic_ns()
@@ -194,14 +186,6 @@ def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:
     if handler.request_streaming or handler.request_deserializer is None:
         return handler.request_deserializer, lambda request: request
     return None, handler.request_deserializer
-
-
-def _request_id(context: _Context) -> str:
-    """The caller's request id if it is fit for a log, else a new one."""
-    value = _metadata(context, REQUEST_ID_KEY)
-    if value and value.isprintable():
-        return value[:_MAX_REQUEST_ID_CHARS]
-    return uuid.uuid4().hex
 
 
 def _metadata(context: _Context, name: str) -> str | None:

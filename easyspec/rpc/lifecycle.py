@@ -84,16 +84,14 @@ class RpcServer:
             names = (self._application.service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         try:
-            port = self._add_port()
+            if self._certificates is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._certificates.grpc_credentials())
         except RuntimeError as error:
             raise ConfigurationError(f"address is {self._address!r}: cannot listen there: {error}") from None
         await self._server.start()
         return port
-
-    def _add_port(self) -> int:
-        if self._certificates is None:
-            return self._server.add_insecure_port(self._address)
-        return self._server.add_secure_port(self._address, self._certificates.grpc_credentials())
 
     async def start(self) -> None:
         """Start the application, then let RPCs in and say SERVING."""
@@ -102,7 +100,13 @@ class RpcServer:
         self._boundary.admit()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._tell_parts()
-        self._parts_watch = asyncio.create_task(self._watch_parts())
+
+        async def watch_parts() -> None:
+            while True:
+                await asyncio.sleep(_PARTS_POLL_S)
+                await self._tell_parts()
+
+        self._parts_watch = asyncio.create_task(watch_parts())
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new RPCs, cancel what outlives `grace_s` seconds, stop the application.
@@ -116,31 +120,23 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         self._boundary.refuse("draining: this replica is going away")
         # Waiting here and not in server.stop: that one would also wait for health watchers, which never end.
-        is_idle = await self._finish_unless_lost(grace_s)
+        finishing = asyncio.ensure_future(self._finish(grace_s))
+        losing = asyncio.ensure_future(self._application.wait_lost())
+        try:
+            await asyncio.wait((finishing, losing), return_when=asyncio.FIRST_COMPLETED)
+            is_idle = finishing.done() and finishing.result()
+        finally:
+            await _cancelled(finishing, losing)
         await self._server.stop(_FLUSH_GRACE_S if is_idle else 0)
         if not await self._boundary.wait_idle(_CANCEL_GRACE_S):
             _log.error("rpc_ignores_cancellation")
         # Last: RPCs that were cancelled free their sessions at the application.
         await self._application.stop()
 
-    async def _finish_unless_lost(self, grace_s: float) -> bool:
-        finishing = asyncio.ensure_future(self._finish(grace_s))
-        losing = asyncio.ensure_future(self._application.wait_lost())
-        try:
-            await asyncio.wait((finishing, losing), return_when=asyncio.FIRST_COMPLETED)
-            return finishing.done() and finishing.result()
-        finally:
-            await _cancelled(finishing, losing)
-
     async def _finish(self, grace_s: float) -> bool:
         """Let what is running end; False if something outlived `grace_s`."""
         is_idle, _ = await asyncio.gather(self._boundary.wait_idle(grace_s), self._application.drain(grace_s))
         return is_idle
-
-    async def _watch_parts(self) -> None:
-        while True:
-            await asyncio.sleep(_PARTS_POLL_S)
-            await self._tell_parts()
 
     async def _tell_parts(self) -> None:
         states = health_pb2.HealthCheckResponse

@@ -43,7 +43,13 @@ def configure_logging(role: str, log_format: LogFormat, stream: TextIO | None = 
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    render = _renderer(log_format, stream)
+    if log_format == "auto":
+        log_format = "console" if stream.isatty() else "json"
+    render: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if log_format == "console":
+        # Not structlog's default traceback, which prints local variables: prompts and token ids among them.
+        plain = structlog.dev.plain_traceback
+        render = [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
     structlog.configure(
         processors=[*before, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -77,13 +83,3 @@ class _LossyStream(io.TextIOBase):
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.flush()
-
-
-def _renderer(log_format: LogFormat, stream: TextIO) -> list[Processor]:
-    if log_format == "auto":
-        log_format = "console" if stream.isatty() else "json"
-    if log_format == "console":
-        # Not structlog's default traceback, which prints local variables: prompts and token ids among them.
-        plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

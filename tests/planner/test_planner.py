@@ -13,7 +13,7 @@ from easyspec.errors import InvalidRequestError
 from easyspec.parallel.layer_groups import paper_plan
 from easyspec.planner.acceptance import acceptance_rate
 from easyspec.planner.costs import CostModel, Load
-from easyspec.planner.hardware import DEVICES, STACKS, device_named, stack_named
+from easyspec.planner.hardware import DEVICES, STACKS, device_named, service_stacks
 from easyspec.planner.planner import Workload, make_plan
 from easyspec.planner.scheme import draft_schemes
 from easyspec.planner.shape import KNOWN_SHAPES, find_shape
@@ -25,7 +25,7 @@ LOAD = Load(4, 2048)
 
 
 def costs(device: str = "h100", stack: str = "graphs") -> CostModel:
-    return CostModel(device_named(device), stack_named(stack))
+    return CostModel(device_named(device), STACKS[stack])
 
 
 @pytest.mark.parametrize("comparison", list(compare_with_paper()), ids=lambda c: f"{c.data}-{c.figure}")
@@ -68,7 +68,7 @@ def test_more_rows_and_more_context_never_cost_less(rows: int, more: int, contex
 
 def test_attention_only_parallelism_is_capped_by_the_share_of_attention() -> None:
     """In an engine bound by bandwidth alone, attention-only groups cannot gain more than attention's bytes."""
-    stack = replace(stack_named("graphs"), kernel_floor_us=0.0, collective_us=0.0)
+    stack = replace(STACKS["graphs"], kernel_floor_us=0.0, collective_us=0.0)
     model = CostModel(device_named("h100"), stack)
     plan = paper_plan(DRAFT.num_layers, 4, MlpPlacement.SEQUENTIAL)
     no_context = Load(1, 1)
@@ -120,7 +120,7 @@ def test_a_checkpoint_folder_has_the_shape_of_its_config() -> None:
     assert (shape.num_layers, shape.vocab_size) == (24, 4096)
 
 
-@pytest.mark.parametrize(("table", "name"), [("gpu", device_named), ("stack", stack_named)])
+@pytest.mark.parametrize(("table", "name"), [("gpu", device_named), ("stack", service_stacks)])
 def test_an_unknown_name_is_refused_with_those_known(table: str, name: Any) -> None:
     with pytest.raises(InvalidRequestError, match=f"{table} is 'abacus'"):
         name("abacus")
