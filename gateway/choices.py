@@ -38,29 +38,26 @@ async def merged(sources: Sequence[AsyncGenerator[_ItemT, None]]) -> AsyncGenera
         return
     # One place: a source that is ahead of the reader waits, as it does with a single choice.
     queue: asyncio.Queue[tuple[int, _ItemT] | None] = asyncio.Queue(maxsize=1)
-    pumps = [asyncio.create_task(_pump(index, source, queue)) for index, source in enumerate(sources)]
-    ended = asyncio.create_task(_signal_end(pumps, queue))
+
+    async def pump(index: int, source: AsyncGenerator[_ItemT, None]) -> None:
+        async with contextlib.aclosing(source) as items:
+            async for item in items:
+                await queue.put((index, item))
+
+    async def signal_end() -> None:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
+        await queue.put(None)
+
+    pumps = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    ended = asyncio.create_task(signal_end())
     try:
         while (tagged := await queue.get()) is not None:
             yield tagged
-        for pump in pumps:
-            if pump.done():
-                pump.result()
+        for task in pumps:
+            if task.done():
+                task.result()
     finally:
         # A generator must be closed in the task that runs it: cancel the tasks, and wait until each has closed its own.
         for task in (*pumps, ended):
             task.cancel()
         await asyncio.gather(*pumps, ended, return_exceptions=True)
-
-
-async def _pump(
-    index: int, source: AsyncGenerator[_ItemT, None], queue: asyncio.Queue[tuple[int, _ItemT] | None]
-) -> None:
-    async with contextlib.aclosing(source) as items:
-        async for item in items:
-            await queue.put((index, item))
-
-
-async def _signal_end(pumps: Sequence[asyncio.Task[None]], queue: asyncio.Queue[tuple[int, _ItemT] | None]) -> None:
-    await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
-    await queue.put(None)

@@ -85,7 +85,7 @@ class Generator:
         self._closes_schemas = closes_schemas
         self._served_name = served_name
         self._stalled_client_timeout_s = stalled_client_timeout_s
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._tokenizing = started_pool(_NUM_TOKENIZING, "tokenizing")
         self._tool_dialect = tool_dialect
         self._verifiers = verifiers
@@ -123,10 +123,6 @@ class Generator:
     @property
     def num_running(self) -> int:
         return self._admission.num_running
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
 
     @property
     def num_waiting(self) -> int:
@@ -172,7 +168,11 @@ class Generator:
     ) -> AsyncGenerator[GenerationChunk, None]:
         arrival_ns = time.monotonic_ns()
         self._check(request, peer_info)
-        request = self._with_forced_calls(_ended_with_the_turn(request, self._tokenizer))
+        if isinstance(request.prompt, Conversation) and not request.stop.ignore_eos:
+            # An answer in a conversation ends with its turn, whatever else the checkpoint calls its end.
+            stop_token_ids = request.stop.stop_token_ids | self.tokenizer.end_of_turn_ids
+            request = replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
+        request = self._with_forced_calls(request)
         # Places are given back last, when all sessions of the request have ended.
         async with contextlib.AsyncExitStack() as places:
             places.enter_context(self._clients.place(request.client, request.num_choices))
@@ -187,16 +187,19 @@ class Generator:
             await places.enter_async_context(place)
             waited_ns = time.monotonic_ns() - waiting_ns
             prompt, thinking = await self._encoded(request.prompt, peer_info.model.max_model_len)
-            request = _after_thinking(request, thinking)
+            grammar = request.sampling.grammar
+            if grammar is not None and thinking is not None:  # it is for what comes after the thinking
+                request = _sampled(request, grammar=replace(grammar, thinking=thinking))
             prepared = _Prepared(prompt, thinking, schema)
             _check_prompt(prompt, peer_info.model)
             has_prompt = request.wants_prompt_logprobs
             check_logprobs(request.most_logprobs, has_prompt=has_prompt, num_prompt_tokens=len(prompt))
             observer.started(len(prompt), waited_ns)
             progress.admit(len(prompt))
+            seeds = (choice_seed(request.sampling.seed, index) for index in range(request.num_choices))
             choices = [
-                self._choice(_nth_choice(request, index), prepared, peer_info.model, timeout_s, arrival_ns, progress)
-                for index in range(request.num_choices)
+                self._choice(_sampled(request, seed=seed), prepared, peer_info.model, timeout_s, arrival_ns, progress)
+                for seed in seeds
             ]
             async with contextlib.aclosing(merged(choices)) as chunks:
                 async for index, chunk in chunks:
@@ -217,7 +220,14 @@ class Generator:
         async with contextlib.AsyncExitStack() as sessions:
             sessions.callback(policy.leave)  # it is load until then
             drafter = await sessions.enter_async_context(self._draft_session(request, prompt, model, policy))
-            opening = _opening(request, prompt)
+            opening = OpenVerification(
+                prompt,
+                request.sampling,
+                request.stop,
+                request_id=request.request_id,
+                num_top_logprobs=request.most_logprobs,
+                prompt_logprobs=request.wants_prompt_logprobs,
+            )
             verifier = await sessions.enter_async_context(self._verifiers.open(opening, timeout_s, progress))
             rounds = await sessions.enter_async_context(
                 contextlib.aclosing(decode(len(prompt), policy, verifier, drafter))
@@ -231,8 +241,8 @@ class Generator:
                 self._tool_dialect,
                 prepared.thinking,
             )
-            answer = AnswerText(self._tokenizer, form)
-            output = Output(request, len(prompt), self._tokenizer, answer, drafter, verifier, arrival_ns)
+            answer = AnswerText(self.tokenizer, form)
+            output = Output(request, len(prompt), self.tokenizer, answer, drafter, verifier, arrival_ns)
             is_prompt_due = request.has_prompt_chunk
             async for round_ in rounds:
                 if is_prompt_due:
@@ -258,7 +268,7 @@ class Generator:
         if num_bytes > most:
             raise InvalidRequestError("tools", f"{num_bytes} bytes of schemas", f"at most {most} bytes")
         is_strict = any(tool.is_strict for tool in tools.callable_definitions)
-        return replace(request, sampling=replace(request.sampling, grammar=grammar), is_strict=is_strict)
+        return replace(_sampled(request, grammar=grammar), is_strict=is_strict)
 
     def _with_calls_beside_answer(self, request: GenerationRequest) -> GenerationRequest:
         """The request, with a grammar that lets the model call tools instead, where it may."""
@@ -268,10 +278,10 @@ class Generator:
             return request
         if grammar is None or grammar.kind is not GrammarKind.JSON_SCHEMA:
             return request
-        grammar = answer_or_calls(grammar, self._tool_dialect, self._tokenizer.in_lark)
+        grammar = answer_or_calls(grammar, self._tool_dialect, self.tokenizer.in_lark)
         if len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:  # what is around a schema of the allowed size is too much
             return request
-        return replace(request, sampling=replace(request.sampling, grammar=grammar))
+        return _sampled(request, grammar=grammar)
 
     async def _with_enforceable_schema(
         self, request: GenerationRequest
@@ -295,14 +305,13 @@ class Generator:
         if schema.unenforced and request.is_strict:
             keywords = ", ".join(schema.unenforced)
             raise InvalidRequestError(name, keywords, "keywords that can be enforced, as strict is set")
-        sampling = replace(request.sampling, grammar=replace(grammar, text=schema.text))
         unenforced = UnenforcedSchema(grammar.text, schema.unenforced) if schema.unenforced else None
-        return replace(request, sampling=sampling), unenforced
+        return _sampled(request, grammar=replace(grammar, text=schema.text)), unenforced
 
     def _echoed(self, request: GenerationRequest, prompt: tuple[int, ...], first: Round) -> GenerationChunk:
         text = ""
         if request.echo:
-            text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
+            text = request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(prompt)
         logprobs = first.answer.verdict.prompt_logprobs
         return GenerationChunk(
             text=text,
@@ -354,9 +363,9 @@ class Generator:
         # A long text takes seconds and a hundred times its memory: a few at a time, and not on the event loop.
         loop = asyncio.get_running_loop()
         if isinstance(prompt, Conversation):
-            rendered = await loop.run_in_executor(self._tokenizing, self._tokenizer.prompt_of, prompt, max_tokens)
+            rendered = await loop.run_in_executor(self._tokenizing, self.tokenizer.prompt_of, prompt, max_tokens)
             return rendered.token_ids, rendered.thinking
-        return await loop.run_in_executor(self._tokenizing, self._tokenizer.encode, prompt, max_tokens), None
+        return await loop.run_in_executor(self._tokenizing, self.tokenizer.encode, prompt, max_tokens), None
 
     def check_size(self, prompt: str | Conversation) -> None:
         """Raise InvalidRequestError for a prompt that is empty, or too large to be worth tokenizing."""
@@ -393,37 +402,9 @@ class Generator:
             yield session
 
 
-def _ended_with_the_turn(request: GenerationRequest, tokenizer: Tokenizer) -> GenerationRequest:
-    """An answer in a conversation ends with its turn, whatever else the checkpoint calls its end."""
-    if not isinstance(request.prompt, Conversation) or request.stop.ignore_eos:
-        return request
-    stop_token_ids = request.stop.stop_token_ids | tokenizer.end_of_turn_ids
-    return replace(request, stop=replace(request.stop, stop_token_ids=stop_token_ids))
-
-
-def _nth_choice(request: GenerationRequest, index: int) -> GenerationRequest:
-    if index == 0:
-        return request
-    return replace(request, sampling=replace(request.sampling, seed=choice_seed(request.sampling.seed, index)))
-
-
-def _after_thinking(request: GenerationRequest, thinking: Thinking | None) -> GenerationRequest:
-    """The request, whose grammar is for what comes after the thinking."""
-    grammar = request.sampling.grammar
-    if grammar is None or thinking is None:
-        return request
-    return replace(request, sampling=replace(request.sampling, grammar=replace(grammar, thinking=thinking)))
-
-
-def _opening(request: GenerationRequest, prompt: tuple[int, ...]) -> OpenVerification:
-    return OpenVerification(
-        prompt,
-        request.sampling,
-        request.stop,
-        request_id=request.request_id,
-        num_top_logprobs=request.most_logprobs,
-        prompt_logprobs=request.wants_prompt_logprobs,
-    )
+def _sampled(request: GenerationRequest, **changes: Any) -> GenerationRequest:
+    """The request with other sampling parameters."""
+    return replace(request, sampling=replace(request.sampling, **changes))
 
 
 def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:

@@ -28,7 +28,7 @@ from gateway.doorway.served_models import ServedModels
 from gateway.generation import Generator
 from gateway.peers.peer import PeerState
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
-from gateway.rest.service import RestServer
+from gateway.rest.server import RestServer
 from gateway.rest.trust import RestTrust
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog

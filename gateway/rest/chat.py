@@ -14,9 +14,8 @@ from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
-from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
+from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, trace_fields
 from gateway.rest.sse import DONE, openai_last_words
-from gateway.rest.trace import trace_fields
 from gateway.telemetry.progress import Progress
 from gateway.text.output import GenerationChunk
 from gateway.text.tool_parser import ToolCallDelta, joined

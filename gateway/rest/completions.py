@@ -21,9 +21,8 @@ from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, 
 from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
-from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields
+from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, trace_fields
 from gateway.rest.sse import DONE, openai_last_words
-from gateway.rest.trace import trace_fields
 from gateway.telemetry.progress import Progress
 from gateway.text.output import GenerationChunk
 

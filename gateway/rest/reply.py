@@ -11,7 +11,7 @@ from typing import Any
 from easyspec import __version__
 from easyspec.speculation.parameters import SamplingParameters
 from gateway.rest.errors import json_bytes
-from gateway.text.output import Completion
+from gateway.text.output import Completion, GenerationChunk
 
 _SHOWN_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SYSTEM_FINGERPRINT = f"easyspec-{__version__}"
@@ -62,6 +62,32 @@ def schema_fields(completion: Completion) -> dict[str, Any]:
         return {}
     told = {"unenforced": check.keywords, "valid": check.is_valid, "reason": check.reason or None}
     return {"schema_check": told}
+
+
+def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
+    """`easyspec` of a streamed chunk: what was guessed in its round, what was right, and what it cost; None if
+    the request did not ask.
+
+    The token texts are those of `generation.proto`: of each token alone, so that joined they may differ from the text.
+    """
+    trace = chunk.trace
+    if trace is None:
+        return None
+    return {
+        "token_texts": chunk.token_texts,
+        "accepted_rows": trace.accepted_rows,
+        "tree": {"token_texts": trace.draft_token_texts, "parent_rows": trace.draft_tree.parent_rows},
+        "timings_ms": {
+            "draft": chunk.timings.draft_ns / 1e6,
+            "calibrate": chunk.timings.calibrate_ns / 1e6,
+            "fuzzy": chunk.timings.fuzzy_ns / 1e6,
+            "verify": chunk.timings.verify_ns / 1e6,
+            "compute": chunk.timings.compute_ns / 1e6,
+            "round": chunk.timings.round_ns / 1e6,
+        },
+        "num_fuzzy_steps": chunk.timings.num_fuzzy_steps,
+        "ahead_ms": None if (ahead_ns := chunk.timings.ahead_ns) is None else ahead_ns / 1e6,
+    }
 
 
 class Tally:

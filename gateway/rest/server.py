@@ -1,4 +1,4 @@
-"""uvicorn inside the event loop that runs already."""
+"""The REST side of the gateway, from open port to closed: uvicorn inside the event loop that runs already."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+import structlog
 import uvicorn
-from starlette.types import ASGIApp
 
 from easyspec.errors import ConfigurationError
+from gateway.rest.app import create_app
+from gateway.rest.backend import Backend
 from gateway.rest.connection import BoundedConnection, most_connections
+from gateway.rest.gate import Gate
+from gateway.rest.trust import RestTrust
 
 # Longer than clients keep idle connections, so that they, not we, close them: no request meets a closing one.
 _KEEP_ALIVE_S = 75
 _CLOSE_GRACE_S = 2
 _BACKLOG = 2048
 _POLL_S = 0.002
+
+_log = structlog.get_logger(__name__)
 
 
 class _EmbeddedServer(uvicorn.Server):
@@ -30,13 +36,17 @@ class _EmbeddedServer(uvicorn.Server):
         yield
 
 
-class HttpListener:
-    """Serves `app` on `address` (host:port, port 0 for a free one) in the running event loop; over TLS with `tls`."""
+class RestServer:
+    """`open` (everything is refused), `admit`, `drain`, `close`: in this order, in the gateway's event loop.
 
-    def __init__(self, app: ASGIApp, address: str, tls: ssl.SSLContext | None = None) -> None:
+    `address` is host:port, port 0 for a free one, which `port` tells once it is open; over TLS with `tls`.
+    """
+
+    def __init__(self, backend: Backend, address: str, trust: RestTrust, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
+        self._gate = Gate()
         config = uvicorn.Config(
-            app,
+            create_app(backend, self._gate, trust),
             loop="none",
             http="httptools",
             ws="none",
@@ -53,17 +63,28 @@ class HttpListener:
         config.ssl = tls  # made by us: uvicorn reads its own from files once, and misses their renewal
         self._server = _EmbeddedServer(config)
         self._task: asyncio.Task[None] | None = None
+        self.port: int | None = None
 
-    async def open(self) -> int:
-        """Listen, and return the port; ConfigurationError with the system's reason if it cannot be had."""
+    async def open(self) -> None:
+        """Open the port; ConfigurationError with the system's reason if it cannot be had."""
         listening = _bound(self._address)
-        port = int(listening.getsockname()[1])
         self._task = asyncio.create_task(self._server.serve([listening]))
         while not self._server.started:
             if self._task.done():
                 self._task.result()
             await asyncio.sleep(_POLL_S)
-        return port
+        self.port = int(listening.getsockname()[1])
+        host = self._address.rpartition(":")[0]
+        _log.info("rest_listening", address=f"{host}:{self.port}", port=self.port)
+
+    def admit(self) -> None:
+        """Let requests in."""
+        self._gate.admit()
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, and cancel what outlives `grace_s` seconds."""
+        if not await self._gate.drain(grace_s):
+            _log.error("http_request_ignores_cancellation")
 
     async def close(self) -> None:
         """Close the port and all connections. Idempotent."""
