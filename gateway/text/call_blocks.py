@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gateway.text.text_marks import overlap
-from gateway.text.tool_parser import ParsedText, Part, ToolCallDelta
+from gateway.text.tool_parser import CallObject, CallParser, ParsedText, Part, ToolCallDelta
 
 # (name, arguments as JSON) of each call of a block; None if it holds anything else.
 ReadBlock: TypeAlias = Callable[[str], "list[tuple[str, str]] | None"]
@@ -34,62 +33,21 @@ class Block:
     ends: Callable[[str], int | None] = lambda text: None
 
 
-class BlockCallParser:
-    """Takes an answer piece by piece; the interface of `ToolCallParser`."""
+class BlockCallParser(CallParser):
+    """Calls in blocks, each of which is read when it is complete."""
 
     def __init__(
-        self,
-        block: Block,
-        read: ReadBlock,
-        names: frozenset[str],
-        max_calls: int | None,
-        new_id: Callable[[], str],
+        self, block: Block, read: ReadBlock, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]
     ) -> None:
+        super().__init__(names, max_calls, new_id)
         self._block = block
         self._read = read
-        self._names = names
-        self._max_calls = max_calls
-        self._new_id = new_id
-        self._pending = ""
         self._framing: str | None = None  # what stands before the open block's text, if one is open
-        self.num_calls = 0
 
-    @property
-    def is_finished(self) -> bool:
-        return self._max_calls is not None and self.num_calls >= self._max_calls
-
-    def push(self, text: str) -> ParsedText:
-        """What became certain with `text`."""
-        self._pending += text
-        taken: list[Part] = []
-        while not self.is_finished and (self._speak(taken) if self._framing is None else self._take_block(taken)):
-            pass
-        return ParsedText(tuple(taken))
-
-    def flush(self) -> ParsedText:
-        """The rest, when nothing more comes: a block may do without its closing mark."""
-        taken: list[Part] = []
-        if self._framing is not None:
-            self._finish_block(self._pending, "", taken)
-        elif self._pending.strip() or not self.num_calls:
-            taken.append(self._pending)
-        self._pending = ""
-        return ParsedText(tuple(taken))
-
-    def _speak(self, taken: list[Part]) -> bool:
-        """Speech up to an opening mark; True if one was found."""
-        before, mark, after = self._pending.partition(self._block.opening)
-        certain = before if mark else before[: len(before) - overlap(before, self._block.opening)]
-        # White space before a call is layout.
-        certain = certain.rstrip()
-        taken.append(certain)
-        if not mark:
-            self._pending = before[len(certain) :]
-            return False
-        self._framing, self._pending = before[len(certain) :] + mark, after
-        return True
-
-    def _take_block(self, taken: list[Part]) -> bool:
+    def step(self, taken: list[Part]) -> bool:
+        if self._framing is None:
+            self._framing = self._speak(self._block.opening, taken)
+            return self._framing is not None
         closing = self._block.closing
         if closing:
             body, mark, rest = self._pending.partition(closing)
@@ -104,6 +62,16 @@ class BlockCallParser:
         self._finish_block(body, mark, taken)
         return True
 
+    def flush(self) -> ParsedText:
+        """The rest, when nothing more comes: a block may do without its closing mark."""
+        taken: list[Part] = []
+        if self._framing is not None:
+            self._finish_block(self._pending, "", taken)
+        elif self._pending.strip() or not self.num_calls:
+            taken.append(self._pending)
+        self._pending = ""
+        return ParsedText(tuple(taken))
+
     def _finish_block(self, body: str, mark: str, taken: list[Part]) -> None:
         framing, self._framing = self._framing or "", None
         found = self._read(body)
@@ -116,31 +84,25 @@ class BlockCallParser:
                 self.num_calls += 1
 
 
-class PythonicCallParser:
-    """Calls as a Python list, `[f(a=1), g()]`, which is the whole answer; the interface of `ToolCallParser`."""
+class PythonicCallParser(CallParser):
+    """Calls as a Python list, `[f(a=1), g()]`, which is the whole answer."""
 
     _MARKS = ("<|python_start|>", "<|python_tag|>")
 
     def __init__(self, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]) -> None:
-        self._names = names
-        self._max_calls = max_calls
-        self._new_id = new_id
-        self._pending = ""
+        super().__init__(names, max_calls, new_id)
         self._is_speech = False
-        self.num_calls = 0
 
-    @property
-    def is_finished(self) -> bool:
-        return self._max_calls is not None and self.num_calls >= self._max_calls
-
-    def push(self, text: str) -> ParsedText:
-        """What became certain with `text`: nothing while it may still be calls."""
-        self._pending += text
-        if not self._is_speech and self._may_be_calls():
-            return ParsedText()
-        self._is_speech = True
-        said, self._pending = self._pending, ""
-        return ParsedText((said,))
+    def step(self, taken: list[Part]) -> bool:
+        begun, text = self._pending.lstrip(), self._unmarked(self._pending)
+        may_be_calls = (
+            any(mark.startswith(begun) for mark in self._MARKS) or not text or _PYTHONIC_BEGINNING.fullmatch(text)
+        )
+        if self._is_speech or not may_be_calls:
+            self._is_speech = True
+            taken.append(self._pending)
+            self._pending = ""
+        return False
 
     def flush(self) -> ParsedText:
         text, self._pending = self._pending, ""
@@ -152,12 +114,6 @@ class PythonicCallParser:
         return ParsedText(
             tuple(ToolCallDelta(i, arguments, self._new_id(), name) for i, (name, arguments) in enumerate(found))
         )
-
-    def _may_be_calls(self) -> bool:
-        text = self._pending.lstrip()
-        if any(mark.startswith(text) for mark in self._MARKS):
-            return True
-        return not (text := self._unmarked(text)) or _PYTHONIC_BEGINNING.fullmatch(text) is not None
 
     def _unmarked(self, text: str) -> str:
         text = text.strip()
@@ -212,26 +168,11 @@ def mistral_calls(body: str) -> list[tuple[str, str]] | None:
 def mistral_end(text: str) -> int | None:
     """Where a block after [TOOL_CALLS] is over: at the end of its object or list."""
     start = re.search(r"[\[{]", re.sub(r"\[(CALL_ID|ARGS)\]", lambda found: "_" * len(found.group()), text))
-    return None if start is None else _json_end(text, start.start())
-
-
-def _json_end(text: str, start: int) -> int | None:
-    """Where the object or list that begins at `start` ends; None if it does not yet."""
-    depth, is_in_string, is_escaped = 0, False, False
-    for index in range(start, len(text)):
-        char = text[index]
-        if is_in_string:
-            is_in_string = is_escaped or char != '"'
-            is_escaped = char == "\\" and not is_escaped
-        elif char == '"':
-            is_in_string = True
-        elif char in "{[":
-            depth += 1
-        elif char in "}]":
-            depth -= 1
-            if depth == 0:
-                return index + 1
-    return None
+    if start is None:
+        return None
+    found = CallObject()
+    rest = found.take(text[start.start() :])
+    return len(text) - len(rest) if found.is_complete else None
 
 
 def pythonic_calls(text: str) -> list[tuple[str, str]] | None:

@@ -126,7 +126,10 @@ class ChatTemplate:
         for name, value in conversation.template_arguments.items():
             if name not in _RENDER_ARGUMENTS and self.uses(name):
                 arguments[name] = value
-            elif not (_is_neutral(name, value) or conversation.ignores_unknown):
+                continue
+            is_off = value is None if name in _RENDER_ARGUMENTS else not value
+            says_what_happens_anyway = is_off or (name in _NEUTRAL_ARGUMENTS and value == _NEUTRAL_ARGUMENTS[name])
+            if not (says_what_happens_anyway or conversation.ignores_unknown):
                 raise InvalidRequestError("chat_template_kwargs", name, "names that the model's chat template uses")
         effort = conversation.reasoning_effort
         if effort is None or "reasoning_effort" in arguments:
@@ -196,12 +199,6 @@ def _probe(role: str, content: Any) -> list[dict[str, Any]]:
         calls = [{"id": "a12345678", "type": "function", "function": function}]
         return [user, {"role": "assistant", "content": _like(content, ""), "tool_calls": calls}, message]
     return [message, user]
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    """Whether an argument that a template has no use for says what happens anyway."""
-    is_off = value is None if name in _RENDER_ARGUMENTS else not value
-    return is_off or (name in _NEUTRAL_ARGUMENTS and value == _NEUTRAL_ARGUMENTS[name])
 
 
 def _like(content: Any, text: str) -> Any:

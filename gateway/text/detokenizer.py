@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.text.text_marks import overlap
+
 REPLACEMENT = "\ufffd"
 # A character takes at most four bytes, so at most three replacement characters at the end may still become one.
 _MAX_UNDECIDED = 3
@@ -44,7 +46,8 @@ class TokenTextStream:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        num_final_chars = _num_final_chars(text)
+        num_undecided = min(_MAX_UNDECIDED, len(text) - len(text.rstrip(REPLACEMENT)))
+        num_final_chars = len(text) - num_undecided
         final_text = text[self._num_emitted_chars : num_final_chars]
         self._num_emitted_chars = max(self._num_emitted_chars, num_final_chars)
         if num_final_chars == len(text) and final_text:
@@ -72,13 +75,6 @@ class TokenTextStream:
                 return
 
 
-def _num_final_chars(text: str) -> int:
-    num_chars = len(text)
-    while num_chars > 0 and text[num_chars - 1] == REPLACEMENT and len(text) - num_chars < _MAX_UNDECIDED:
-        num_chars -= 1
-    return num_chars
-
-
 class StopMatcher:
     """Finds the stop string that is complete first; holds back text that may be the beginning of one, unless the stop
     string is itself wanted (`includes_stop`)."""
@@ -100,7 +96,7 @@ class StopMatcher:
             end, start, self.matched = min(matches)
             self._held = ""
             return text[: end if self._includes_stop else start]
-        num_held = self._num_held(text)
+        num_held = max((overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -108,14 +104,6 @@ class StopMatcher:
         """What was held back and turned out to be no stop string."""
         text, self._held = self._held, ""
         return text
-
-    def _num_held(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stop_strings), default=1) - 1
-        for num_chars in range(min(longest, len(text)), 0, -1):
-            tail = text[len(text) - num_chars :]
-            if any(stop.startswith(tail) for stop in self._stop_strings):
-                return num_chars
-        return 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from gateway.text.text_marks import overlap
-from gateway.text.tool_parser import ParsedText, Part, Thought, ToolCallDelta
+from gateway.text.tool_parser import CallParser, ParsedText, Part, Thought, ToolCallDelta
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
@@ -17,39 +17,28 @@ MARKS = (MESSAGE, "<|constrain|>", *_ENDS)
 _RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
 
 
-class HarmonyParser:
+class HarmonyParser(CallParser):
     """Takes an answer piece by piece: analysis is thinking, calls are calls, everything else is said."""
 
     def __init__(self, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]) -> None:
-        self._names = names
-        self._max_calls = max_calls
-        self._new_id = new_id
-        self._pending = ""
+        super().__init__(names, max_calls, new_id)
         self._header: str | None = ""  # of the message that is being announced; None in its text
         self._channel = ""
         self._name = ""  # of the function, in a call
         self._is_call = False
-        self._has_given_out = False  # the call's beginning
-        self._is_over = False
-        self.num_calls = 0
-
-    @property
-    def is_finished(self) -> bool:
-        return self._is_over
 
     @property
     def is_thinking(self) -> bool:
         return self._header is None and self._channel == "analysis"
 
-    def push(self, text: str) -> ParsedText:
-        """What became certain with `text`."""
-        self._pending += text
-        taken: list[Part] = []
-        while not self._is_over and (self._announce() if self._header is not None else self._take_text(taken)):
-            if self._header is None and self._is_call and not self._has_given_out:
-                self._has_given_out = True
-                taken.append(ToolCallDelta(self.num_calls, "", self._new_id(), self._name))
-        return ParsedText(tuple(taken))
+    def step(self, taken: list[Part]) -> bool:
+        if self._header is None:
+            return self._take_text(taken)
+        if not self._announce():
+            return False
+        if self._is_call:
+            taken.append(ToolCallDelta(self.num_calls, "", self._new_id(), self._name))
+        return True
 
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes."""
@@ -77,7 +66,6 @@ class HarmonyParser:
         recipient = _RECIPIENT.search(before)
         self._name = recipient.group(1) if recipient is not None else ""
         self._is_call = self._name in self._names
-        self._has_given_out = False
         self._header, self._pending = None, after
         return True
 
@@ -98,7 +86,6 @@ class HarmonyParser:
         if self._is_call:
             self.num_calls += 1
             self._is_call = False
-            self._is_over = self.num_calls == self._max_calls
         return True
 
     def _give_out(self, text: str, taken: list[Part]) -> None:

@@ -33,7 +33,12 @@ class HiddenTexts:
     def hide(self, text: str, of_assistant: bool = False) -> str:
         """The text, with names for what would be read as special tokens."""
         pattern = self._special if of_assistant else self._control
-        return text if pattern is None else pattern.sub(self._named_token, text)
+
+        def named(found: re.Match[str]) -> str:
+            self._tokens.append(found.group())
+            return f"{_BEGIN}{self._nonce}token{len(self._tokens) - 1}{_END}"
+
+        return text if pattern is None else pattern.sub(named, text)
 
     def hide_in(self, value: Any) -> Any:
         """A JSON value, with names in all its texts."""
@@ -61,7 +66,3 @@ class HiddenTexts:
         """The rendered text with the texts of special tokens that were hidden."""
         name = re.compile(f"{_BEGIN}{self._nonce}token([0-9]+){_END}")
         return name.sub(lambda found: self._tokens[int(found.group(1))], rendered)
-
-    def _named_token(self, found: re.Match[str]) -> str:
-        self._tokens.append(found.group())
-        return f"{_BEGIN}{self._nonce}token{len(self._tokens) - 1}{_END}"

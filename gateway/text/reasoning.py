@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from easyspec.speculation.parameters import Thinking
 from gateway.text.text_marks import overlap
+from gateway.text.tool_parser import ParsedText, Thought
 
 
 class Marks(NamedTuple):
@@ -53,14 +53,6 @@ def thinking_after(prompt: str, begun_answer: str, marks: Marks | None) -> Think
     return Thinking(opening, closing, end.endswith(opening), answer)
 
 
-@dataclass(frozen=True)
-class SplitText:
-    """What became certain with a piece of text: what is thought, and what is said."""
-
-    reasoning: str = ""
-    text: str = ""
-
-
 class ReasoningSplitter:
     """Takes an answer piece by piece. Marks, and white space beside them, belong to neither side."""
 
@@ -72,25 +64,25 @@ class ReasoningSplitter:
         self._awaits_answer = bool(thinking.answer)
         self.is_thinking = thinking.is_open
 
-    def push(self, text: str) -> SplitText:
+    def push(self, text: str) -> ParsedText:
         """What became certain with `text`."""
         self._pending += text
         reasoning = ""
         if not self._has_begun and not self._begin():
-            return SplitText()
+            return ParsedText()
         if self.is_thinking:
             reasoning, is_over = self._think()
             if not is_over:
-                return SplitText(reasoning)
-        return SplitText(reasoning, self._say())
+                return ParsedText((Thought(reasoning),))
+        return ParsedText((Thought(reasoning), self._say()))
 
-    def flush(self) -> SplitText:
+    def flush(self) -> ParsedText:
         """The rest, when nothing more comes: thinking that was cut off stays thinking."""
         rest, self._pending = self._pending, ""
         if self.is_thinking:
-            return SplitText(reasoning=rest.rstrip())
+            return ParsedText((Thought(rest.rstrip()),))
         is_cut_mark = self._awaits_answer and any(mark.startswith(rest.lstrip()) for mark in self._first_marks)
-        return SplitText(text="" if is_cut_mark else rest)
+        return ParsedText(("" if is_cut_mark else rest,))
 
     @property
     def _first_marks(self) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from gateway.text.text_marks import overlap
 
@@ -75,18 +76,48 @@ class ParsedText:
         return "".join(part.text for part in self.parts if isinstance(part, Thought))
 
 
-class CallParser(Protocol):
-    """Finds calls in an answer that comes piece by piece. `num_calls` counts calls that were given out; `is_finished`
-    says that no further one is wanted."""
+class CallParser(ABC):
+    """Finds calls in an answer that comes piece by piece. With `max_calls` it is over when so many are complete.
 
-    num_calls: int
+    `names` are the functions that exist, `new_id` makes an id for a call. `num_calls` counts calls given out.
+    """
+
+    def __init__(self, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]) -> None:
+        self._names = names
+        self._max_calls = max_calls
+        self._new_id = new_id
+        self._pending = ""  # taken and not decided
+        self.num_calls = 0
 
     @property
-    def is_finished(self) -> bool: ...
+    def is_finished(self) -> bool:
+        return self._max_calls is not None and self.num_calls >= self._max_calls
 
-    def push(self, text: str) -> ParsedText: ...
+    def push(self, text: str) -> ParsedText:
+        """What became certain with `text`."""
+        self._pending += text
+        taken: list[Part] = []
+        while not self.is_finished and self.step(taken):
+            pass
+        return ParsedText(tuple(taken))
 
-    def flush(self) -> ParsedText: ...
+    @abstractmethod
+    def step(self, taken: list[Part]) -> bool:
+        """Move what is certain from `_pending` to `taken`; True if there may be more."""
+
+    @abstractmethod
+    def flush(self) -> ParsedText:
+        """The rest, when nothing more comes."""
+
+    def _speak(self, opening: str, taken: list[Part]) -> str | None:
+        """Speech up to an opening mark; returns the mark, with the white space before it, once it was found."""
+        before, mark, after = self._pending.partition(opening)
+        certain = before if mark else before[: len(before) - overlap(before, opening)]
+        # White space is held back as well: before a call it is layout and not speech.
+        certain = certain.rstrip()
+        taken.append(certain)
+        self._pending = after if mark else before[len(certain) :]
+        return before[len(certain) :] + mark if mark else None
 
 
 @dataclass(frozen=True)
@@ -106,41 +137,35 @@ class _State(enum.Enum):
     PLAIN = enum.auto()  # nothing but speech from here on
 
 
-class ToolCallParser:
-    """Takes an answer piece by piece. With `max_calls` it is over (`is_finished`) when so many calls are complete.
-
-    `names` are the functions that exist, `new_id` makes an id for a call. `num_calls` counts calls given out.
-    """
+class ToolCallParser(CallParser):
+    """Calls that are JSON objects in a frame."""
 
     def __init__(self, frame: Frame, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]) -> None:
+        super().__init__(names, max_calls, new_id)
         self._frame = frame
-        self._names = names
-        self._max_calls = max_calls
-        self._new_id = new_id
         self._state = _State.SPEECH if frame.opening else _State.FRAME
-        self._pending = ""  # taken and not decided
         self._framing = ""  # what stands before the current call since the frame opened, to give it back
         self._has_calls = False  # in the current frame
-        self._call = _Call()
-        self.num_calls = 0
+        self._call = CallObject()
 
     @property
     def is_finished(self) -> bool:
-        return self.num_calls == self._max_calls and self._state is not _State.CALL
+        return super().is_finished and self._state is not _State.CALL
 
-    def push(self, text: str) -> ParsedText:
-        """What became certain with `text`."""
-        self._pending += text
-        taken: list[Part] = []
-        steps = {
-            _State.SPEECH: self._speak,
-            _State.FRAME: self._seek_call,
-            _State.CALL: self._take_call,
-            _State.PLAIN: self._speak_on,
-        }
-        while not self.is_finished and steps[self._state](taken):
-            pass
-        return ParsedText(tuple(taken))
+    def step(self, taken: list[Part]) -> bool:
+        if self._state is _State.FRAME:
+            return self._seek_call(taken)
+        if self._state is _State.CALL:
+            return self._take_call(taken)
+        if self._state is _State.PLAIN:
+            taken.append(self._pending)
+            self._pending = ""
+            return False
+        framing = self._speak(self._frame.opening, taken)
+        if framing is None:
+            return False
+        self._state, self._has_calls, self._framing = _State.FRAME, False, framing
+        return True
 
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes: a call that was given out stays as it is, anything else was speech."""
@@ -156,26 +181,6 @@ class ToolCallParser:
         self._pending = ""
         return ParsedText((rest,))
 
-    def _speak(self, taken: list[Part]) -> bool:
-        """Speech up to an opening mark; True if one was found."""
-        before, mark, after = self._pending.partition(self._frame.opening)
-        if mark:
-            certain = before.rstrip()
-            taken.append(certain)
-            self._state, self._has_calls = _State.FRAME, False
-            self._framing, self._pending = before[len(certain) :] + mark, after
-            return True
-        # White space is held back as well: before a call it is layout and not speech.
-        certain = before[: len(before) - overlap(before, self._frame.opening)].rstrip()
-        taken.append(certain)
-        self._pending = before[len(certain) :]
-        return False
-
-    def _speak_on(self, taken: list[Part]) -> bool:
-        taken.append(self._pending)
-        self._pending = ""
-        return False
-
     def _seek_call(self, taken: list[Part]) -> bool:
         """In a frame: the next call, the closing mark, or something that does not belong there."""
         prefix = self._frame.prefix
@@ -189,7 +194,7 @@ class ToolCallParser:
             return False
         if rest[0] == "{":
             self._framing += self._pending[: len(self._pending) - len(rest)]
-            self._state, self._call, self._pending = _State.CALL, _Call(), rest
+            self._state, self._call, self._pending = _State.CALL, CallObject(), rest
             return True
         closing = self._frame.closing
         if self._has_calls and closing:
@@ -232,7 +237,7 @@ class ToolCallParser:
         self._framing = ""
 
 
-class _Call:
+class CallObject:
     """The JSON object of one call as it grows; `raw` is all of it so far."""
 
     def __init__(self) -> None:
@@ -280,7 +285,10 @@ class _Call:
         head = _HEAD.match(self.raw)
         if head is not None and self.raw[head.end() : head.end() + 1] == "{":
             self._arguments_start = head.end()
-            return _string(head.group(1)), ""
+            try:
+                return str(json.loads(head.group(1), strict=False)), ""
+            except ValueError:
+                return "", ""
         return _whole(self.raw) if self.is_complete else None
 
     def new_arguments(self) -> str:
@@ -292,13 +300,6 @@ class _Call:
         new = self.raw[start : next(ends, len(self.raw))]
         self._num_sent += len(new)
         return new
-
-
-def _string(quoted: str) -> str:
-    try:
-        return str(json.loads(quoted, strict=False))
-    except ValueError:
-        return ""
 
 
 def _whole(raw: str) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from gateway.text.chat_template import ChatTemplate
-from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall
 
 _ABOUT = "You can call functions. These exist, each with a JSON Schema of its arguments:\n"
 _HOW = (
@@ -27,22 +27,17 @@ def with_described_tools(conversation: Conversation, template: ChatTemplate, is_
     turns = [*conversation.turns] if template.uses("tool_calls") else [*_told(conversation.turns)]
     tools = conversation.tools
     if is_described and tools is not None and tools.shown_definitions:
-        lines = "\n".join(_line(tool) for tool in tools.shown_definitions)
-        turns = _introduced(turns, f"{_ABOUT}{lines}\n\n{_HOW}", template.takes_system)
+        shown = [
+            {"name": tool.name, "description": tool.description, "parameters": tool.schema}
+            for tool in tools.shown_definitions
+        ]
+        lines = "\n".join(json.dumps(one, ensure_ascii=False) for one in shown)
+        description, first = f"{_ABOUT}{lines}\n\n{_HOW}", turns[0]
+        if template.takes_system and first.role not in ("system", "developer"):
+            turns.insert(0, ChatTurn("system", description))
+        else:
+            turns[0] = replace(first, content=f"{first.content}\n\n{description}".lstrip())
     return replace(conversation, turns=tuple(turns), tools=None)
-
-
-def _line(tool: ToolDefinition) -> str:
-    about = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-    return json.dumps(about, ensure_ascii=False)
-
-
-def _introduced(turns: Sequence[ChatTurn], description: str, takes_system: bool) -> list[ChatTurn]:
-    """The turns, the first of which describes the tools."""
-    first = turns[0]
-    if takes_system and first.role not in ("system", "developer"):
-        return [ChatTurn("system", description), *turns]
-    return [replace(first, content=f"{first.content}\n\n{description}".lstrip()), *turns[1:]]
 
 
 def _written(call: ToolCall) -> str:
