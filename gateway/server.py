@@ -34,7 +34,6 @@ from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
 from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
-from gateway.telemetry.statistics import SpeculationStatistics
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.text.output import Completion, GenerationChunk
 
@@ -341,6 +340,10 @@ def _chunk_to_pb(chunk: GenerationChunk) -> generation_pb2.GenerateResponse:
 
 
 def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
+    sources = [
+        generation_pb2.SourceStatistics(**vars(one) | {"source": convert.sources_to_pb(one.source)[0]})
+        for one in completion.statistics.sources
+    ]
     message = generation_pb2.Completion(
         finish_reason=convert.finish_reason_to_pb(completion.finish_reason),
         usage=generation_pb2.Usage(
@@ -349,7 +352,7 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
             num_reasoning_tokens=completion.num_reasoning_tokens,
             num_cached_prompt_tokens=completion.num_cached_prompt_tokens,
         ),
-        speculation=_statistics_to_pb(completion.statistics),
+        speculation=generation_pb2.SpeculationStatistics(**vars(completion.statistics) | {"sources": sources}),
         seed=completion.seed,
     )
     if completion.matched_token_id is not None:
@@ -361,17 +364,3 @@ def _completion_to_pb(completion: Completion) -> generation_pb2.Completion:
             generation_pb2.SchemaCheck(unenforced_keywords=check.keywords, is_valid=check.is_valid, reason=check.reason)
         )
     return message
-
-
-def _statistics_to_pb(statistics: SpeculationStatistics) -> generation_pb2.SpeculationStatistics:
-    counts = vars(statistics) | {
-        "sources": [
-            generation_pb2.SourceStatistics(
-                source=convert.sources_to_pb(source.source)[0],
-                num_draft_tokens=source.num_draft_tokens,
-                num_accepted_tokens=source.num_accepted_tokens,
-            )
-            for source in statistics.sources
-        ]
-    }
-    return generation_pb2.SpeculationStatistics(**counts)

@@ -204,16 +204,12 @@ def _with_logprobs(
             num_tops += [walker.case.num_top_logprobs] * len(outcome.token_ids)
     if not rows:
         return [*outcomes]
-    entries = iter(row_logprobs(_selected(base_logits, rows), token_ids, num_tops))
+    if len(rows) < len(base_logits):  # they come in order: else these are all of them
+        base_logits = base_logits[to_device(rows, torch.int64, base_logits.device)]
+    entries = iter(row_logprobs(base_logits, token_ids, num_tops))
     return [
         replace(outcome, logprobs=tuple(itertools.islice(entries, len(outcome.token_ids))))
         if isinstance(outcome, Verdict) and walker.case.num_top_logprobs is not None
         else outcome
         for walker, outcome in zip(walkers, outcomes, strict=True)
     ]
-
-
-def _selected(base_logits: Tensor, rows: Sequence[int]) -> Tensor:
-    if len(rows) == len(base_logits):
-        return base_logits  # rows come in order: these are all of them
-    return base_logits[to_device(rows, torch.int64, base_logits.device)]

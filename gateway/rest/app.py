@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import cast
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request
@@ -85,39 +84,31 @@ def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROU
     app.state.recent_items = RecentItems()
     for router in (*open_routers, *API_ROUTERS):
         app.include_router(router)
-    app.add_exception_handler(EasyspecError, _on_error)
-    app.add_exception_handler(RefusalError, _on_refusal)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    for kind in (EasyspecError, RefusalError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_error)  # and raised again: the boundary logs it
     return app
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    path = request.url.path
     if isinstance(error, ClientGoneError):  # not an error; the boundary sees it as well
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    _count(request, mapping_of(error).reason)
-    failure = failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))
-    return failure.response_to(request.url.path)
-
-
-def _count(request: Request, reason: str) -> None:
+    if isinstance(error, RefusalError):
+        return error.failure.response_to(path)
+    if isinstance(error, HTTPException):
+        return _unrouted(request, error)
+    is_malformed = isinstance(error, RequestValidationError)
     observer = getattr(request.app.state, "observer", None)  # not there where only the routes' document is wanted
     if observer is not None:
-        observer.refused(reason)
+        observer.refused(mapping_of(InvalidRequestError("", None, "") if is_malformed else error).reason)
+    if isinstance(error, RequestValidationError):
+        return failure_of_validation(error.errors()).response_to(path)
+    request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
+    return failure_of(error, request_id).response_to(path)
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
-    return cast(RefusalError, error).failure.response_to(request.url.path)
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    _count(request, mapping_of(InvalidRequestError("", None, "")).reason)
-    return failure_of_validation(cast(RequestValidationError, error).errors()).response_to(request.url.path)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    refusal = cast(HTTPException, error)
+def _unrouted(request: Request, refusal: HTTPException) -> Response:
     path = request.url.path
     messages = {404: f"there is no {path[:200]} here", 405: f"{request.method} is not allowed here"}
     message = messages.get(refusal.status_code, str(refusal.detail))

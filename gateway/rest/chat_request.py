@@ -148,6 +148,11 @@ class Message(RestModel):
 ToolName: TypeAlias = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
+def schema_text(parameters: dict[str, Any] | None) -> str:
+    """A tool's schema as `ToolDefinition.parameters`."""
+    return json.dumps(parameters, ensure_ascii=False) if parameters is not None else ""
+
+
 class FunctionDefinition(RestModel):
     """A function that can be called."""
 
@@ -168,9 +173,9 @@ class ChatTool(RestModel):
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def definition(self) -> ToolDefinition:
-        parameters = self.function.parameters
-        schema = json.dumps(parameters, ensure_ascii=False) if parameters is not None else ""
-        return ToolDefinition(self.function.name, self.function.description or "", schema, bool(self.function.strict))
+        function = self.function
+        schema = schema_text(function.parameters)
+        return ToolDefinition(function.name, function.description or "", schema, bool(function.strict))
 
 
 class ChosenFunction(RestModel):
@@ -239,11 +244,6 @@ class ConversationFields(RestModel):
             return "reasoning", _effort(self.reasoning.enabled)
         return "reasoning", self.reasoning.effort if self.reasoning is not None else None
 
-    @property
-    def _template_arguments(self) -> dict[str, Any]:
-        own = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return own | (self.chat_template_kwargs or {})
-
     def conversation(
         self,
         mode: ToolMode = ToolMode.AUTO,
@@ -256,12 +256,13 @@ class ConversationFields(RestModel):
             raise InvalidRequestError("continue_final_message", True, "false together with add_generation_prompt")
         turns = tuple(message.turn(f"messages[{index}]") for index, message in enumerate(self.messages))
         definitions = tuple(tool.definition() for tool in self.tools or ())
+        switches = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return Conversation(
             turns,
             Tools(definitions, mode, name, is_parallel, allowed) if definitions else None,
             opens_answer=self.add_generation_prompt is not False,
             continues_last_turn=bool(self.continue_final_message),
-            template_arguments=self._template_arguments,
+            template_arguments=switches | (self.chat_template_kwargs or {}),
             reasoning_effort=self.effort[1],
             ignores_unknown=ignores_unknown(),
         )

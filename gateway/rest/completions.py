@@ -35,11 +35,6 @@ Prompts: TypeAlias = Annotated[ListOf[_PromptT], Field(max_length=MAX_PROMPTS)]
 DEFAULT_MAX_TOKENS = 16
 
 
-def _unset_if_false(value: object) -> object:
-    """What chat completions call having no log-probabilities."""
-    return None if value is False else value
-
-
 class CompletionRequest(PromptLogprobsFields, GenerationFields):
     """Body of `/v1/completions`."""
 
@@ -48,7 +43,8 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
     )
     max_tokens: Count | None = Field(None, description="Most output tokens. Unset: 16. 0 needs echo.")
     logprobs: Annotated[
-        Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None, BeforeValidator(_unset_if_false)
+        Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None,
+        BeforeValidator(lambda value: None if value is False else value),  # as chat completions say none
     ] = Field(None, description="Log-probabilities, and this many of the likeliest, 0 to 20; false: none.")
     echo: Boolean | None = Field(None, description="Begin the text with the prompt.")
     best_of: Integer | None = Field(None, description="Only the same as n: all choices are returned.")
@@ -165,7 +161,10 @@ class _Answer:
         return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
-        sources = [self._chunks(index, prompt) for index, prompt in enumerate(self._body.prompts)]
+        sources = [
+            self._generated.chunks(prompt, self._body.most_tokens, progress)
+            for prompt, progress in zip(self._body.prompts, self.progress, strict=True)
+        ]
         async with aclosing(merged(sources)) as tagged:
             async for prompt_index, chunk in tagged:
                 index = prompt_index * self._body.num_choices + chunk.choice_index
@@ -174,9 +173,6 @@ class _Answer:
                 if chunk.completion is not None:
                     self._tally.add(prompt_index, chunk.completion)
                 yield index, self._piece(index, chunk)
-
-    def _chunks(self, prompt_index: int, prompt: str | TokenIds) -> AsyncGenerator[GenerationChunk, None]:
-        return self._generated.chunks(prompt, self._body.most_tokens, self.progress[prompt_index])
 
     def _piece(self, index: int, chunk: GenerationChunk) -> _Piece:
         track = self._tracks[index] if self._tracks else None

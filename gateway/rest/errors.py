@@ -111,16 +111,8 @@ class Failure:
         error = {"type": kind, "message": self.message[:_MAX_MESSAGE_CHARS], "param": self.param, "code": self.code}
         return {"type": "error", "error": error}
 
-    @property
-    def response(self) -> Response:
-        """The error as OpenAI's clients expect it."""
-        return self.response_to("")
-
     def response_to(self, path: str) -> Response:
         """The error as clients of that path expect it."""
-        return self._response(self.anthropic_body if path.startswith("/v1/messages") else self.body)
-
-    def _response(self, body: Mapping[str, Any]) -> Response:
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             # Whole seconds are the standard; OpenAI's clients read the other one first.
@@ -130,6 +122,7 @@ class Failure:
             }
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
         return Response(json_bytes(body), self.status, headers, media_type="application/json")
 
 

@@ -96,6 +96,17 @@ def known_kinds(kinds: Any, message: str) -> Callable[[object], object]:
     return check
 
 
+def without_kinds(kinds: frozenset[str]) -> BeforeValidator:
+    """Leaves objects of these types out of a list."""
+
+    def kept(values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        return [value for value in values if not (isinstance(value, dict) and value.get("type") in kinds)]
+
+    return BeforeValidator(kept)
+
+
 def _check_num_keys(value: Any) -> Any:
     """Refuse an object with more keys than make sense before each of them is told to be wrong."""
     if isinstance(value, dict) and len(value) > _MAX_KEYS:

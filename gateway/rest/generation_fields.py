@@ -202,8 +202,9 @@ class GenerationFields(StructuredFields):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k is not None:
             given["top_k"] = self.top_k if self.top_k > 0 else None
+        seed = secrets.randbits(_SEED_BITS) if self.seed is None else self.seed
         return SamplingParameters(
-            seed=secrets.randbits(_SEED_BITS) if self.seed is None else _unsigned(self.seed),
+            seed=seed & MAX_SEED if seed < 0 else seed,  # negative ones count from the other end
             grammar=self.grammar(),
             logit_bias={int(token_id): bias for token_id, bias in sorted((self.logit_bias or {}).items())},
             **(defaults.given | given),
@@ -215,8 +216,3 @@ class GenerationFields(StructuredFields):
 
     def speculation_wish(self, default_budget: TreeBudget) -> SpeculationWish:
         return self.speculation.wish(default_budget) if self.speculation is not None else SpeculationWish()
-
-
-def _unsigned(seed: int) -> int:
-    """A seed as the services have it: negative ones count from the other end."""
-    return seed & MAX_SEED if seed < 0 else seed

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import gc
 import json
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from gateway.rest.unknown_fields import IgnoredFields, noting
 
 IGNORED_HEADER = "x-ignored-fields"
 _MAX_HEADER_CHARS = 1000
+_NO_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")  # of a field's name that is to stand in a header
 
 # The parser takes 10 ms for the worst of this size; what is larger is parsed and validated beside the event loop.
 _LARGE_BYTES = 64 * 1024
@@ -88,16 +90,12 @@ class JsonRoute(APIRoute):
                     await json_request.read_large(model)
                 response = await handle(json_request)
             if ignored.names:
-                response.headers[IGNORED_HEADER] = ", ".join(map(_token, ignored.names))[:_MAX_HEADER_CHARS]
+                tokens = (_NO_TOKEN.sub("_", name[:100]) for name in ignored.names)
+                response.headers[IGNORED_HEADER] = ", ".join(tokens)[:_MAX_HEADER_CHARS]
                 request.app.state.observer.fields_ignored()
             return response
 
         return handle_json
-
-
-def _token(name: str) -> str:
-    """A field's name as it may stand in a header."""
-    return "".join(char if char.isascii() and (char.isalnum() or char in "_.-") else "_" for char in name[:100])
 
 
 def _unreadable(headers: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from easyspec.speculation.messages import TokenLogprobs
 from gateway.text.detokenizer import TokenTextStream
-from gateway.text.output import Completion, GenerationChunk
+from gateway.text.output import GenerationChunk
 from gateway.text.tokenizer import Tokenizer
 
 # JSON knows no infinity; this is what OpenAI's API says for "practically impossible".
@@ -55,18 +55,14 @@ class LogprobTrack:
         self._held += self._entries(chunk)
         self._num_chars += chunk.num_chars
         completion = chunk.completion
-        if completion is not None and not self._has_end_entry(completion):
-            del self._held[-1:]
+        if completion is not None and (end := completion.matched_token_id) is not None and not self._is_echoing:
+            has_text = self._includes_stop and end not in self._tokenizer.special_token_ids
+            self._held = self._held if has_text else self._held[:-1]
         is_cut = completion is not None and completion.matched_stop_string is not None
         is_all_due = completion is not None or not self._is_holding
         due = [entry for entry in self._held if entry.text_offset < self._num_chars or (is_all_due and not is_cut)]
         self._held = self._held[len(due) :]
         return due
-
-    def _has_end_entry(self, completion: Completion) -> bool:
-        end = completion.matched_token_id
-        has_text = self._includes_stop and end not in self._tokenizer.special_token_ids
-        return end is None or self._is_echoing or has_text
 
     def _entries(self, chunk: GenerationChunk) -> list[TokenEntry]:
         entries = []
@@ -85,7 +81,12 @@ class LogprobFormat:
 
     def chat(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         """As in chat completions: one object a token, with its bytes."""
-        return {"content": [self._chat_entry(entry) for entry in entries], "refusal": None}
+        content = []
+        for entry in entries:
+            logprobs = entry.logprobs or TokenLogprobs(0.0)
+            top = [self._chat_token(token_id, logprob) for token_id, logprob in logprobs.top[: self._num_top]]
+            content.append({**self._chat_token(entry.token_id, logprobs.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
     def completion(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         """As in completions: parallel lists. The token itself is among the likeliest, as OpenAI has it."""
@@ -99,26 +100,20 @@ class LogprobFormat:
     def prompt(self, chunk: GenerationChunk) -> list[dict[str, Any] | None]:
         """As vLLM tells them of a prompt: by token id, the token itself among the likeliest. None for the first one,
         which nothing precedes; no rank for a token that is not among the likeliest."""
-        return [
-            self._prompt_token(token_id, logprobs)
-            for token_id, logprobs in zip(chunk.token_ids, chunk.logprobs, strict=True)
-        ]
-
-    def _prompt_token(self, token_id: int, logprobs: TokenLogprobs | None) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
-        likeliest = logprobs.top[: self._num_top]
-        ranked = {one: (logprob, rank) for rank, (one, logprob) in enumerate(likeliest, 1)}
-        told = {token_id: (logprobs.logprob, None)} | ranked
-        return {
-            str(one): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._text(one)}
-            for one, (logprob, rank) in told.items()
-        }
-
-    def _chat_entry(self, entry: TokenEntry) -> dict[str, Any]:
-        logprobs = entry.logprobs or TokenLogprobs(0.0)
-        top = [self._chat_token(token_id, logprob) for token_id, logprob in logprobs.top[: self._num_top]]
-        return {**self._chat_token(entry.token_id, logprobs.logprob), "top_logprobs": top}
+        told: list[dict[str, Any] | None] = []
+        for token_id, logprobs in zip(chunk.token_ids, chunk.logprobs, strict=True):
+            if logprobs is None:
+                told.append(None)
+                continue
+            likeliest = enumerate(logprobs.top[: self._num_top], 1)
+            ranked = {one: (logprob, rank) for rank, (one, logprob) in likeliest}
+            told.append(
+                {
+                    str(one): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._text(one)}
+                    for one, (logprob, rank) in ({token_id: (logprobs.logprob, None)} | ranked).items()
+                }
+            )
+        return told
 
     def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {

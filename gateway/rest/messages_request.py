@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
-from gateway.rest.chat_request import MAX_MESSAGES, ToolName
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
+from gateway.rest.chat_request import MAX_MESSAGES, ToolName, schema_text
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds, without_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
@@ -25,12 +25,6 @@ _LEFT_OUT = frozenset(
         *("code_execution_tool_result", "bash_code_execution_tool_result", "text_editor_code_execution_tool_result"),
     }
 )
-
-
-def _without_left_out(blocks: Any) -> Any:
-    if not isinstance(blocks, list):
-        return blocks
-    return [block for block in blocks if not (isinstance(block, dict) and block.get("type") in _LEFT_OUT)]
 
 
 class ContentBlock(RestModel):
@@ -58,7 +52,7 @@ class AnthropicMessage(RestModel):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[Text | list[ContentBlock], BeforeValidator(_without_left_out)]
+    content: Annotated[Text | list[ContentBlock], without_kinds(_LEFT_OUT)]
 
 
 class AnthropicTool(RestModel):
@@ -171,12 +165,7 @@ class MessagesFields(GenerationFields):
         if (choice.type == "tool") != (choice.name is not None):
             raise InvalidRequestError("tool_choice.name", choice.name, "set with type tool, and only then")
         definitions = tuple(
-            ToolDefinition(
-                tool.name,
-                tool.description or "",
-                json.dumps(tool.input_schema, ensure_ascii=False),
-                bool(tool.strict),
-            )
+            ToolDefinition(tool.name, tool.description or "", schema_text(tool.input_schema), bool(tool.strict))
             for tool in self.tools
         )
         return Tools(definitions, _MODES[choice.type], choice.name or "", not choice.disable_parallel_tool_use)

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from easyspec.speculation.messages import ModelInfo
 from gateway.generation import Generator
-from gateway.rest.backend import Caller, InCaller
+from gateway.rest.backend import InCaller
 
 router = APIRouter()
 
@@ -16,7 +16,8 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(caller: InCaller) -> dict[str, Any]:
     """The base models, each with the most tokens of prompt and output together, and its own sampling parameters."""
-    cards = [_card(generator, model, caller.started_s) for generator, model in _answered(caller)]
+    answered = ((each, each.model_info) for each in caller.models)
+    cards = [_card(generator, model, caller.started_s) for generator, model in answered if model is not None]
     return {"object": "list", "data": cards}
 
 
@@ -25,11 +26,6 @@ async def retrieve_model(model: str, caller: InCaller) -> dict[str, Any]:
     """One model; 404 model_not_found if it is not served here."""
     caller = caller.for_model(model)
     return _card(caller.generator, caller.model, caller.started_s)
-
-
-def _answered(caller: Caller) -> list[tuple[Generator, ModelInfo]]:
-    """The models whose verifiers have answered."""
-    return [(each, each.model_info) for each in caller.models if each.model_info is not None]
 
 
 def _card(generator: Generator, model: ModelInfo, started_s: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -10,8 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
-from gateway.rest.chat_request import ToolName
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds
+from gateway.rest.chat_request import ToolName, schema_text
+from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds, without_kinds
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of_format
 from gateway.rest.unknown_fields import ignores_unknown
@@ -49,12 +48,6 @@ class ContentPart(RestModel):
     @property
     def shown(self) -> str:
         return self.text or self.refusal or ""
-
-
-def _without_left_out(items: Any) -> Any:
-    if not isinstance(items, list):
-        return items
-    return [item for item in items if not (isinstance(item, dict) and item.get("type") in _LEFT_OUT)]
 
 
 class InputItem(RestModel):
@@ -148,9 +141,7 @@ class ReasoningFields(RestModel):
 class ResponsesRequest(GenerationFields):
     """Body of `/v1/responses`."""
 
-    input: (
-        Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(_without_left_out)]
-    )
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS), without_kinds(_LEFT_OUT)]
     instructions: Text | None = Field(None, description="A message of the system before all others.")
     max_output_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
     tools: list[ResponseTool] | None = Field(None, description="Functions.")
@@ -227,13 +218,11 @@ class ResponsesRequest(GenerationFields):
             if name or choice == "required":
                 raise InvalidRequestError("tool_choice", "set", "only together with tools")
             return None
-        definitions = tuple(_definition(tool) for tool in self.tools)
+        definitions = tuple(
+            ToolDefinition(tool.name, tool.description or "", schema_text(tool.parameters), bool(tool.strict))
+            for tool in self.tools
+        )
         return Tools(definitions, mode, name, self.parallel_tool_calls is not False, allowed)
-
-
-def _definition(tool: ResponseTool) -> ToolDefinition:
-    parameters = json.dumps(tool.parameters, ensure_ascii=False) if tool.parameters is not None else ""
-    return ToolDefinition(tool.name, tool.description or "", parameters, bool(tool.strict))
 
 
 def _resolved(items: list[InputItem], find: FindItem) -> list[InputItem]:

@@ -125,8 +125,13 @@ class _EventSender:
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT]) -> _ResultT:
     """Await `work`; as soon as the client has gone, cancel it and raise ClientGoneError. The body was read before."""
+
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_until_gone(receive))
+    watch = asyncio.ensure_future(until_gone())
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if task.done():  # also if the client has gone at the same time
@@ -136,11 +141,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT])
         task.cancel()
         watch.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _failure(error: Exception) -> Failure:

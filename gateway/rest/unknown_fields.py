@@ -95,18 +95,15 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     if value is None or value is False or value in ("", [], {}):
         return True
     if isinstance(value, dict):
-        return _holds_nothing(value) or any(value == default for default in _DEFAULTS.get(name, ()))
+        # An object whose fields are unset or have documented defaults. 0 and false count: `{"temperature": 0}`.
+        holds_nothing = all(
+            inner is None or (isinstance(inner, dict | list | str) and asks_for_nothing(inner_name, inner))
+            for inner_name, inner in value.items()
+        )
+        return holds_nothing or any(value == default for default in _DEFAULTS.get(name, ()))
     if isinstance(value, bool):
         return any(value is default for default in _DEFAULTS.get(name, ()))
     return value == 0 or any(value == default and default is not True for default in _DEFAULTS.get(name, ()))
-
-
-def _holds_nothing(fields: Mapping[str, Any]) -> bool:
-    """Whether an object's fields are unset or have documented defaults. 0 and false count: `{"temperature": 0}`."""
-    return all(
-        value is None or (isinstance(value, dict | list | str) and asks_for_nothing(name, value))
-        for name, value in fields.items()
-    )
 
 
 def without_unknown(known: frozenset[str], values: Mapping[str, Any]) -> dict[str, Any]:

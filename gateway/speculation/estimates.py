@@ -60,15 +60,13 @@ class Throughput:
         self._stretch = tokens, seconds, rounds = tokens + num_tokens, seconds + busy_s, rounds + 1
         is_long = rounds >= _STRETCH_ROUNDS and seconds >= _STRETCH_S
         is_short = rounds >= _SHORT_STRETCH_ROUNDS and seconds >= _SHORT_STRETCH_S
-        if is_long and seconds < _CONFIRMED_S and self._is_doubtful(tokens / seconds / self.tokens_per_s):
+        ratio = tokens / seconds / self.tokens_per_s if seconds and tokens else 0.0
+        is_usual = 1 / _CHANGE_FACTOR < ratio < _CHANGE_FACTOR
+        # It may be a change and may be chance.
+        is_doubtful = not is_usual and 1 / _CLEAR_FACTOR < ratio < _CLEAR_FACTOR
+        if is_long and seconds < _CONFIRMED_S and is_doubtful:
             return None
         return self.end_stretch() if is_long or is_short else None
-
-    @staticmethod
-    def _is_doubtful(ratio: float) -> bool:
-        """Whether it may be a change and may be chance."""
-        is_usual = 1 / _CHANGE_FACTOR < ratio < _CHANGE_FACTOR
-        return not is_usual and 1 / _CLEAR_FACTOR < ratio < _CLEAR_FACTOR
 
     def end_stretch(self) -> float | None:
         """Compare what came last with what is remembered; returns what `add` does."""

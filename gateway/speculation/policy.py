@@ -49,7 +49,7 @@ class Policy(ABC):
     def next_budget(self) -> TreeBudget | None: ...
 
     @abstractmethod
-    def _learn_arm(self, round_: Round) -> Arm | None:
+    def sampled_arm(self, round_: Round) -> Arm | None:
         """Learn from a round, and tell the arm whose sample it is; None: of no arm's."""
 
     def plain_rounds(self) -> int:
@@ -71,7 +71,7 @@ class Policy(ABC):
         asked_s = (draft.elapsed_ns + answer.elapsed_ns) / 1e9
         other_s = min(max(0.0, now_s - last_s - asked_s), asked_s + _MOST_OTHER_S)
         sample = RoundSample(
-            arm=self._learn_arm(round_),
+            arm=self.sampled_arm(round_),
             num_tokens=len(answer.verdict.token_ids),
             num_accepted=answer.verdict.num_accepted,
             num_levels=draft.tree.num_levels,
@@ -142,7 +142,7 @@ class SpeculationPolicy(Policy):
         self._num_steps = min(self._num_steps, len(sizes))
         return within([*sizes, deepened(sizes[-1])][self._num_steps], self._cap)
 
-    def _learn_arm(self, round_: Round) -> Arm | None:
+    def sampled_arm(self, round_: Round) -> Arm | None:
         """A refined round is part of following the arm; one whose session at the drafter was not ready yet is not, nor
         is one that the request's own cap made smaller."""
         if self._asked is not None and len(round_.draft.tree) > 0:
@@ -184,5 +184,5 @@ class FixedPolicy(Policy):
     def next_budget(self) -> TreeBudget | None:
         return self._budget
 
-    def _learn_arm(self, round_: Round) -> Arm | None:
+    def sampled_arm(self, round_: Round) -> Arm | None:
         return self._arm if self._budget is None or round_.draft.elapsed_ns > 0 else None
