@@ -12,7 +12,7 @@ from easyspec.settings import ServerSettings, address_field, check_address, chec
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.tls import ChannelTls, is_loopback
 from gateway.limits import RequestLimits
-from gateway.peers.model_routes import Addresses, FurtherModel, ModelRoute, further_route, split_addresses
+from gateway.peers.model_routes import NO_DRAFTER, Addresses, FurtherModel, ModelRoute, split_addresses
 
 HTTP_OFF = "off"
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -196,7 +196,14 @@ class GatewaySettings(ServerSettings, RequestLimits):
         """Every model that is served, the first one first."""
         drafters = split_addresses(self.drafter_address) if self.drafter_address is not None else ()
         first = ModelRoute("", self.tokenizer, split_addresses(self.verifier_address), drafters, self.chat_template)
-        return first, *(further_route(name, model, first) for name, model in self.further_models.items())
+        routes = [first]
+        for name, model in self.further_models.items():  # what one does not say is as for the first
+            own_drafters = drafters
+            if model.drafter_address is not None:
+                own_drafters = () if model.drafter_address == NO_DRAFTER else split_addresses(model.drafter_address)
+            tokenizer, verifiers = model.tokenizer or self.tokenizer, split_addresses(model.verifier_address)
+            routes.append(ModelRoute(name, tokenizer, verifiers, own_drafters, model.chat_template))
+        return tuple(routes)
 
     @property
     def default_budget(self) -> TreeBudget:

@@ -33,7 +33,6 @@ from gateway.rest.trust import RestTrust
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
-from gateway.telemetry.state_metrics import GatewayState, ModelSample, PeerSample
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 from gateway.text.output import Completion, GenerationChunk
 
@@ -61,7 +60,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
         self._settings = settings
         self.metrics: GatewayMetrics = metrics or GatewayMetrics()
-        self.metrics.watch(self._state)
+        self.metrics.watch(lambda: self._models)
         self._watches: list[asyncio.Task[None]] = []
         self._assembly: Assembly | None = None
         self._models: ServedModels | None = None
@@ -144,16 +143,6 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         if self._tracing is not None:
             await self._tracing.close()
 
-    def _state(self) -> GatewayState | None:
-        if self._models is None or not self._models.infos:
-            return None
-        samples = [
-            PeerSample(role, replica.address, replica.peer.state, replica.num_sessions)
-            for role, replicas in self._models.peers
-            for replica in replicas.replicas
-        ]
-        return GatewayState(tuple(_model_sample(one) for one in self._models if one.name), tuple(samples))
-
     def _rest_server(self) -> RestServer:
         settings = self._settings
         trust = RestTrust(
@@ -229,19 +218,6 @@ def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
             tokens_per_s=state.tokens_per_s,
             acceptance_by_level=state.acceptance_by_level,
         ),
-    )
-
-
-def _model_sample(generator: Generator) -> ModelSample:
-    verifiers = generator.verifier_peer
-    kv = [replica.peer.info.kv for replica in verifiers.replicas if replica.peer.info is not None]
-    return ModelSample(
-        name=generator.name or "",
-        is_ready=verifiers.is_ready,
-        num_running=generator.num_running,
-        num_waiting=generator.num_waiting,
-        kv=tuple(kv),
-        speculation=generator.speculation.state(),
     )
 
 

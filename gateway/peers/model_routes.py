@@ -51,12 +51,3 @@ class ModelRoute:
     verifier_addresses: tuple[str, ...]
     drafter_addresses: tuple[str, ...]
     chat_template: Path | None = None
-
-
-def further_route(name: str, model: FurtherModel, first: ModelRoute) -> ModelRoute:
-    """The route of a model that takes from `first` what it does not say."""
-    drafters = first.drafter_addresses
-    if model.drafter_address is not None:
-        drafters = () if model.drafter_address == NO_DRAFTER else split_addresses(model.drafter_address)
-    tokenizer, verifiers = model.tokenizer or first.tokenizer, split_addresses(model.verifier_address)
-    return ModelRoute(name, tokenizer, verifiers, drafters, model.chat_template)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from importlib import resources
-from types import MappingProxyType
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
@@ -13,38 +12,29 @@ from starlette.responses import Response
 
 router = APIRouter()
 
-_SCRIPT = "text/javascript; charset=utf-8"
 # Only what is listed here is served: a path of a request never becomes the path of a file.
-FILES: Mapping[str, str] = MappingProxyType(
-    {
-        "index.html": "text/html; charset=utf-8",
-        "playground.css": "text/css; charset=utf-8",
-        "icon.svg": "image/svg+xml",
-        "api.js": _SCRIPT,
-        "app.js": _SCRIPT,
-        "charts.js": _SCRIPT,
-        "conversation.js": _SCRIPT,
-        "inside.js": _SCRIPT,
-        "markdown.js": _SCRIPT,
-        "request.js": _SCRIPT,
-        "run.js": _SCRIPT,
-        "tree.js": _SCRIPT,
-    }
+FILES = (
+    *("index.html", "playground.css", "icon.svg", "api.js", "app.js", "charts.js", "conversation.js", "inside.js"),
+    *("markdown.js", "request.js", "run.js", "tree.js"),
 )
+_MEDIA_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+    "js": "text/javascript; charset=utf-8",
+}
 PATHS = frozenset({"/", *(f"/static/{name}" for name in FILES if name != "index.html")})
 
-_HEADERS: Mapping[str, str] = MappingProxyType(
-    {
-        # Nothing inline, nothing from elsewhere, and in no other page's frame: the page holds an API key.
-        "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cross-origin-opener-policy": "same-origin",
-        # The files belong together: after an upgrade none may stay behind.
-        "cache-control": "no-cache",
-    }
-)
+_HEADERS: Mapping[str, str] = {
+    # Nothing inline, nothing from elsewhere, and in no other page's frame: the page holds an API key.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    # The files belong together: after an upgrade none may stay behind.
+    "cache-control": "no-cache",
+}
 
 
 @router.get("/", include_in_schema=False)
@@ -63,4 +53,4 @@ async def static(name: str) -> Response:
 
 async def _file(name: str) -> Response:
     content = await asyncio.to_thread((resources.files("gateway.rest") / "static" / name).read_bytes)
-    return Response(content, media_type=FILES[name], headers=dict(_HEADERS))
+    return Response(content, media_type=_MEDIA_TYPES[name.rpartition(".")[2]], headers=_HEADERS)

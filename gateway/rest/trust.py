@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -14,20 +13,11 @@ from starlette.types import Scope
 
 from easyspec.telemetry.metrics import CONTENT_TYPE
 from gateway.rest.errors import Failure, RefusalError
+from gateway.telemetry.metrics import GatewayMetrics
 
 _PORT = re.compile(r":[0-9]+$")
 
 Authenticate = Callable[[str | None], str | None]
-
-
-class HttpObserver(Protocol):
-    """Counts HTTP requests; quick, and raises nothing."""
-
-    def http_finished(self, route: str, method: str, status: int) -> None: ...
-
-    def refused(self, reason: str) -> None: ...
-
-    def fields_ignored(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class RestTrust:
 
     authenticate: Authenticate
     max_body_bytes: int
-    observer: HttpObserver
+    observer: GatewayMetrics
     render_metrics: Callable[[], bytes] | None
     hosts: frozenset[str] | None = None
     cors_origins: tuple[str, ...] = ()

@@ -12,9 +12,9 @@ from easyspec.telemetry.metrics import STEP_BUCKETS, RoleMetrics
 from gateway.telemetry.state_metrics import StateCollector
 
 if TYPE_CHECKING:
+    from gateway.doorway.served_models import ServedModels
     from gateway.request import GenerationRequest
     from gateway.telemetry.observation import Ending, RequestObserver
-    from gateway.telemetry.state_metrics import GatewayState
     from gateway.text.output import GenerationChunk
 
 # vLLM's own buckets, so that its dashboards show the same resolution.
@@ -61,9 +61,9 @@ class GatewayMetrics(RoleMetrics):
         """Count an HTTP request of which fields were ignored."""
         self._ignored_fields.inc()
 
-    def watch(self, read_state: Callable[[], GatewayState | None]) -> None:
+    def watch(self, read_models: Callable[[], ServedModels | None]) -> None:
         """Export what is known at the moment of a scrape; called once."""
-        self.registry.register(StateCollector(read_state))
+        self.registry.register(StateCollector(read_models))
 
 
 class _Instruments:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
@@ -55,10 +55,8 @@ class RequestObserver(Protocol):
         """Called once, last, however the request ended."""
 
 
-class GenerationObserver(Protocol):
-    """Called when a request comes in, for the observer that follows it. `model` is the base model's name."""
-
-    def __call__(self, request: GenerationRequest, model: str) -> RequestObserver: ...
+# Called when a request comes in, with the base model's name, for the observer that follows it.
+GenerationObserver: TypeAlias = "Callable[[GenerationRequest, str], RequestObserver]"
 
 
 class ObservedRequest:

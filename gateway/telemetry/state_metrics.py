@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,80 +11,48 @@ from prometheus_client.registry import Collector
 from gateway.peers.peer import PeerState
 
 if TYPE_CHECKING:
-    from easyspec.speculation.messages import KvUsage
+    from gateway.doorway.served_models import ServedModels
     from gateway.speculation.controller import ControllerState
 
 _MODEL = ("model_name",)
 
 
-@dataclass(frozen=True)
-class PeerSample:
-    """One replica behind the gateway, as it is now."""
-
-    role: str
-    address: str
-    state: PeerState
-    num_sessions: int
-
-
-@dataclass(frozen=True)
-class ModelSample:
-    """One base model as it is now. `kv` is its verifiers' memory at their last probes; `speculation` is what
-    requests in mode auto follow."""
-
-    name: str
-    is_ready: bool
-    num_running: int
-    num_waiting: int
-    kv: tuple[KvUsage | None, ...]
-    speculation: ControllerState
-
-    @property
-    def kv_share(self) -> float | None:
-        """The used part of the memory, 0 to 1; None if no verifier has told."""
-        known = [kv for kv in self.kv if kv is not None]
-        return sum(kv.num_used_slots for kv in known) / sum(kv.num_slots for kv in known) if known else None
-
-
-@dataclass(frozen=True)
-class GatewayState:
-    """What the gateway knows at one moment."""
-
-    models: tuple[ModelSample, ...]
-    peers: tuple[PeerSample, ...]
-
-
 class StateCollector(Collector):
-    """Reads the state at every scrape."""
+    """Reads the state of the models at every scrape; nothing while None are there yet, or no verifier has answered."""
 
-    def __init__(self, read_state: Callable[[], GatewayState | None]) -> None:
-        self._read_state = read_state
+    def __init__(self, read_models: Callable[[], ServedModels | None]) -> None:
+        self._read_models = read_models
 
     def collect(self) -> Iterator[Metric]:
-        state = self._read_state()
-        if state is None:
+        served = self._read_models()
+        if served is None or not served.infos:
             return
-        models = state.models
-        running = {model.name: model.num_running for model in models}
+        models = {generator.name: generator for generator in served if generator.name}
+        running = {name: generator.num_running for name, generator in models.items()}
         yield _by_model("vllm:num_requests_running", "Requests being decoded.", running)
-        waiting = {model.name: model.num_waiting for model in models}
+        waiting = {name: generator.num_waiting for name, generator in models.items()}
         yield _by_model("vllm:num_requests_waiting", "Requests waiting for a place.", waiting)
-        used = {model.name: share for model in models if (share := model.kv_share) is not None}
+        used: dict[str, float] = {}
+        for name, generator in models.items():
+            infos = [replica.peer.info for replica in generator.verifier_peer.replicas]
+            told = [info.kv for info in infos if info is not None and info.kv is not None]
+            if told:
+                used[name] = sum(kv.num_used_slots for kv in told) / sum(kv.num_slots for kv in told)
         if used:
             yield _by_model("vllm:kv_cache_usage_perc", "Used part of the verifiers' KV, 0 to 1.", used)
-        ready = {model.name: float(model.is_ready) for model in models}
+        ready = {name: float(generator.verifier_peer.is_ready) for name, generator in models.items()}
         yield _by_model("easyspec_model_ready", "1 while a verifier of the model can be used.", ready)
-        yield from _speculation({model.name: model.speculation for model in models})
+        yield from _speculation({name: generator.speculation.state() for name, generator in models.items()})
         states = GaugeMetricFamily(
             "easyspec_peer_state", "1 for the state that a replica is in.", labels=("role", "address", "state")
         )
         sessions = GaugeMetricFamily(
             "easyspec_peer_sessions", "Sessions of this gateway at a replica.", labels=("role", "address")
         )
-        for peer in state.peers:
-            sessions.add_metric((peer.role, peer.address), peer.num_sessions)
+        for role, replica in ((role, replica) for role, replicas in served.peers for replica in replicas.replicas):
+            sessions.add_metric((role, replica.address), replica.num_sessions)
             for possible in PeerState:
-                states.add_metric((peer.role, peer.address, possible.value), float(possible is peer.state))
+                states.add_metric((role, replica.address, possible.value), float(possible is replica.peer.state))
         yield states
         yield sessions
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from gateway.text.text_marks import overlap
+
+if TYPE_CHECKING:
+    from gateway.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 # A character takes at most four bytes, so at most three replacement characters at the end may still become one.
@@ -14,15 +17,6 @@ _MAX_UNDECIDED = 3
 # Tokens that are decoded again with each one that comes, where no character ends: bytes that are not text at all.
 _MAX_WINDOW = 256
 _CUT_TOKENS = range(2 * _MAX_UNDECIDED + 2, 4 * _MAX_UNDECIDED + 4)
-
-
-class TokenDecoder(Protocol):
-    """What detokenization needs of a tokenizer."""
-
-    @property
-    def special_token_ids(self) -> frozenset[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 class TokenTextStream:
@@ -33,7 +27,7 @@ class TokenTextStream:
     word. So a window is decoded that begins with the tokens already finished (prefix offset technique).
     """
 
-    def __init__(self, tokenizer: TokenDecoder, visible_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: Tokenizer, visible_token_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._special_token_ids = tokenizer.special_token_ids - visible_token_ids
         self._window: list[int] = []
@@ -127,7 +121,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: TokenDecoder,
+        tokenizer: Tokenizer,
         stop_strings: Sequence[str],
         visible_token_ids: frozenset[int] = frozenset(),
         includes_stop: bool = False,
