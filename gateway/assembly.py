@@ -80,7 +80,6 @@ class Assembly:
         return ServedModels([self._generator(one, tokenizers[one.tokenizer, one.chat_template]) for one in routes])
 
     async def close(self) -> None:
-        """End all connections."""
         for channel in self._channels:
             await channel.close()
 

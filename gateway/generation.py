@@ -271,7 +271,6 @@ class Generator:
         return replace(_sampled(request, grammar=grammar), is_strict=is_strict)
 
     def _with_calls_beside_answer(self, request: GenerationRequest) -> GenerationRequest:
-        """The request, with a grammar that lets the model call tools instead, where it may."""
         tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
         grammar = request.sampling.grammar
         if tools is None or tools.mode is not ToolMode.AUTO:
@@ -403,7 +402,6 @@ class Generator:
 
 
 def _sampled(request: GenerationRequest, **changes: Any) -> GenerationRequest:
-    """The request with other sampling parameters."""
     return replace(request, sampling=replace(request.sampling, **changes))
 
 

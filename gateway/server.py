@@ -84,7 +84,6 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         return self._keys.authenticate(authorization) if self._keys is not None else None
 
     def reload(self) -> None:
-        """Read the file of API keys again."""
         if self._keys is not None:
             self._keys.reload()
 

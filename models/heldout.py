@@ -14,7 +14,6 @@ _MIN_PROMPT_CHARS = 80
 
 
 def held_out_modules() -> tuple[str, ...]:
-    """Return the held-out module names in the order of `heldout.txt`."""
     return tuple(HELDOUT_LIST.read_text(encoding="utf-8").split())
 
 

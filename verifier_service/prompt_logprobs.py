@@ -37,5 +37,4 @@ class PromptLogprobs:
             self._entries += token_logprobs(logits, next_token_ids, self._num_top)
 
     def entries(self) -> tuple[TokenLogprobs, ...]:
-        """Those collected so far."""
         return tuple(self._entries)

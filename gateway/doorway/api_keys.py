@@ -131,7 +131,6 @@ class ApiKeys:
         _log.info("api_keys_read", num_keys=len(self._ring))
 
     async def watch(self, interval_s: float) -> None:
-        """Reload whenever the file has changed, until cancelled."""
         while True:
             await asyncio.sleep(interval_s)
             if self._file_stamp() != self._stamp:

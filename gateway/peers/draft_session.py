@@ -208,7 +208,6 @@ class ResilientDraftSession:
             self._stream, self._replica = None, None
 
     def close(self) -> None:
-        """Free the session at the drafter."""
         if self._reopening is not None:
             self._reopening.cancel()
         if self._late is not None:

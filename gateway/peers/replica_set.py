@@ -154,7 +154,6 @@ class ReplicaSet(Generic[_ClientT]):
             replica.hurry(is_pointless=is_lost and self.has_other(fingerprint, {replica}))
 
     async def probe(self) -> None:
-        """Ask every replica once."""
         await asyncio.gather(*(replica.peer.probe() for replica in self.replicas))
 
     async def wait_for_answer(self) -> None:

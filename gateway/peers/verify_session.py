@@ -168,7 +168,6 @@ class ResilientVerifySession:
         return answer
 
     async def close(self) -> None:
-        """Free the session at the verifier."""
         self._stream = None
         self._end_trial()
         replica, self._replica = self._replica, None

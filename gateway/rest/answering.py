@@ -93,7 +93,6 @@ class NamedEventsAnswer:
                     yield b"".join(events)
 
     async def collected(self) -> dict[str, Any]:
-        """The whole reply."""
         async with aclosing(self._chunks) as chunks:
             async for chunk in chunks:
                 for _ in self._writer.push(chunk):

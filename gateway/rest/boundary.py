@@ -147,7 +147,6 @@ def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def _text_of(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str | None:
-    """The first header of that name."""
     return next((value.decode("ascii", errors="ignore") for name, value in headers if name == wanted), None)
 
 

@@ -48,7 +48,6 @@ class _Answer:
         self._tally = Tally(body.reported(generated.sampling))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """SSE events, those of a round in one piece."""
         body = self._body
         writer = EventWriter(ReplyHead.new("chatcmpl", "chat.completion.chunk", self._model), body.includes_usage)
         begun: set[int] = set()
@@ -83,7 +82,6 @@ class _Answer:
         yield DONE
 
     async def collected(self) -> dict[str, Any]:
-        """The whole reply."""
         choices = [_Choice(index) for index in range(self._body.num_choices)]
         awaits_prompt = [self._body.num_prompt_logprobs is not None] * len(choices)
         prompt_fields: dict[str, Any] = {}

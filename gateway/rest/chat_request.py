@@ -309,7 +309,6 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
 
     @property
     def param_names(self) -> Mapping[str, str]:
-        """What the gateway's own fields are called in this request."""
         most_tokens = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return {
             "sampling.grammar": self.grammar_field or "tools",
@@ -320,7 +319,6 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
         }
 
     def prompt(self) -> Conversation:
-        """The conversation, with the choice of tools."""
         choice, allowed = self.tool_choice, None
         if isinstance(choice, AllowedToolsChoice):
             allowed = frozenset(each.function.name for each in choice.allowed_tools.tools)

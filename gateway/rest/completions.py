@@ -52,7 +52,6 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
 
     @property
     def param_names(self) -> Mapping[str, str]:
-        """What the gateway's own fields are called in this request."""
         return {"sampling.grammar": self.grammar_field, "num_top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
 
     @property
@@ -145,7 +144,6 @@ class _Answer:
         yield DONE
 
     async def collected(self) -> dict[str, Any]:
-        """The whole reply."""
         pieces_of: list[list[_Piece]] = [[] for _ in range(self._num_choices)]
         async with aclosing(self._pieces()) as pieces:
             async for index, piece in pieces:

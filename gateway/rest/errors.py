@@ -136,7 +136,6 @@ class RefusalError(Exception):
 
 
 def json_bytes(value: object) -> bytes:
-    """Compact JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
 
 

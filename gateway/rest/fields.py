@@ -144,7 +144,6 @@ class RestModel(BaseModel):
 
 @cache
 def _names_of(model: type[BaseModel]) -> frozenset[str]:
-    """The names of a model's fields on the wire."""
     return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 

@@ -23,7 +23,6 @@ class Gate:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def admit(self) -> None:
-        """Let requests in."""
         self._refusal = None
 
     @contextmanager

@@ -43,7 +43,6 @@ class LogprobTrack:
         self._held: list[TokenEntry] = []
 
     def push_prompt(self, chunk: GenerationChunk) -> list[TokenEntry]:
-        """Entries of an echoed prompt."""
         self._is_echoing = True
         entries = self._entries(chunk)
         self._stream = TokenTextStream(self._tokenizer)

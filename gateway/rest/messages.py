@@ -61,7 +61,6 @@ class _MessageWriter:
         self._completion: Completion | None = None
 
     def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
-        """The events of a round."""
         if not self._has_begun:
             self._has_begun = True
             yield {"type": "message_start", "message": self.reply()}
@@ -91,11 +90,9 @@ class _MessageWriter:
             yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def failed(self, failure: Failure) -> bytes:
-        """The last event of a stream that fails."""
         return named_event("error", failure.anthropic_body)
 
     def reply(self) -> dict[str, Any]:
-        """The message as far as it goes."""
         completion = self._completion
         reply: dict[str, Any] = {
             "id": self._id,

@@ -130,7 +130,6 @@ class MessagesFields(GenerationFields):
 
     @property
     def param_names(self) -> Mapping[str, str]:
-        """What the gateway's own fields are called in this request."""
         return {
             "sampling.grammar": self.grammar_field or "tools",
             "stop_strings": "stop_sequences",

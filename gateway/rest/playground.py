@@ -39,13 +39,11 @@ _HEADERS: Mapping[str, str] = {
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """The page itself."""
     return await _file("index.html")
 
 
 @router.get("/static/{name}", include_in_schema=False)
 async def static(name: str) -> Response:
-    """What the page is made of."""
     if f"/static/{name}" not in PATHS:
         raise HTTPException(404)
     return await _file(name)

@@ -39,7 +39,6 @@ class RecentItems:
         self._num_bytes = 0
 
     def remember(self, client: str, items: Iterable[Mapping[str, Any]]) -> None:
-        """Keep these items of an answer to `client`."""
         for item in items:
             entry = _Entry(json.dumps(item), self._clock() + _MAX_AGE_S)
             self._entries[client, item["id"]] = entry

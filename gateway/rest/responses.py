@@ -68,7 +68,6 @@ class _ResponseWriter:
         self._completion: Completion | None = None
 
     def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
-        """The events of a round."""
         if self._num_events == 0:
             yield self._event("response.created", response=self.reply())
             yield self._event("response.in_progress", response=self.reply())
@@ -112,7 +111,6 @@ class _ResponseWriter:
         yield self._event(kind, response=self.reply())
 
     def failed(self, failure: Failure) -> bytes:
-        """The last events of a stream that fails."""
         told = {"code": failure.code, "message": failure.message, "param": failure.param}
         error = {"code": "server_error" if failure.status >= 500 else failure.code, "message": failure.message}
         response = self.reply() | {"status": "failed", "error": error}
@@ -120,7 +118,6 @@ class _ResponseWriter:
         return b"".join(named_event(event["type"], event) for event in events)
 
     def reply(self) -> dict[str, Any]:
-        """The response as far as it goes."""
         body, completion = self._body, self._completion
         is_cut = completion is not None and completion.finish_reason is FinishReason.LENGTH
         reply: dict[str, Any] = {

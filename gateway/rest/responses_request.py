@@ -174,7 +174,6 @@ class ResponsesRequest(GenerationFields):
 
     @property
     def param_names(self) -> Mapping[str, str]:
-        """What the gateway's own fields are called in this request."""
         return {
             "sampling.grammar": self.grammar_field or "tools",
             "stop.max_tokens": "max_output_tokens",

@@ -78,11 +78,9 @@ class RestServer:
         _log.info("rest_listening", address=f"{host}:{self.port}", port=self.port)
 
     def admit(self) -> None:
-        """Let requests in."""
         self._gate.admit()
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests, and cancel what outlives `grace_s` seconds."""
         if not await self._gate.drain(grace_s):
             _log.error("http_request_ignores_cancellation")
 

@@ -148,5 +148,4 @@ def _failure(error: Exception) -> Failure:
 
 
 def openai_last_words(failure: Failure) -> bytes:
-    """An error event and `[DONE]`."""
     return event(failure.body) + DONE

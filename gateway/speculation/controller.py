@@ -166,7 +166,6 @@ class SpeculationController:
             self._decide(now_s)
 
     def leave(self, participant: Participant) -> None:
-        """The request is over."""
         if participant.is_counted:
             now_s = self._busy_s()
             self._counts[participant.following] -= 1
@@ -186,7 +185,6 @@ class SpeculationController:
         return drafted.tokens_per_round * plain.tokens_per_s / drafted.tokens_per_s - 1
 
     def state(self) -> ControllerState:
-        """How things stand."""
         load = self._loads.get(self._load)
         known = load.throughputs if load is not None else {}
         return ControllerState(

@@ -58,7 +58,6 @@ class GatewayMetrics(RoleMetrics):
         self._http_requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
 
     def fields_ignored(self) -> None:
-        """Count an HTTP request of which fields were ignored."""
         self._ignored_fields.inc()
 
     def watch(self, read_models: Callable[[], ServedModels | None]) -> None:

@@ -19,7 +19,6 @@ class Progress:
         self.num_prompt_tokens = 0
 
     def admit(self, num_prompt_tokens: int) -> None:
-        """It has its place."""
         self.num_prompt_tokens = num_prompt_tokens
         self._admitted.set()
 

@@ -54,7 +54,6 @@ class ChatTemplate:
         return self.takes_parts("system") or _PROBE in self._tried(probe)
 
     def uses(self, name: str) -> bool:
-        """Whether the source has this word."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def takes_parts(self, role: str) -> bool:

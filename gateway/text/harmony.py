@@ -41,7 +41,6 @@ class HarmonyParser(CallParser):
         return True
 
     def flush(self) -> ParsedText:
-        """The rest, when nothing more comes."""
         rest, self._pending = self._pending, ""
         taken: list[Part] = []
         if self._header is None:

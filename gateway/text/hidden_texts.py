@@ -27,7 +27,6 @@ class HiddenTexts:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether a special token's text was hidden."""
         return bool(self._tokens)
 
     def hide(self, text: str, of_assistant: bool = False) -> str:
@@ -41,7 +40,6 @@ class HiddenTexts:
         return text if pattern is None else pattern.sub(named, text)
 
     def hide_in(self, value: Any) -> Any:
-        """A JSON value, with names in all its texts."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, list):

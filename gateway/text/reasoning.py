@@ -65,7 +65,6 @@ class ReasoningSplitter:
         self.is_thinking = thinking.is_open
 
     def push(self, text: str) -> ParsedText:
-        """What became certain with `text`."""
         self._pending += text
         reasoning = ""
         if not self._has_begun and not self._begin():

@@ -50,14 +50,12 @@ class TemplateProcess:
         return str(answer["text"])
 
     def close(self) -> None:
-        """End the process."""
         with self._lock:
             self._process.close()
 
 
 @functools.cache
 def template_process() -> TemplateProcess:
-    """The one of this Python process."""
     process = TemplateProcess()
     atexit.register(process.close)
     return process

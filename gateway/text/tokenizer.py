@@ -80,7 +80,6 @@ class Tokenizer:
         return cls(load_tokenizer(path), fingerprint, path, chat)
 
     def fingerprint(self) -> str:
-        """See `tokenizer_fingerprint`."""
         return self._fingerprint
 
     def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
@@ -159,7 +158,6 @@ class Tokenizer:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token alone, for display."""
         return self.decode((token_id,))
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -179,7 +177,6 @@ class Tokenizer:
         return f"({' | '.join([*names, json.dumps(text)])})"
 
     def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
-        """Ids of the special tokens whose text is one of `texts`."""
         return frozenset(token_id for token_id in self.special_token_ids if self._added_texts[token_id] in texts)
 
 

@@ -63,7 +63,6 @@ class ParsedText:
 
     @property
     def text(self) -> str:
-        """What is said."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -72,7 +71,6 @@ class ParsedText:
 
     @property
     def reasoning(self) -> str:
-        """What is thought."""
         return "".join(part.text for part in self.parts if isinstance(part, Thought))
 
 

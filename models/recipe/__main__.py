@@ -28,7 +28,6 @@ _MIN_PARAMETER_RATIO = 8
 
 
 def main(arguments: list[str]) -> None:
-    """Run one command; raises SystemExit on bad arguments."""
     options = _parser().parse_args(arguments)
     if options.command == "widen":
         dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32

@@ -112,5 +112,4 @@ def bare_source_of(node: Definition, lines: list[str]) -> str:
 
 
 def chat_ml(question: str, answer: str) -> str:
-    """A user's turn and its answer."""
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"

@@ -53,7 +53,6 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        """Return the number of cached tokens."""
         return self._num_cached
 
 

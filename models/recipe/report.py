@@ -85,7 +85,6 @@ def record_effort(out: Path, name: str, effort: Effort) -> None:
 def base_card(
     settings: RecipeSettings, num_params: int, efforts: dict[str, Effort], figures: dict[str, TextFigures]
 ) -> str:
-    """Return the base's model card."""
     optim, effort = settings.base_optim, efforts["base"]
     return f"""\
 # easyspec bundled base
@@ -134,7 +133,6 @@ Without them a base of this age does not look back for what it is asked to repea
 
 
 def draft_card(settings: RecipeSettings, num_params: int, effort: Effort, figures: dict[str, TextFigures]) -> str:
-    """Return the draft's model card."""
     own = settings.distil.own_text
     rows = "\n".join(
         f"| {name} | {text.num_tokens:,} | {layer} | {found.loss:.3f} | {found.divergence:.3f} "
@@ -175,7 +173,6 @@ the same continuation. (`models/EVALUATION.json`)
 
 
 def cut_card(settings: RecipeSettings, effort: Effort, figures: dict[str, dict[str, TextFigures]]) -> str:
-    """Return the model card of the shallower base."""
     rows = "\n".join(
         f"| {pair} | {_TEXT_NAMES[name]} | {text.num_tokens:,} | {found.divergence:.3f} | {found.top1_agreement:.3f} "
         f"| {found.overlap:.3f} |"
@@ -227,7 +224,6 @@ Loss on {held_out.num_tokens:,} tokens of the held-out modules: **{held_out.base
 
 
 def shape_words(shape: ModelShape) -> str:
-    """A shape in a sentence."""
     return (
         f"{shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads of "
         f"{shape.head_dim}, {shape.num_kv_heads} KV heads, MLP {shape.mlp_size}, vocabulary "

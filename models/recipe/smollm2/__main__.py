@@ -26,7 +26,6 @@ from models.recipe.smollm2.writing import write_shards
 
 
 def main(arguments: list[str]) -> None:
-    """Run one command; raises SystemExit on bad arguments."""
     options = _parser().parse_args(arguments)
     base = options.base or fetch_model(SMOLLM2, print)
     settings = Smollm2Settings(base=base, out=options.out, work=options.work)

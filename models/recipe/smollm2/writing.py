@@ -73,7 +73,6 @@ class Writer:
         self._answer_header: list[int] = self._encoded("\n<|im_start|>assistant\n")
 
     def shard(self, index: int) -> Iterator[Text]:
-        """Yield the finished texts of a shard."""
         settings = self._settings
         waiting = iter(range(index * settings.texts_per_shard, (index + 1) * settings.texts_per_shard))
         slots = np.arange(1, settings.rows_at_once * self._capacity + 1).reshape(settings.rows_at_once, -1)
