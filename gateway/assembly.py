@@ -109,7 +109,7 @@ class Assembly:
     def _drafter_pool(self, route: ModelRoute, tokenizer: Tokenizer) -> DrafterPool | None:
         if not route.drafter_addresses:
             return None
-        key = route.drafter_addresses, tokenizer.fingerprint()
+        key = route.drafter_addresses, tokenizer.fingerprint
         if key not in self._pools:
             deadlines = self._settings.draft_deadline_ms / 1000, self._settings.reopen_deadline_s
             self._pools[key] = DrafterPool(self._drafters(route, tokenizer), DraftLimits(*deadlines, self._backoff))
@@ -135,7 +135,7 @@ class Assembly:
         misfits = _TOLERATED_MISFITS_OF_A_NAME if is_name_of_many else 0
         policy = PeerPolicy(self._settings.probe_interval_s, self._backoff, misfits)
         explain = partial(_difference, role, client, tokenizer.path)
-        return Peer(f"{role} {address}", client.info, tokenizer.fingerprint(), policy, explain)
+        return Peer(f"{role} {address}", client.info, tokenizer.fingerprint, policy, explain)
 
     def _channel(self, address: str, service_name: str) -> Any:
         channel = open_channel(address, service_name, tls=self._settings.peer_tls)

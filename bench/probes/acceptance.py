@@ -166,7 +166,9 @@ def _prompts(base: Path, settings: AcceptanceSettings) -> list[Answer]:
     tokenizer = Tokenizer.load(base)
     return [
         Answer(
-            kind, tuple(tokenizer.encode_chat(Conversation((ChatTurn("user", prompt),)))), SamplingParameters(index, t)
+            kind,
+            tuple(tokenizer.prompt_of(Conversation((ChatTurn("user", prompt),))).token_ids),
+            SamplingParameters(index, t),
         )
         for kind in settings.kinds
         for index, prompt in enumerate(chosen_prompts(kind, settings.num_prompts, settings.seed))

@@ -62,7 +62,7 @@ class Tokenizer:
         self.templates = ChatTemplates(tokenizer, chat.template)
         self._control_by_template: dict[str, ControlTokens] = {}
         self._backend = tokenizer.backend_tokenizer
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
@@ -79,9 +79,6 @@ class Tokenizer:
         fingerprint = tokenizer_fingerprint(path)
         return cls(load_tokenizer(path), fingerprint, path, chat)
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of a prompt, with the special tokens this tokenizer adds by default.
 
@@ -89,13 +86,6 @@ class Tokenizer:
         """
         self._check_length(text, max_tokens)
         return tuple(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    def encode_chat(self, conversation: Conversation, max_tokens: int | None = None) -> tuple[int, ...]:
-        """Token ids of a conversation, ready for the assistant to answer unless it says otherwise.
-
-        `max_tokens` is as in `encode`.
-        """
-        return self.prompt_of(conversation, max_tokens).token_ids
 
     def prompt_of(self, conversation: Conversation, max_tokens: int | None = None) -> ChatPrompt:
         """A conversation as the model gets it; raises InvalidRequestError. `max_tokens` is as in `encode`."""

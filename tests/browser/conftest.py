@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def rest(folder: Path) -> AsyncIterator[Rest]:
     tokenizer = Tokenizer.load(folder)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language) as pair, serving_rest(pair, folder) as rest:
         yield rest
 

@@ -34,7 +34,7 @@ IS_DONE = "document.querySelector('#stop').hidden"
 def expected_text(folder: Path, pair: FakePair, *turns: ChatTurn) -> str:
     """What the toy language says after a conversation."""
     tokenizer = Tokenizer.load(folder)
-    start, cycle = len(tokenizer.encode_chat(Conversation(turns))), pair.language.token_ids
+    start, cycle = len(tokenizer.prompt_of(Conversation(turns)).token_ids), pair.language.token_ids
     return tokenizer.decode([cycle[(start + i) % len(cycle)] for i in range(NUM_TOKENS)])
 
 
@@ -320,7 +320,7 @@ async def test_an_automatic_check_finds_no_fault_of_accessibility(page: Page, wi
 
 async def test_where_there_are_several_models_one_is_chosen(folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     backwards = replace(language, token_ids=language.token_ids[::-1], model_fingerprint="5a11")
     small = FakeVerifierEngine(backwards)
     async with running_pair(language) as pair, running(VerifierServer(small)) as small_service:

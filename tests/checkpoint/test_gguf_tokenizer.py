@@ -58,7 +58,7 @@ def test_the_vocabulary_is_the_same_without_what_fills_it_up(folder: Path, file:
 def test_conversations_and_ends_are_the_files(folder: Path, file: Path) -> None:
     conversation = Conversation((ChatTurn("user", "hi"),))
     ours = Tokenizer.load(file)
-    assert ours.encode_chat(conversation) == Tokenizer.load(folder).encode_chat(conversation)
+    assert ours.prompt_of(conversation).token_ids == Tokenizer.load(folder).prompt_of(conversation).token_ids
     assert read_header(file).end_token_ids == (0,)
     assert end_token_ids(file, [0]) == (0,)
 

@@ -46,7 +46,7 @@ async def test_key_and_certificates_come_from_the_environment(tmp_path: Path) ->
         "EASYSPEC_TLS_CERTIFICATE": str(client.certificate),
         "EASYSPEC_TLS_KEY": str(client.key),
     }
-    async with running_pair(ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())) as pair:
+    async with running_pair(ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",
             http_address="off",
@@ -66,7 +66,7 @@ async def test_key_and_certificates_come_from_the_environment(tmp_path: Path) ->
 async def test_a_stack_does_not_wait_for_a_gateway_that_asks_for_a_key(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "tokenizer")
     tokenizer = Tokenizer.load(folder)
-    async with running_pair(ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())) as pair:
+    async with running_pair(ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",
             http_address="off",

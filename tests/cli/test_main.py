@@ -22,7 +22,7 @@ GREEN, YELLOW = "\x1b[32m", "\x1b[1;33m"
 async def gateway(checkpoint: Path) -> AsyncIterator[str]:
     """Address of a gateway with fakes behind it."""
     tokenizer = Tokenizer.load(checkpoint)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",

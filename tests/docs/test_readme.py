@@ -51,7 +51,7 @@ def _python_snippets() -> list[str]:
 async def test_the_openai_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (snippet,) = [snippet for snippet in _python_snippets() if "openai" in snippet]
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint)
     async with running_pair(language) as pair, serving_rest(pair, tmp_path) as rest:
         snippet = snippet.replace("http://127.0.0.1:8000", rest.base_url).replace('model="smollm2"', 'model="toy-base"')
         await asyncio.to_thread(exec, snippet, {})

@@ -26,7 +26,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def language(tokenizer: Tokenizer) -> ToyLanguage:
     token_ids = tokenizer.encode(TOY_TEXT)
-    return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint())
+    return ToyLanguage(token_ids, vocab_size=352, fingerprint=tokenizer.fingerprint)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Served:
 
 @asynccontextmanager
 async def served(tokenizer: Tokenizer, folder: Path) -> AsyncIterator[Served]:
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(replace(language, max_model_len=20_000)) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",

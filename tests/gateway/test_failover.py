@@ -86,7 +86,7 @@ def num_failures(chunks: list[generation_pb2.GenerateResponse]) -> int:
 
 @pytest.fixture
 def language(tokenizer: Tokenizer) -> ToyLanguage:
-    return ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint())
+    return ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint)
 
 
 @asynccontextmanager

@@ -39,7 +39,7 @@ async def stub(pair: FakePair, tmp_path: Path) -> AsyncIterator[Any]:
         (ChatTurn("user", "hi"),), Tools((ToolDefinition("weather", "", '{"type": "object"}'),))
     )
     tokenizer = Tokenizer.load(folder)
-    said = (5,) * len(tokenizer.encode_chat(conversation)) + tokenizer.encode(f"So: {CALL}") + (0,) * 300
+    said = (5,) * len(tokenizer.prompt_of(conversation).token_ids) + tokenizer.encode(f"So: {CALL}") + (0,) * 300
     for engine in (pair.verifier, pair.drafter):
         engine.language = replace(engine.language, token_ids=said)
     async with running(GatewayServer(settings)) as service, open_channel(service.address) as channel:

@@ -119,9 +119,9 @@ async def test_what_is_too_much_is_refused_before_it_is_tokenized_or_sent_on(
     def never(*_: object) -> tuple[int, ...]:
         raise AssertionError("tokenized")
 
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     monkeypatch.setattr(Tokenizer, "encode", never)
-    monkeypatch.setattr(Tokenizer, "encode_chat", never)
+    monkeypatch.setattr(Tokenizer, "prompt_of", never)
     async with running_pair(language) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",

@@ -41,7 +41,7 @@ async def test_client_gateway_drafter_and_verifier_know_each_other_by_certificat
     tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     roles, clients = Authority(tmp_path, "roles"), Authority(tmp_path, "clients")
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     request = generation_pb2.GenerateRequest(text="hello", stop=types_pb2.StopConditions(max_tokens=20))
     async with running_pair(language, tls=server_tls(roles, "engines")) as pair:
         addresses = pair.verifier_service.address, pair.drafter_service.address
@@ -64,7 +64,7 @@ async def test_a_gateway_without_the_right_certificate_reaches_nobody(
     tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     roles, strangers = Authority(tmp_path, "roles"), Authority(tmp_path, "strangers")
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language, tls=server_tls(roles, "engines")) as pair:
         addresses = pair.verifier_service.address, pair.drafter_service.address
         gateway = GatewayServer(settings(tokenizer_folder, *addresses, roles, strangers.issue("stranger")))

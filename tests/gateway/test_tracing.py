@@ -70,7 +70,7 @@ async def stack(collector: Collector, language: ToyLanguage, folder: Path) -> As
 
 @pytest.fixture
 def language(tokenizer: Tokenizer) -> ToyLanguage:
-    return ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    return ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
 
 
 def check_children(collector: Collector, request: CollectedSpan) -> None:

@@ -64,7 +64,7 @@ def test_it_is_loaded_whole() -> None:
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_greedy_answers_are_transformers(passes: Passes, reference: Any, question: str) -> None:
     tokenizer = Tokenizer.load(Path(FILE))
-    token_ids = list(tokenizer.encode_chat(Conversation((ChatTurn("user", question),))))
+    token_ids = list(tokenizer.prompt_of(Conversation((ChatTurn("user", question),))).token_ids)
     with torch.inference_mode():
         answer = reference.generate(
             torch.tensor([token_ids]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2

@@ -38,7 +38,7 @@ SETTINGS = ServeSettings(
 async def served(tmp_path: Path, **fields: Any) -> AsyncIterator[tuple[str, FakePair]]:
     folder = write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(folder)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",

@@ -26,7 +26,7 @@ SETTINGS = TargetSettings(num_streams=2, num_turns=2, window_s=0.4, settle_s=0.1
 async def test_both_models_are_measured_at_the_same_time_and_compared_with_themselves(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(folder)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     large, small, drafter = FakeVerifierEngine(language), FakeVerifierEngine(language), FakeDrafterEngine(language)
     large.delay_s, small.delay_s = 0.012, 0.006  # so much that what else a round takes is little beside it
     async with (

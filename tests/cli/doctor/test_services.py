@@ -30,7 +30,7 @@ KEY = "sk-doctor-0123456789"
 async def all_services(checkpoint: Path, **fields: Any) -> AsyncIterator[tuple[str, str, FakePair]]:
     """Addresses of a gateway's gRPC and REST sides, and what is behind it."""
     tokenizer = Tokenizer.load(checkpoint)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language) as pair:
         settings = GatewaySettings(
             address="127.0.0.1:0",
@@ -90,7 +90,7 @@ async def test_a_gateway_of_several_models_tells_whose_verifier_is_missing(check
 
 async def test_two_tokenizers_are_a_problem(checkpoint: Path) -> None:
     tokenizer = Tokenizer.load(checkpoint)
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language, ToyLanguage(language.token_ids, 352, "0ther")) as pair:
         peers = {"drafter": pair.drafter_service.address, "verifier": pair.verifier_service.address}
         findings = await examine(Patient(checkpoint, None, peers))

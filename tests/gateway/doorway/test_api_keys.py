@@ -153,7 +153,7 @@ def test_a_client_may_run_so_many_requests_and_others_are_not_touched() -> None:
 @pytest.fixture
 async def pair(tokenizer: Tokenizer) -> AsyncIterator[FakePair]:
     token_ids = tokenizer.encode(TOY_TEXT)
-    async with running_pair(ToyLanguage(token_ids, 352, tokenizer.fingerprint())) as pair:
+    async with running_pair(ToyLanguage(token_ids, 352, tokenizer.fingerprint)) as pair:
         yield pair
 
 

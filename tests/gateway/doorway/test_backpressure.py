@@ -28,7 +28,7 @@ MAX_MODEL_LEN = 200_000
 
 @pytest.fixture
 async def pair(tokenizer: Tokenizer) -> AsyncIterator[FakePair]:
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(replace(language, max_model_len=MAX_MODEL_LEN)) as pair:
         yield pair
 

@@ -83,7 +83,7 @@ async def live_gateway(pair: FakePair, folder: Path, **fields: Any) -> AsyncIter
 
 @pytest.fixture
 async def live(tokenizer: Tokenizer, tokenizer_folder: Path) -> AsyncIterator[Live]:
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), 352, tokenizer.fingerprint)
     async with running_pair(language) as pair, live_gateway(pair, tokenizer_folder) as live:
         yield live
 

@@ -18,7 +18,7 @@ Mode = generation_pb2.SpeculationParameters
 
 @pytest.fixture
 async def pair(tokenizer: Tokenizer) -> AsyncIterator[FakePair]:
-    language = ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint())
+    language = ToyLanguage(tokenizer.encode(TOY_TEXT), vocab_size=352, fingerprint=tokenizer.fingerprint)
     async with running_pair(language) as pair:
         yield pair
 

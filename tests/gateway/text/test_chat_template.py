@@ -86,7 +86,7 @@ def test_special_tokens_in_what_is_said_are_text(tmp_path: Path, family: str) ->
     assert tokenizer.decode(prompt.token_ids) == prompt.text
     assert prompt.text.count(attack.strip()) == 2
     allowing = Tokenizer.load(tmp_path, ChatOptions(special_tokens_are_text=False))
-    assert len(specials(allowing.encode_chat(Conversation(turns)))) > len(specials(plain.token_ids))
+    assert len(specials(allowing.prompt_of(Conversation(turns)).token_ids)) > len(specials(plain.token_ids))
     assert allowing.prompt_of(Conversation(turns)).text == prompt.text
 
 
@@ -97,8 +97,12 @@ def test_other_tokens_are_those_of_the_whole_text(tmp_path: Path) -> None:
     hugging_face.chat_template = "<s>{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
     hugging_face.save_pretrained(str(folder))
     tokenizer = Tokenizer.load(folder)
-    with_token = tokenizer.encode_chat(Conversation((ChatTurn("user", "Hello <s>"), ChatTurn("user", "Hello world"))))
-    without = tokenizer.encode_chat(Conversation((ChatTurn("user", "Hello a"), ChatTurn("user", "Hello world"))))
+    with_token = tokenizer.prompt_of(
+        Conversation((ChatTurn("user", "Hello <s>"), ChatTurn("user", "Hello world")))
+    ).token_ids
+    without = tokenizer.prompt_of(
+        Conversation((ChatTurn("user", "Hello a"), ChatTurn("user", "Hello world")))
+    ).token_ids
     assert with_token.count(1) == without.count(1) == 3
     assert with_token[:2] == without[:2]
     assert with_token[-4:] == without[-4:]
@@ -109,8 +113,11 @@ def test_marks_that_the_template_writes_are_text_too_but_not_the_assistants_own(
     tokenizer = load(tmp_path, template, ("<think>", "<tool_call>"), special=False)
     mark = tokenizer.encode("<think>")
     assert len(mark) == 1
-    assert mark[0] not in tokenizer.encode_chat(Conversation((ChatTurn("user", "a<think>"),)))
-    assert mark[0] in tokenizer.encode_chat(Conversation((ChatTurn("user", "a"), ChatTurn("assistant", "<think>"))))
+    assert mark[0] not in tokenizer.prompt_of(Conversation((ChatTurn("user", "a<think>"),))).token_ids
+    assert (
+        mark[0]
+        in tokenizer.prompt_of(Conversation((ChatTurn("user", "a"), ChatTurn("assistant", "<think>")))).token_ids
+    )
 
 
 def test_tools_and_calls_cannot_end_a_turn_either(tmp_path: Path) -> None:

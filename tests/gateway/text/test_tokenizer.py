@@ -31,7 +31,7 @@ def test_a_text_beyond_the_context_is_refused_before_it_is_tokenized(
 
 
 def test_a_conversation_is_rendered_with_the_template(tokenizer: Tokenizer) -> None:
-    token_ids = tokenizer.encode_chat(Conversation((ChatTurn("system", "be brief"), ChatTurn("user", "hi"))))
+    token_ids = tokenizer.prompt_of(Conversation((ChatTurn("system", "be brief"), ChatTurn("user", "hi")))).token_ids
     assert tokenizer.decode(token_ids) == "[system] be brief\n[user] hi\n[assistant] "
 
 
@@ -43,7 +43,7 @@ def test_a_conversation_that_cannot_be_rendered_is_refused(
     tokenizer: Tokenizer, turns: list[ChatTurn], field: str
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        tokenizer.encode_chat(Conversation(tuple(turns)))
+        tokenizer.prompt_of(Conversation(tuple(turns)))
     assert caught.value.field == field
 
 
@@ -51,7 +51,7 @@ def test_a_model_without_template_refuses_conversations(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        Tokenizer.load(folder).encode_chat(Conversation((ChatTurn("user", "hi"),)))
+        Tokenizer.load(folder).prompt_of(Conversation((ChatTurn("user", "hi"),)))
 
 
 def test_fingerprints_differ_with_the_vocabulary_only(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -61,9 +61,9 @@ def test_fingerprints_differ_with_the_vocabulary_only(tmp_path: Path, tokenizer:
     content["truncation"] = {"max_length": 7, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
     (same / "tokenizer.json").write_text(json.dumps(content))
-    assert tokenizer_fingerprint(same) == tokenizer.fingerprint()
-    assert tokenizer_fingerprint(write_tokenizer(tmp_path / "smaller", vocab_size=330)) != tokenizer.fingerprint()
-    assert len(tokenizer.fingerprint()) == 64
+    assert tokenizer_fingerprint(same) == tokenizer.fingerprint
+    assert tokenizer_fingerprint(write_tokenizer(tmp_path / "smaller", vocab_size=330)) != tokenizer.fingerprint
+    assert len(tokenizer.fingerprint) == 64
 
 
 def test_swapped_ids_change_the_fingerprint(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -72,7 +72,7 @@ def test_swapped_ids_change_the_fingerprint(tmp_path: Path, tokenizer: Tokenizer
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    assert tokenizer_fingerprint(folder) != tokenizer.fingerprint()
+    assert tokenizer_fingerprint(folder) != tokenizer.fingerprint
 
 
 def test_every_kind_of_vocabulary_has_a_fingerprint(tmp_path: Path) -> None:
@@ -102,4 +102,4 @@ def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must take turns') }}")
     with pytest.raises(InvalidRequestError, match="roles must take turns"):
-        Tokenizer.load(folder).encode_chat(Conversation((ChatTurn("user", "hi"),)))
+        Tokenizer.load(folder).prompt_of(Conversation((ChatTurn("user", "hi"),)))
