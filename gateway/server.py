@@ -198,7 +198,9 @@ def _peer_state_to_pb(state: PeerState) -> _PeerState.PeerState.ValueType:
 def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
     base, drafter = generator.model_info, generator.drafter_peer
     draft = drafter.info if drafter is not None else None
-    state = generator.speculation.state()
+    state = vars(generator.speculation.state())
+    told = {name: state[name] for name in generation_pb2.SpeculationState.DESCRIPTOR.fields_by_name}
+    told["budget"] = convert.budget_to_pb(told["budget"]) if told["budget"] is not None else None
     return generation_pb2.ServedModel(
         name=generator.name or "",
         base_model=convert.model_info_to_pb(base) if base is not None else None,
@@ -206,17 +208,7 @@ def _served_to_pb(generator: Generator) -> generation_pb2.ServedModel:
         drafter_state=_peer_state_to_pb(drafter.state) if drafter is not None else _PeerState.PEER_STATE_UNSPECIFIED,
         draft_model=convert.model_info_to_pb(draft.model) if draft is not None else None,
         num_running_requests=generator.num_running,
-        speculation=generation_pb2.SpeculationState(
-            arm=state.arm,
-            budget=convert.budget_to_pb(state.budget) if state.budget is not None else None,
-            load=state.load,
-            is_trial=state.is_trial,
-            num_switches=state.num_switches,
-            num_trials=state.num_trials,
-            trial_cost_s=state.trial_cost_s,
-            tokens_per_s=state.tokens_per_s,
-            acceptance_by_level=state.acceptance_by_level,
-        ),
+        speculation=generation_pb2.SpeculationState(**told),
     )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,23 +36,14 @@ class ApiKey:
     digest: bytes
 
 
-class KeyRing:
-    """The keys that are valid at one time."""
-
-    def __init__(self, keys: tuple[ApiKey, ...]) -> None:
-        self._keys = keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def name_of(self, presented: str) -> str | None:
-        """The client whose key this is, or None. Takes the same time whichever key it is, or none."""
-        digest = hashlib.sha256(presented.encode()).digest()
-        found: str | None = None
-        for key in self._keys:
-            if hmac.compare_digest(key.digest, digest):
-                found = key.name
-        return found
+def name_of(keys: Iterable[ApiKey], presented: str) -> str | None:
+    """The client whose key this is, or None. Takes the same time whichever key it is, or none."""
+    digest = hashlib.sha256(presented.encode()).digest()
+    found: str | None = None
+    for key in keys:
+        if hmac.compare_digest(key.digest, digest):
+            found = key.name
+    return found
 
 
 def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
@@ -106,7 +97,7 @@ class ApiKeys:
         self._file = file
         self._inline = () if inline is None else parse_keys(inline, "api_keys")
         self._stamp = self._file_stamp()
-        self._ring = self._read()
+        self._keys = self._read()
 
     def authenticate(self, authorization: str | None) -> str:
         """The client's name, by the value of its `Authorization` header; UnauthenticatedError if it is not known."""
@@ -115,7 +106,7 @@ class ApiKeys:
             raise UnauthenticatedError("an API key is needed: send 'Authorization: Bearer <key>'")
         if scheme.lower() != "bearer" or not presented or len(presented) > _MAX_PRESENTED_CHARS:
             raise UnauthenticatedError("the Authorization header is malformed: send 'Authorization: Bearer <key>'")
-        name = self._ring.name_of(presented.strip())
+        name = name_of(self._keys, presented.strip())
         if name is None:
             raise UnauthenticatedError("the API key is not known here")
         return name
@@ -124,11 +115,11 @@ class ApiKeys:
         """Read the file again; on an error the keys stay as they are."""
         self._stamp = self._file_stamp()
         try:
-            self._ring = self._read()
+            self._keys = self._read()
         except ConfigurationError as error:
             _log.error("api_keys_not_read", reason=str(error))
             return
-        _log.info("api_keys_read", num_keys=len(self._ring))
+        _log.info("api_keys_read", num_keys=len(self._keys))
 
     async def watch(self, interval_s: float) -> None:
         while True:
@@ -136,7 +127,7 @@ class ApiKeys:
             if self._file_stamp() != self._stamp:
                 self.reload()
 
-    def _read(self) -> KeyRing:
+    def _read(self) -> tuple[ApiKey, ...]:
         keys = self._inline
         if self._file is not None:
             try:
@@ -147,7 +138,7 @@ class ApiKeys:
             keys = keys + parse_keys(text, str(self._file))
         if not keys:
             raise ConfigurationError(f"there is no API key in api_keys_file or api_keys; allowed: {_FORMS}")
-        return KeyRing(keys)
+        return keys
 
     def _file_stamp(self) -> tuple[int, int, int] | None:
         if self._file is None:

@@ -10,7 +10,7 @@ from easyspec.errors import ConfigurationError, UnavailableError, UnknownModelEr
 from easyspec.speculation.messages import ModelInfo
 from gateway.generation import Generator
 from gateway.peers.peer import PeerState
-from gateway.peers.replica_set import ReplicaSet
+from gateway.peers.replica_set import ReplicaSet, first_done
 
 
 class ServedModels:
@@ -66,28 +66,19 @@ class ServedModels:
 
         Raises ConfigurationError if a verifier that answered has another vocabulary, and if two models have one name.
         """
-        waits = [asyncio.create_task(generator.verifier_peer.wait_for_answer()) for generator in self]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await first_done(*(generator.verifier_peer.wait_for_answer() for generator in self))
         await asyncio.gather(*(peer.probe() for _, peer in self.peers if peer.state is PeerState.UNREACHABLE))
         for generator in self:
-            self._check(generator)
+            for role, peer in (("verifier", generator.verifier_peer), ("drafter", generator.drafter_peer)):
+                if peer is not None and peer.state is PeerState.REFUSED:
+                    whose = f" of {generator.name}" if len(self._generators) > 1 and generator.name else ""
+                    misfit = next(replica.peer.misfit for replica in peer.replicas if replica.peer.misfit)
+                    raise ConfigurationError(f"the {role}{whose} has another tokenizer: {misfit}")
+            generator.note_padding()
         names = [generator.name for generator in self if generator.name is not None]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigurationError(f"further_models: the first model is called {name!r} too")
-
-    def _check(self, generator: Generator) -> None:
-        for role, peer in (("verifier", generator.verifier_peer), ("drafter", generator.drafter_peer)):
-            if peer is not None and peer.state is PeerState.REFUSED:
-                whose = f" of {generator.name}" if len(self._generators) > 1 and generator.name else ""
-                misfit = next(replica.peer.misfit for replica in peer.replicas if replica.peer.misfit)
-                raise ConfigurationError(f"the {role}{whose} has another tokenizer: {misfit}")
-        generator.note_padding()
 
     async def watch(self) -> None:
         """Keep the state of all verifiers and drafters true until cancelled."""

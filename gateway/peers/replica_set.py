@@ -7,10 +7,10 @@ import contextlib
 import itertools
 import math
 from array import array
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -158,13 +158,7 @@ class ReplicaSet(Generic[_ClientT]):
 
     async def wait_for_answer(self) -> None:
         """Return when one of them has answered, whether it can be used or not."""
-        waits = [asyncio.create_task(replica.peer.wait_for_answer()) for replica in self.replicas]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await first_done(*(replica.peer.wait_for_answer() for replica in self.replicas))
 
     async def watch(self) -> None:
         """Keep every replica's state true until cancelled."""
@@ -192,6 +186,17 @@ def preferred(replicas: Sequence[Replica[_ClientT]], prompt: Sequence[int]) -> R
         if best.num_sessions < most:
             return best
     return None
+
+
+async def first_done(*waits: Coroutine[Any, Any, None]) -> None:
+    """Return when one of them has, and cancel the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _described(model: ModelInfo) -> str:

@@ -77,14 +77,7 @@ def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
         "token_texts": chunk.token_texts,
         "accepted_rows": trace.accepted_rows,
         "tree": {"token_texts": trace.draft_token_texts, "parent_rows": trace.draft_tree.parent_rows},
-        "timings_ms": {
-            "draft": chunk.timings.draft_ns / 1e6,
-            "calibrate": chunk.timings.calibrate_ns / 1e6,
-            "fuzzy": chunk.timings.fuzzy_ns / 1e6,
-            "verify": chunk.timings.verify_ns / 1e6,
-            "compute": chunk.timings.compute_ns / 1e6,
-            "round": chunk.timings.round_ns / 1e6,
-        },
+        "timings_ms": chunk.timings.milliseconds,
         "num_fuzzy_steps": chunk.timings.num_fuzzy_steps,
         "ahead_ms": None if (ahead_ns := chunk.timings.ahead_ns) is None else ahead_ns / 1e6,
     }

@@ -48,12 +48,7 @@ class _RequestSpan:
             "num_draft_levels": timings.num_draft_levels,
             "num_accepted": chunk.num_accepted,
             "num_output_tokens": len(chunk.token_ids),
-            "draft_ms": timings.draft_ns / 1e6,
-            "calibrate_ms": timings.calibrate_ns / 1e6,
-            "fuzzy_ms": timings.fuzzy_ns / 1e6,
-            "verify_ms": timings.verify_ns / 1e6,
-            "compute_ms": timings.compute_ns / 1e6,
-            "round_ms": timings.round_ns / 1e6,
+            **{f"{name}_ms": duration_ms for name, duration_ms in timings.milliseconds.items()},
         }
         self._span.event("round", attributes)
 

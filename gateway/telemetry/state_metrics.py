@@ -76,20 +76,16 @@ def _speculation(states: Mapping[str, ControllerState]) -> Iterator[Metric]:
             throughput.add_metric((model, arm), tokens_per_s)
     yield followed
     yield throughput
-    switches = CounterMetricFamily(
-        "easyspec_speculation_switches", "Changes of the followed size, trials included.", labels=_MODEL
+    counts: tuple[tuple[str, str, Callable[[ControllerState], float]], ...] = (
+        ("switches", "Changes of the followed size, trials included.", lambda state: state.num_switches),
+        ("trials", "Moments in which another size was tried.", lambda state: state.num_trials),
+        ("trial_cost_seconds", "Time that trials have cost.", lambda state: state.trial_cost_s),
     )
-    trials = CounterMetricFamily(
-        "easyspec_speculation_trials", "Moments in which another size was tried.", labels=_MODEL
-    )
-    trial_cost = CounterMetricFamily(
-        "easyspec_speculation_trial_cost_seconds", "Time that trials have cost.", labels=_MODEL
-    )
-    for model, state in states.items():
-        switches.add_metric((model,), state.num_switches)
-        trials.add_metric((model,), state.num_trials)
-        trial_cost.add_metric((model,), state.trial_cost_s)
-    yield from (switches, trials, trial_cost)
+    for name, text, count in counts:
+        family = CounterMetricFamily(f"easyspec_speculation_{name}", text, labels=_MODEL)
+        for model, state in states.items():
+            family.add_metric((model,), count(state))
+        yield family
 
 
 def _by_model(name: str, text: str, values: Mapping[str, float]) -> Metric:

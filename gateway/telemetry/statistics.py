@@ -28,6 +28,12 @@ class RoundTimings:
     num_batch_sessions: int
     ahead_ns: int | None = None
 
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Its durations by their names, without their unit."""
+        names = ("draft", "calibrate", "fuzzy", "verify", "compute", "round")
+        return {name: getattr(self, f"{name}_ns") / 1e6 for name in names}
+
 
 NO_ROUND = RoundTimings(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 

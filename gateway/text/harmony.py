@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gateway.text.text_marks import overlap
+from gateway.text.detokenizer import overlap
 from gateway.text.tool_parser import CallParser, ParsedText, Part, Thought, ToolCallDelta
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from gateway.text.text_marks import overlap
+from gateway.text.detokenizer import overlap
 
 _SEPARATORS = frozenset(",;[ \t\r\n")
 _HEAD = re.compile(

@@ -20,7 +20,7 @@ from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from gateway.config import GatewaySettings
-from gateway.doorway.api_keys import ApiKeys, ClientLimiter, KeyRing, parse_keys
+from gateway.doorway.api_keys import ApiKeys, ClientLimiter, name_of, parse_keys
 from gateway.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.captured_logs import captured_logs
@@ -31,16 +31,16 @@ HASHED = hashlib.sha256(OTHER.encode()).hexdigest()
 
 
 def test_keys_stand_in_clear_or_as_hashes_one_a_line() -> None:
-    ring = KeyRing(parse_keys(f"# clients\n\nalice:{KEY}\n  bob:sha256:{HASHED}  \n", "file"))
-    assert len(ring) == 2
-    assert (ring.name_of(KEY), ring.name_of(OTHER)) == ("alice", "bob")
+    keys = parse_keys(f"# clients\n\nalice:{KEY}\n  bob:sha256:{HASHED}  \n", "file")
+    assert len(keys) == 2
+    assert (name_of(keys, KEY), name_of(keys, OTHER)) == ("alice", "bob")
     for wrong in ("", KEY[:-1], f"{KEY}x", KEY.upper(), f"sha256:{HASHED}", HASHED):
-        assert ring.name_of(wrong) is None
+        assert name_of(keys, wrong) is None
 
 
 def test_commas_separate_too_and_a_name_may_have_two_keys() -> None:
-    ring = KeyRing(parse_keys(f"alice:{KEY},alice:{OTHER}", "api_keys"))
-    assert (ring.name_of(KEY), ring.name_of(OTHER)) == ("alice", "alice")
+    keys = parse_keys(f"alice:{KEY},alice:{OTHER}", "api_keys")
+    assert (name_of(keys, KEY), name_of(keys, OTHER)) == ("alice", "alice")
 
 
 def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +51,10 @@ def test_every_key_is_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) 
         return known == presented
 
     monkeypatch.setattr("gateway.doorway.api_keys.hmac.compare_digest", compare)
-    ring = KeyRing(parse_keys(f"alice:{KEY},bob:{OTHER}", "api_keys"))
+    keys = parse_keys(f"alice:{KEY},bob:{OTHER}", "api_keys")
     for presented in (KEY, OTHER, "sk-unknown"):
         compared.clear()
-        ring.name_of(presented)
+        name_of(keys, presented)
         assert len(compared) == 2
 
 
