@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -127,6 +127,9 @@ def _last_part_of_model(fields: dict[str, Any]) -> str:
 class EngineSettings(ServerSettings):
     """What every role that owns a model has."""
 
+    IS_AUTO_8BIT: ClassVar[bool] = False
+    """Whether the executor `auto` may round inputs to 8 bits: where that changes no answer."""
+
     step_timeout_s: float = Field(default=30.0, ge=1.0, le=86_400.0)
     """Seconds after which a step that also takes 20 times the usual counts as hung, 1 to 86400; the process then says
     NOT_SERVING and ends with exit code 4, to be started again. 30 is beyond any step of a device that works; raise it
@@ -144,9 +147,12 @@ class EngineSettings(ServerSettings):
     weights: Literal["auto", "int8", "int4"] = "auto"
     """auto, int8 or int4: format of the weight matrices. auto is the checkpoint's own; int8 and int4 round them in
     groups of 32 when they are read, which makes another, smaller model of it."""
-    executor: Literal["auto", "native", "reference"] = "auto"
-    """auto, native or reference: what computes the model. native is C++ kernels on a CPU, reference is plain torch.
-    auto is native on a CPU where it was built, reference elsewhere."""
+    executor: Literal["auto", "native", "native-8bit", "reference"] = "auto"
+    """auto, native, native-8bit or reference: what computes the model. native is C++ kernels on a CPU, reference is
+    plain torch. auto is native on a CPU where it was built, reference elsewhere. native-8bit rounds the inputs of
+    8-bit and 4-bit weights to 8 bits instead of 16, as llama.cpp does: prompts and trees take about half as long, and
+    answers are a little further from those of the same weights in float32. auto does so in a drafter, where it changes
+    no answer."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the model's computation, 1 to 1024. Unset is one a core, and 1 for a model whose matrices are so
     small that threads would wait for each other longer than they compute."""

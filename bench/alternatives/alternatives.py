@@ -25,7 +25,7 @@ from bench.alternatives.transformers import TransformersGeneration
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
-from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
+from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, ModelPair, executor_flags, start_services
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts, prompts_in_turn
 from bench.harness.streams import Speculation, Task
 from bench.harness.tables import ResultTable
@@ -43,6 +43,7 @@ class AlternativesSettings:
     QUICK: ClassVar = {"num_prompts": 2, "max_tokens": 48}
 
     pair: Annotated[str, PAIR] = "bundled"
+    executor: Annotated[str, EXECUTOR] = "auto"
     servers: Annotated[
         tuple[str, ...],
         flag(
@@ -171,7 +172,8 @@ async def _complete_all(pair: ModelPair, settings: AlternativesSettings, console
         others += await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
     encode = partial(load_tokenizer(pair.base).encode, add_special_tokens=False)
     others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
-    async with start_services(pair) as stack, GatewayClient(stack.gateway_address, _TIMEOUT_S) as client:
+    services = start_services(pair, executor_flags(settings.executor))
+    async with services as stack, GatewayClient(stack.gateway_address, _TIMEOUT_S) as client:
         with progress_on(console) as progress:
             return await complete_all([*others, *both_ways(client)], settings, progress, pair.prompts)
 

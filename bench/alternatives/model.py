@@ -17,7 +17,7 @@ from bench.alternatives.verifier_memory import verifier_memory
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
-from bench.harness.pairs import ModelPair, start_services
+from bench.harness.pairs import EXECUTOR, ModelPair, executor_flags, start_services
 from bench.harness.prompts import Questions
 from bench.harness.tables import Column, ResultTable
 from bench.harness.turns import progress_on
@@ -46,6 +46,7 @@ class ModelSettings:
         str, typer.Argument(help="Folder, GGUF file, hub id, or a name that `easyspec models` lists.", metavar="MODEL")
     ]
     draft: Annotated[str | None, flag("The draft model [default: as for `up`].", metavar="MODEL")] = None
+    executor: Annotated[str, EXECUTOR] = "auto"
     temperatures: Annotated[tuple[float, ...], flag("One or several.", "--temperature")] = (0.0, 0.8)
     num_prompts: Annotated[int, flag("Questions of each kind.", minimum=1)] = 4
     max_tokens: Annotated[int, flag("Tokens per completion.", minimum=1)] = 128
@@ -78,7 +79,8 @@ async def measure(settings: ModelSettings, console: Console) -> Findings:
         max_tokens=settings.max_tokens,
         seed=settings.seed,
     )
-    async with start_services(pair) as stack, GatewayClient(stack.gateway_address) as client:
+    services = start_services(pair, executor_flags(settings.executor))
+    async with services as stack, GatewayClient(stack.gateway_address) as client:
         with progress_on(console) as progress:
             completions = await complete_all(both_ways(client), asked, progress, pair.prompts)
         kv = (await verifier_info(stack.verifier.address)).kv

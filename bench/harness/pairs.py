@@ -13,8 +13,9 @@ from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts, Questions
 from easyspec.checkpoint.location import is_gguf
 from easyspec.cli.models import BUNDLED_DRAFTS
 from easyspec.cli.packaged_models import SMOLLM2
-from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, GATEWAY, ServiceStack, StackSettings
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
+from easyspec.ops.executor import EXECUTORS
 
 # A draft that is dropped for being late would turn a slow mode into plain decoding.
 _GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
@@ -60,6 +61,14 @@ PAIRS = {
     "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", DEFAULT_DRAFT, "make bench-pair"),
 }
 PAIR = flag("Models to measure: smollm2 needs `easyspec fetch smollm2`, bench `make bench-pair`.", choices=PAIRS)
+
+
+EXECUTOR = flag("What computes both models; native-8bit rounds inputs as llama.cpp does.", choices=EXECUTORS)
+
+
+def executor_flags(executor: str) -> dict[str, Sequence[str]]:
+    """Of verifier and drafter."""
+    return dict.fromkeys((VERIFIER, DRAFTER), ("--executor", executor))
 
 
 @asynccontextmanager

@@ -70,6 +70,7 @@ class KernelSettings:
         str | None,
         flag("Instructions [default: the fastest that run].", choices=[path.name.lower() for path in CodePath]),
     ] = None
+    byte_inputs: Annotated[bool, flag("Round inputs of integer weights to 8 bits, as `native-8bit` does.")] = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def measure(settings: KernelSettings, console: Console) -> Findings:
     if (problem := library_problem()) is not None:
         raise ConfigurationError(f"bench.kernels needs the native executor: {problem}")
     path = CodePath[settings.code_path.upper()] if settings.code_path else None
-    executor = NativeExecutor(settings.threads, path)
+    executor = NativeExecutor(settings.threads, path, has_byte_inputs=settings.byte_inputs)
     shape, rows, num_repeats = SHAPES[settings.shape], settings.rows, settings.repeats
     timings: list[Timing] = []
     with progress_on(console) as progress:

@@ -84,6 +84,7 @@ def up(
     draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
     dtype: flags.Dtype = None,
+    executor: flags.ExecutorFlag = None,
     threads: flags.Threads = None,
     max_model_len: flags.MaxModelLen = None,
     kv_memory: flags.KvMemory = None,
@@ -117,7 +118,7 @@ def up(
             check_reach(flag, checked_address(flag, address), is_safe=is_safe)
     choice = choose_models(model, base, draft, no_draft=no_draft)
     log_flags = ["--log-format", "console" if sys.stderr.isatty() else "json"]
-    of_roles = service_flags(dtype, threads, max_model_len, kv_memory, sources)
+    of_roles = service_flags(dtype, executor, threads, max_model_len, kv_memory, sources)
     of_gateway = gateway_flags(api_key_file, allow_plaintext, tls_certificate, tls_key, cors_origins)
     settings = StackSettings(
         base=choice.base,

@@ -68,7 +68,7 @@ def load_model(settings: EngineSettings, *, placement: RankPlacement = RankPlace
     config = load_config(folder, settings.dtype, settings.max_model_len)
     num_threads = settings.num_threads or _num_threads(config)
     torch.set_num_threads(num_threads)
-    executor = choose_executor(settings.executor, device, num_threads)
+    executor = choose_executor(settings.executor, device, num_threads, is_auto_8bit=settings.IS_AUTO_8BIT)
     weights = WeightFormat(settings.weights)
     ranks = join_group(device)
     lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)

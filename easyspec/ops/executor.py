@@ -21,7 +21,7 @@ from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.ranking import RankedTokens
 from easyspec.speculation.sampling import ChoiceRow
 
-EXECUTORS = ("auto", "native", "reference")
+EXECUTORS = ("auto", "native", "native-8bit", "reference")
 
 
 class Program(Protocol):
@@ -79,10 +79,11 @@ class Executor(Protocol):
         """A program ready to run."""
 
 
-def choose_executor(name: str, device: torch.device, num_threads: int) -> Executor:
+def choose_executor(name: str, device: torch.device, num_threads: int, *, is_auto_8bit: bool = False) -> Executor:
     """The executor of a setting; raises ConfigurationError where it cannot run.
 
-    `auto` is native on a CPU for which the library was built, else reference.
+    `auto` is native on a CPU for which the library was built, else reference. `native-8bit` is native with inputs of
+    integer weights rounded to 8 bits; `is_auto_8bit`: that is what `auto` means.
     """
     from easyspec.ops.native import NativeExecutor, library_problem
     from easyspec.ops.reference import ReferenceExecutor
@@ -92,8 +93,8 @@ def choose_executor(name: str, device: torch.device, num_threads: int) -> Execut
     if name == "reference" or (name == "auto" and (device.type != "cpu" or library_problem() is not None)):
         return ReferenceExecutor(device)
     if device.type != "cpu":
-        raise ConfigurationError("executor is 'native', which runs on a CPU; allowed for a GPU: auto, reference")
+        raise ConfigurationError(f"executor is {name!r}, which runs on a CPU; allowed for a GPU: auto, reference")
     problem = library_problem()
     if problem is not None:
-        raise ConfigurationError(f"executor is 'native': {problem}")
-    return NativeExecutor(num_threads)
+        raise ConfigurationError(f"executor is {name!r}: {problem}")
+    return NativeExecutor(num_threads, has_byte_inputs=name == "native-8bit" or (name == "auto" and is_auto_8bit))

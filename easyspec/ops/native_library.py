@@ -30,7 +30,8 @@ def widens_bfloat16(executor: str) -> bool:
 
     The weights and the KV memory stay bfloat16, and are read at that size; no product is rounded.
     """
-    return executor.startswith("native-") and executor != f"native-{CodePath.AVX512_BF16.name.lower()}"
+    name = executor.removesuffix("-8bit")
+    return name.startswith("native-") and name != f"native-{CodePath.AVX512_BF16.name.lower()}"
 
 
 class Packed(Structure):
@@ -44,6 +45,7 @@ class Packed(Structure):
         ("scale_type", c_int32),
         ("has_minimum", c_int32),
         ("has_half_scales", c_int32),
+        ("has_byte_inputs", c_int32),
     ]
 
 

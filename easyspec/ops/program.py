@@ -81,8 +81,8 @@ class Norm:
 class Product:
     """output = input @ weight.T + bias, or output += that; each output is one sum along the inputs, in their order.
 
-    Inputs of quantised weights are rounded to 8 bits in groups of 32, whose sums of integers are exact. Outputs begin
-    at `column` of the output's rows, a multiple of 16; there are whole 16s of them unless they reach the row's end.
+    Inputs of quantised weights are rounded to 16 or 8 bits in groups of 32, whose sums of integers are exact. Outputs
+    begin at `column` of the output's rows, a multiple of 16; there are whole 16s of them unless they reach its end.
     """
 
     input: Buffer

@@ -135,7 +135,7 @@ def test_every_code_path_and_two_threads(folder: Path, token_ids: list[int], num
         _check_tree(passes, token_ids, expected, length)
 
 
-@pytest.mark.parametrize("executor", ["auto", "reference"])
+@pytest.mark.parametrize("executor", ["auto", "native-8bit", "reference"])
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, *_ROUNDED], ids=_FORMATS)
 def test_every_format(tmp_path: Path, options: dict[str, Any], executor: str) -> None:
     passes = Passes(write_checkpoint(tmp_path), executor=executor, **options)

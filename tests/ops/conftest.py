@@ -1,4 +1,4 @@
 from tests.model.conftest import one_thread
-from tests.ops.executors import native, reference
+from tests.ops.executors import multiplying, native, reference
 
-__all__ = ["native", "one_thread", "reference"]
+__all__ = ["multiplying", "native", "one_thread", "reference"]

@@ -30,6 +30,13 @@ def native(request: pytest.FixtureRequest) -> NativeExecutor:
     return NativeExecutor(int(num_threads), CodePath[path.upper()])
 
 
+@pytest.fixture(params=[f"{path.name.lower()} {run}" for path in PATHS for run in ("1", "2", "2 8bit")])
+def multiplying(request: pytest.FixtureRequest) -> NativeExecutor:
+    """For products: inputs of integer weights with 16 bits, and with 8."""
+    path, num_threads, *bits = request.param.split()
+    return NativeExecutor(int(num_threads), CodePath[path.upper()], has_byte_inputs=bool(bits))
+
+
 @pytest.fixture
 def reference() -> ReferenceExecutor:
     return ReferenceExecutor(CPU)

@@ -33,13 +33,16 @@ CPU = torch.device("cpu")
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int8 by halves", "int4", "int4 without minima")
 # Every code path that runs here; none where the library was not built.
 PATHS = [] if library_problem() is not None else [path for path in CodePath if path <= load().easyspec_best_path()]
-EXECUTOR_NAMES = [*(path.name.lower() for path in PATHS), "reference"]
+EXECUTOR_NAMES = [*(f"{path.name.lower()}{bits}" for path in PATHS for bits in ("", "-8bit")), "reference"]
 EPS = 1e-5
 
 
 def executor_of(name: str, num_threads: int = 1) -> Executor:
     """One of EXECUTOR_NAMES."""
-    return ReferenceExecutor(CPU) if name == "reference" else NativeExecutor(num_threads, CodePath[name.upper()])
+    if name == "reference":
+        return ReferenceExecutor(CPU)
+    path, _, bits = name.partition("-")
+    return NativeExecutor(num_threads, CodePath[path.upper()], has_byte_inputs=bits == "8bit")
 
 
 def weight_of(values: torch.Tensor, format_name: str) -> Weight:

@@ -12,7 +12,9 @@ from tests.ops.small_model import CPU, PATHS
 @pytest.mark.skipif(not PATHS, reason="the library was not built")
 def test_the_native_executor_runs_on_a_cpu() -> None:
     for name in ("auto", "native"):
-        assert choose_executor(name, CPU, 1).name.startswith("native-")
+        name = choose_executor(name, CPU, 1).name
+        assert name.startswith("native-")
+        assert choose_executor("native-8bit", CPU, 1).name == f"{name}-8bit"
     assert choose_executor("reference", CPU, 1).name == "reference"
 
 
@@ -33,5 +35,5 @@ def test_where_the_library_was_not_built(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_unknown_executor_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="executor is 'abacus'; allowed: auto, native, reference"):
+    with pytest.raises(ConfigurationError, match="executor is 'abacus'; allowed: auto, native, native-8bit, reference"):
         choose_executor("abacus", CPU, 1)

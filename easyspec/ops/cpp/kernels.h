@@ -11,8 +11,9 @@ enum class Path : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 
 // CLAMPED_SWIGLU is of gates alone: min(gate, 7) / (1 + exp(-1.702 gate)) * (up within 7 of 0, + 1).
 enum class Activation : int32_t { SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 
-// What a product reads: rows as they are, or rounded for its weights.
-enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, WORDS = 2 };
+// What a product reads: rows as they are, or rounded for its weights. SMALL_WORDS are rounded like BYTES and kept like
+// WORDS, where bytes have no instruction of their own.
+enum class InputForm : int32_t { FLOATS = 0, BFLOAT16 = 1, WORDS = 2, SMALL_WORDS = 3, BYTES = 4 };
 
 // 32 inputs of a row rounded to 16 bits: codes * scale. A quad of them stands as inputs 0, 2, 1, 3, so that the even
 // and the odd bytes of a word of four weights meet theirs. Products with 8-bit codes, summed over a group, fit 32 bits.
@@ -25,7 +26,17 @@ struct WordGroup {
   int32_t first_excess;  // of the first 16 codes
 };
 
-constexpr float MAX_CODE = 32767.0f;
+// The same rounded to 8 bits, in order.
+struct ByteGroup {
+  int8_t codes[GROUP];
+  float scale;
+  float sum;
+  int32_t small_excess;
+  int32_t excess;
+  int32_t first_excess;
+};
+
+constexpr float MAX_WORD = 32767.0f, MAX_BYTE = 127.0f;
 
 constexpr int64_t SPAN = 256;   // positions whose attention is one partial sum; borders are absolute
 constexpr int64_t MAX_QUERIES = 64;  // rows times query heads of a KV head
@@ -67,8 +78,8 @@ struct Partial {
 inline int64_t partial_floats(int64_t head_dim) { return round_up(2 + round_up(head_dim, 16), 16); }
 
 struct Kernels {
-  // Form of input that a product by weights of a format reads.
-  InputForm (*input_form)(int32_t format);
+  // Form of input that a product by such weights reads.
+  InputForm (*input_form)(const Packed& weight);
   // Columns begin..end of a row, whole groups, in `form`.
   void (*convert)(InputForm form, const float* row, uint8_t* out, int64_t begin, int64_t end);
   // Columns of panels begin..end: out = x W' + bias, or out += that. `x` rows are in the format's input form.

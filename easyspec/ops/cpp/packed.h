@@ -39,6 +39,7 @@ struct Packed {
   int32_t scale_type;
   int32_t has_minimum;
   int32_t has_half_scales;  // 8 bit: a scale for 16 inputs instead of 32
+  int32_t has_byte_inputs;  // integer weights: inputs are rounded to 8 bits instead of 16
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -105,7 +105,7 @@ class Program final : public Work {
 
   // The buffer in the form that products by `weight` read; -1 for rows as they are.
   int32_t round_for(int32_t buffer, const Packed& weight) {
-    const InputForm form = engine_.kernels.input_form(weight.format);
+    const InputForm form = engine_.kernels.input_form(weight);
     if (form == InputForm::FLOATS) return -1;
     const int32_t index = rounded_place(buffer, form);
     if (is_current_[index]) return index;
@@ -129,9 +129,10 @@ class Program final : public Work {
   int32_t rounded_place(int32_t buffer, InputForm form) {
     for (size_t i = 0; i < rounded_.size(); i++)
       if (rounded_[i].buffer == buffer && rounded_[i].form == form) return int32_t(i);
-    int64_t row_bytes = widths_[buffer] * 2;
-    if (form == InputForm::WORDS) row_bytes = widths_[buffer] / GROUP * int64_t(sizeof(WordGroup));
-    rounded_.push_back({buffer, form, row_bytes, {}, nullptr});
+    const int64_t group_bytes = form == InputForm::BFLOAT16 ? 2 * GROUP
+                                : form == InputForm::BYTES  ? int64_t(sizeof(ByteGroup))
+                                                            : int64_t(sizeof(WordGroup));
+    rounded_.push_back({buffer, form, widths_[buffer] / GROUP * group_bytes, {}, nullptr});
     is_current_.push_back(false);
     return int32_t(rounded_.size()) - 1;
   }

@@ -61,15 +61,24 @@ inline void turn(const vf* rows, float* out) {
     store(out + (4 + j) * W, _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x31));
   }
 }
+inline int32_t sum_of(vi v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 // 16 whole numbers, quads of them as 0, 2, 1, 3; returns their sum.
 inline int32_t store_codes(const vf* codes, int16_t* out) {
   const vi first = _mm256_cvtps_epi32(codes[0]), second = _mm256_cvtps_epi32(codes[1]);
   const vi words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
   _mm256_storeu_si256((vi*)out, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
-  const vi both = _mm256_add_epi32(first, second);
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+  return sum_of(_mm256_add_epi32(first, second));
+}
+// The same as bytes, in order.
+inline int32_t store_codes(const vf* codes, int8_t* out) {
+  const vi first = _mm256_cvtps_epi32(codes[0]), second = _mm256_cvtps_epi32(codes[1]);
+  const vi words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
+  _mm_storeu_si128((__m128i*)out, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  return sum_of(_mm256_add_epi32(first, second));
 }
 inline vf load_bfloat16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));

@@ -79,6 +79,12 @@ inline int32_t store_codes(const vf* codes, int16_t* out) {
   _mm256_storeu_si256((__m256i*)out, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
   return _mm512_reduce_add_epi32(whole);
 }
+// The same as bytes, in order.
+inline int32_t store_codes(const vf* codes, int8_t* out) {
+  const vi whole = _mm512_cvtps_epi32(codes[0]);
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
+}
 inline vf load_bfloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

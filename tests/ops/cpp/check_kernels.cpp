@@ -17,10 +17,11 @@ struct Inputs {
   int64_t row_bytes;
   std::vector<uint8_t> bytes;
 
-  Inputs(const Kernels& k, int32_t format, const std::vector<float>& rows, int64_t num_rows, int64_t width)
-      : form(k.input_form(format)) {
+  Inputs(const Kernels& k, const Packed& weight, const std::vector<float>& rows, int64_t num_rows, int64_t width)
+      : form(k.input_form(weight)) {
     row_bytes = form == InputForm::FLOATS     ? width * 4
                 : form == InputForm::BFLOAT16 ? width * 2
+                : form == InputForm::BYTES    ? width / GROUP * int64_t(sizeof(ByteGroup))
                                               : width / GROUP * int64_t(sizeof(WordGroup));
     bytes.resize(size_t(num_rows * row_bytes));
     if (form == InputForm::FLOATS)
@@ -35,6 +36,10 @@ struct Inputs {
     switch (form) {
       case InputForm::FLOATS: return double(((const float*)from)[input]);
       case InputForm::BFLOAT16: return double(from_bfloat16(((const uint16_t*)from)[input]));
+      case InputForm::BYTES: {
+        const ByteGroup& group = ((const ByteGroup*)from)[input / GROUP];
+        return double(group.codes[input % GROUP]) * double(group.scale);
+      }
       default: {
         const WordGroup& group = ((const WordGroup*)from)[input / GROUP];
         return double(group.codes[place % GROUP]) * double(group.scale);
@@ -55,7 +60,7 @@ void check_product(const Kernels& k, const Weight& weight, Random& random, int64
   const int64_t width = round_up(w.num_inputs, ROW_MULTIPLE), panels = num_panels(w), stride = panels * PANEL;
   const std::vector<float> rows = padded_rows(random, num_rows, w.num_inputs, width);
   const std::vector<float> bias = numbers(random, stride);
-  const Inputs x(k, w.format, rows, num_rows, width);
+  const Inputs x(k, w, rows, num_rows, width);
   std::vector<float> out(size_t(num_rows * stride), 2.0f), alone(size_t(stride), 2.0f), half(size_t(stride), 2.0f);
   k.product(w, x.bytes.data(), x.row_bytes, num_rows, 0, panels, bias.data(), out.data(), stride, true);
   for (int64_t o = 0; o < w.num_outputs; o++) {
@@ -87,10 +92,11 @@ void check_products(const Kernels& k) {
       for (int64_t num_rows : {17, 53}) check_product(k, dense_weight(random, format, 57, num_inputs), random, num_rows);
   for (int64_t num_inputs : {32, 100, 512})
     for (int32_t format : {INT8, INT4})
-      for (int32_t options = 0; options < 8; options++) {
-        const bool has_halves = options & 4;
+      for (int32_t options = 0; options < 16; options++) {
+        const bool has_halves = options & 4, has_byte_inputs = options & 8;
         if (has_halves && format != INT8) continue;
-        const Packed shape = {nullptr, 57, num_inputs, format, options & 1, options >> 1 & 1, has_halves};
+        const Packed shape = {nullptr,    57, num_inputs, format, options & 1, options >> 1 & 1,
+                              has_halves, has_byte_inputs};
         for (const bool is_whole : {false, true}) check_product(k, coded_weight(random, shape, is_whole), random);
       }
 }
@@ -107,7 +113,7 @@ void check_gated(const Kernels& k) {
     for (Activation activation : {Activation::SILU, Activation::GELU_TANH}) {
       const Weight gate = any_weight(random, format, num_outputs, size), up = any_weight(random, format, num_outputs, size);
       const std::vector<float> rows = padded_rows(random, num_rows, size, width), bias = numbers(random, stride);
-      const Inputs x(k, format, rows, num_rows, width);
+      const Inputs x(k, gate.packed, rows, num_rows, width);
       std::vector<float> gates(size_t(num_rows * stride)), ups(gates), out(gates);
       k.product(gate.packed, x.bytes.data(), x.row_bytes, num_rows, 0, 3, bias.data(), gates.data(), stride, false);
       k.product(up.packed, x.bytes.data(), x.row_bytes, num_rows, 0, 3, nullptr, ups.data(), stride, false);
