@@ -177,10 +177,14 @@ class GatewaySettings(ServerSettings, RequestLimits):
         return self
 
     @property
+    def asks_for_keys(self) -> bool:
+        return self.api_keys_file is not None or self.api_keys is not None
+
+    @property
     def trusted_hosts(self) -> frozenset[str] | None:
         """Names that requests without a key may call this machine by; None: any."""
         further = {name.strip().lower() for name in self.http_hosts.split(",")} - {""}
-        if "*" in further or not is_loopback(self.http_address):
+        if self.asks_for_keys or "*" in further or not is_loopback(self.http_address):
             return None
         return _LOCAL_HOSTS | further
 

@@ -17,7 +17,6 @@ from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.rpc import convert
 from easyspec.rpc.application import Application
-from easyspec.rpc.tls import ServerCertificates
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.thread_pool import started_pool
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
@@ -29,7 +28,6 @@ from gateway.generation import Generator
 from gateway.peers.peer import PeerState
 from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.rest.server import RestServer
-from gateway.rest.trust import RestTrust
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
@@ -58,7 +56,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
     service_name: str = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self.metrics: GatewayMetrics = metrics or GatewayMetrics()
         self.metrics.watch(lambda: self._models)
         self._watches: list[asyncio.Task[None]] = []
@@ -66,13 +64,8 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         self._models: ServedModels | None = None
         self._tracing = open_tracing("gateway", settings.otlp_endpoint)
         inline_keys = settings.api_keys.get_secret_value() if settings.api_keys else None
-        has_keys = settings.api_keys_file is not None or settings.api_keys is not None
-        self._keys = ApiKeys(settings.api_keys_file, inline_keys) if has_keys else None
-        self._rest = self._rest_server() if settings.http_address != HTTP_OFF else None
-
-    @property
-    def request_timeout_s(self) -> float:
-        return self._settings.request_timeout_s
+        self._keys = ApiKeys(settings.api_keys_file, inline_keys) if settings.asks_for_keys else None
+        self._rest = RestServer(self) if settings.http_address != HTTP_OFF else None
 
     @property
     def http_port(self) -> int | None:
@@ -111,12 +104,12 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         if self._rest is not None:
             await self._rest.open()
         asyncio.get_running_loop().set_default_executor(started_pool(_NUM_WORKERS, "worker"))
-        tokenizers = await asyncio.to_thread(load_tokenizers, self._settings)
-        limiter = ClientLimiter(self._settings.max_requests_per_key if self._keys is not None else None)
+        tokenizers = await asyncio.to_thread(load_tokenizers, self.settings)
+        limiter = ClientLimiter(self.settings.max_requests_per_key if self._keys is not None else None)
         observers: list[GenerationObserver] = [self.metrics, RequestLog]
         if self._tracing is not None:
             observers.append(request_spans(self._tracing))
-        self._assembly = Assembly(self._settings, observers, limiter)
+        self._assembly = Assembly(self.settings, observers, limiter)
         models = self._assembly.build(tokenizers)
         await models.wait_for_answer()
         self._watches = [asyncio.create_task(models.watch())]
@@ -142,27 +135,11 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
         if self._tracing is not None:
             await self._tracing.close()
 
-    def _rest_server(self) -> RestServer:
-        settings = self._settings
-        trust = RestTrust(
-            self.authenticate,
-            settings.max_request_bytes,
-            self.metrics,
-            self.metrics.render if settings.http_metrics else None,
-            settings.trusted_hosts if self._keys is None else None,
-            cors_origins=tuple(origin.strip() for origin in settings.cors_origins.split(","))
-            if settings.cors_origins
-            else (),
-            ignores_unknown=settings.unknown_fields == "ignore",
-        )
-        tls = ServerCertificates(settings.server_tls).ssl_context() if settings.server_tls is not None else None
-        return RestServer(self, settings.http_address, trust, tls)
-
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        timeout_s = min(context.time_remaining() or self._settings.request_timeout_s, self._settings.request_timeout_s)
-        self._settings.check_message_bytes(request.ByteSize())
+        timeout_s = min(context.time_remaining() or self.settings.request_timeout_s, self.settings.request_timeout_s)
+        self.settings.check_message_bytes(request.ByteSize())
         generator = self.models.of(request.model)
         asked = _request_from_pb(request, generator.sampling_defaults)
         async with aclosing(generator.generate(asked, timeout_s)) as chunks:

@@ -32,7 +32,7 @@ from gateway.rest.errors import (
 )
 from gateway.rest.gate import Gate
 from gateway.rest.recent_items import RecentItems
-from gateway.rest.trust import Door, RestTrust, metrics_router
+from gateway.rest.trust import Door, metrics_router
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (health.router, playground.router)
 API_ROUTERS: tuple[APIRouter, ...] = (
@@ -57,23 +57,25 @@ _NOT_SERVED = (
 )
 
 
-def create_app(backend: Backend, gate: Gate, trust: RestTrust) -> ASGIApp:
+def create_app(backend: Backend, gate: Gate) -> ASGIApp:
     """The whole application as one ASGI callable.
 
-    OPEN_ROUTERS ask for no key, everything else does, as `trust` says. Requests wait behind `gate`, but for those in
+    OPEN_ROUTERS ask for no key, everything else does. Requests wait behind `gate`, but for those in
     `boundary.ALWAYS_OPEN`.
     """
     open_routers = list(OPEN_ROUTERS)
-    if trust.render_metrics is not None:
-        open_routers.append(metrics_router(trust.render_metrics))
+    settings = backend.settings
+    if settings.http_metrics:
+        open_routers.append(metrics_router(backend.metrics.render))
     routes = create_routes(backend, open_routers)
-    routes.state.observer = trust.observer
-    routes.state.ignores_unknown = trust.ignores_unknown
-    app = RestBoundary(routes, gate, Door(trust.authenticate, open_routers, trust.hosts), trust)
-    if not trust.cors_origins:
+    routes.state.observer = backend.metrics
+    routes.state.ignores_unknown = settings.unknown_fields == "ignore"
+    app = RestBoundary(routes, gate, Door(backend, open_routers), backend)
+    if not settings.cors_origins:
         return app
+    origins = [origin.strip() for origin in settings.cors_origins.split(",")]
     # Outermost: a browser asks first, without a key.
-    return CORSMiddleware(app, trust.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
+    return CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
 
 
 def create_routes(backend: Backend, open_routers: Sequence[APIRouter] = OPEN_ROUTERS) -> FastAPI:

@@ -11,8 +11,10 @@ from fastapi import Depends, Request
 
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
+from gateway.config import GatewaySettings
 from gateway.doorway.served_models import ServedModels
 from gateway.generation import Generator
+from gateway.telemetry.metrics import GatewayMetrics
 
 # As gRPC clients set a deadline: seconds after which the answer is of no use any more.
 TIMEOUT_HEADER = "x-request-timeout"
@@ -21,11 +23,14 @@ TIMEOUT_HEADER = "x-request-timeout"
 class Backend(Protocol):
     """The gateway behind the REST shim; `models` is valid once requests are admitted."""
 
+    settings: GatewaySettings
+    metrics: GatewayMetrics
+
     @property
     def models(self) -> ServedModels: ...
 
-    @property
-    def request_timeout_s(self) -> float: ...
+    def authenticate(self, authorization: str | None) -> str | None:
+        """A client's name by an Authorization header, None where no key is needed; raises UnauthenticatedError."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def caller_of(request: Request) -> Caller:
         generator=backend.models.first,
         request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
         client=getattr(request.state, "client", peer),
-        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), backend.request_timeout_s),
+        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), backend.settings.request_timeout_s),
         started_s=request.app.state.started_s,
     )
 

@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from easyspec.errors import EasyspecError, UnavailableError
 from easyspec.rpc.errors import mapping_of
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
+from gateway.rest.backend import Backend
 from gateway.rest.errors import CLIENT_CLOSED_REQUEST, ClientGoneError, Failure, RefusalError, failure_of
 from gateway.rest.gate import DRAINING, Gate
 from gateway.rest.playground import PATHS as PLAYGROUND_PATHS
-from gateway.rest.trust import Door, RestTrust
+from gateway.rest.trust import Door
 
 REQUEST_ID_HEADER = b"x-request-id"
 # Answer while the gateway is loading or draining, too: these tell what is going on.
@@ -36,12 +37,12 @@ _log = structlog.get_logger(__name__)
 class RestBoundary:
     """ASGI middleware around the whole application. Keys are asked for at `door`, before a body is read."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, door: Door, trust: RestTrust) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, door: Door, backend: Backend) -> None:
         self._app = app
         self._gate = gate
         self._door = door
-        self._max_body_bytes = trust.max_body_bytes
-        self._observer = trust.observer
+        self._max_body_bytes = backend.settings.max_request_bytes
+        self._observer = backend.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -6,18 +6,17 @@ import asyncio
 import contextlib
 import functools
 import socket
-import ssl
 from collections.abc import Iterator
 
 import structlog
 import uvicorn
 
 from easyspec.errors import ConfigurationError
+from easyspec.rpc.tls import ServerCertificates
 from gateway.rest.app import create_app
 from gateway.rest.backend import Backend
 from gateway.rest.connection import BoundedConnection, most_connections
 from gateway.rest.gate import Gate
-from gateway.rest.trust import RestTrust
 
 # Longer than clients keep idle connections, so that they, not we, close them: no request meets a closing one.
 _KEEP_ALIVE_S = 75
@@ -39,14 +38,14 @@ class _EmbeddedServer(uvicorn.Server):
 class RestServer:
     """`open` (everything is refused), `admit`, `drain`, `close`: in this order, in the gateway's event loop.
 
-    `address` is host:port, port 0 for a free one, which `port` tells once it is open; over TLS with `tls`.
+    `port` is known once it is open.
     """
 
-    def __init__(self, backend: Backend, address: str, trust: RestTrust, tls: ssl.SSLContext | None = None) -> None:
-        self._address = address
+    def __init__(self, backend: Backend) -> None:
+        self._address = backend.settings.http_address
         self._gate = Gate()
         config = uvicorn.Config(
-            create_app(backend, self._gate, trust),
+            create_app(backend, self._gate),
             loop="none",
             http="httptools",
             ws="none",
@@ -60,7 +59,9 @@ class RestServer:
         )
         config.load()
         config.http_protocol_class = functools.partial(BoundedConnection, most_connections())  # type: ignore[assignment]
-        config.ssl = tls  # made by us: uvicorn reads its own from files once, and misses their renewal
+        tls = backend.settings.server_tls
+        # Made by us: uvicorn reads its own from files once, and misses their renewal.
+        config.ssl = ServerCertificates(tls).ssl_context() if tls is not None else None
         self._server = _EmbeddedServer(config)
         self._task: asyncio.Task[None] | None = None
         self.port: int | None = None

@@ -1,10 +1,9 @@
-"""Who may use the REST API, and what is counted of it."""
+"""Who may use the REST API."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -12,45 +11,22 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from easyspec.telemetry.metrics import CONTENT_TYPE
+from gateway.rest.backend import Backend
 from gateway.rest.errors import Failure, RefusalError
-from gateway.telemetry.metrics import GatewayMetrics
 
 _PORT = re.compile(r":[0-9]+$")
-
-Authenticate = Callable[[str | None], str | None]
-
-
-@dataclass(frozen=True)
-class RestTrust:
-    """What REST and gRPC have in common: keys, limits, metrics.
-
-    `authenticate` turns an Authorization header into a client's name, None where no key is needed, or raises
-    UnauthenticatedError. `render_metrics` is None where /metrics is not served on this port. `hosts` are the names by
-    which this machine may be called, None: any. `cors_origins` are the web pages of others that may call.
-    `ignores_unknown` fields of requests, which are refused otherwise.
-    """
-
-    authenticate: Authenticate
-    max_body_bytes: int
-    observer: GatewayMetrics
-    render_metrics: Callable[[], bytes] | None
-    hosts: frozenset[str] | None = None
-    cors_origins: tuple[str, ...] = ()
-    ignores_unknown: bool = False
 
 
 class Door:
     """Asks for a key before anything of a request is read, but for the routes of `open_routers`.
 
-    What is not open is closed: a route that is added later is behind the door. With `hosts`, nothing is open to who
-    calls this machine by another name: a page in a browser here whose name was led to this address.
+    What is not open is closed: a route that is added later is behind the door. With `trusted_hosts`, nothing is open to
+    a page in a browser here whose name was led to this address: it calls this machine by another name.
     """
 
-    def __init__(
-        self, authenticate: Authenticate, open_routers: Sequence[APIRouter], hosts: frozenset[str] | None = None
-    ) -> None:
-        self._hosts = hosts
-        self._authenticate = authenticate
+    def __init__(self, backend: Backend, open_routers: Sequence[APIRouter]) -> None:
+        self._hosts = backend.settings.trusted_hosts
+        self._authenticate = backend.authenticate
         self._open_routes = [route for router in open_routers for route in router.routes]
 
     def enter(self, scope: Scope) -> str | None:
