@@ -182,7 +182,15 @@ class ResilientVerifySession:
             replica = self._replicas.pick(fingerprint, prompt=prompt)
         else:
             if self._is_suspected:
-                await self._begin_trial(outage)
+                # Its turn to be tried alone.
+                left_s = outage.give_up_s - time.monotonic()
+                try:
+                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + left_s):
+                        await self._trials.acquire()
+                except TimeoutError:
+                    message = "a verifier was lost with this request, and others are tried before it"
+                    raise UnavailableError(message) from None
+                self._is_on_trial = True
             replica = self._replicas.pick(fingerprint, outage.tried, prompt)
             outage.tried.add(replica)
             if self._is_suspected and replica.num_sessions and not self._replicas.has_other(fingerprint, outage.tried):
@@ -237,15 +245,6 @@ class ResilientVerifySession:
             raise condemned from error
         if self._is_suspected:
             outage.give_up_s = min(outage.give_up_s, time.monotonic() + _SUSPECT_PATIENCE_S)
-
-    async def _begin_trial(self, outage: _Outage) -> None:
-        """Wait for the turn of this session; raises UnavailableError if it does not come in time."""
-        try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + outage.give_up_s - time.monotonic()):
-                await self._trials.acquire()
-        except TimeoutError:
-            raise UnavailableError("a verifier was lost with this request, and others are tried before it") from None
-        self._is_on_trial = True
 
     def _end_trial(self) -> None:
         if self._is_on_trial:

@@ -64,27 +64,22 @@ def caller_of(request: Request) -> Caller:
     """A dependency. Authentication leaves the client's name in `request.state.client`."""
     backend: Backend = request.app.state.backend
     peer = request.client.host if request.client is not None else ""
+    timeout_s = backend.settings.request_timeout_s
+    if (wanted := request.headers.get(TIMEOUT_HEADER)) is not None:
+        try:
+            timeout_s = min(float(wanted), timeout_s)
+        except ValueError:
+            timeout_s = math.nan
+        if not timeout_s > 0:
+            raise InvalidRequestError(TIMEOUT_HEADER, wanted, "seconds, above 0")
     return Caller(
         models=backend.models,
         generator=backend.models.first,
         request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
         client=getattr(request.state, "client", peer),
-        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER), backend.settings.request_timeout_s),
+        timeout_s=timeout_s,
         started_s=request.app.state.started_s,
     )
-
-
-def _timeout_s(wanted: str | None, most_s: float) -> float:
-    """Seconds that a request may take: what the client wants, and no more than the gateway allows."""
-    if wanted is None:
-        return most_s
-    try:
-        timeout_s = float(wanted)
-    except ValueError:
-        timeout_s = math.nan
-    if not timeout_s > 0:
-        raise InvalidRequestError(TIMEOUT_HEADER, wanted, "seconds, above 0")
-    return min(timeout_s, most_s)
 
 
 InCaller = Annotated[Caller, Depends(caller_of)]

@@ -18,7 +18,7 @@ from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, tra
 from gateway.rest.sse import DONE, openai_last_words
 from gateway.telemetry.progress import Progress
 from gateway.text.output import GenerationChunk
-from gateway.text.tool_parser import ToolCallDelta, joined
+from gateway.text.tool_parser import joined
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -69,7 +69,11 @@ class _Answer:
                     deltas.append(writer.choice(_delta(index, {"content": chunk.text}, logprobs), trace, usage))
                 # Some clients read no more than the first call of a delta.
                 for call in joined(chunk.tool_calls):
-                    deltas.append(writer.choice(_delta(index, {"tool_calls": [_call_delta(call)]}), usage=usage))
+                    told: dict[str, Any] = {"index": call.index, "function": {"arguments": call.arguments}}
+                    if call.id is not None:
+                        told |= {"id": call.id, "type": "function"}
+                        told["function"] = {"name": call.name, "arguments": call.arguments}
+                    deltas.append(writer.choice(_delta(index, {"tool_calls": [told]}), usage=usage))
                 if chunk.completion is not None:
                     self._tally.add(0, chunk.completion)
                     reason = chunk.completion.finish_reason.value
@@ -149,10 +153,3 @@ def _delta(
     index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
-    if call.id is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": call.id, "type": "function", "function": function}

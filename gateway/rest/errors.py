@@ -179,9 +179,13 @@ def failure_of_validation(problems: Sequence[Any]) -> Failure:
     """The first thing that is wrong with a request body, as pydantic reports it.
 
     Where a value may be of several types there is a problem for each of them: all are told, but a field that is
-    known and not supported is told alone.
+    known and not supported is told alone, and of an object or a list that is no text, what is wrong inside it.
     """
-    problem = next((one for one in problems if one["type"] == "unsupported_parameter"), None) or _nearest(problems)
+    problem, place = problems[0], f"{_path(problems[0]['loc'])}["
+    if str(problem["type"]).endswith("_type"):
+        inside = (one for one in problems if one["type"] in _INSIDE and _path(one["loc"]).startswith(place))
+        problem = next(inside, problem)
+    problem = next((one for one in problems if one["type"] == "unsupported_parameter"), problem)
     kind = str(problem["type"])
     if kind == "json_invalid":
         return Failure(400, f"the body is not JSON: {problem['ctx']['error']}", None, "invalid_json")
@@ -196,15 +200,6 @@ def failure_of_validation(problems: Sequence[Any]) -> Failure:
         reasons = dict.fromkeys(one["msg"] for one in same or [problem])
         message = f"{param or 'the body'}: {', or: '.join(reasons)}"
     return Failure(400, message, param or None, code)
-
-
-def _nearest(problems: Sequence[Any]) -> Any:
-    """The problem to tell: the first one, unless it says that an object or a list is no text, and others say what is
-    wrong inside it."""
-    first = problems[0]
-    place = _path(first["loc"])
-    inside = (one for one in problems if one["type"] in _INSIDE and _path(one["loc"]).startswith(f"{place}["))
-    return next(inside, first) if str(first["type"]).endswith("_type") else first
 
 
 def _path(location: Sequence[object]) -> str:

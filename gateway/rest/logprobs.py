@@ -89,10 +89,19 @@ class LogprobFormat:
 
     def completion(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         """As in completions: parallel lists. The token itself is among the likeliest, as OpenAI has it."""
+        tops: list[dict[str, float] | None] = []
+        for entry in entries:
+            if entry.logprobs is None:
+                tops.append(None)
+                continue
+            top: dict[str, float] = {}
+            for token_id, logprob in (*entry.logprobs.top[: self._num_top], (entry.token_id, entry.logprobs.logprob)):
+                top.setdefault(self._text(token_id), _finite(logprob))
+            tops.append(top)
         return {
             "tokens": [self._text(entry.token_id) for entry in entries],
             "token_logprobs": [_finite(entry.logprobs.logprob) if entry.logprobs else None for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries],
+            "top_logprobs": tops,
             "text_offset": [entry.text_offset for entry in entries],
         }
 
@@ -120,14 +129,6 @@ class LogprobFormat:
             "logprob": _finite(logprob),
             "bytes": list(self._tokenizer.token_bytes(token_id)),
         }
-
-    def _top(self, entry: TokenEntry) -> dict[str, float] | None:
-        if entry.logprobs is None:
-            return None
-        top: dict[str, float] = {}
-        for token_id, logprob in (*entry.logprobs.top[: self._num_top], (entry.token_id, entry.logprobs.logprob)):
-            top.setdefault(self._text(token_id), _finite(logprob))
-        return top
 
     def _text(self, token_id: int) -> str:
         raw = self._tokenizer.token_bytes(token_id)

@@ -25,6 +25,8 @@ from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
 
+_STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens", FinishReason.TOOL_CALLS: "tool_use"}
+
 
 @router.post("/v1/messages")
 async def create_message(body: MessagesRequest, caller: InCaller, request: Request) -> Response:
@@ -93,14 +95,17 @@ class _MessageWriter:
         return named_event("error", failure.anthropic_body)
 
     def reply(self) -> dict[str, Any]:
-        completion = self._completion
+        completion, stop_reason = self._completion, None
+        if completion is not None:
+            is_stopped = completion.matched_stop_string is not None and completion.finish_reason is FinishReason.STOP
+            stop_reason = "stop_sequence" if is_stopped else _STOP_REASONS[completion.finish_reason]
         reply: dict[str, Any] = {
             "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._model,
             "content": list(self._content),
-            "stop_reason": _stop_reason(completion) if completion is not None else None,
+            "stop_reason": stop_reason,
             "stop_sequence": completion.matched_stop_string if completion is not None else None,
             "usage": self._usage(),
         }
@@ -141,24 +146,12 @@ class _MessageWriter:
         if block is None:
             return
         if block["type"] == "tool_use":
-            block["input"] = _object(self._arguments)
+            try:
+                value = json.loads(self._arguments)
+            except (ValueError, RecursionError):  # it was cut off
+                value = None
+            block["input"] = value if isinstance(value, dict) else {}
         yield {"type": "content_block_stop", "index": len(self._content) - 1}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
-
-
-def _stop_reason(completion: Completion) -> str:
-    if completion.matched_stop_string is not None and completion.finish_reason is FinishReason.STOP:
-        return "stop_sequence"
-    reasons = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens", FinishReason.TOOL_CALLS: "tool_use"}
-    return reasons[completion.finish_reason]
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call; of one that was cut off, none."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -96,12 +96,18 @@ def text_figures(pair: Pair, windows: Tensor, first: int) -> TextFigures:
         targets = rows[:, first + 1 :].flatten()
         hidden = base_hidden(pair.base, rows[:, :-1])[:, first:]
         base_logprobs = log_softmax(pair.base.lm_head(hidden.flatten(0, 1)), dim=-1)
+        base_probs = base_logprobs.exp()
         base_sum += cross_entropy(base_logprobs, targets, reduction="sum")
         exits = exit_hidden(pair.draft, rows[:, :-1], pair.exit_layers)
         for layer, states in zip(pair.exit_layers, exits, strict=True):
-            logits = pair.draft.lm_head(states[:, first:].flatten(0, 1))
-            found = _exit_sums(log_softmax(logits, dim=-1), base_logprobs, targets)
-            sums[str(layer)] = sums.get(str(layer), torch.zeros(4)) + found
+            draft_logprobs = log_softmax(pair.draft.lm_head(states[:, first:].flatten(0, 1)), dim=-1)
+            found = (  # of ExitFigures' fields, in their order
+                cross_entropy(draft_logprobs, targets, reduction="sum"),
+                (base_probs * (base_logprobs - draft_logprobs)).sum(),
+                (draft_logprobs.argmax(-1) == base_logprobs.argmax(-1)).sum(),
+                torch.minimum(base_probs, draft_logprobs.exp()).sum(),
+            )
+            sums[str(layer)] = sums.get(str(layer), torch.zeros(4)) + torch.stack(found)
     num_tokens = windows[:, first + 1 :].numel()
     return TextFigures(
         num_tokens=num_tokens,
@@ -111,19 +117,6 @@ def text_figures(pair: Pair, windows: Tensor, first: int) -> TextFigures:
             layer: ExitFigures(*(round(value / num_tokens, 4) for value in total.tolist()))
             for layer, total in sums.items()
         },
-    )
-
-
-def _exit_sums(draft_logprobs: Tensor, base_logprobs: Tensor, targets: Tensor) -> Tensor:
-    """Return the sums over rows of ExitFigures' fields, in their order, [4]."""
-    base_probs = base_logprobs.exp()
-    return torch.stack(
-        [
-            cross_entropy(draft_logprobs, targets, reduction="sum"),
-            (base_probs * (base_logprobs - draft_logprobs)).sum(),
-            (draft_logprobs.argmax(-1) == base_logprobs.argmax(-1)).sum(),
-            torch.minimum(base_probs, draft_logprobs.exp()).sum(),
-        ]
     )
 
 

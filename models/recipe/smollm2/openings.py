@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from models.recipe.corpus import Document, Kind, training_pass
+from models.recipe.corpus import Kind, training_pass
 from models.recipe.settings import CorpusSettings
 from models.recipe.smollm2.settings import WritingSettings
 
@@ -66,11 +66,11 @@ class Openings:
         """The next one of a seeded sequence."""
         settings, kind = self._settings, choose.random()
         if kind < settings.continuation_share:
-            text = choose.choice(self._documents).text
+            text = choose.choice(self._material[0])
             start = choose.randrange(max(1, len(text) - 600))
             return Opening("continuation", text[start : start + choose.randint(100, 600)].rstrip(), "")
         if kind < settings.continuation_share + settings.code_question_share:
-            question = choose.choice(self._questions_of_code)
+            question = choose.choice(self._material[1])
             return Opening("library", f"{self._user_header}{question}<|im_end|>\n<|im_start|>assistant\n", "assistant")
         if choose.random() >= settings.opened_share:
             return Opening("free", self._user_header, "user")
@@ -78,15 +78,10 @@ class Openings:
         return Opening(name, self._user_header + choose.choice(words), "user")
 
     @functools.cached_property
-    def _all_documents(self) -> list[Document]:
-        return training_pass(self._corpus, 0)
-
-    @functools.cached_property
-    def _documents(self) -> list[Document]:
-        return [document for document in self._all_documents if document.kind in (Kind.LIBRARY, Kind.PROSE)]
-
-    @functools.cached_property
-    def _questions_of_code(self) -> list[str]:
-        turns = [document.text for document in self._all_documents if document.kind is Kind.CHAT]
+    def _material(self) -> tuple[list[str], list[str]]:
+        """Texts to go on with, and questions about code."""
+        documents = training_pass(self._corpus, 0)
+        texts = [document.text for document in documents if document.kind in (Kind.LIBRARY, Kind.PROSE)]
+        turns = [document.text for document in documents if document.kind is Kind.CHAT]
         questions = [text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in turns]
-        return [question for question in questions if len(question) < 500]
+        return texts, [question for question in questions if len(question) < 500]
