@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
+
+from easyspec.speculation.schema_closing import JoinedObjects, says_all, says_more
+from easyspec.speculation.schema_references import LISTS_OF_PARTS, References, escaped, with_plain_references
 
 # The library lets any amount of white space stand between JSON tokens, of which some models never find an end. Blanks
 # on one line, or one line break with its indentation, are all that anything printed as JSON has.
@@ -29,8 +31,6 @@ _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "m
 _OF_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _OF_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _OF_SCHEMAS = ("items", "additionalItems", "additionalProperties")
-# What may say more about an object's properties than the object itself does.
-_COMPOSING = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "patternProperties")
 # All that can forbid something; beside a reference everything else is an annotation.
 _CONSTRAINTS = frozenset(
     {
@@ -41,7 +41,6 @@ _CONSTRAINTS = frozenset(
 )
 _PLACES = frozenset({"$ref", "$schema", "$id", "id", "$anchor", "$defs", "definitions"})
 _VALUES = frozenset({"default", "examples", "example"})
-_DRAFT = re.compile(r"https?://json-schema\.org/(?:draft-0([4-7])/schema|draft/(?:2019-09|2020-12)/schema)#?")
 # The library knows only these spellings.
 _KNOWN_DRAFT = re.compile(
     r"http://json-schema\.org/draft-0[467]/schema#?|https://json-schema\.org/draft/(2019-09|2020-12)/schema#?"
@@ -80,8 +79,9 @@ def enforceable(
         schema = json.loads(text)
         if not isinstance(schema, dict):
             return EnforceableSchema(text, ())
+        schema = with_plain_references(schema)
         rewriting = _Rewriting(
-            _open_definitions(schema) if closes_objects else None, bounds_values, keeps_one_of, _References.of(schema)
+            JoinedObjects(schema) if closes_objects else None, bounds_values, keeps_one_of, References.of(schema)
         )
         rewritten = rewriting.schema(schema)
         if isinstance(rewritten.get("$schema"), str) and not _KNOWN_DRAFT.fullmatch(rewritten["$schema"]):
@@ -93,84 +93,33 @@ def enforceable(
     return EnforceableSchema(json.dumps(rewritten, ensure_ascii=False), tuple(rewriting.unenforced))
 
 
-@dataclass(frozen=True)
-class _References:
-    """What a schema refers to within itself; `loops` are targets that lead back to themselves. `stand_alone`: its draft
-    ignores whatever stands beside a reference."""
-
-    targets: frozenset[str]
-    loops: frozenset[str]
-    stand_alone: bool
-
-    @classmethod
-    def of(cls, schema: Mapping[str, Any]) -> _References:
-        draft = _DRAFT.fullmatch(schema["$schema"]) if isinstance(schema.get("$schema"), str) else None
-        targets = frozenset(_targets(schema))
-        steps = {target: targets & {*_targets(_at(schema, target))} for target in targets}
-        loops = frozenset(target for target in targets if _leads_back(target, steps))
-        return cls(targets, loops, draft is not None and draft.group(1) is not None)
-
-    def lead_into(self, pointer: str) -> bool:
-        return any(target == pointer or target.startswith(f"{pointer}/") for target in self.targets)
-
-
-def _at(schema: Any, pointer: str) -> Any:
-    """What a reference leads to; None if nothing is there."""
-    place = schema
-    for part in pointer.removeprefix("#").split("/")[1:]:
-        name = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
-            place = place[int(name)]
-        else:
-            place = place.get(name) if isinstance(place, dict) else None
-    return place
-
-
-def _leads_back(target: str, steps: Mapping[str, set[str] | frozenset[str]]) -> bool:
-    seen: set[str] = set()
-    waiting = [*steps[target]]
-    while waiting:
-        if (one := waiting.pop()) not in seen:
-            seen.add(one)
-            waiting += steps[one]
-    return target in seen
-
-
-def _targets(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        if isinstance(value.get("$ref"), str):
-            yield value["$ref"]
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from _targets(part)
-
-
 class _Rewriting:
-    """One schema on its way; `open_references` are places that must not be closed, None if none is."""
+    """One schema on its way; `joined` is None if no object is closed."""
 
     def __init__(
         self,
-        open_references: frozenset[str] | None,
+        joined: JoinedObjects | None,
         bounds_values: bool,
         keeps_one_of: bool,
-        references: _References,
+        references: References,
     ) -> None:
         self._references = references
         self._keeps_one_of = keeps_one_of
-        self._open_references = open_references
+        self._joined = joined
         self._bounds_values = bounds_values
         self.unenforced: dict[str, None] = {}  # in the order of their coming
 
-    def schema(self, schema: Any, pointer: str = "#", is_open: bool = False) -> Any:
-        """A schema, found at `pointer`; `is_open`: others say more about the same object."""
+    def schema(self, schema: Any, pointer: str = "#", shared: frozenset[str] | None = None) -> Any:
+        """A schema, found at `pointer`. `shared`: the properties that others speak about as well, who say more about
+        the same object; None if none does."""
         if not isinstance(schema, dict):
             return schema
         rewritten = dict(schema)
-        self._drop_annotations(rewritten)
+        self._drop_annotations(rewritten, schema)
+        self._drop_beside_loops(rewritten, schema)
         self._drop_patterns(rewritten)
         _turn_counts(rewritten)
-        self._drop_counts(rewritten)
+        self._drop_counts(rewritten, shared is not None or any(name in schema for name in (*LISTS_OF_PARTS, "$ref")))
         _turn_property_names(rewritten)
         _turn_unevaluated(rewritten)
         is_container = not any(name in _CONSTRAINTS and name not in _UNENFORCED for name in schema)
@@ -182,18 +131,20 @@ class _Rewriting:
         if _alternatives(rewritten.get("oneOf")) > 1 and not self._keeps_one_of:
             self.unenforced["oneOf"] = None
             _turn_one_of(rewritten)
-        is_closed = self._closes(schema, pointer, is_open)
+        names = self._closing_names(schema, pointer, shared)
+        inside = frozenset() if self._joined is None else shared or self._joined.shared(schema)
         for name in _OF_SCHEMAS_BY_NAME:
             if isinstance(rewritten.get(name), dict):
                 where = f"{pointer}/{name}"
                 rewritten[name] = {
-                    key: self.schema(part, f"{where}/{_escaped(key)}") for key, part in rewritten[name].items()
+                    key: self.schema(part, f"{where}/{escaped(key)}", frozenset() if key in inside else None)
+                    for key, part in rewritten[name].items()
                 }
         for name in _OF_SCHEMA_LISTS:
             if isinstance(rewritten.get(name), list):
                 given = "oneOf" if name == "anyOf" and name not in schema else name
-                is_part_open = name != "prefixItems" and (is_open or _says_more(schema, given))
-                rewritten[name] = [self.schema(part, "", is_part_open) for part in rewritten[name]]
+                is_part_open = name != "prefixItems" and (shared is not None or says_more(schema, given))
+                rewritten[name] = [self.schema(part, "", inside if is_part_open else None) for part in rewritten[name]]
         for name in _OF_SCHEMAS:
             if isinstance(rewritten.get(name), list):
                 rewritten[name] = [self.schema(part, "") for part in rewritten[name]]
@@ -204,34 +155,53 @@ class _Rewriting:
             if (
                 is_unknown
                 and isinstance(value, dict)
-                and self._references.lead_into(where := f"{pointer}/{_escaped(name)}")
+                and self._references.lead_into(where := f"{pointer}/{escaped(name)}")
             ):
                 rewritten[name] = self.schema(value, where)
-        if is_closed:
+        if names:
+            known = rewritten.get("properties", {})
+            rewritten["properties"] = known | {name: {} for name in names if name not in known}
             rewritten["additionalProperties"] = False
         if self._bounds_values:
             _bound(rewritten)
         return rewritten
 
-    def _closes(self, schema: Mapping[str, Any], pointer: str, is_open: bool) -> bool:
-        if self._open_references is None or is_open or pointer in self._open_references:
-            return False
-        says = ("additionalProperties", "unevaluatedProperties", "propertyNames", *_COMPOSING)
-        known, required = schema.get("properties"), schema.get("required", ())
-        if not (isinstance(known, dict) and known) or any(name in schema for name in says):
-            return False
-        return isinstance(required, list | tuple) and all(name in known for name in required)
+    def _closing_names(self, schema: Mapping[str, Any], pointer: str, shared: frozenset[str] | None) -> list[str]:
+        """The properties that an object may have if it is to have no others; none if it stays as it is."""
+        if self._joined is None or shared is not None or pointer in self._joined.open_references:
+            return []
+        if says_all(schema):
+            return list(schema["properties"])
+        is_alone = self._references.lead_back(schema, schema) or ("$ref" in schema and self._references.stand_alone)
+        return [] if is_alone else self._joined.names(schema)
 
-    def _drop_annotations(self, schema: dict[str, Any]) -> None:
+    def _drop_annotations(self, schema: dict[str, Any], place: Mapping[str, Any]) -> None:
         if "format" in schema and schema["format"] not in _FORMATS:
             del schema["format"]
-        if isinstance(schema.get("$ref"), str):  # the library takes nothing beside one that leads to itself
-            is_lonely = self._references.stand_alone or schema["$ref"] in self._references.loops
+        if isinstance(schema.get("$ref"), str):
+            is_lonely = self._references.stand_alone or self._references.lead_back({"$ref": schema["$ref"]}, place)
             for name in [one for one in schema if one not in _PLACES]:
                 if name in _CONSTRAINTS and not self._references.stand_alone and is_lonely:
                     self.unenforced[name] = None
                 if is_lonely or name not in _CONSTRAINTS:
                     del schema[name]
+
+    def _drop_beside_loops(self, schema: dict[str, Any], place: Mapping[str, Any]) -> None:
+        """Of parts of which one leads back to where they are joined that one is kept."""
+        for name in LISTS_OF_PARTS:
+            parts = schema.get(name)
+            if not isinstance(parts, list):
+                continue
+            looping = [part for part in parts if self._references.lead_back(part, place)]
+            if not looping:
+                continue
+            if name == "allOf" and len(schema[name]) > 1:
+                schema[name] = looping[:1]
+                self.unenforced[name] = None
+            for other in [one for one in schema if one in _CONSTRAINTS - _PLACES and one != name]:
+                del schema[other]
+                self.unenforced[other] = None
+            return
 
     def _drop_patterns(self, schema: dict[str, Any]) -> None:
         if isinstance(pattern := schema.get("pattern"), str) and is_beyond_grammars(pattern):
@@ -244,10 +214,12 @@ class _Rewriting:
             schema.pop("additionalProperties", None)
             self.unenforced["patternProperties"] = None
 
-    def _drop_counts(self, schema: dict[str, Any]) -> None:
-        """The library counts properties only where no known property may be missing."""
-        known, required = schema.get("properties"), schema.get("required", ())
-        if not isinstance(known, dict) or not isinstance(required, list | tuple) or set(known) <= set(required):
+    def _drop_counts(self, schema: dict[str, Any], is_joined: bool) -> None:
+        """The library counts properties only where no known property may be missing; others may know some."""
+        known, required = schema.get("properties", {}), schema.get("required", ())
+        if not isinstance(known, dict) or not isinstance(required, list | tuple):
+            return
+        if set(known) <= set(required) and not is_joined:
             return
         for name in ("minProperties", "maxProperties"):
             bound = schema.pop(name, None)
@@ -368,45 +340,3 @@ def _whole(value: Any) -> int:
 
 def _alternatives(schemas: Any) -> int:
     return len(schemas) if isinstance(schemas, list) else 0
-
-
-def _says_more(schema: Mapping[str, Any], of: str) -> bool:
-    """Whether an object has more to say about itself than one of its lists of alternatives or parts."""
-    if of == "allOf" and _alternatives(schema["allOf"]) > 1:
-        return True
-    others = ("properties", "additionalProperties", *_COMPOSING)
-    return any(name in schema for name in others if name != of)
-
-
-def _open_definitions(schema: Mapping[str, Any]) -> frozenset[str]:
-    """Where references lead from a place where others say more about the same object, and from there on."""
-    found: set[str] = set()
-    waiting: list[tuple[Any, bool]] = [(schema, False)]
-    places = {
-        f"#/{name}/{_escaped(key)}": part for name in ("$defs", "definitions") for key, part in _parts(schema, name)
-    }
-    while waiting:
-        part, is_open = waiting.pop()
-        if isinstance(part, list):
-            waiting += [(one, is_open) for one in part]
-        if not isinstance(part, dict):
-            continue
-        reference = part.get("$ref")
-        is_joined = is_open or (isinstance(reference, str) and _says_more(part, "$ref"))
-        if is_joined and isinstance(reference, str) and reference not in found:
-            found.add(reference)
-            waiting.append((places.get(reference), True))
-        for name, value in part.items():
-            is_list = name in ("allOf", "anyOf", "oneOf") and isinstance(value, list)
-            waiting.append((value, is_list and (is_open or _says_more(part, name))))
-    return frozenset(found)
-
-
-def _parts(schema: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
-    parts = schema.get(name)
-    return list(parts.items()) if isinstance(parts, dict) else []
-
-
-def _escaped(key: str) -> str:
-    """A name as a JSON pointer has it."""
-    return re.sub("[~/]", lambda found: "~0" if found.group() == "~" else "~1", key)

@@ -13,6 +13,7 @@ from typing import Any
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
+from easyspec.speculation.schema_references import with_plain_references
 from easyspec.speculation.schemas import JSON_WHITE_SPACE
 from gateway.text.call_blocks import (
     Block,
@@ -126,7 +127,9 @@ def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
     key = "parameters" if dialect is ToolDialect.LLAMA3_JSON else "arguments"
     functions = tools.callable_definitions
     try:
-        schemas: dict[str, Any] = {tool.name: _rerooted(tool.schema, f"#/$defs/{tool.name}") for tool in functions}
+        schemas: dict[str, Any] = {
+            tool.name: _rerooted(with_plain_references(tool.schema), f"#/$defs/{tool.name}") for tool in functions
+        }
     except RecursionError:
         raise InvalidRequestError("tools.parameters", "a schema", "fewer levels of nesting") from None
     calls = [
@@ -176,7 +179,7 @@ def _rerooted(schema: Any, root: str) -> Any:
     moved = {name: _rerooted(part, root) for name, part in schema.items() if name not in left_out}
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        if not reference.startswith("#"):
+        if reference != "#" and not reference.startswith("#/"):
             raise InvalidRequestError("tools.parameters.$ref", reference, "references within the schema")
         moved["$ref"] = root + reference[1:]
     return moved

@@ -112,6 +112,9 @@ def accepts(compiler: GrammarCompiler, folder: Path, schema: Any, value: Any, **
             ("uniqueItems",),
         ),
         ({"$ref": "#/definitions/m/if", "definitions": {"m": {"if": {"enum": [1]}, "x": TEXT}}}, "1", "2", ()),
+        ({"allOf": [AB, {"minProperties": 1}]}, {"a": "x"}, {"a": 1}, ("minProperties",)),
+        ({"allOf": [AB, {"minProperties": 0}]}, {"a": "x"}, {"a": 1}, ()),
+        ({"maxProperties": 2, "anyOf": [AB, {"type": "null"}]}, {"a": "x"}, {"a": 1}, ("maxProperties",)),
         ({"type": "array", "contains": TEXT, "minContains": 2}, [1], {}, ("contains", "minContains")),
         ({"type": "object", "properties": {"not": TEXT, "if": TEXT, "oneOf": TEXT}}, {"not": "x"}, {"not": 1}, ()),
     ],
@@ -149,6 +152,118 @@ def test_objects_are_closed_where_nothing_else_is_said_about_them(
     assert accepts(compiler, folder, schema, {"a": "x"}, closes_objects=True)
     assert accepts(compiler, folder, schema, wider)
     assert accepts(compiler, folder, schema, wider, closes_objects=True) != is_closed
+
+
+C: dict[str, Any] = {"type": "object", "properties": {"c": TEXT}}
+NODE = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}
+DEFS = {"$defs": {"ab": AB | {"required": ["a"]}, "node": NODE}}
+
+
+def nested(name: str) -> dict[str, Any]:
+    return {"properties": {"a": {"type": "object", "properties": {name: TEXT}, "required": [name]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"allOf": [AB, C]}, {"a": "x", "c": "y"}, {"a": "x", "d": 1}),
+        ({"allOf": [{"$ref": "#/$defs/ab"}, C], **DEFS}, {"a": "x", "c": "y"}, {"a": "x", "d": 1}),
+        ({"$ref": "#/$defs/ab", "properties": {"c": TEXT}, **DEFS}, {"a": "x", "c": "y"}, {"a": "x", "d": 1}),
+        (AB | {"anyOf": [C | {"required": ["c"]}, {"required": ["a"]}]}, {"b": "x", "c": "y"}, {"a": "x", "d": 1}),
+        (AB | {"oneOf": [C, {"type": "null"}]}, {"a": "x", "c": "y"}, {"a": "x", "d": 1}),
+        (C | {"allOf": [{"allOf": [AB]}, {"type": "object"}]}, {"c": "x", "b": "y"}, {"c": "x", "d": 1}),
+        ({"allOf": [{"$ref": "#/$defs/node"}, AB], **DEFS}, {"kids": [{"kids": []}], "a": "x"}, {"d": 1}),
+        ({"allOf": [nested("p"), nested("q")]}, {"a": {"p": "x", "q": "y"}}, {"b": 1}),
+        ({"type": "object", "properties": {"a": {"allOf": [AB, C]}}}, {"a": {"a": "x", "c": "y"}}, {"a": {"d": 1}}),
+    ],
+)
+def test_objects_that_several_parts_speak_about_are_closed(
+    compiler: GrammarCompiler, folder: Path, schema: Any, good: Any, bad: Any
+) -> None:
+    assert accepts(compiler, folder, schema, good, closes_objects=True)
+    assert accepts(compiler, folder, schema, bad)
+    assert not accepts(compiler, folder, schema, bad, closes_objects=True)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"additionalProperties": True},
+        {"minProperties": 1},
+        {"patternProperties": {"^x": TEXT}},
+        {"required": ["d"]},
+        {"if": {"required": ["d"]}},
+        {"enum": [{"a": "x", "d": 1}]},
+    ],
+)
+def test_objects_stay_open_where_a_part_says_more(
+    compiler: GrammarCompiler, folder: Path, part: dict[str, Any]
+) -> None:
+    assert accepts(compiler, folder, {"allOf": [AB, part]}, {"a": "x", "d": 1}, closes_objects=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad", "unenforced"),
+    [
+        (
+            {"$dynamicAnchor": "n", "properties": {"a": {"items": {"$dynamicRef": "#n"}, "type": "array"}}},
+            {"a": [{"a": []}]},
+            {"a": [{"a": 1}]},
+            (),
+        ),
+        (
+            {"$recursiveAnchor": True, "properties": {"a": {"items": {"$recursiveRef": "#"}, "type": "array"}}},
+            {"a": [{"a": []}]},
+            {"a": [{"a": 1}]},
+            (),
+        ),
+        ({"properties": {"a": {"$ref": "#n"}}, "$defs": {"n": {"$anchor": "n", **TEXT}}}, {"a": "x"}, {"a": 1}, ()),
+        (
+            {"$id": "https://x.y/z", "properties": {"a": {"$ref": "https://x.y/z#/$defs/n"}}, "$defs": {"n": TEXT}},
+            {"a": "x"},
+            {"a": 1},
+            (),
+        ),
+        (
+            {
+                "properties": {"a": {"$ref": "n#m"}, "b": {"$dynamicRef": "#m"}},
+                "$defs": {"n": {"$id": "n", "$dynamicAnchor": "m", **TEXT}},
+            },
+            {"a": "x", "b": 1},
+            {"a": 1},
+            ("$dynamicRef",),
+        ),
+        (
+            {
+                "properties": {"a": {"$dynamicRef": "#m"}},
+                "$defs": {"n": {"$dynamicAnchor": "m", **TEXT}, "k": {"$dynamicAnchor": "m"}},
+            },
+            {"a": 1},
+            [1],
+            ("$dynamicRef",),
+        ),
+        ({"enum": [{"$dynamicAnchor": "n", "$ref": "#n"}]}, {"$dynamicAnchor": "n", "$ref": "#n"}, {}, ()),
+        (
+            {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#"}, {"required": ["b"]}]}}},
+            {"a": {"a": {}}},
+            {"a": 1},
+            ("allOf",),
+        ),
+        (
+            {"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, TEXT], "not": {}, "minLength": 1}}},
+            {"a": {"a": "x"}},
+            {"a": 1},
+            ("not", "minLength"),
+        ),
+    ],
+)
+def test_references_are_followed_where_they_lead_to_one_place(
+    compiler: GrammarCompiler, folder: Path, schema: Any, good: Any, bad: Any, unenforced: tuple[str, ...]
+) -> None:
+    assert set(enforceable(json.dumps({"type": "object"} | schema)).unenforced) == set(unenforced)
+    for options in ({}, {"closes_objects": True, "bounds_values": True}):
+        assert accepts(compiler, folder, {"type": "object"} | schema, good, **options)
+        assert not accepts(compiler, folder, {"type": "object"} | schema, bad, **options)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +305,7 @@ keywords = st.recursive(
         st.fixed_dictionaries({"not": inner, "anyOf": st.lists(inner, min_size=1, max_size=2)}),
         st.fixed_dictionaries({"oneOf": st.lists(inner, min_size=1, max_size=2)}),
         st.fixed_dictionaries({"propertyNames": inner, "type": st.just("object")}),
+        st.fixed_dictionaries({"allOf": st.lists(inner, min_size=1, max_size=2)}),
     ),
     max_leaves=5,
 )
@@ -209,6 +325,14 @@ def test_a_schema_becomes_wider_and_only_where_it_says_so(schema: Any, value: An
     assert is_valid or not was_valid
     if not rewritten.unenforced:
         assert is_valid == was_valid
+
+
+@given(schema=keywords, value=values)
+def test_closing_makes_a_schema_narrower(schema: Any, value: Any) -> None:
+    closed = json.loads(enforceable(json.dumps(schema), closes_objects=True).text)
+    if jsonschema.Draft202012Validator(closed).is_valid(value):
+        wider = json.loads(enforceable(json.dumps(schema)).text)
+        assert jsonschema.Draft202012Validator(wider).is_valid(value)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 5000 + "]" * 5000])

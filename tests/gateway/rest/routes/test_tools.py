@@ -294,6 +294,16 @@ async def test_arguments_of_a_forced_call_are_checked_too(rest: Rest, tokenizer:
     assert refused(await rest.http.post("/v1/chat/completions", json=body), 400)["param"] == "tools"
 
 
+async def test_a_forced_call_follows_the_anchors_of_its_schema(rest: Rest, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#b"}}, "$defs": {"b": {"$anchor": "b", "enum": ["x"]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    named = {"type": "function", "function": {"name": "f"}}
+    message, _ = await answer(
+        rest, tokenizer, '{"name": "f", "arguments": {"a": "x"}}', tools=[tool], tool_choice=named
+    )
+    assert message["tool_calls"] == [call("f", '{"a": "x"}')]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
