@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,8 @@ from gateway.text.tokenizer import Tokenizer
 from gateway.text.tools import ToolDialect, answer_or_calls, forced_grammar
 
 _NUM_TOKENIZING = 4
+# How the grammar library tells where in a grammar it found a fault: with its lines.
+_PLACE_IN_LARK = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: | 1 \| .*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Generator:
         observer: ObservedRequest,
         progress: Progress,
     ) -> AsyncGenerator[GenerationChunk, None]:
-        arrival_ns = time.monotonic_ns()
+        arrival_ns, sent = time.monotonic_ns(), request
         self._check(request, peer_info)
         if isinstance(request.prompt, Conversation) and not request.stop.ignore_eos:
             # An answer in a conversation ends with its turn, whatever else the checkpoint calls its end.
@@ -201,9 +204,10 @@ class Generator:
                 self._choice(_sampled(request, seed=seed), prepared, peer_info.model, timeout_s, arrival_ns, progress)
                 for seed in seeds
             ]
-            async with contextlib.aclosing(merged(choices)) as chunks:
-                async for index, chunk in chunks:
-                    yield replace(chunk, choice_index=index) if index else chunk
+            with _naming_what_was_sent(sent):
+                async with contextlib.aclosing(merged(choices)) as chunks:
+                    async for index, chunk in chunks:
+                        yield replace(chunk, choice_index=index) if index else chunk
 
     async def _choice(
         self,
@@ -403,6 +407,26 @@ class Generator:
 
 def _sampled(request: GenerationRequest, **changes: Any) -> GenerationRequest:
     return replace(request, sampling=replace(request.sampling, **changes))
+
+
+@contextlib.contextmanager
+def _naming_what_was_sent(request: GenerationRequest) -> Iterator[None]:
+    """Errors about a grammar that the gateway made name what the client sent, as it was sent."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if not error.field.startswith("sampling.grammar."):
+            raise
+        reason = _PLACE_IN_LARK.sub("", error.allowed)
+        if (grammar := request.sampling.grammar) is not None:
+            allowed = error.allowed if grammar.kind is GrammarKind.LARK else reason
+            raise InvalidRequestError(f"sampling.grammar.{grammar.kind.value}", grammar.text, allowed) from error
+        assert isinstance(request.prompt, Conversation)
+        assert request.prompt.tools is not None
+        names = [tool.name for tool in request.prompt.tools.callable_definitions]
+        for name in names:
+            reason = reason.replace(f"json-schema:///#/$defs/{name}", name).replace(f"/$defs/{name}/", "/")
+        raise InvalidRequestError("tools", names, reason) from error
 
 
 def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:

@@ -26,7 +26,7 @@ from tests.conftest import NUM_KV_SLOTS
 from tests.fakes.scripted_checkpoint import write_scripted_checkpoint
 from tests.fakes.servers import serving
 from tests.fakes.services import running
-from tests.gateway.rest.conftest import answered, events_of
+from tests.gateway.rest.conftest import answered, events_of, refused
 from verifier_service.config import VerifierSettings
 from verifier_service.engine import VerifierEngine
 from verifier_service.server import VerifierServer
@@ -344,3 +344,27 @@ async def test_an_answer_goes_back_into_the_template(families: dict[str, Asked],
     ]
     reply = await families[name].reply(messages=[*asked["messages"], message, *results], tools=TOOLS)
     assert reply.called == [("weather", PARIS), ("time", {})]
+
+
+WRONG = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["a"]}
+WRONG_TOOL = {"type": "function", "function": {"name": "weather", "parameters": WRONG}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "shown"),
+    [
+        ({"guided_json": WRONG}, "guided_json", json.dumps(WRONG)[:60]),
+        ({"guided_json": WRONG, "tools": TOOLS}, "guided_json", json.dumps(WRONG)[:60]),
+        ({"tools": [WRONG_TOOL], "tool_choice": "required"}, "tools", "weather"),
+    ],
+)
+async def test_an_error_shows_the_schema_as_it_was_sent(
+    families: dict[str, Asked], fields: dict[str, Any], param: str, shown: str
+) -> None:
+    """And nothing of what became of it here."""
+    body = {"messages": [{"role": "user", "content": "Which weather?"}], "max_tokens": 20, **fields}
+    error = refused(await families["qwen3"].http.post("/v1/chat/completions", json=body), 400)
+    assert error["param"] == param
+    assert shown in error["message"]
+    for ours in ("x-guidance", "additionalProperties", "$defs", "start:"):
+        assert ours not in error["message"]
