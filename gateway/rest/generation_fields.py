@@ -71,7 +71,7 @@ class GenerationFields(StructuredFields):
         None, description="Choices to make of each prompt, 1 to 16 unless the gateway is set otherwise."
     )
     stop: Text | ListOf[Text] | None = Field(None, description="At most 16 texts that end the output.")
-    seed: Annotated[int, Strict(), Field(ge=-(2**63))] | None = Field(
+    seed: Annotated[int, Strict(), Field(ge=-(2**63), le=MAX_SEED)] | None = Field(
         None, description="Same seed, same text. Unset: drawn, and reported in `metrics`."
     )
     temperature: Number | None = Field(

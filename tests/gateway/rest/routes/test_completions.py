@@ -109,6 +109,19 @@ async def test_a_seed_is_drawn_told_and_reproduces(rest: Rest) -> None:
     assert again["choices"] == first["choices"]
 
 
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
+async def test_a_seed_may_be_any_of_64_bits_with_a_sign_or_without(rest: Rest, seed: int) -> None:
+    body = await rest.completion(temperature=1, seed=seed, n=2)
+    assert body["metrics"]["seed"] == seed
+    assert (await rest.completion(temperature=1, seed=seed, n=2))["choices"] == body["choices"]
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+async def test_an_error_about_a_seed_tells_its_true_range(rest: Rest, seed: int) -> None:
+    error = refused(await rest.http.post("/v1/completions", json=completion_body(seed=seed)), 400)
+    assert str(2**64 - 1 if seed > 0 else -(2**63)) in error["message"]
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, "über 😀"])
 async def test_echo_begins_with_the_prompt(rest: Rest, tokenizer: Tokenizer, prompt: str) -> None:
     plain = await rest.completion(prompt=prompt, max_tokens=5)
