@@ -36,8 +36,8 @@ def ran(folder: Path, package: str, *command: str, **environment: str) -> str:
     return ended.stdout
 
 
-def told(folder: Path, package: str, script: str, base_url: str) -> dict[str, Any]:
-    lines = ran(folder, package, str(SCRIPTS / script), base_url).splitlines()
+def told(folder: Path, package: str, script: str, *base_urls: str) -> dict[str, Any]:
+    lines = ran(folder, package, str(SCRIPTS / script), *base_urls).splitlines()
     results: dict[str, Any] = json.loads(lines[-1])
     return results
 
@@ -66,17 +66,24 @@ def test_litellm(base_url: str, tmp_path: Path) -> None:
 
 
 def test_instructor(base_url: str, tmp_path: Path) -> None:
-    for city in told(tmp_path, "instructor", "instructor_client.py", base_url).values():
+    results = told(tmp_path, "instructor", "instructor_client.py", base_url)
+    whole, streamed = results["texts"]
+    assert whole == streamed != ""
+    for city in (*results["typed"].values(), results["call"], results["after"]):
         check_typed(city)
+    assert len(results["typed"]) == 4
+    assert results["spoken"] in ("stop", "length")
 
 
-def test_pydantic_ai(base_url: str, tmp_path: Path) -> None:
-    results = told(tmp_path, "pydantic-ai-slim[openai]", "pydantic_ai_client.py", base_url)
+def test_pydantic_ai(base_url: str, calling_url: str, tmp_path: Path) -> None:
+    results = told(tmp_path / "packages", "pydantic-ai-slim[openai]", "pydantic_ai_client.py", base_url, calling_url)
     for api in ("OpenAIChatModel", "OpenAIResponsesModel"):
         whole, streamed = results[api]["texts"]
         assert whole == streamed != ""
         check_typed(results[api]["typed"])
         assert isinstance(results[api]["after"], str)
+        assert results[api]["called"] == ["Paris", "Paris"]
+        assert results[api]["spoken"] == ["".join(_SPEAKS)] * 2
 
 
 def test_openai_agents(base_url: str, tmp_path: Path) -> None:
