@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rest import connection, listener
+from gateway.rest import connection, server
 from tests.fakes.services import FakePair
 from tests.gateway.rest.conftest import Rest, completion_body, serving_rest
 
@@ -96,7 +96,7 @@ async def test_a_request_under_way_is_not_hurried(rest: Rest, monkeypatch: pytes
 async def test_the_connection_that_is_idle_longest_makes_room(
     pair: FakePair, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "most_connections", lambda: 4)
+    monkeypatch.setattr(server, "most_connections", lambda: 4)
     async with serving_rest(pair, tokenizer_folder) as rest:
         pair.verifier.delay_s = 0.02
         body = completion_body(max_tokens=60, speculation={"mode": "off"})
@@ -117,7 +117,7 @@ async def test_the_connection_that_is_idle_longest_makes_room(
 async def test_if_all_are_busy_a_new_one_is_refused(
     pair: FakePair, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "most_connections", lambda: 1)
+    monkeypatch.setattr(server, "most_connections", lambda: 1)
     async with serving_rest(pair, tokenizer_folder) as rest:
         pair.verifier.delay_s = 0.02
         body = completion_body(max_tokens=60, speculation={"mode": "off"})
