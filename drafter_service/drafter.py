@@ -142,8 +142,7 @@ class Drafter:
             timings = state.drafting.timings()
             state.drafting = None
             if self._ahead is not None and session.choices.ahead.is_on and session.request.drafts_ahead:
-                self._ahead.begin(state, round_.sent, round_.budget)
-                round_.went_ahead = True
+                round_.went_ahead = self._ahead.begin(state, round_.sent, round_.budget)
         timings = replace(timings, queue_ns=(task.begun_ns or task.arrived_ns) - task.arrived_ns)
         task.finish(Draft(len(session.token_ids), tree, timings, node_sources))
         return len(task.calibration.token_ids) + len(tree)

@@ -35,8 +35,9 @@ class Guess:
 
     @property
     def bonus_slot(self) -> list[int]:
-        """The slot of the bonus token, once it is read."""
-        return [int(self.state.slots.by_position[self.state.slots.num_cached - 1])] if self.is_read else []
+        """The slot of the bonus token, once it has one: before the pass that reads it, which may fail."""
+        slots = self.state.slots
+        return [] if self.state.num_uncached else [int(slots.by_position[slots.num_cached - 1])]
 
 
 @dataclass(eq=False)

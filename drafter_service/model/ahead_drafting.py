@@ -41,18 +41,18 @@ class AheadDrafting:
         self._memory = drafting.memory
         self._num_guesses = num_guesses
 
-    def begin(self, state: ModelState, sent: ScoredTree, budget: TreeBudget) -> None:
-        """Begin behind a tree that has just been sent; sessions that this does not fit go without."""
+    def begin(self, state: ModelState, sent: ScoredTree, budget: TreeBudget) -> bool:
+        """Begin behind a tree that has just been sent; False for sessions that this does not fit, which go without."""
         request = state.request
         is_plain = state.exits is None and request.calibration and request.preference is None
         is_plain = is_plain and self._decoder.config.pard_token is None
         if not is_plain or state.slots.num_cached != state.num_exact:
-            return
+            return False
         rows = likeliest_rows(sent, _MOST_ROWS)
         deepest = max((sent.tree.row_depths[row] for row in rows), default=0)
         num_left = request.max_length - len(state.token_ids) - budget.num_levels - 1
         if deepest > num_left or not self._has_room(len(rows)):
-            return
+            return False
         slots = dict(zip(rows, self._memory.allocate(len(rows)), strict=True))
         trunk = state.branch((), ())
         trunk.tree, trunk.tree_slots = LevelTree(budget, state.sharpness), slots
@@ -60,6 +60,7 @@ class AheadDrafting:
             trunk.tree.add(sent.tree.parent_rows[node], token_id, sent.log_values[node])
         trunk.tree.frontier = rows
         state.ahead = Ahead(self._memory, sent, budget, slots, trunk)
+        return True
 
     def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> None:
         """The verdict has come, and the session has begun its next tree: keep what came true."""

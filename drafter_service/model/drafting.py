@@ -166,6 +166,8 @@ class ModelDrafting:
             num_nodes = len(state.growing.frontier)
             if state in holders.states and holders.make_room(num_nodes, state):
                 frontiers.append((state, state.frontier_segment(self.memory.allocate(num_nodes))))
+        # An older session that came later may have taken the slots of one before it.
+        frontiers = [frontier for frontier in frontiers if frontier[0] in holders.states]
         for (plan, is_early), group in by_way(frontiers, _way_of_frontier):
             if is_early:
                 self._early_levels.grow(group, plan)

@@ -250,6 +250,32 @@ def test_one_who_waits_for_a_tree_is_told_at_once_that_its_memory_is_gone(draft_
     assert core.memory.num_used_slots == 0
 
 
+@pytest.mark.parametrize("num_kv_slots", [128, 144])
+def test_a_session_that_loses_its_memory_takes_no_part_in_the_pass(
+    draft_folder: Path, monkeypatch: pytest.MonkeyPatch, num_kv_slots: int
+) -> None:
+    """Or its rows would be written into slots that are free, or another session's."""
+    core = build_core(draft_folder, num_kv_slots=num_kv_slots)
+
+    def watched(layout: RowLayout, *args: Any, **kwargs: Any) -> Any:
+        assert set(layout.rows.slots.tolist()).isdisjoint(core.memory._free)
+        return forward(layout, *args, **kwargs)
+
+    forward = core.model.decoder.forward
+    monkeypatch.setattr(core.model.decoder, "forward", watched)
+    old, young, wide = core.open(PROMPT), core.open(tuple(range(60, 110))), TreeBudget(9, 8, 64)
+    both = [core.ask(young, 50, (1,), wide)]
+    for _ in range(5):  # it gets ahead by some levels
+        core.drafter.step()
+    both.append(core.ask(old, 6, (1,), wide))
+    while not all(task.future.done() for task in both):
+        core.drafter.step()
+    assert core.drafter.usage().num_preemptions == 1
+    core.close(old)
+    core.close(young)
+    assert core.memory.num_used_slots == 0
+
+
 def test_a_late_session_joins_at_the_next_level(core: CoreDriver) -> None:
     first, late = core.open(PROMPT), core.open(PROMPT[:4])
     deep = core.ask(first, 6, (1,), TreeBudget(6, 2, 64))

@@ -153,6 +153,29 @@ def test_a_fault_frees_what_was_drafted_ahead(ahead: CoreDriver) -> None:
     ahead.close(session_id)
 
 
+def test_a_pass_that_fails_ahead_keeps_no_slots(ahead: CoreDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no idea")
+
+    session_id = ahead.open(PROMPT, SAMPLED)
+    answer(ahead, ahead.ask(session_id, len(PROMPT), (9,), BUDGET))  # which reads the tree that is sent, too
+    monkeypatch.setattr(ahead.model.decoder, "forward", fail)
+    with pytest.raises(RuntimeError, match="no idea") as failure:
+        ahead.drafter.step()
+    ahead.drafter.abandon(failure.value)
+    ahead.close(session_id)
+
+
+def test_only_rounds_that_go_ahead_are_counted_as_such(ahead: CoreDriver) -> None:
+    session_id = ahead.open(PROMPT, SAMPLED, max_total_length=len(PROMPT) + 3)
+    answer(ahead, ahead.ask(session_id, len(PROMPT), (9,), BUDGET))
+    round_ = ahead.drafter._sessions[session_id].round
+    assert round_ is not None
+    assert ahead.state(session_id).ahead is None, "the end is too near"
+    assert not round_.went_ahead
+    ahead.close(session_id)
+
+
 def test_the_likeliest_rows_come_with_their_parents() -> None:
     tree = TokenTree((5, 6, 7, 8, 9), (0, 0, 2, 2, 4))
     sent = ScoredTree(tree, (-1.0, -0.5, -2.0, -0.9, -1.5))
