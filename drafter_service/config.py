@@ -105,20 +105,6 @@ class DrafterSettings(EngineSettings):
         "runs the attention of its layers of a group, and all the MLPs alike (or, staged, those of its layers), which "
         "is the paper's way; layers-sharded-mlp splits sequential MLPs over the ranks; tensor splits every layer.",
     )
-    initial_sharpness: float = Field(
-        default=2.0,
-        ge=0.25,
-        le=4.0,
-        description="How far the draft's ranking is trusted when a session starts, 0.25 to 4. 2 was best or near it on "
-        "the bundled pair, greedy and sampled (docs/decisions/0004).",
-    )
-    sharpness_rate: float = Field(
-        default=0.1,
-        ge=0.0,
-        le=1.0,
-        description="How fast that trust follows the verdicts of the session, 0 (never) to 1. 0.1 was best with "
-        "trees of 15 nodes.",
-    )
 
     @property
     def draft_sources(self) -> DraftSources:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from drafter_service.fusion.fused_drafting import FusedDrafting
 from drafter_service.fusion.learned import Learned
 from drafter_service.fusion.rounds import Rounds, read_prompts
-from drafter_service.request import DrafterLimits, DraftRequest
+from drafter_service.request import DrafterLimits
 from drafter_service.session import DraftTask, OpenTask, Session
 from drafter_service.text.guessers import NO_RESOURCES, TextResources
 from drafter_service.worth import ByTarget
@@ -24,7 +24,7 @@ from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 if TYPE_CHECKING:  # a drafter without a model has no torch
-    from drafter_service.model.ahead_drafting import AheadDrafting
+    from drafter_service.model.ahead import AheadDrafting
     from drafter_service.model.drafting import ModelDrafting
     from drafter_service.model.state import ModelState
 
@@ -92,7 +92,8 @@ class Drafter:
         drafted = [session for session in self._sessions.values() if session.is_drafted]
         num_rows = sum(self._answer(session) for session in drafted)
         has_more = any(session.is_busy for session in self._sessions.values())
-        is_going_ahead = not has_more and self._go_ahead()
+        # As none waits for the device.
+        is_going_ahead = not has_more and self._ahead is not None and self._ahead.step(self._states())
         duration_ns = time.monotonic_ns() - started_ns
         if drafted:
             self._on_step(StepReport("draft", duration_ns, num_rows, len(drafted)))
@@ -110,27 +111,27 @@ class Drafter:
         if not round_.has_model:
             state.drop_ahead()
             return
-        said = state.said_since
+        said, ahead = state.said_since, state.ahead
+        state.ahead = None
         self._model.begin(state, budget, session.choices.token_time.seconds)
-        if self._ahead is not None:
-            self._ahead.take_up(state, said, budget)
+        if ahead is not None:
+            ahead.take_up(state, said, budget)
 
     def _step_model(self) -> None:
         """A step of the draft model. Sessions whose slots went to older ones are over: they learn so at once, or when
         they ask for the next tree."""
         if self._model is None:
             return
-        by_state = {id(session.model): session for session in self._sessions.values() if session.model is not None}
-        for state in self._model.step([s.model for s in by_state.values() if s.model is not None]):
+        by_state = {id(session.model): session for session in self._sessions.values()}
+        for state in self._model.step(self._states()):
             session = by_state[id(state)]
             session.model = None
             self._break(session, CapacityError(_EVICTED))
             self._evicted.add(session.session_id)
 
-    def _go_ahead(self) -> bool:
-        """One pass of what sessions draft ahead, as none waits for the device; whether it computed anything."""
-        states = [session.model for session in self._sessions.values() if session.model is not None]
-        return self._ahead is not None and self._ahead.step(states)
+    def _states(self) -> list[ModelState]:
+        """What the draft model holds, of the oldest session first."""
+        return [session.model for session in self._sessions.values() if session.model is not None]
 
     def _answer(self, session: Session) -> int:
         """Answer the session's task with its tree; returns the rows of the round."""
@@ -138,9 +139,8 @@ class Drafter:
         assert task is not None, "it is drafted"
         tree, node_sources = self._rounds.finish(session)
         timings, state, round_ = DraftTimings(), session.model, session.round
-        if state is not None and state.drafting is not None and round_ is not None:
-            timings = state.drafting.timings()
-            state.drafting = None
+        if state is not None and state.timings is not None and round_ is not None:
+            timings, state.timings = state.timings, None
             if self._ahead is not None and session.choices.ahead.is_on and session.request.drafts_ahead:
                 round_.went_ahead = self._ahead.begin(state, round_.sent, round_.budget)
         timings = replace(timings, queue_ns=(task.begun_ns or task.arrived_ns) - task.arrived_ns)
@@ -149,9 +149,8 @@ class Drafter:
 
     def abandon(self, error: BaseException) -> None:
         """End every session with work or a waiting task, whose KV may be half written, and fail the tasks."""
-        for session in self._sessions.values():
-            if session.model is not None:
-                session.model.drop_ahead()
+        for state in self._states():
+            state.drop_ahead()
         for session in [session for session in self._sessions.values() if session.is_busy]:
             if session.model is not None:
                 session.model.give_up()
@@ -173,24 +172,11 @@ class Drafter:
         session = Session(next(self._session_ids), request, token_ids, choices)
         if request.asks_model:
             assert self._model is not None, "sessions ask for sources that are here"
-            is_alone = all(other.model is None for other in self._sessions.values())
-            session.model = self._open_model(self._model, request, token_ids, is_alone=is_alone)
+            session.model = self._model.open(request, token_ids, self._states())
         if request.asks_text:
             session.text = FusedDrafting(self._resources, request, token_ids, learned.estimate)
         self._sessions[session.session_id] = session
         return session.session_id
-
-    def _open_model(
-        self, model: ModelDrafting, request: DraftRequest, token_ids: list[int], *, is_alone: bool
-    ) -> ModelState:
-        """What the model holds of a new session, for which nothing that is drafted ahead keeps room from it."""
-        try:
-            return model.open(request, token_ids, is_alone=is_alone)
-        except CapacityError:
-            for other in self._sessions.values():
-                if other.model is not None:
-                    other.model.drop_ahead()
-            return model.open(request, token_ids, is_alone=is_alone)
 
     def _commit(self, task: DraftTask) -> None:
         """Append the verdict's tokens; the stale and the malformed change nothing."""

@@ -13,9 +13,8 @@ from drafter_service.drafter import Drafter
 from drafter_service.early_exit.exits import EarlyExits
 from drafter_service.early_exit.gate import ExitGate
 from drafter_service.fusion.rounds import Rounds
-from drafter_service.model.ahead_drafting import AheadDrafting
+from drafter_service.model.ahead import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
-from drafter_service.model.growth import RankingSettings
 from drafter_service.model.plan_choice import candidate_plans, fastest_plan, settle_threads, time_plans
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.request import DrafterLimits
@@ -62,13 +61,11 @@ class DrafterEngine(DrafterShell):
         plan = _default_plan(settings, loaded)
         self.layer_groups = str(plan)
         self.layer_plan = LayerPlanRequest(max(len(group) for group in plan.groups), plan.mlp, calibration=True)
-        ranking = RankingSettings(settings.initial_sharpness, settings.sharpness_rate)
         model = ModelDrafting(
             loaded.decoder,
             loaded.memory,
             settings.prefill_chunk,
             settings.max_tree_nodes,
-            ranking,
             settings.max_prefill_slowdown,
             early_exits=EarlyExits(loaded.decoder, loaded.memory.pool, ExitGate(), settings.max_batch_rows),
             max_batch_rows=settings.max_batch_rows,

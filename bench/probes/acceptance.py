@@ -126,7 +126,7 @@ def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) ->
     found: dict[tuple[str, float], Acceptance] = {}
     for answer in answers:
         request = DraftRequest(answer.sampling, plan, len(answer.prompt) + len(answer.output))
-        state = drafting.open(request, [*answer.prompt], is_alone=True)
+        state = drafting.open(request, [*answer.prompt])
         acceptance = found.setdefault((answer.kind, answer.sampling.temperature), Acceptance(budget.num_levels))
         position, new = 1, answer.output[:1]
         while position < len(answer.output):
@@ -146,7 +146,7 @@ def _drafted(drafting: ModelDrafting, state: ModelState, new: Sequence[int], bud
     while not state.is_done:
         drafting.step([state])
     tree = state.growing.scored().pruned(budget.num_nodes).tree
-    state.drafting = None
+    state.timings = None
     return tree
 
 

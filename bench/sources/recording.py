@@ -103,9 +103,7 @@ def _record_model_trees(recorded: Sequence[Recorded]) -> None:
     for begin in range(0, len(recorded), _NUM_AT_ONCE):
         batch = recorded[begin : begin + _NUM_AT_ONCE]
         requests = [DraftRequest(one.sampling, plan, len(one.prompt) + len(one.output)) for one in batch]
-        states = [
-            drafting.open(request, [*one.prompt], is_alone=True) for one, request in zip(batch, requests, strict=True)
-        ]
+        states = [drafting.open(request, [*one.prompt]) for one, request in zip(batch, requests, strict=True)]
         for position in range(len(recorded[begin].output) - 1):
             for one, state in zip(batch, states, strict=True):
                 state.token_ids.append(one.output[position])
@@ -114,7 +112,7 @@ def _record_model_trees(recorded: Sequence[Recorded]) -> None:
                 drafting.step(states)
             for one, state in zip(batch, states, strict=True):
                 one.model_trees.append(state.growing.scored())
-                state.drafting = None
+                state.timings = None
         for state in states:
             state.close()
 

@@ -72,6 +72,23 @@ class _Level:
         self.seen.append(candidates)
         self.confidences.append(weighed / max(sum(weights), 1e-30))
 
+    def leave(self, exit_index: int) -> None:
+        """Make the last exit's candidates the next level of the tree."""
+        if not self.is_first:
+            self.exits.nodes_arrive(exit_index, self.rows, self.hidden)
+        for index, row in enumerate(self.rows):
+            self.exits.exit_of_row[row] = exit_index
+            self.exits.looks[row] = [
+                Look(confidence, candidates[index].token_ids[: self.exits.num_counted])
+                for confidence, candidates in zip(self.confidences, self.seen, strict=True)
+            ]
+        self.state.growing.add_level(self.seen[-1])
+
+    def ancestors(self) -> list[int]:
+        """Rows between the root and the level's rows, parents first."""
+        tree = self.state.growing
+        return sorted({above for row in self.rows for above in tree.path_rows(row)[:-1]})
+
 
 class EarlyExits:
     """Runs levels of sessions that may leave early; their states have `exits`."""
@@ -93,11 +110,9 @@ class EarlyExits:
 
     def learn(self, state: ModelState) -> None:
         """Tell the gate what became of the last tree; to be called before the session begins another."""
-        exits = _exits(state)
-        now_ns = self._clock_ns()
+        exits, now_ns, said = _exits(state), self._clock_ns(), state.said_since
         if exits.began_ns is not None and exits.looks:
             num_right = 0
-            said = state.said_since
             for row, token_id, child in follow(state.growing, said):
                 if row not in exits.looks:
                     break
@@ -107,57 +122,36 @@ class EarlyExits:
             self._gate.observe_round(state.request.target, elapsed_s, len(said), num_right)
         exits.began_ns = now_ns
 
-    def calibrate(self, chains: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """A pass over new committed tokens, as deep as the first level of each tree goes; adds that level.
+    def run(self, members: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
+        """Run the rows of sessions as deep as the gate says, and add the levels that they give: all of the members are
+        at their first level, whose rows are new committed tokens, or none is.
 
-        `plan` is the sequential one, but for sessions that are to do without calibration.
+        `plan` is the sequential one for a first level, but for sessions that are to do without calibration.
         """
-        started_ns = self._clock_ns()
         self._layouts.clear()
-        segments = [segment for _, segment in chains]
-        hidden = self._run(segments, plan, range(_exits(chains[0][0]).exits[0]))
+        first_exit = range(_exits(members[0][0]).exits[0])
         levels = []
-        for (state, _), part in zip(chains, hidden, strict=True):
-            exits = _exits(state)
-            exits.arrive(0, part)
-            levels.append(_Level(state, exits, (0,), part[-1:]))
-        self._go_down(levels, plan)
-        for state, _ in chains:
-            exits = _exits(state)
-            is_exact = state.request.calibration and plan == self._decoder.sequential_plan
-            if is_exact and exits.is_whole_asked:
-                state.num_exact = state.slots.num_cached - exits.num_waiting
-            assert state.drafting is not None, "a round is under way"
-            state.drafting.is_calibrated = True
-            state.drafting.calibrate_ns += self._clock_ns() - started_ns
-
-    def grow(self, frontiers: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """One fuzzy pass over the frontiers, each as deep as its gates say, and the level that it gives."""
-        started_ns = self._clock_ns()
-        self._layouts.clear()
-        segments = [segment for _, segment in frontiers]
-        hidden = self._run(segments, plan, range(_exits(frontiers[0][0]).exits[0]))
-        levels = [
-            _Level(state, _exits(state), tuple(state.growing.frontier), part)
-            for (state, _), part in zip(frontiers, hidden, strict=True)
-        ]
-        self._go_down(levels, plan)
-        for state, _ in frontiers:
-            assert state.drafting is not None, "a round is under way"
-            state.drafting.num_fuzzy_steps += 1
-            state.drafting.fuzzy_ns += self._clock_ns() - started_ns
-
-    def _go_down(self, levels: Sequence[_Level], plan: LayerPlan) -> None:
-        """From exit to exit until all levels have left."""
-        exit_index = 0
+        for (state, _), hidden in zip(members, self._pass([s for _, s in members], plan, first_exit), strict=True):
+            level = _Level(state, _exits(state), tuple(state.growing.frontier), hidden)
+            if level.is_first:
+                level.exits.arrive(0, hidden)
+                level.hidden = hidden[-1:]
+            levels.append(level)
         self._look(levels)
-        while levels := self._who_goes_on(levels, exit_index):
+        going, exit_index = self._going_on(levels, 0), 0
+        while going:
             started_ns = self._clock_ns()
-            stage = _stage(levels, exit_index)
-            self._descend(levels, exit_index, plan)
-            self._look(levels)
+            stage = _stage(going, exit_index)
+            self._descend(going, exit_index, plan)
+            self._look(going)
             self._gate.observe_stage(stage, (self._clock_ns() - started_ns) * _NS)
             exit_index += 1
+            going = self._going_on(going, exit_index)
+        for level in levels:
+            state, exits = level.state, level.exits
+            is_exact = state.request.calibration and plan == self._decoder.sequential_plan
+            if level.is_first and is_exact and exits.is_whole_asked:
+                state.num_exact = state.slots.num_cached - exits.num_waiting
 
     def _look(self, levels: Sequence[_Level]) -> None:
         logits = self._decoder.logits(torch.cat([level.hidden for level in levels]))
@@ -165,8 +159,8 @@ class EarlyExits:
         for level, candidates in zip(levels, ranked, strict=True):
             level.look(candidates)
 
-    def _who_goes_on(self, levels: Sequence[_Level], exit_index: int) -> list[_Level]:
-        """Let the others leave, with the candidates that they have."""
+    def _going_on(self, levels: Sequence[_Level], exit_index: int) -> list[_Level]:
+        """The levels that go on; the others leave, with the candidates that they have."""
         may = [level for level in levels if exit_index < level.exits.last_exit]
         wished = self._gate.goes_on(_stage(may, exit_index), [level.view() for level in may]) if may else []
         going = [
@@ -176,42 +170,42 @@ class EarlyExits:
         ]
         for level in levels:
             if level not in going:
-                _leave(level, exit_index)
+                level.leave(exit_index)
         return going
 
     def _descend(self, levels: Sequence[_Level], exit_index: int, plan: LayerPlan) -> None:
-        """From one exit to the next: committed tokens that wait there, exactly; then nodes, by the plan."""
+        """From one exit to the next: committed tokens that wait there, exactly; then the levels' rows and those they
+        descend from that wait there, by the plan."""
         exits = levels[0].exits.exits
         layers = range(exits[exit_index], exits[exit_index + 1])
         behind = [level for level in levels if level.exits.num_waiting_at(exit_index) > 0]
         if behind:
-            waiting = [level.exits.waiting_hidden(exit_index) for level in behind]
-            segments = [_committed_segment(level, exit_index) for level in behind]
-            arrived = self._run(segments, self._decoder.sequential_plan, layers, torch.cat(waiting))
+            waiting = torch.cat([level.exits.waiting_hidden(exit_index) for level in behind])
+            segments = [
+                level.state.committed_segment(level.exits.waiting_positions(exit_index, level.state.slots.num_cached))
+                for level in behind
+            ]
+            arrived = self._pass(segments, self._decoder.sequential_plan, layers, waiting)
             for level, part in zip(behind, arrived, strict=True):
                 level.exits.arrive(exit_index + 1, part)
                 if level.is_first:
                     level.hidden = part[-1:]
-        growing = [level for level in levels if not level.is_first]
-        if growing:
-            self._descend_nodes(growing, exit_index, layers, plan)
-
-    def _descend_nodes(self, levels: Sequence[_Level], exit_index: int, layers: range, plan: LayerPlan) -> None:
-        """The levels' rows, and those they descend from that wait at the exit."""
-        ancestors = [level.exits.nodes_at(exit_index, _ancestors(level)) for level in levels]
+        growing = [
+            (level, level.exits.nodes_at(exit_index, level.ancestors())) for level in levels if not level.is_first
+        ]
+        if not growing:
+            return
         hidden = [
-            torch.cat([*(level.exits.node_hidden(row)[None] for row in rows), level.hidden])
-            for level, rows in zip(levels, ancestors, strict=True)
+            torch.cat([*(level.exits.node_hidden(row)[None] for row in above), level.hidden])
+            for level, above in growing
         ]
-        segments = [
-            level.state.node_segment([*rows, *level.rows]) for level, rows in zip(levels, ancestors, strict=True)
-        ]
-        arrived = self._run(segments, plan, layers, torch.cat(hidden))
-        for level, rows, part in zip(levels, ancestors, arrived, strict=True):
-            level.exits.nodes_arrive(exit_index + 1, rows, part[: len(rows)])
-            level.hidden = part[len(rows) :]
+        segments = [level.state.node_segment([*above, *level.rows]) for level, above in growing]
+        arrived = self._pass(segments, plan, layers, torch.cat(hidden))
+        for (level, above), part in zip(growing, arrived, strict=True):
+            level.exits.nodes_arrive(exit_index + 1, above, part[: len(above)])
+            level.hidden = part[len(above) :]
 
-    def _run(
+    def _pass(
         self, segments: Sequence[Segment], plan: LayerPlan, layers: range, hidden: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """What each segment's rows, of a session each, come to at the end of `layers`; in passes of bounded size."""
@@ -242,35 +236,3 @@ def _stage(levels: Sequence[_Level], exit_index: int) -> Stage:
     is_first = levels[0].is_first
     catches_up = not is_first and any(level.exits.num_waiting_at(exit_index) for level in levels)
     return Stage(exit_index, is_first, catches_up)
-
-
-def _leave(level: _Level, exit_index: int) -> None:
-    """Make the last exit's candidates the next level of the tree."""
-    exits = level.exits
-    if not level.is_first:
-        exits.nodes_arrive(exit_index, level.rows, level.hidden)
-    for index, row in enumerate(level.rows):
-        exits.exit_of_row[row] = exit_index
-        exits.looks[row] = [
-            Look(confidence, candidates[index].token_ids[: exits.num_counted])
-            for confidence, candidates in zip(level.confidences, level.seen, strict=True)
-        ]
-    level.state.growing.add_level(level.seen[-1])
-
-
-def _ancestors(level: _Level) -> list[int]:
-    """Rows between the root and the level's rows, parents first."""
-    parent_rows = level.state.growing.parent_rows
-    found: set[int] = set()
-    for row in level.rows:
-        above = parent_rows[row - 1]
-        while above > 0 and above not in found:
-            found.add(above)
-            above = parent_rows[above - 1]
-    return sorted(found)
-
-
-def _committed_segment(level: _Level, exit_index: int) -> Segment:
-    """Rows for the committed tokens that wait at an exit."""
-    state = level.state
-    return state.committed_segment(level.exits.waiting_positions(exit_index, state.slots.num_cached))

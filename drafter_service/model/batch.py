@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from drafter_service.model.state import Drafting, ModelState
+from drafter_service.model.state import ModelState
 from easyspec.engine.room import make_room
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.row_layout import Segment
@@ -17,16 +17,14 @@ _WayT = TypeVar("_WayT")
 
 
 class EarlyLevels(Protocol):
-    """Runs levels of sessions whose states have `exits`; each call is about states of one plan."""
+    """Runs levels of sessions whose states have `exits`."""
 
     def learn(self, state: ModelState) -> None:
         """Learn from the verdict on the last tree."""
 
-    def calibrate(self, chains: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """Run new committed tokens as deep as the first level goes, and add that level."""
-
-    def grow(self, frontiers: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """Run the frontiers, and add the level that they give."""
+    def run(self, members: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
+        """Run the rows of sessions as deep as their next levels go, and add these levels; all of the members are at
+        their first level, whose rows are new committed tokens, or none is."""
 
 
 class Holders:
@@ -38,9 +36,9 @@ class Holders:
         self._memory = memory
 
     @property
-    def draftings(self) -> list[tuple[ModelState, Drafting]]:
+    def drafting(self) -> list[ModelState]:
         """Those with a round under way."""
-        return [(state, state.drafting) for state in self.states if state.drafting is not None]
+        return [state for state in self.states if state.timings is not None]
 
     def make_room(self, num_slots: int, state: ModelState) -> bool:
         """Whether there are so many slots, if need be from younger sessions; else the session gives way itself."""

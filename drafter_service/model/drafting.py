@@ -18,10 +18,10 @@ import torch
 
 from drafter_service.model.batch import EarlyLevels, Holders, by_way, fitting
 from drafter_service.model.exit_state import ExitState
-from drafter_service.model.growth import DEFAULT_RANKING, RankingSettings, Sharpness
+from drafter_service.model.growth import Sharpness
 from drafter_service.model.parallel_levels import add_levels, with_masks
 from drafter_service.model.ranking import rank_level
-from drafter_service.model.state import Drafting, ModelState
+from drafter_service.model.state import ModelState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
 from drafter_service.request import DraftRequest
 from easyspec.engine.average import clock_average
@@ -41,13 +41,13 @@ _DRAFTING_WITHIN_NS = 1_000_000_000
 
 @dataclass(frozen=True)
 class _Chain:
-    """Committed tokens to compute: a chunk of a prompt, or (with a drafting) all that a calibration covers, and behind
-    them mask tokens in `mask_slots` if the draft model fills in further levels at once."""
+    """Committed tokens to compute: a chunk of a prompt, or all that a calibration covers, and behind them `num_masks`
+    mask tokens if the draft model fills in further levels at once."""
 
     state: ModelState
     segment: Segment
-    drafting: Drafting | None
-    mask_slots: Sequence[int] = ()
+    is_prompt: bool
+    num_masks: int = 0
 
 
 class ModelDrafting:
@@ -63,7 +63,6 @@ class ModelDrafting:
         memory: KvMemory,
         prefill_chunk: int,
         max_tree_slots: int,
-        ranking: RankingSettings = DEFAULT_RANKING,
         max_prefill_slowdown: float = 1.7,
         early_exits: EarlyLevels | None = None,
         max_batch_rows: int = 512,
@@ -73,7 +72,6 @@ class ModelDrafting:
     ) -> None:
         self.decoder = decoder
         self.memory = memory
-        self._ranking = ranking
         self._bridge = bridge
         self._max_batch_rows = max_batch_rows
         self._early = early_exits
@@ -85,13 +83,24 @@ class ModelDrafting:
         self._served = itertools.count(1)
         self._last_draft_ns = -_DRAFTING_WITHIN_NS
 
-    def open(self, request: DraftRequest, token_ids: list[int], *, is_alone: bool) -> ModelState:
-        """A session's state, if there is room for its prompt and a tree or it `is_alone`; raises CapacityError."""
-        sharpness = Sharpness(self._ranking)
-        state = ModelState(request, token_ids, self.memory, sharpness, self._exit_state(request), self._bridge)
+    def open(self, request: DraftRequest, token_ids: list[int], others: Sequence[ModelState] = ()) -> ModelState:
+        """A session's state, if there is room for its prompt and a tree beside `others`, or there are none.
+
+        Nothing that others draft ahead keeps room from it; raises CapacityError.
+        """
+        exits, config = None, self.decoder.config
+        if DraftSources.EARLY_EXIT in request.sources:
+            assert config.early_exits, "sessions ask for sources that are here"
+            # Levels may go through all layers if the model is asked too.
+            last = [config.num_layers] if DraftSources.MODEL in request.sources else []
+            exits = ExitState([*config.early_exits, *last], config.num_layers)
+        state = ModelState(request, token_ids, self.memory, Sharpness(), exits, self._bridge)
         num_hit = state.take_prefix()
         wanted = state.num_uncached + self.max_tree_slots
-        if not is_alone and wanted > self.memory.num_available:
+        for other in others:
+            if wanted > self.memory.num_available:
+                other.drop_ahead()
+        if others and wanted > self.memory.num_available:
             state.slots.release()
             raise CapacityError(
                 f"KV memory is full: {wanted} token slots wanted, {self.memory.num_available} of "
@@ -101,21 +110,6 @@ class ModelDrafting:
         self.memory.num_hit_tokens += num_hit
         return state
 
-    def _exit_state(self, request: DraftRequest) -> ExitState | None:
-        """Where the session's levels may leave: at early exits, and after the last layer if the model is asked too."""
-        config = self.decoder.config
-        if DraftSources.EARLY_EXIT not in request.sources:
-            return None
-        assert config.early_exits, "sessions ask for sources that are here"
-        is_whole_asked = DraftSources.MODEL in request.sources
-        exits = [*config.early_exits, *([config.num_layers] if is_whole_asked else [])]
-        return ExitState(exits, config.num_layers)
-
-    @property
-    def _early_levels(self) -> EarlyLevels:
-        assert self._early is not None, "sessions ask for sources that are here"
-        return self._early
-
     def begin(self, state: ModelState, budget: TreeBudget, token_s: float | None) -> None:
         """Learn from the verdict and drop the last tree; the next step calibrates.
 
@@ -123,8 +117,8 @@ class ModelDrafting:
         """
         if token_s is not None and not self._always_deepens:
             state.least_gain = self._level_s.value / token_s
-        if state.exits is not None:
-            self._early_levels.learn(state)
+        if state.exits is not None and self._early is not None:
+            self._early.learn(state)
         state.begin(budget)
 
     def step(self, states: Sequence[ModelState]) -> list[ModelState]:
@@ -132,20 +126,14 @@ class ModelDrafting:
 
         Returns the states whose slots went to older ones; they are given up.
         """
+        holders, started_ns = Holders(self.memory, [*states]), time.monotonic_ns()
         with torch.inference_mode():
-            return self._step(Holders(self.memory, [*states]))
-
-    def _step(self, holders: Holders) -> list[ModelState]:
-        started_ns = time.monotonic_ns()
-        chains = self._chains(holders)
-        for (plan, is_early), members in by_way(chains, self._way_of_chain):
-            if is_early:
-                self._early_levels.calibrate([(chain.state, chain.segment) for chain in members], plan)
-            else:
-                self._run_chains(members, plan)
-        num_frontier_rows = self._grow_all(holders)
-        num_chain_rows = sum(len(chain.segment) for chain in chains if chain.drafting is not None)
-        num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.drafting is None)
+            chains = self._take_chains(holders)
+            for (plan, is_early), members in by_way(chains, self._way_of_chain):
+                self._run_chains(members, plan, is_early=is_early)
+            num_frontier_rows = self._grow_all(holders)
+        num_chain_rows = sum(len(chain.segment) for chain in chains if not chain.is_prompt)
+        num_prompt_rows = sum(len(chain.segment) for chain in chains if chain.is_prompt)
         if chains or num_frontier_rows:
             duration_ns = time.monotonic_ns() - started_ns
             self._pace.observe(num_chain_rows + num_frontier_rows, num_prompt_rows, duration_ns)
@@ -155,54 +143,29 @@ class ModelDrafting:
             chain.state.is_in_pass = False
         return holders.evicted
 
-    def _grow_all(self, holders: Holders) -> int:
-        """One level for every tree that is not full; returns the rows it took."""
-        growing = [state for state, drafting in holders.draftings if drafting.is_calibrated and state.growing.frontier]
-        # Those nearest to their end go first, and make room.
-        nearest = sorted(growing, key=lambda state: -state.growing.level)
-        grown = fitting(nearest, lambda state: len(state.growing.frontier), self._max_batch_rows)
-        frontiers: list[tuple[ModelState, Segment]] = []
-        for state in grown:
-            num_nodes = len(state.growing.frontier)
-            if state in holders.states and holders.make_room(num_nodes, state):
-                frontiers.append((state, state.frontier_segment(self.memory.allocate(num_nodes))))
-        # An older session that came later may have taken the slots of one before it.
-        frontiers = [frontier for frontier in frontiers if frontier[0] in holders.states]
-        for (plan, is_early), group in by_way(frontiers, _way_of_frontier):
-            if is_early:
-                self._early_levels.grow(group, plan)
-            else:
-                self.grow(group, plan)
-        return sum(len(segment) for _, segment in frontiers)
-
-    def _chains(self, holders: Holders) -> list[_Chain]:
+    def _take_chains(self, holders: Holders) -> list[_Chain]:
         """This step's calibrations and chunks of prompts, with their slots."""
         ready = fitting(
-            [s for s, drafting in holders.draftings if not drafting.is_calibrated and s.num_unread <= 0],
+            [state for state in holders.drafting if not state.growing.expanded and state.num_unread <= 0],
             lambda state: state.num_uncached,
             self._max_batch_rows,
         )
-        wanted = [(state, state.num_uncached, state.drafting) for state in ready]
+        wanted = [(state, state.num_uncached, False) for state in ready]
         num_rows = sum(num_tokens for _, num_tokens, _ in wanted)
-        wanted += [(state, num_tokens, None) for state, num_tokens in self._prompt_shares(holders, num_rows)]
+        wanted += [(state, num_tokens, True) for state, num_tokens in self._prompt_shares(holders, num_rows)]
         age = {id(state): index for index, state in enumerate(holders.states)}
         chains: list[_Chain] = []
-        for state, num_tokens, drafting in sorted(wanted, key=lambda each: age[id(each[0])]):
-            num_masks = self._num_masks(state) if drafting is not None else 0
+        for state, num_tokens, is_prompt in sorted(wanted, key=lambda each: age[id(each[0])]):
+            # One for each level but the first.
+            has_masks = self._mask_token_id is not None and state.exits is None and not is_prompt
+            num_masks = state.growing.num_levels - 1 if has_masks else 0
             if state in holders.states and holders.make_room(num_tokens + num_masks, state):
                 state.is_in_pass = True
-                segment = state.chain_segment(state.slots.extend(num_tokens))
-                masks = self.memory.allocate(num_masks)
-                if self._mask_token_id is not None and masks:
-                    state.tree_slots = {-1 - index: slot for index, slot in enumerate(masks)}  # dropped with the pass
-                    segment = with_masks(segment, self._mask_token_id, masks, len(state.token_ids))
-                chains.append(_Chain(state, segment, drafting, masks))
+                segment = state.take_chain(num_tokens)
+                if self._mask_token_id is not None and num_masks:
+                    segment = with_masks(state, segment, self._mask_token_id, self.memory.allocate(num_masks))
+                chains.append(_Chain(state, segment, is_prompt, num_masks))
         return chains
-
-    def _num_masks(self, state: ModelState) -> int:
-        """Mask tokens behind a calibration: one for each level but the first."""
-        is_parallel = self._mask_token_id is not None and state.exits is None
-        return state.growing.num_levels - 1 if is_parallel else 0
 
     def _prompt_shares(self, holders: Holders, num_other_rows: int) -> list[tuple[ModelState, int]]:
         """Chunks of prompts for a step: fair shares, first for the sessions that waited longest."""
@@ -212,9 +175,9 @@ class ModelDrafting:
         unread = sorted((state for state in unread if state.num_unread > 0), key=lambda state: state.served_at)
         if not unread:
             return []
-        is_anyone_drafting = bool(holders.draftings) or self._has_just_drafted()
-        num_rows = self._pace.num_prompt_rows(num_other_rows, is_anyone_decoding=is_anyone_drafting)
-        served = served_readers(unread, self.memory, num_rows)
+        has_just_drafted = time.monotonic_ns() - self._last_draft_ns < _DRAFTING_WITHIN_NS
+        is_drafting = bool(holders.drafting) or has_just_drafted
+        num_rows = self._pace.num_prompt_rows(num_other_rows, is_anyone_decoding=is_drafting)
         shares: list[tuple[ModelState, int]] = []
 
         def give(state: ModelState, num_tokens: int) -> int:
@@ -223,74 +186,78 @@ class ModelDrafting:
                 shares.append((state, num_tokens))
             return num_tokens
 
-        share_out(served, num_rows, lambda state: state.num_unread, give)
+        share_out(served_readers(unread, self.memory, num_rows), num_rows, lambda state: state.num_unread, give)
         return shares
-
-    def _has_just_drafted(self) -> bool:
-        return time.monotonic_ns() - self._last_draft_ns < _DRAFTING_WITHIN_NS
 
     def _way_of_chain(self, chain: _Chain) -> tuple[LayerPlan, bool]:
         """The plan, exact but for the ablation that keeps fuzzy entries; and whether a calibration goes only as deep as
         its level needs. Prompts are read whole."""
-        is_exact = chain.drafting is None or chain.state.request.calibration
+        is_exact = chain.is_prompt or chain.state.request.calibration
         plan = self.decoder.sequential_plan if is_exact else chain.state.request.plan
-        return plan, chain.drafting is not None and chain.state.exits is not None
+        return plan, not chain.is_prompt and chain.state.exits is not None
 
-    def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan) -> None:
-        """Exact pass over committed tokens without exact KV; the last row of a calibration gives the first level."""
+    def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan, *, is_early: bool) -> None:
+        """A pass over committed tokens without exact K and V; the last rows of calibrations give first levels."""
         started_ns = time.monotonic_ns()
-        layout = lay_out([chain.segment for chain in chains])
-        rows = [
-            layout.flat_row(index, row)
-            for index, chain in enumerate(chains)
-            if chain.drafting is not None
-            for row in range(len(chain.segment) - len(chain.mask_slots) - 1, len(chain.segment))
-        ]
-        result = self.decoder.forward(layout, self.memory.pool, plan, rows)
-        calibrated = [chain for chain in chains if chain.drafting is not None]
-        if self._mask_token_id is not None:
-            self._fill_in(calibrated, result.logits, self._mask_token_id)
-        elif rows:
-            self._add_level([chain.state for chain in calibrated], result.logits)
+        if is_early and self._early is not None:
+            self._early.run([(chain.state, chain.segment) for chain in chains], plan)
+        else:
+            layout = lay_out([chain.segment for chain in chains])
+            calibrated = [(index, chain) for index, chain in enumerate(chains) if not chain.is_prompt]
+            rows = [
+                layout.flat_row(index, row)
+                for index, chain in calibrated
+                for row in range(len(chain.segment) - chain.num_masks - 1, len(chain.segment))
+            ]
+            logits = self.decoder.forward(layout, self.memory.pool, plan, rows).logits
+            if self._mask_token_id is not None:
+                parts = logits.split([chain.num_masks + 1 for _, chain in calibrated])
+                for (_, chain), level_logits in zip(calibrated, parts, strict=True):
+                    add_levels(self.decoder.executor, chain.state, level_logits, self._mask_token_id)
+            elif rows:
+                self._add_level([chain.state for _, chain in calibrated], logits)
         elapsed_ns = time.monotonic_ns() - started_ns
         for chain in chains:
-            state = chain.state
-            num_tokens = len(chain.segment) - len(chain.mask_slots)
+            state, num_tokens = chain.state, len(chain.segment) - chain.num_masks
             is_unbroken = state.num_exact + num_tokens == state.slots.num_cached
-            if is_unbroken and plan == self.decoder.sequential_plan:
+            if not is_early and is_unbroken and plan == self.decoder.sequential_plan:
                 state.num_exact = state.slots.num_cached
-            if chain.drafting is None:
+            if chain.is_prompt:
                 state.share()
             else:
-                chain.drafting.is_calibrated = True
-                chain.drafting.calibrate_ns += elapsed_ns
+                state.add_time(elapsed_ns, is_fuzzy=False)
 
-    def _fill_in(self, chains: Sequence[_Chain], draft_logits: torch.Tensor, mask_token_id: int) -> None:
-        """Grow every tree by all levels that its mask tokens stand for, and drop these."""
-        for chain, logits in zip(chains, draft_logits.split([len(c.mask_slots) + 1 for c in chains]), strict=True):
-            add_levels(self.decoder.executor, chain.state, logits, mask_token_id)
-            chain.state.drop_tree()
+    def _grow_all(self, holders: Holders) -> int:
+        """One level for every tree that is not full; returns the rows it took."""
+        growing = [state for state in holders.drafting if state.growing.expanded and state.growing.frontier]
+        # Those nearest to their end go first, and make room.
+        nearest = sorted(growing, key=lambda state: -state.growing.level)
+        frontiers: list[tuple[ModelState, Segment]] = []
+        for state in fitting(nearest, lambda state: len(state.growing.frontier), self._max_batch_rows):
+            if state in holders.states and holders.make_room(len(state.growing.frontier), state):
+                frontiers.append((state, state.take_frontier()))
+        # An older session that came later may have taken the slots of one before it.
+        frontiers = [frontier for frontier in frontiers if frontier[0] in holders.states]
+        for (plan, _), group in by_way(frontiers, lambda each: (each[0].request.plan, each[0].exits is not None)):
+            self.grow(group, plan)
+        return sum(len(segment) for _, segment in frontiers)
 
     def grow(self, group: Sequence[tuple[ModelState, Segment]], plan: LayerPlan) -> None:
-        """One fuzzy pass over the frontiers, and the level that its rows give."""
+        """One fuzzy pass over the frontiers, which may all leave early or none, and the level that its rows give."""
         started_ns = time.monotonic_ns()
-        layout = lay_out([segment for _, segment in group])
-        draft_logits = self.decoder.forward(layout, self.memory.pool, plan, range(sum(layout.num_rows))).logits
         states = [state for state, _ in group]
-        self._add_level(states, draft_logits)
-        elapsed_ns = time.monotonic_ns() - started_ns
-        self._level_s.add(elapsed_ns / 1e9)
+        if states[0].exits is not None and self._early is not None:
+            self._early.run(group, plan)
+        else:
+            layout = lay_out([segment for _, segment in group])
+            self._add_level(
+                states, self.decoder.forward(layout, self.memory.pool, plan, range(sum(layout.num_rows))).logits
+            )
+            self._level_s.add((time.monotonic_ns() - started_ns) / 1e9)
         for state in states:
-            if state.drafting is not None:
-                state.drafting.num_fuzzy_steps += 1
-                state.drafting.fuzzy_ns += elapsed_ns
+            state.add_time(time.monotonic_ns() - started_ns, is_fuzzy=True)
 
     def _add_level(self, states: Sequence[ModelState], draft_logits: torch.Tensor) -> None:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         for state, candidates in zip(states, rank_level(self.decoder.executor, states, draft_logits), strict=True):
             state.growing.add_level(candidates)
-
-
-def _way_of_frontier(frontier: tuple[ModelState, Segment]) -> tuple[LayerPlan, bool]:
-    """The plan, and whether the level may leave early."""
-    return frontier[0].request.plan, frontier[0].exits is not None

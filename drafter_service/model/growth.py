@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from easyspec.speculation.growing_tree import GrowingTree
 from easyspec.speculation.parameters import TreeBudget
 
-_SHARPNESS_RANGE = (0.25, 4.0)
+# Where a session's sharpness begins, within what it stays, and how fast it follows the verdicts: best or near it on the
+# bundled pair, greedy and sampled, with trees of 15 nodes (docs/decisions/0004).
+_FIRST_SHARPNESS, _SHARPNESS_RANGE, _SHARPNESS_RATE = 2.0, (0.25, 4.0), 0.1
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,11 @@ class Candidates:
         return [sharpness * (score - top) - total for score in self.scores]
 
 
-@dataclass(frozen=True)
-class RankingSettings:
-    """Where a session's sharpness starts and how fast it follows the verdicts (docs/decisions/0004)."""
-
-    initial_sharpness: float = 2.0
-    learning_rate: float = 0.1
-
-
-DEFAULT_RANKING = RankingSettings()
-
-
 class Sharpness:
     """Online estimate of how well draft scores predict the base model's choice; one per session."""
 
-    def __init__(self, settings: RankingSettings = DEFAULT_RANKING) -> None:
-        self.value = settings.initial_sharpness
-        self._learning_rate = settings.learning_rate
+    def __init__(self) -> None:
+        self.value = _FIRST_SHARPNESS
 
     def observe(self, candidates: Candidates, chosen_token_id: int) -> None:
         """One step up the log-likelihood of the choice; a choice outside the candidates counts as the last one."""
@@ -67,7 +57,7 @@ class Sharpness:
         index = candidates.token_ids.index(chosen_token_id) if is_known else -1
         gradient = max(-5.0, min(5.0, candidates.scores[index] - expected))
         low, high = _SHARPNESS_RANGE
-        self.value = max(low, min(high, self.value + self._learning_rate * gradient))
+        self.value = max(low, min(high, self.value + _SHARPNESS_RATE * gradient))
 
 
 class LevelTree(GrowingTree):

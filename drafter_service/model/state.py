@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 from drafter_service.model.exit_state import ExitState
@@ -22,30 +22,11 @@ from easyspec.speculation.parameters import TreeBudget
 class TakenAhead(Protocol):
     """What a session drafts ahead (`drafter_service/model/ahead.py`)."""
 
+    def take_up(self, state: ModelState, said: Sequence[int], budget: TreeBudget) -> None:
+        """Move into the session what the verdict `said` made true of it, and free the rest."""
+
     def drop(self) -> None:
         """Free it; idempotent."""
-
-
-@dataclass
-class Drafting:
-    """A tree while it is being worked on. The times are those of the passes it took part in.
-
-    `ahead_ns` is the time of passes that were run before the verdict came; None if none was guessed.
-    """
-
-    is_calibrated: bool = False
-    ahead_ns: int | None = None
-    calibrate_ns: int = 0
-    fuzzy_ns: int = 0
-    num_fuzzy_steps: int = 0
-
-    def timings(self) -> DraftTimings:
-        return DraftTimings(
-            calibrate_ns=self.calibrate_ns,
-            fuzzy_ns=self.fuzzy_ns,
-            num_fuzzy_steps=self.num_fuzzy_steps,
-            ahead_ns=self.ahead_ns,
-        )
 
 
 class ModelState:
@@ -54,7 +35,8 @@ class ModelState:
     `token_ids` are the session's committed tokens, which it alone extends. The first `num_exact` cached ones have exact
     K and V in all layers, which others may share. `exits` is there where levels may leave the model early, `bridge`
     where the draft model's vocabulary is not the base's. `served_at` orders those whose prompts are read; while it
-    `is_in_pass`, cached positions may be half written. A level must be expected to bring `least_gain` tokens.
+    `is_in_pass`, cached positions may be half written. A level must be expected to bring `least_gain` tokens. While a
+    round is under way, `timings` are those of the passes that its tree took part in.
     """
 
     takes_prefixes = True
@@ -82,7 +64,7 @@ class ModelState:
         self.sharpness = sharpness
         self.tree: LevelTree | None = None
         self.tree_slots: dict[int, int] = {}
-        self.drafting: Drafting | None = None
+        self.timings: DraftTimings | None = None
         self._memory = memory
         self._base_length = len(token_ids)  # that the tree stands on
 
@@ -110,7 +92,7 @@ class ModelState:
     @property
     def is_done(self) -> bool:
         """Whether the tree of a round has grown."""
-        return self.drafting is not None and self.drafting.is_calibrated and not self.growing.frontier
+        return self.timings is not None and not self.growing.frontier
 
     def take_prefix(self) -> int:
         """Hold what is known of the prompt; returns how many tokens that adds."""
@@ -121,9 +103,8 @@ class ModelState:
     def begin(self, budget: TreeBudget) -> None:
         """Learn from the verdict and drop the last tree; without calibration its accepted entries stay."""
         said = self.said_since
-        kept = self._learn(said) if self.tree is not None else []
-        if self.request.calibration:
-            kept = []
+        passed = self._learn(said) if self.tree is not None else []
+        kept = [] if self.request.calibration else passed
         if self.exits is not None:
             kept = [*itertools.takewhile(self.exits.is_whole, kept)] if not self.exits.num_waiting else []
             self.exits.begin_round(max(1, budget.num_nodes // budget.num_levels))
@@ -133,7 +114,17 @@ class ModelState:
         self.slots.append(kept_slots)
         self.tree = LevelTree(budget, self.sharpness, self.least_gain)
         self._base_length = len(self.token_ids)
-        self.drafting = Drafting()
+        self.timings = DraftTimings()
+
+    def add_time(self, elapsed_ns: int, *, is_fuzzy: bool) -> None:
+        """A pass of the round has taken so long: a fuzzy step, or a calibration."""
+        if (spent := self.timings) is None:
+            return
+        if is_fuzzy:
+            num_steps = spent.num_fuzzy_steps + 1
+            self.timings = replace(spent, fuzzy_ns=spent.fuzzy_ns + elapsed_ns, num_fuzzy_steps=num_steps)
+        else:
+            self.timings = replace(spent, calibrate_ns=spent.calibrate_ns + elapsed_ns)
 
     def _learn(self, new_tokens: Sequence[int]) -> list[int]:
         """Fit the sharpness to the tokens chosen along the last tree; returns the expanded rows passed."""
@@ -170,17 +161,10 @@ class ModelState:
         branch.slots.append(slots)
         return branch
 
-    def taken_over(self) -> Drafting:
-        """What is left to do of a tree that was drafted ahead."""
-        done = self.drafting or Drafting()
-        return Drafting(is_calibrated=True, ahead_ns=done.calibrate_ns + done.fuzzy_ns)
-
     def close(self) -> None:
         """Free all slots, of which exact entries stay as a prefix for others."""
-        self.drop_ahead()
-        self.drop_tree()
         self.share()
-        self.slots.release()
+        self.give_up()
 
     def give_up(self) -> None:
         """Free all slots and share nothing of them."""
@@ -201,19 +185,22 @@ class ModelState:
         """Rows whose children come from an early exit, and which, from 1."""
         return {} if self.exits is None else self.exits.early_rows
 
-    def chain_segment(self, slots: Sequence[int]) -> Segment:
-        """Rows for the last cached tokens, which live in `slots`."""
-        return self.committed_segment(range(self.slots.num_cached - len(slots), self.slots.num_cached))
+    def take_chain(self, num_tokens: int) -> Segment:
+        """Rows for the next committed tokens, which get slots."""
+        num_cached = self.slots.num_cached
+        self.slots.extend(num_tokens)
+        return self.committed_segment(range(num_cached, num_cached + num_tokens))
 
     def committed_segment(self, positions: range) -> Segment:
         """Rows for cached tokens."""
         token_ids = self._read_token_ids(self.token_ids[positions.start : positions.stop])
         return committed_segment(token_ids, self.slots, positions)
 
-    def frontier_segment(self, slots: Sequence[int]) -> Segment:
-        """Rows for the nodes to expand, whose K and V go to `slots`."""
-        self.tree_slots.update(zip(self.growing.frontier, slots, strict=True))
-        return self.node_segment(self.growing.frontier)
+    def take_frontier(self) -> Segment:
+        """Rows for the nodes to expand, which get slots."""
+        rows = self.growing.frontier
+        self.tree_slots.update(zip(rows, self._memory.allocate(len(rows)), strict=True))
+        return self.node_segment(rows)
 
     def node_segment(self, rows: Sequence[int]) -> Segment:
         """Rows for nodes that have slots. Each sees the committed text, its expanded ancestors and itself."""

@@ -14,7 +14,7 @@ from drafter_service.drafter import Drafter
 from drafter_service.early_exit.exits import EarlyExits
 from drafter_service.early_exit.gate import ExitGate
 from drafter_service.fusion.rounds import Rounds
-from drafter_service.model.ahead_drafting import AheadDrafting
+from drafter_service.model.ahead import AheadDrafting
 from drafter_service.model.drafting import ModelDrafting
 from drafter_service.model.state import ModelState
 from drafter_service.request import DrafterLimits

@@ -46,7 +46,7 @@ def guesses(core: CoreDriver, session_id: int) -> list[list[int]]:
     """The verdicts that a session expects."""
     ahead = core.state(session_id).ahead
     assert isinstance(ahead, Ahead)
-    return [guess.said for guess in ahead.guesses]
+    return [[*said] for said in ahead.guesses]
 
 
 def rounds(core: CoreDriver, session_id: int, num_rounds: int, *, hits: bool) -> tuple[list[int], list[Draft]]:
@@ -125,7 +125,7 @@ def test_nothing_goes_ahead_while_a_session_waits(ahead: CoreDriver) -> None:
         ahead.drafter.step()
         taken = ahead.state(first).ahead
         assert isinstance(taken, Ahead)
-        assert task.future.done() or all(not guess.is_read for guess in taken.guesses)
+        assert task.future.done() or all(guess.num_uncached for guess in taken.guesses.values())
     ahead.close(first)
     ahead.close(second)
 
