@@ -7,13 +7,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.learned import Learned
-from drafter_service.fusion.rounds import Rounds, read_prompts
+from drafter_service.fusion.acceptance_estimate import Judge
+from drafter_service.fusion.rounds import Rounds
 from drafter_service.request import DrafterLimits
-from drafter_service.session import DraftTask, OpenTask, Session
-from drafter_service.text.guessers import NO_RESOURCES, TextResources
-from drafter_service.worth import ByTarget
+from drafter_service.session import DraftTask, Learned, OpenTask, Session
+from drafter_service.text.guessers import NO_RESOURCES, TextDrafting, TextResources
+from drafter_service.worth import ByTarget, RoundChoices
 from easyspec.engine.device_thread import Task
 from easyspec.engine.shell import CloseTask
 from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, StalePositionError
@@ -87,7 +86,9 @@ class Drafter:
             if session.task is not None and session.task.begun_ns is None:
                 session.task.begun_ns = started_ns
                 self._begin(session, session.task.calibration)
-        read_prompts(self._sessions.values())
+        for session in self._sessions.values():
+            if session.text is not None and not session.text.has_read_prompt:
+                session.text.read()
         self._step_model()
         drafted = [session for session in self._sessions.values() if session.is_drafted]
         num_rows = sum(self._answer(session) for session in drafted)
@@ -168,13 +169,13 @@ class Drafter:
         """A new session with what it asks for; raises the EasyspecError that it deserves."""
         request, token_ids = self._limits.checked(opening, self._grammars), [*opening.prompt_token_ids]
         learned = self._learned.of(request.target)
-        choices = learned.choices(is_greedy=request.sampling.is_greedy)
-        session = Session(next(self._session_ids), request, token_ids, choices)
+        choices = RoundChoices(learned.greedy if request.sampling.is_greedy else learned.sampled)
+        session = Session(next(self._session_ids), request, token_ids, Judge(learned.estimate), choices)
         if request.asks_model:
             assert self._model is not None, "sessions ask for sources that are here"
             session.model = self._model.open(request, token_ids, self._states())
         if request.asks_text:
-            session.text = FusedDrafting(self._resources, request, token_ids, learned.estimate)
+            session.text = TextDrafting(self._resources, request.sources, request.sampling, token_ids)
         self._sessions[session.session_id] = session
         return session.session_id
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.learned import RoundChoices
+from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Judge
 from drafter_service.fusion.union import FusedTree
+from drafter_service.guesser import PathGuesser
 from drafter_service.request import DraftRequest
+from drafter_service.text.guessers import TextDrafting
+from drafter_service.worth import RoundChoices
 from easyspec.engine.device_thread import Task
 from easyspec.speculation.messages import Calibration, Draft, OpenSpeculation
 from easyspec.speculation.parameters import TreeBudget
@@ -37,19 +40,30 @@ class DraftTask(Task[Draft]):
     begun_ns: int | None = None
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What is known of one base model, from greedy and from sampled requests: numbers about guesses and rounds only."""
+
+    estimate: AcceptanceEstimate = field(default_factory=AcceptanceEstimate)
+    greedy: RoundChoices = field(default_factory=RoundChoices)
+    sampled: RoundChoices = field(default_factory=RoundChoices)
+
+
 @dataclass
 class Round:
     """A round: whether model and text take part, since when, how long they worked, and what either would have
-    sent; what was sent, and whether the next tree was begun behind it."""
+    sent; the tree of all guesses, if text took part, what was sent, and whether the next tree was begun behind it."""
 
     budget: TreeBudget
     begun_ns: int
     has_model: bool
     has_text: bool
+    guessers: Sequence[PathGuesser] = ()
     text_tree: FusedTree | None = None
     text_ns: int = 0
     model_tree: ScoredTree | None = None
     model_ns: int = 0
+    fused: FusedTree | None = None
     sent: ScoredTree = NOTHING_SENT
     went_ahead: bool = False
 
@@ -58,16 +72,17 @@ class Round:
 class Session:
     """A session; `token_ids` are all committed tokens. Ids grow with age: the lower, the older.
 
-    `model` and `text` are there where the request asks them, `round` is the one under way or the last, `task` waits for
-    the tree of the one under way.
+    `judge` and `choices` are what it has learned. `model` and `text` are there where the request asks them, `round` is
+    the one under way or the last, `task` waits for the tree of the one under way.
     """
 
     session_id: int
     request: DraftRequest
     token_ids: list[int]
+    judge: Judge
     choices: RoundChoices
     model: ModelState | None = None
-    text: FusedDrafting | None = None
+    text: TextDrafting | None = None
     round: Round | None = None
     task: DraftTask | None = None
 

@@ -12,6 +12,7 @@ it is from paying, and together for requests that are too short to do so themsel
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -25,6 +26,9 @@ _MIN_ROUNDS = 4
 # What is known of other requests counts as so many rounds of this one, whose own count less as they get older.
 _PRIOR_ROUNDS = 6.0
 _KEPT = 0.98
+# Expected tokens of a round of text, from which the kinds of rounds begin that the model joins: copied text is drafted
+# as well by text alone, in a fraction of the time.
+_KIND_BOUNDS = (1.5, 2.5, 4.0, 6.0, 9.0)
 # For so much of the time that rounds take without an option, it is tried although it does not pay.
 _TRYING_SHARE = 0.01
 # A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
@@ -81,15 +85,15 @@ class Choice:
     with an option each; what the source takes is alike in all of them."""
 
     def __init__(self, options: Sequence[Option], token_time: TokenTime) -> None:
-        self._options = options
+        self.options = options
         self._token_time = token_time
         self._excess = 0.0  # gains of this request's rounds, less those of other requests
         self._weight = 0.0
 
     def is_worth_it(self, kind: int = 0, num_sharing: int = 1) -> bool:
         """Whether it takes part in the next round, which is of a `kind`; `num_sharing` requests wait for its work."""
-        option, token_s = self._options[kind], self._token_time.seconds
-        price_s = num_sharing * max((each.time_s for each in self._options), key=lambda each: each.count).value
+        option, token_s = self.options[kind], self._token_time.seconds
+        price_s = num_sharing * max((each.time_s for each in self.options), key=lambda each: each.count).value
         if option.gain.count < _MIN_ROUNDS or token_s is None or price_s <= 0.0:
             return True
         gain = option.gain.value + self._excess / (_PRIOR_ROUNDS + self._weight)
@@ -103,7 +107,7 @@ class Choice:
 
     def observe(self, gain: float, time_s: float, kind: int = 0) -> None:
         """A round came to `gain` tokens more than it would have without, and took so much longer."""
-        option = self._options[kind]
+        option = self.options[kind]
         option.gain.add(gain)
         option.time_s.add(time_s)
         self._excess = _KEPT * self._excess + gain - option.gain.value
@@ -138,6 +142,23 @@ class Trial:
             self.is_on = not self.is_on
         else:
             self.is_on = is_better_on != (self._num_blocks % _RETRIAL_BLOCKS == 0)
+
+
+class RoundChoices:
+    """Who takes part in the rounds of one request, beginning with what is known of others like it: `shared`, which is
+    another of these that no request has."""
+
+    def __init__(self, shared: RoundChoices | None = None) -> None:
+        self.token_time: TokenTime = TokenTime(shared.token_time if shared else None)
+        of_model = shared.model.options if shared else [Option() for _ in range(len(_KIND_BOUNDS) + 1)]
+        self.model: Choice = Choice(of_model, self.token_time)
+        self.text: Choice = Choice(shared.text.options if shared else [Option()], self.token_time)
+        self.ahead: Trial = shared.ahead if shared else Trial()
+
+
+def kind_of_round(expected_of_text: float) -> int:
+    """The kind of a round of which text expects so many tokens, the bonus token among them."""
+    return bisect.bisect_right(_KIND_BOUNDS, expected_of_text)
 
 
 class ByTarget(Generic[KnownT]):

@@ -19,15 +19,15 @@ from bench.harness.flags import flag
 from bench.harness.tables import Column, ResultTable
 from bench.harness.tasks import TASK_NAMES
 from bench.sources.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, record, text_resources
-from drafter_service.fusion.fused_drafting import FusedDrafting
-from drafter_service.fusion.learned import Learned
+from drafter_service.fusion.acceptance_estimate import Judge
 from drafter_service.fusion.model_guesses import ModelGuesser
 from drafter_service.fusion.rounds import Rounds
 from drafter_service.fusion.union import FusedTree
 from drafter_service.model.state import ModelState
 from drafter_service.request import DraftRequest
-from drafter_service.session import Session
-from drafter_service.text.guessers import TextResources
+from drafter_service.session import Learned, Round, Session
+from drafter_service.text.guessers import TextDrafting, TextResources
+from drafter_service.worth import RoundChoices
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.parameters import TreeBudget
@@ -96,21 +96,18 @@ class _RecordedState:
         return {}
 
 
-class _TimedDrafting(FusedDrafting):
-    """FusedDrafting whose trees take the time that they are said to."""
+class _TimedRounds(Rounds):
+    """Rounds whose trees take the time that they are said to."""
 
-    clock: Clock
-    durations: Durations
-    has_own_tree = False
+    def __init__(self, clock: Clock, durations: Durations, *, asks_all_sources: bool) -> None:
+        super().__init__(asks_all_sources=asks_all_sources, clock_ns=clock.read_ns)
+        self._clock = clock
+        self._durations = durations
 
-    def begin(self) -> None:
-        self.has_own_tree = False
-        super().begin()
-
-    def fuse(self, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
-        self.clock.advance(self.durations.fuse if self.has_own_tree else self.durations.text)
-        self.has_own_tree = True
-        return super().fuse(model, num_nodes)
+    def fuse(self, session: Session, round_: Round, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
+        has_own_tree = round_.text_tree is not None
+        self._clock.advance(self._durations.fuse if has_own_tree else self._durations.text)
+        return super().fuse(session, round_, model, num_nodes)
 
 
 @dataclass
@@ -138,16 +135,15 @@ def run(
 ) -> dict[tuple[str, float], Outcome]:
     """Draft all recorded completions, one after the other, with a drafter that begins knowing nothing."""
     clock, learned = Clock(), Learned()
-    rounds = Rounds(asks_all_sources=asks_all_sources, clock_ns=clock.read_ns)
+    rounds = _TimedRounds(clock, durations, asks_all_sources=asks_all_sources)
     outcomes: dict[tuple[str, float], Outcome] = defaultdict(Outcome)
     budget = TreeBudget(NUM_LEVELS, WIDTH, num_nodes)
     for number, one in enumerate(recorded):
         request = DraftRequest(one.sampling, _UNUSED_PLAN, len(one.prompt) + len(one.output), sources=sources)
-        choices = learned.choices(is_greedy=one.sampling.is_greedy)
-        session = Session(number, request, [*one.prompt], choices)
+        choices = RoundChoices(learned.greedy if one.sampling.is_greedy else learned.sampled)
+        session = Session(number, request, [*one.prompt], Judge(learned.estimate), choices)
         if request.asks_text:
-            session.text = text = _TimedDrafting(resources, request, session.token_ids, learned.estimate)
-            text.clock, text.durations = clock, durations
+            session.text = TextDrafting(resources, sources, one.sampling, session.token_ids)
         _decode(one, session, rounds, clock, budget, durations, outcomes[one.kind])
     return outcomes
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeAlias
 
-from drafter_service.fusion.learned import kind_of_round
 from drafter_service.fusion.model_guesses import ModelGuesser
+from drafter_service.fusion.union import FusedTree, fuse, learn
 from drafter_service.session import NOTHING_SENT, Round, Session
+from drafter_service.worth import kind_of_round
 from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
-from easyspec.speculation.token_tree import ScoredTree, TokenTree
+from easyspec.speculation.token_tree import TokenTree
 
 # Of the tree of text alone that is made before the model is asked: enough to tell a copy from a guess. A round that may
 # have no more nodes is drafted by it, if the model sits out; with more, what text alone would have come to is
 # underestimated by what nodes beyond these bring.
 _NUM_TRIAL_NODES = 16
+# Nodes worth less than this cost the verifier more than they can bring.
+_MIN_NODE_VALUE = 0.002
 Sources: TypeAlias = tuple[DraftSources, ...]
 
 
@@ -47,9 +50,9 @@ class Rounds:
         session.round = round_ = Round(budget, now_ns, asks_model, has_text)
         if text is None or not has_text:
             return round_
-        text.begin()
+        round_.guessers = text.guessers()
         if asks_model:
-            round_.text_tree = text.fuse(None, min(budget.num_nodes, _NUM_TRIAL_NODES))
+            round_.text_tree = self.fuse(session, round_, None, min(budget.num_nodes, _NUM_TRIAL_NODES))
             kind = kind_of_round(round_.text_tree.expected_tokens)
             round_.has_model = self._asks_all or choices.model.is_worth_it(kind)
         round_.text_ns = self._clock_ns() - now_ns
@@ -60,8 +63,8 @@ class Rounds:
         choices.token_time.observe(round_s, num_tokens)
         if last.has_model:
             choices.ahead.observe(was_on=last.went_ahead, round_s=round_s, num_tokens=num_tokens)
-        if session.text is not None:
-            session.text.learn(said)
+        if last.fused is not None:
+            learn(last.fused, said, session.judge)
         if last.text_tree is not None and last.model_tree is not None:
             kind = kind_of_round(last.text_tree.expected_tokens)
             choices.model.observe(num_tokens - _tokens_by(last.text_tree.tree, said), last.model_ns / 1e9, kind)
@@ -77,32 +80,29 @@ class Rounds:
             model = ModelGuesser(session.model.growing.scored(), session.model.early_rows)
             round_.model_tree = model.scored.pruned(round_.budget.num_nodes)
             round_.model_ns = begun_ns - round_.begun_ns - round_.text_ns
-        round_.sent, node_sources = self._tree(session, round_, model)
-        tree = round_.sent.tree
-        if model is not None:
-            node_sources = model.told_apart(tree, node_sources)
-        round_.text_ns += self._clock_ns() - begun_ns if round_.has_text else 0
-        return tree, node_sources
-
-    def _tree(self, session: Session, round_: Round, model: ModelGuesser | None) -> tuple[ScoredTree, Sources]:
-        text, num_nodes = session.text, round_.budget.num_nodes
-        if text is None or not round_.has_text:
-            sent = round_.model_tree or NOTHING_SENT
-            return sent, (DraftSources.MODEL,) * len(sent.tree)
-        if model is None and round_.text_tree is not None and num_nodes <= _NUM_TRIAL_NODES:
-            text.last = round_.text_tree
+        if not round_.has_text:
+            round_.sent = round_.model_tree or NOTHING_SENT
+            node_sources: Sources = (DraftSources.MODEL,) * len(round_.sent.tree)
         else:
-            text.last = text.fuse(model, num_nodes)
-        return text.last.scored, text.last.node_sources
+            num_nodes = round_.budget.num_nodes
+            if model is not None or round_.text_tree is None or num_nodes > _NUM_TRIAL_NODES:
+                round_.fused = self.fuse(session, round_, model, num_nodes)
+            else:
+                round_.fused = round_.text_tree
+            round_.sent, node_sources = round_.fused.scored, round_.fused.node_sources
+        if model is not None:
+            node_sources = model.told_apart(round_.sent.tree, node_sources)
+        round_.text_ns += self._clock_ns() - begun_ns if round_.has_text else 0
+        return round_.sent.tree, node_sources
+
+    def fuse(self, session: Session, round_: Round, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
+        """The tree of all guesses: of text, and of the draft model's tree where it takes part."""
+        guessers = [*([] if model is None else [model]), *round_.guessers]
+        preference, committed = session.request.preference, session.token_ids
+        allowed_after = None if preference is None else lambda path: preference.allowed_after(committed, [path])[0]
+        return fuse(guessers, session.judge, num_nodes, _MIN_NODE_VALUE, allowed_after)
 
 
 def _tokens_by(tree: TokenTree, said: list[int]) -> int:
     """How many of the tokens `said` a round with `tree` would have brought."""
     return min(num_followed(tree, said) + 1, len(said))
-
-
-def read_prompts(sessions: Iterable[Session]) -> None:
-    """Let text read a chunk of every prompt that it has not read."""
-    for session in sessions:
-        if session.text is not None and not session.text.has_read_prompt:
-            session.text.read()

@@ -23,6 +23,7 @@ from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import MODEL_SOURCES, DraftSources
 
 _CONTEXT_TOKENS = 32
+_READ_TOKENS = 2048
 _NUM_COMMON_TOKENS = 4096
 
 
@@ -83,9 +84,17 @@ class TextGuesser:
 
 
 class TextDrafting:
-    """One request's text, as those of its `sources` that read text see it. Holds nothing of any other request."""
+    """One request's text, as those of its `sources` that read text see it. Holds nothing of any other request.
 
-    def __init__(self, resources: TextResources, sources: DraftSources, sampling: SamplingParameters) -> None:
+    `token_ids` are its committed tokens, which it does not extend; what they grow by is read when it is asked for.
+    """
+
+    def __init__(
+        self, resources: TextResources, sources: DraftSources, sampling: SamplingParameters, token_ids: Sequence[int]
+    ) -> None:
+        self._token_ids = token_ids
+        self._num_prompt_tokens = len(token_ids)
+        self.num_read = 0
         self._memory = resources.memory
         self._memory.join(self)
         self._sampling = sampling
@@ -105,8 +114,15 @@ class TextDrafting:
         self._common_tokens = resources.common_tokens if is_blind else None
         self._recent: list[int] = []
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Take up committed tokens."""
+    @property
+    def has_read_prompt(self) -> bool:
+        """Whether all is read that was committed at first."""
+        return self.num_read >= self._num_prompt_tokens
+
+    def read(self) -> None:
+        """Read a chunk of what is committed."""
+        token_ids = self._token_ids[self.num_read : self.num_read + _READ_TOKENS]
+        self.num_read += len(token_ids)
         most_tokens = self._memory.most_tokens
         if self._own is not None:
             self._own.max_tokens = most_tokens
@@ -116,8 +132,11 @@ class TextDrafting:
             self._ngrams.extend(token_ids)
         self._recent = [*self._recent, *token_ids[-_CONTEXT_TOKENS:]][-_CONTEXT_TOKENS:]
 
-    def guessers(self, base_length: int) -> list[PathGuesser]:
-        """Every guesser that has a guess after the `base_length` committed tokens; looks things up."""
+    def guessers(self) -> list[PathGuesser]:
+        """Every guesser that has a guess after the committed tokens; reads them, and looks things up."""
+        base_length = len(self._token_ids)
+        while self.num_read < base_length:
+            self.read()
         sampling, temperature = self._sampling, max(self._sampling.temperature, MIN_TEMPERATURE)
         common_tokens = self._common_tokens
 

@@ -58,9 +58,7 @@ def test_a_sampled_choice_is_guessed_where_text_knows_nothing(resources: TextRes
     num_named = 0
     for length in range(1, 101):
         prompt = [*range(600, 600 + length)]  # nobody has seen these
-        text = TextDrafting(resources, NGRAM, SAMPLED)
-        text.extend(prompt)
-        (guesser,) = text.guessers(len(prompt))
+        (guesser,) = TextDrafting(resources, NGRAM, SAMPLED, prompt).guessers()
         stated = guesser.state(guesser.root(), 1)
         assert stated is not None
         noise = HostNoise(SAMPLED.seed).at(len(prompt)).of(np.asarray(token_ids))
@@ -77,7 +75,5 @@ def test_a_sampled_choice_is_guessed_where_text_knows_nothing(resources: TextRes
 def test_where_there_is_no_noise_or_a_model_only_text_speaks(
     resources: TextResources, sampling: SamplingParameters, sources: DraftSources
 ) -> None:
-    text = TextDrafting(resources, sources, sampling)
-    text.extend([600, 601, 602])
-    (guesser,) = text.guessers(3)
+    (guesser,) = TextDrafting(resources, sources, sampling, [600, 601, 602]).guessers()
     assert guesser.state(guesser.root(), 1) is None
