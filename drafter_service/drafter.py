@@ -19,7 +19,6 @@ from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, S
 from easyspec.speculation.checks import check_token_ids
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, Draft, DraftTimings, KvUsage, OpenSpeculation
-from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.telemetry.metrics import StepObserver, StepReport, ignore_step
 
 if TYPE_CHECKING:  # a drafter without a model has no torch
@@ -103,7 +102,8 @@ class Drafter:
         return has_more or is_going_ahead
 
     def _begin(self, session: Session, calibration: Calibration) -> None:
-        levels = min(calibration.budget.num_levels, self._max_level(session))
+        # The deepest level whose expanded nodes still have a position in the draft model's context.
+        levels = min(calibration.budget.num_levels, self.max_model_len - len(session.token_ids) + 1)
         budget = replace(calibration.budget, num_levels=levels)
         round_ = self._rounds.begin(session, len(calibration.token_ids), budget, len(self._sessions))
         state = session.model
@@ -197,9 +197,6 @@ class Drafter:
             raise InvalidRequestError("calibration.token_ids", f"{length} tokens", f"{most} in all")
         self._limits.check_budget(calibration.budget)
         session.token_ids.extend(calibration.token_ids)
-        if self._max_level(session) < 1:  # the draft model's context is full
-            task.finish(Draft(len(session.token_ids), EMPTY_TREE))
-            return
         session.task = task
 
     def _close(self, session_id: int) -> None:
@@ -207,7 +204,3 @@ class Drafter:
         session = self._sessions.pop(session_id, None)
         if session is not None:
             session.close()
-
-    def _max_level(self, session: Session) -> int:
-        """Deepest level whose expanded nodes still have a position in the draft model's context."""
-        return self.max_model_len - len(session.token_ids) + 1

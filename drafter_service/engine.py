@@ -126,11 +126,14 @@ def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:
         raise ConfigurationError(str(error)) from error
     with torch.inference_mode():
         settle_threads(loaded.decoder, loaded.memory)
-        timed = time_plans(loaded.decoder, loaded.memory, candidate_plans(num_layers, mlp))
-    plan = fastest_plan(timed)
-    step_ms = {str(each.plan): round(each.step_ms, 3) for each in timed}
+        plans = candidate_plans(num_layers, mlp)
+        step_ms = time_plans(loaded.decoder, loaded.memory, plans)
+    plan = fastest_plan(plans, step_ms)
     structlog.get_logger().info(
-        "layer_plan_chosen", layer_groups=str(plan), step_ms=step_ms, num_threads=loaded.decoder.executor.num_threads
+        "layer_plan_chosen",
+        layer_groups=str(plan),
+        step_ms={str(each): round(each_ms, 3) for each, each_ms in zip(plans, step_ms, strict=True)},
+        num_threads=loaded.decoder.executor.num_threads,
     )
     return plan
 

@@ -10,7 +10,7 @@ from easyspec.parallel.layer_groups import LayerPlan, paper_plan
 from easyspec.speculation.checks import check_model, check_prompt
 from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import OpenSpeculation
-from easyspec.speculation.parameters import LayerPlanRequest, SamplingParameters, TreeBudget
+from easyspec.speculation.parameters import SamplingParameters, TreeBudget
 from easyspec.speculation.sources import MODEL_SOURCES, TEXT_SOURCES, DraftSources
 
 
@@ -67,7 +67,8 @@ class DrafterLimits:
             raise InvalidRequestError("num_output_tokens", opening.num_output_tokens, f"0 to {num_tokens}")
         sources = self.sources if opening.sources is None else self._known(opening.sources)
         preference, grammar = None, opening.sampling.grammar
-        plan = self._plan(opening.layer_plan)
+        size, mlp = opening.layer_plan.layer_parallel_size, opening.layer_plan.mlp or self.plan.mlp
+        plan = replace(self.plan, mlp=mlp) if size is None else paper_plan(self.plan.num_layers, size, mlp)
         if grammar is not None and grammars is not None:
             preference = GrammarPreference(grammars, grammar, num_tokens - opening.num_output_tokens)
         return DraftRequest(
@@ -97,9 +98,3 @@ class DrafterLimits:
                 allowed += f" ({self.no_exits_because})"
             raise InvalidRequestError("sources", ", ".join(wanted.names), allowed)
         return wanted
-
-    def _plan(self, wanted: LayerPlanRequest) -> LayerPlan:
-        mlp = wanted.mlp or self.plan.mlp
-        if wanted.layer_parallel_size is None:
-            return replace(self.plan, mlp=mlp)
-        return paper_plan(self.plan.num_layers, wanted.layer_parallel_size, mlp)

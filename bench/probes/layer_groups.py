@@ -86,9 +86,9 @@ def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> G
     decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(_CPU))
     memory = KvMemory(decoder.new_pool(_NUM_SLOTS), shares_prefixes=False)
     with torch.inference_mode():
-        exact, *fuzzy = time_plans(decoder, memory, [sequential_plan(num_layers), *plans_of(num_layers)])
-    speed_ups = {name: round(exact.step_ms / each.step_ms, 3) for name, each in zip(_NAMES, fuzzy, strict=True)}
-    return GroupTimes(width, num_layers, num_threads, round(exact.step_ms, 4), speed_ups)
+        exact_ms, *fuzzy_ms = time_plans(decoder, memory, [sequential_plan(num_layers), *plans_of(num_layers)])
+    speed_ups = {name: round(exact_ms / each_ms, 3) for name, each_ms in zip(_NAMES, fuzzy_ms, strict=True)}
+    return GroupTimes(width, num_layers, num_threads, round(exact_ms, 4), speed_ups)
 
 
 def measure(settings: LayerGroupSettings, console: Console) -> Findings:

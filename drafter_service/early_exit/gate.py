@@ -103,7 +103,9 @@ class _Target:
     likelier the next exit has the right token, and by level how many tokens are accepted below a right one."""
 
     def __init__(self) -> None:
-        self.gains: defaultdict[tuple[int, int], Average] = defaultdict(_gain)
+        self.gains: defaultdict[tuple[int, int], Average] = defaultdict(
+            lambda: Average(1.0 / _MAX_WEIGHT, value=_PRIOR_GAIN, count=_PRIOR_WEIGHT)
+        )
         self.following: defaultdict[int, Average] = defaultdict(lambda: Average(GAIN_RATE))
         self.token_time = TokenTime()
         self._num_stops: Counter[tuple[int, int]] = Counter()
@@ -117,10 +119,6 @@ class _Target:
         """Count a level that would stop; True for every so many of them."""
         self._num_stops[place] += 1
         return self._num_stops[place] % _EXPLORE_EVERY == 0
-
-
-def _gain() -> Average:
-    return Average(1.0 / _MAX_WEIGHT, value=_PRIOR_GAIN, count=_PRIOR_WEIGHT)
 
 
 def _confidence_class(confidence: float) -> int:

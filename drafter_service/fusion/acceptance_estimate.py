@@ -145,31 +145,24 @@ class Judge:
             opinions.append(_Opinion(guesser, curve, unnamed_curve, places, log_odds))
             for token_id in places:
                 cases[token_id] = cases.get(token_id, silent) - _DIGITS[guesser]
-        return JudgedPlace(opinions, cases, self._mixed(opinions, cases))
-
-    def _mixed(self, opinions: Sequence[_Opinion], cases: Mapping[int, int]) -> dict[int, float]:
-        """The estimate of every token: log-odds of guessers that named it and of the others, weighed by the case."""
-        terms_of = {case: self._terms(opinions, case) for case in {*cases.values()}}
+        # What is the same for all tokens of a case, and per guesser that named them weight and log-odds.
+        terms_of: dict[int, tuple[float, list[tuple[float, Mapping[int, float]]]]] = {}
+        for case in {*cases.values()}:
+            weights = self._estimate.weights_of(case)
+            constant, terms = weights[-1], []
+            for opinion in opinions:
+                if case // _DIGITS[opinion.guesser] % 3 == 1:
+                    terms.append((weights[opinion.guesser], opinion.log_odds))
+                else:
+                    constant += weights[opinion.guesser] * opinion.unnamed_curve(_UNNAMED)
+            terms_of[case] = constant, terms
         probabilities: dict[int, float] = {}
         for token_id, case in cases.items():
             total, terms = terms_of[case]
-            for weight, log_odds in terms:
-                total += weight * log_odds[token_id]
+            for weight, log_odds_of in terms:
+                total += weight * log_odds_of[token_id]
             probabilities[token_id] = _probability(max(-_MAX_LOG_ODDS, min(_MAX_LOG_ODDS, total)))
-        return probabilities
-
-    def _terms(
-        self, opinions: Sequence[_Opinion], case: int
-    ) -> tuple[float, Sequence[tuple[float, Mapping[int, float]]]]:
-        """What is the same for all tokens of a case, and per guesser that named them weight and log-odds."""
-        weights = self._estimate.weights_of(case)
-        constant, terms = weights[-1], []
-        for opinion in opinions:
-            if case // _DIGITS[opinion.guesser] % 3 == 1:
-                terms.append((weights[opinion.guesser], opinion.log_odds))
-            else:
-                constant += weights[opinion.guesser] * opinion.unnamed_curve(_UNNAMED)
-        return constant, terms
+        return JudgedPlace(opinions, cases, probabilities)
 
     def observe(self, place: JudgedPlace, chosen_token_id: int) -> None:
         """Learn from what was chosen at a place that the verdict reached."""

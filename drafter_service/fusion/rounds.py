@@ -67,7 +67,7 @@ class Rounds:
             learn(last.fused, said, session.judge)
         if last.text_tree is not None and last.model_tree is not None:
             kind = kind_of_round(last.text_tree.expected_tokens)
-            choices.model.observe(num_tokens - _tokens_by(last.text_tree.tree, said), last.model_ns / 1e9, kind)
+            choices.model.observe(num_tokens - _tokens_by(last.text_tree.scored.tree, said), last.model_ns / 1e9, kind)
             choices.text.observe(num_tokens - _tokens_by(last.model_tree.tree, said), last.text_ns / 1e9)
 
     def finish(self, session: Session) -> tuple[TokenTree, Sources]:

@@ -23,7 +23,7 @@ from drafter_service.grammar_preference import may_follow
 from drafter_service.guesser import Guesser, PathGuesser, Stated
 from easyspec.speculation.growing_tree import GrowingTree, follow
 from easyspec.speculation.sources import NO_SOURCES, DraftSources
-from easyspec.speculation.token_tree import ScoredTree, TokenTree
+from easyspec.speculation.token_tree import ScoredTree
 
 _MAX_LEVELS = 32
 _MAX_TOTAL = 0.995
@@ -50,11 +50,6 @@ class FusedTree:
     scored: ScoredTree
     node_sources: tuple[DraftSources, ...]
     places: Mapping[int, JudgedPlace]
-
-    @property
-    def tree(self) -> TokenTree:
-        """The nodes without their values."""
-        return self.scored.tree
 
     @property
     def expected_tokens(self) -> float:
@@ -84,7 +79,12 @@ class _GrowingUnion(GrowingTree):
     def expand(self, row: int) -> None:
         """Look at what may follow the path to `row`; rows are expanded in order, each once."""
         depth = self.depths[row] + 1
-        cursors = self._moved(row)
+        if row == 0:
+            cursors = [guesser.root() for guesser in self._guessers]
+        else:
+            token_id, before = self.token_ids[row - 1], self._cursors[self.parent_rows[row - 1]]
+            moved = zip(self._guessers, before, strict=True)
+            cursors = [None if cursor is None else guesser.step(cursor, token_id) for guesser, cursor in moved]
         self._cursors.append(cursors)
         if depth > _MAX_LEVELS:
             return
@@ -93,8 +93,14 @@ class _GrowingUnion(GrowingTree):
             is_spared = guesser.kind is Guesser.NGRAM and stated and self._values[row] < _MIN_NGRAM_VALUE
             if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
                 stated[guesser.kind] = said
-        if stated and self._allowed_after is not None:
-            stated = _without_forbidden(stated, self._allowed_after(self.path_token_ids(row)))
+        bits = self._allowed_after(self.path_token_ids(row)) if stated and self._allowed_after is not None else None
+        if bits is not None:  # guessers that name nothing else than what is forbidden are left out
+            for kind, said in [*stated.items()]:
+                allowed = {token: value for token, value in said.probabilities.items() if may_follow(bits, token)}
+                if allowed:
+                    stated[kind] = Stated(allowed, said.evidence)
+                else:
+                    del stated[kind]
         if not stated:
             return
         place = self.places[row] = self._judge.judge(stated, depth)
@@ -105,16 +111,6 @@ class _GrowingUnion(GrowingTree):
                 heapq.heappush(self._heap, (-value, self._num_pushed, row, token_id, place.cases[token_id]))
                 self._num_pushed += 1
 
-    def _moved(self, row: int) -> list[Any | None]:
-        """Every guesser's cursor at a row."""
-        if row == 0:
-            return [guesser.root() for guesser in self._guessers]
-        token_id = self.token_ids[row - 1]
-        return [
-            None if cursor is None else guesser.step(cursor, token_id)
-            for guesser, cursor in zip(self._guessers, self._cursors[self.parent_rows[row - 1]], strict=True)
-        ]
-
     def add_best(self) -> int | None:
         """Make the most valuable candidate a node and return its row; None if there is none worth it."""
         if not self._heap:
@@ -123,18 +119,6 @@ class _GrowingUnion(GrowingTree):
         self.node_sources.append(_sources_of(case))
         self._values.append(-negative_value)
         return self.add(parent_row, token_id, math.log(max(-negative_value, _LEAST_VALUE)))
-
-
-def _without_forbidden(stated: Mapping[Guesser, Stated], bits: NDArray[np.uint8] | None) -> dict[Guesser, Stated]:
-    """What was said without tokens that a grammar forbids; guessers that said nothing else are left out."""
-    if bits is None:
-        return dict(stated)
-    kept: dict[Guesser, Stated] = {}
-    for guesser, said in stated.items():
-        allowed = {token_id: value for token_id, value in said.probabilities.items() if may_follow(bits, token_id)}
-        if allowed:
-            kept[guesser] = Stated(allowed, said.evidence)
-    return kept
 
 
 @cache
@@ -168,6 +152,6 @@ def fuse(
 
 def learn(fused: FusedTree, chosen: Sequence[int], judge: Judge) -> None:
     """Learn from the tokens that were chosen after `fused` was drafted: accepted ones, then the bonus token."""
-    for row, token_id, _ in follow(fused.tree, chosen):
+    for row, token_id, _ in follow(fused.scored.tree, chosen):
         if row in fused.places:
             judge.observe(fused.places[row], token_id)

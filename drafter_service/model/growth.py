@@ -96,15 +96,10 @@ class LevelTree(GrowingTree):
                 added.append(self.add(row, token_id, self.log_values[row] + log_probability))
         added.sort(key=lambda row: (-self.log_values[row], row))
         self.frontier = [] if is_last else added[: self._budget.width]
-        if self._least_gain > 0.0 and self._next_gain() < self._least_gain:
-            self.frontier = []
-
-    def _next_gain(self) -> float:
-        """Tokens that the next level can bring at most: what its rows are worth more than nodes that would give way.
-
-        The children of a row are worth as much as the row, all together. What the tree would then lose for them is at
-        least the worst of its best nodes, once there are more than the budget keeps.
-        """
-        kept = heapq.nlargest(self._budget.num_nodes + 1, self.log_values[1:])
-        least = math.exp(kept[-1]) if len(kept) > self._budget.num_nodes else 0.0
-        return sum(max(0.0, math.exp(self.log_values[row]) - least) for row in self.frontier)
+        if self._least_gain > 0.0:
+            # The children of a row are worth as much as the row, all together. What the tree would lose for them is at
+            # least the worst of its best nodes, once there are more than the budget keeps.
+            kept = heapq.nlargest(self._budget.num_nodes + 1, self.log_values[1:])
+            least = math.exp(kept[-1]) if len(kept) > self._budget.num_nodes else 0.0
+            if sum(max(0.0, math.exp(self.log_values[row]) - least) for row in self.frontier) < self._least_gain:
+                self.frontier = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -35,14 +34,6 @@ MIN_SPEED_UP = 1.15
 _MIN_THREADS_GAIN = 1.1
 
 
-@dataclass(frozen=True)
-class TimedPlan:
-    """A plan, and the median time of a step by it."""
-
-    plan: LayerPlan
-    step_ms: float
-
-
 def candidate_plans(num_layers: int, mlp: MlpPlacement) -> list[LayerPlan]:
     """The sequential plan, then the paper's groups of several sizes that differ."""
     plans = [sequential_plan(num_layers)]
@@ -54,8 +45,8 @@ def candidate_plans(num_layers: int, mlp: MlpPlacement) -> list[LayerPlan]:
 
 def time_plans(
     decoder: Decoder, memory: KvMemory, plans: Sequence[LayerPlan], clock: Callable[[], float] = time.perf_counter
-) -> list[TimedPlan]:
-    """Time a draft step by every plan, the plans in turns; the memory is unused before and after."""
+) -> list[float]:
+    """The median time of a draft step by every plan, in ms, timed in turns; the memory is unused before and after."""
     num_rows = max(1, min(_NUM_ROWS, memory.num_available - _CONTEXT_TOKENS))
     num_context = min(_CONTEXT_TOKENS, decoder.config.max_model_len - 1, memory.num_available - num_rows)
     slots = SessionSlots(memory)
@@ -76,7 +67,7 @@ def time_plans(
     memory.free(level_slots)
     slots.release()
     # The first time compiles the plan's program.
-    return [TimedPlan(plan, 1e3 * statistics.median(taken[1:])) for plan, taken in zip(plans, times, strict=True)]
+    return [1e3 * statistics.median(taken[1:]) for taken in times]
 
 
 def settle_threads(decoder: Decoder, memory: KvMemory, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -85,15 +76,14 @@ def settle_threads(decoder: Decoder, memory: KvMemory, clock: Callable[[], float
     num_threads = executor.num_threads
     if num_threads == 1:
         return
-    (together,) = time_plans(decoder, memory, plans, clock)
+    (together_ms,) = time_plans(decoder, memory, plans, clock)
     executor.use_threads(1)
-    (alone,) = time_plans(decoder, memory, plans, clock)
-    if together.step_ms * _MIN_THREADS_GAIN < alone.step_ms:
+    (alone_ms,) = time_plans(decoder, memory, plans, clock)
+    if together_ms * _MIN_THREADS_GAIN < alone_ms:
         executor.use_threads(num_threads)
 
 
-def fastest_plan(timed: Sequence[TimedPlan]) -> LayerPlan:
-    """The fastest of `timed`, whose first is the sequential plan; that one unless another is clearly faster."""
-    exact, *others = timed
-    best = min(others, key=lambda each: each.step_ms, default=exact)
-    return best.plan if best.step_ms * MIN_SPEED_UP <= exact.step_ms else exact.plan
+def fastest_plan(plans: Sequence[LayerPlan], step_ms: Sequence[float]) -> LayerPlan:
+    """The fastest of `plans`, whose first is the sequential one; that one unless another is clearly faster."""
+    best = min(range(len(plans)), key=lambda index: step_ms[index])
+    return plans[best] if step_ms[best] * MIN_SPEED_UP <= step_ms[0] else plans[0]

@@ -32,7 +32,11 @@ def rank_level(ranker: TokenRanker, states: Sequence[ModelState], draft_logits: 
     Rows stand in that order in `draft_logits` [R, V] float32, which stay as they are. One host sync.
     """
     rows = [(state, row) for state in states for row in state.growing.frontier]
-    masks = [bits for state in states for bits in _allowed_after(state)]
+    masks: list[NDArray[np.uint8] | None] = []
+    for state in states:
+        tree, preference = state.growing, state.request.preference
+        paths = [] if preference is None else [tree.path_token_ids(row) for row in tree.frontier]
+        masks += [None] * len(tree.frontier) if preference is None else preference.allowed_after(state.token_ids, paths)
     masked = {index: bits for index, bits in enumerate(masks) if bits is not None and bits is not NOTHING_ALLOWED}
     if states and (bridge := states[0].bridge) is not None:
         draft_logits = bridge.masked(draft_logits)
@@ -42,24 +46,13 @@ def rank_level(ranker: TokenRanker, states: Sequence[ModelState], draft_logits: 
     positions = [len(state.token_ids) + state.growing.depths[row] for state, row in rows]
     samplings = [state.request.sampling for state, _ in rows]
     ranked = rank_candidates(ranker, draft_logits, positions, samplings, _NUM_CANDIDATES)
-    allowed = (_allowed(candidates, bits) for candidates, bits in zip(ranked, masks, strict=True))
-    return [[*itertools.islice(allowed, len(state.growing.frontier))] for state in states]
-
-
-def _allowed_after(state: ModelState) -> list[NDArray[np.uint8] | None]:
-    """What the request's grammar lets follow each frontier row; None where it says nothing."""
-    tree, preference = state.growing, state.request.preference
-    if preference is None:
-        return [None] * len(tree.frontier)
-    return preference.allowed_after(state.token_ids, [tree.path_token_ids(row) for row in tree.frontier])
-
-
-def _allowed(candidates: Candidates, bits: NDArray[np.uint8] | None) -> Candidates:
-    """Of the ranking under a grammar, what it allows: that comes first."""
-    if bits is None:
-        return candidates
-    count = 0 if bits is NOTHING_ALLOWED else sum(score > _FORBIDDEN_SCORE for score in candidates.scores)
-    return Candidates(candidates.token_ids[:count], candidates.scores[:count])
+    for index, bits in enumerate(masks):
+        if bits is not None:  # what a grammar allows comes first
+            scores = () if bits is NOTHING_ALLOWED else ranked[index].scores
+            count = sum(score > _FORBIDDEN_SCORE for score in scores)
+            ranked[index] = Candidates(ranked[index].token_ids[:count], scores[:count])
+    by_row = iter(ranked)
+    return [[*itertools.islice(by_row, len(state.growing.frontier))] for state in states]
 
 
 def rank_candidates(

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from drafter_service.guesser import Stated
 from drafter_service.text.prediction import best
-from easyspec.datastore.suffix_index import Match, SuffixIndex
+from easyspec.datastore.suffix_index import SuffixIndex
 
 _MIN_LENGTH = 2
 _MAX_LENGTH = 16
@@ -70,19 +70,15 @@ class Datastore:
         if not matches:
             return None
         length = max(match.length for match in matches)
-        continuations: list[tuple[Sequence[int], float]] = []
-        for match in matches:
-            if match.length == length:
-                continuations += self._collected(match, context)
-        if not any(token_ids for token_ids, _ in continuations):
-            return None
-        return Continuations(continuations, sum(length >= bound for bound in _EVIDENCE_LENGTHS))
-
-    def _collected(self, match: Match, context: list[int]) -> list[tuple[Sequence[int], float]]:
-        shorter = match.length // 2
+        shorter = length // 2
         found: list[tuple[Sequence[int], float]] = []
-        if match.num_places < _ENOUGH_PLACES and shorter >= _MIN_LENGTH:
-            wider = self._index.shorten(context, match, shorter)
-            found += [(each, 1.0) for each in self._index.continuations(wider, _MAX_PLACES, _NUM_TOKENS)]
-        found += [(each, _LONGEST_WEIGHT) for each in self._index.continuations(match, _MAX_PLACES, _NUM_TOKENS)]
-        return found
+        for match in matches:
+            if match.length < length:
+                continue
+            if match.num_places < _ENOUGH_PLACES and shorter >= _MIN_LENGTH:
+                wider = self._index.shorten(context, match, shorter)
+                found += [(each, 1.0) for each in self._index.continuations(wider, _MAX_PLACES, _NUM_TOKENS)]
+            found += [(each, _LONGEST_WEIGHT) for each in self._index.continuations(match, _MAX_PLACES, _NUM_TOKENS)]
+        if not any(token_ids for token_ids, _ in found):
+            return None
+        return Continuations(found, sum(length >= bound for bound in _EVIDENCE_LENGTHS))

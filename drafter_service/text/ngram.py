@@ -6,11 +6,13 @@ own, bounded, and nothing of them is left when it ends.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 from drafter_service.guesser import Stated
 from drafter_service.text.prediction import best
-from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable, Successors
+from easyspec.datastore.ngram_table import MAX_ORDER, NUM_SUCCESSORS, NgramTable
 
 # Per token: what was seen 700 tokens ago counts half.
 _DECAY = 0.999
@@ -35,9 +37,9 @@ class AdaptiveNgrams:
 
     def __init__(self, max_contexts: int, prior: NgramTable | None) -> None:
         self.max_contexts = max_contexts
-        self._prior = prior
+        # Rounds ask for the same contexts again and again.
+        self._prior = None if prior is None else lru_cache(_MAX_REMEMBERED)(prior.successors)
         self._tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in range(MAX_ORDER)]
-        self._asked: dict[tuple[int, ...], Successors | None] = {}
         self._last: tuple[int, ...] = ()
         # Weights are kept in units that grow, instead of fading one by one.
         self._unit = 1.0
@@ -47,10 +49,22 @@ class AdaptiveNgrams:
         for token_id in token_ids:
             self._unit /= _DECAY
             for order in range(1, len(self._last) + 1):
-                self._count(self._tables[order - 1], self._last[-order:], token_id)
+                table, context = self._tables[order - 1], self._last[-order:]
+                successors = table.pop(context, None)
+                if successors is None:
+                    successors = {}
+                    while len(table) >= self.max_contexts:
+                        del table[next(iter(table))]
+                table[context] = successors  # at the end: the latest
+                successors[token_id] = successors.get(token_id, 0.0) + self._unit
+                if len(successors) > NUM_SUCCESSORS:
+                    del successors[min(successors, key=lambda other: (successors[other], other))]
             self._last = self.step(self._last, token_id)
             if self._unit > _RESCALE_AT:
-                self._rescale()
+                for counts in itertools.chain.from_iterable(table.values() for table in self._tables):
+                    for successor in counts:
+                        counts[successor] /= self._unit
+                self._unit = 1.0
 
     def end(self) -> tuple[int, ...]:
         """The context at the end of the text: its last tokens."""
@@ -71,7 +85,7 @@ class AdaptiveNgrams:
         for order in range(len(context), 0, -1):
             known = context[-order:]
             own = self._tables[order - 1].get(known)
-            prior = self._prior_successors(known)
+            prior = None if self._prior is None else self._prior(known)
             if own is None and prior is None:
                 continue
             own_weight = sum(own.values()) / self._unit if own is not None else 0.0
@@ -93,32 +107,3 @@ class AdaptiveNgrams:
             if share < _MIN_SHARE:
                 break
         return best(probabilities, evidence)
-
-    def _prior_successors(self, context: tuple[int, ...]) -> Successors | None:
-        """What the corpus has; rounds ask for the same contexts again and again."""
-        if self._prior is None:
-            return None
-        if context in self._asked:
-            return self._asked[context]
-        if len(self._asked) >= _MAX_REMEMBERED:
-            self._asked.clear()
-        found = self._asked[context] = self._prior.successors(context)
-        return found
-
-    def _count(self, table: dict[tuple[int, ...], dict[int, float]], context: tuple[int, ...], token_id: int) -> None:
-        successors = table.pop(context, None)
-        if successors is None:
-            successors = {}
-            while len(table) >= self.max_contexts:
-                del table[next(iter(table))]
-        table[context] = successors  # at the end: the latest
-        successors[token_id] = successors.get(token_id, 0.0) + self._unit
-        if len(successors) > NUM_SUCCESSORS:
-            del successors[min(successors, key=lambda other: (successors[other], other))]
-
-    def _rescale(self) -> None:
-        for table in self._tables:
-            for successors in table.values():
-                for token_id in successors:
-                    successors[token_id] /= self._unit
-        self._unit = 1.0

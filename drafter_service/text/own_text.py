@@ -42,19 +42,13 @@ class OwnText(SuffixAutomaton):
         for _ in range(_MAX_CONTEXTS):
             if context is None or context.length < _MIN_LENGTH or escape < _MIN_ESCAPE:
                 break
-            escape = self._blend(probabilities, context, escape)
+            followers = self.followers(context)
+            latest = self.latest_follower(context)
+            if latest is not None and latest in followers:
+                followers[latest] += 1  # what came last is likelier to come again
+            if total := sum(followers.values()) + len(followers):
+                for token_id, count in followers.items():
+                    probabilities[token_id] = probabilities.get(token_id, 0.0) + escape * count / total
+                escape *= len(followers) / total
             context = self.shorter(context)
         return best(probabilities, sum(place.length >= length for length in _EVIDENCE_LENGTHS))
-
-    def _blend(self, probabilities: dict[int, float], context: Place, escape: float) -> float:
-        """Give the followers their share of `escape`; returns what is left of it."""
-        followers = self.followers(context)
-        latest = self.latest_follower(context)
-        if latest is not None and latest in followers:
-            followers[latest] += 1  # what came last is likelier to come again
-        total = sum(followers.values()) + len(followers)
-        if not total:
-            return escape
-        for token_id, count in followers.items():
-            probabilities[token_id] = probabilities.get(token_id, 0.0) + escape * count / total
-        return escape * len(followers) / total

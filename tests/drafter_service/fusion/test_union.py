@@ -69,10 +69,10 @@ def fused(made: Sequence[PathGuesser], num_nodes: int, estimate: AcceptanceEstim
 @given(made=guessers(), num_nodes=st.integers(1, 40))
 def test_it_is_a_tree_within_the_budget_and_says_who_guessed(made: list[PathGuesser], num_nodes: int) -> None:
     result = fused(made, num_nodes)
-    result.tree.check(VOCAB_SIZE, num_nodes)
-    assert len(result.node_sources) == len(result.tree)
-    for row in range(1, len(result.tree) + 1):
-        path = tuple(result.tree.token_ids[above - 1] for above in result.tree.path_rows(row))
+    result.scored.tree.check(VOCAB_SIZE, num_nodes)
+    assert len(result.node_sources) == len(result.scored.tree)
+    for row in range(1, len(result.scored.tree) + 1):
+        path = tuple(result.scored.tree.token_ids[above - 1] for above in result.scored.tree.path_rows(row))
         named_by = {
             guesser.kind
             for guesser in made
@@ -89,8 +89,8 @@ def test_it_is_a_tree_within_the_budget_and_says_who_guessed(made: list[PathGues
 @given(made=guessers(), num_nodes=st.integers(1, 40))
 def test_a_smaller_budget_keeps_the_best_of_a_larger_one(made: list[PathGuesser], num_nodes: int) -> None:
     small, large = fused(made, num_nodes), fused(made, 2 * num_nodes)
-    assert large.tree.token_ids[: len(small.tree)] == small.tree.token_ids
-    assert large.tree.parent_rows[: len(small.tree)] == small.tree.parent_rows
+    assert large.scored.tree.token_ids[: len(small.scored.tree)] == small.scored.tree.token_ids
+    assert large.scored.tree.parent_rows[: len(small.scored.tree)] == small.scored.tree.parent_rows
 
 
 @settings(deadline=None, max_examples=50)
@@ -98,8 +98,8 @@ def test_a_smaller_budget_keeps_the_best_of_a_larger_one(made: list[PathGuesser]
 def test_every_guess_is_in_the_union(made: list[PathGuesser]) -> None:
     result = fused(made, 400)
     paths = {
-        tuple(result.tree.token_ids[above - 1] for above in result.tree.path_rows(row))
-        for row in range(1, len(result.tree) + 1)
+        tuple(result.scored.tree.token_ids[above - 1] for above in result.scored.tree.path_rows(row))
+        for row in range(1, len(result.scored.tree) + 1)
     }
     reachable: set[tuple[int, ...]] = {()}
     for _ in range(9):  # deeper than any path here
@@ -118,13 +118,13 @@ def test_ngrams_are_spared_on_paths_of_little_worth_where_others_speak() -> None
     own, ngrams = TrieGuesser(Guesser.OWN_TEXT, paths), TrieGuesser(Guesser.NGRAM, paths)
     result = fuse([own, ngrams], Judge(AcceptanceEstimate()), 10)
     of_path = {
-        tuple(result.tree.token_ids[above - 1] for above in result.tree.path_rows(row)): source
+        tuple(result.scored.tree.token_ids[above - 1] for above in result.scored.tree.path_rows(row)): source
         for row, source in enumerate(result.node_sources, start=1)
     }
     both = DraftSources.RETRIEVAL | DraftSources.NGRAM
     assert of_path == {(1,): both, (2,): both, (1, 3): both, (2, 4): DraftSources.RETRIEVAL}
     alone = fuse([ngrams], Judge(AcceptanceEstimate()), 10)
-    assert len(alone.tree) == 4
+    assert len(alone.scored.tree) == 4
 
 
 def test_two_who_agree_are_worth_more_than_one() -> None:
@@ -155,7 +155,7 @@ def test_it_learns_whom_to_believe() -> None:
         Judge(estimate),
         1,
     )
-    assert result.tree.token_ids == (8,)
+    assert result.scored.tree.token_ids == (8,)
     by_token = result.places[0].probabilities
     assert 0.75 < by_token[8] < 0.97
     assert by_token[7] < 0.25
@@ -184,7 +184,7 @@ def test_the_models_tree_is_kept_whole() -> None:
     tree = TokenTree((4, 5, 6, 7), (0, 0, 1, 3))
     scored = ScoredTree(tree, (-0.2, -1.8, -0.5, -0.6))
     result = fused([ModelGuesser(scored)], 10)
-    assert sorted(zip(result.tree.token_ids, result.tree.row_depths[1:], strict=True)) == [
+    assert sorted(zip(result.scored.tree.token_ids, result.scored.tree.row_depths[1:], strict=True)) == [
         (4, 1),
         (5, 1),
         (6, 2),
@@ -194,4 +194,4 @@ def test_the_models_tree_is_kept_whole() -> None:
 
 
 def test_an_empty_model_tree_says_nothing() -> None:
-    assert len(fused([ModelGuesser(ScoredTree(TokenTree(), ()))], 4).tree) == 0
+    assert fused([ModelGuesser(ScoredTree(TokenTree(), ()))], 4).scored.tree == TokenTree()
