@@ -14,7 +14,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.parallel.launch import group_size
 from easyspec.rpc.lifecycle import run_role
 from easyspec.speculation.sources import MODEL_SOURCES
-from easyspec.telemetry.metrics import EngineMetrics, StepObserver
+from easyspec.telemetry.metrics import EngineMetrics
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.vocabulary import check_vocabularies
 
@@ -22,26 +22,20 @@ _TEXT_SOURCES = "retrieval,ngram"
 
 
 def build(settings: DrafterSettings) -> DrafterServer:
-    metrics = EngineMetrics("drafter")
-    return DrafterServer(
-        _engine(settings, metrics.step),
-        settings.session_idle_timeout_s,
-        metrics,
-        open_tracing("drafter", settings.otlp_endpoint),
-    )
-
-
-def _engine(settings: DrafterSettings, on_step: StepObserver) -> DrafterEngine:
+    metrics, tracing = EngineMetrics("drafter"), open_tracing("drafter", settings.otlp_endpoint)
     if settings.draft_sources & MODEL_SOURCES and settings.tokenizer is not None:
         settings = fitting(settings, settings.tokenizer)
-    if not settings.draft_sources & MODEL_SOURCES:
+    # Imported here: torch takes seconds, and --help, bad settings and a drafter without a model need none of it.
+    engine: DrafterEngine
+    if settings.draft_sources & MODEL_SOURCES:
+        from drafter_service.engine import DrafterEngine as ModelDrafterEngine
+
+        engine = ModelDrafterEngine(settings, metrics.step)
+    else:
         from drafter_service.text_engine import TextDrafterEngine
 
-        return TextDrafterEngine(settings, on_step)
-    # Imported here: torch takes seconds, and --help, bad settings and a drafter without a model need none of it.
-    from drafter_service.engine import DrafterEngine as ModelDrafterEngine
-
-    return ModelDrafterEngine(settings, on_step)
+        engine = TextDrafterEngine(settings, metrics.step)
+    return DrafterServer(engine, settings.session_idle_timeout_s, metrics, tracing)
 
 
 def fitting(settings: DrafterSettings, tokenizer: Path) -> DrafterSettings:

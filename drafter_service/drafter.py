@@ -88,7 +88,14 @@ class Drafter:
         for session in self._sessions.values():
             if session.text is not None and not session.text.has_read_prompt:
                 session.text.read()
-        self._step_model()
+        if self._model is not None:
+            by_state = {id(session.model): session for session in self._sessions.values()}
+            # Sessions whose slots went to older ones are over: they learn so at once, or when they ask for a tree.
+            for state in self._model.step(self._states()):
+                session = by_state[id(state)]
+                session.model = None
+                self._break(session, CapacityError(_EVICTED))
+                self._evicted.add(session.session_id)
         drafted = [session for session in self._sessions.values() if session.is_drafted]
         num_rows = sum(self._answer(session) for session in drafted)
         has_more = any(session.is_busy for session in self._sessions.values())
@@ -117,18 +124,6 @@ class Drafter:
         self._model.begin(state, budget, session.choices.token_time.seconds)
         if ahead is not None:
             ahead.take_up(state, said, budget)
-
-    def _step_model(self) -> None:
-        """A step of the draft model. Sessions whose slots went to older ones are over: they learn so at once, or when
-        they ask for the next tree."""
-        if self._model is None:
-            return
-        by_state = {id(session.model): session for session in self._sessions.values()}
-        for state in self._model.step(self._states()):
-            session = by_state[id(state)]
-            session.model = None
-            self._break(session, CapacityError(_EVICTED))
-            self._evicted.add(session.session_id)
 
     def _states(self) -> list[ModelState]:
         """What the draft model holds, of the oldest session first."""

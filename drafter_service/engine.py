@@ -30,7 +30,6 @@ from easyspec.speculation.grammar_compiler import GrammarCompiler
 from easyspec.speculation.messages import Calibration, OpenSpeculation
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, SamplingParameters, TreeBudget
 from easyspec.speculation.sources import DraftSources
-from easyspec.telemetry.metrics import StepObserver, ignore_step
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
 # The length that a session comes to when kernels are warmed up.
@@ -41,9 +40,7 @@ _SIZE_ON_RANKS = 4
 class DrafterEngine(DrafterShell):
     """Loads the draft model on its own thread."""
 
-    def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
-        super().__init__("drafter-device", settings, on_step)
-        self._grammars: GrammarCompiler | None = None
+    _grammars: GrammarCompiler | None = None
 
     async def stop(self) -> None:
         await super().stop()
@@ -74,7 +71,11 @@ class DrafterEngine(DrafterShell):
         )
         rounds = Rounds(asks_all_sources=settings.ask == "always")
         resources = open_text_resources(settings, fingerprint)
-        no_exits_because = _why_no_exits(loaded)
+        no_exits_because = ""
+        if not loaded.decoder.config.early_exits:
+            no_exits_because = f"the draft model in {loaded.folder} has no exit_layers in its config.json"
+        elif not loaded.decoder.can_slice:
+            no_exits_because = "early_exit needs a draft model on one rank"
         if DraftSources.EARLY_EXIT in settings.draft_sources and no_exits_because:
             raise ConfigurationError(f"sources is {settings.sources!r}, but {no_exits_because}")
         limits = DrafterLimits(
@@ -136,15 +137,6 @@ def _default_plan(settings: DrafterSettings, loaded: LoadedModel) -> LayerPlan:
         num_threads=loaded.decoder.executor.num_threads,
     )
     return plan
-
-
-def _why_no_exits(loaded: LoadedModel) -> str:
-    """Why no request can draft by early exit here; empty if all can."""
-    if not loaded.decoder.config.early_exits:
-        return f"the draft model in {loaded.folder} has no exit_layers in its config.json"
-    if not loaded.decoder.can_slice:
-        return "early_exit needs a draft model on one rank"
-    return ""
 
 
 def _warm_up(drafter: Drafter, max_tree_nodes: int) -> None:

@@ -44,23 +44,18 @@ class GrammarPreference:
         if self._is_given_up:
             return unknown
         try:
-            state = self._followed(token_ids)
-            return unknown if state is None else [_allowed_after(state, path) for path in paths]
+            if self._state is None:
+                compiled = self._compiler.poll(self._grammar)
+                if compiled is None:
+                    return unknown
+                self._state = GrammarState(compiled, ignore_eos=False)
+            for token_id in token_ids[self._num_followed :]:
+                self._state.advance(token_id)  # if what is committed is not allowed, guesses only get worse
+            self._num_followed = max(self._num_followed, len(token_ids))
+            return [_allowed_after(self._state, path) for path in paths]
         except EasyspecError:
             self._is_given_up = True
             return unknown
-
-    def _followed(self, token_ids: Sequence[int]) -> GrammarState | None:
-        """The state after all committed tokens; None until the grammar is compiled."""
-        if self._state is None:
-            compiled = self._compiler.poll(self._grammar)
-            if compiled is None:
-                return None
-            self._state = GrammarState(compiled, ignore_eos=False)
-        for token_id in token_ids[self._num_followed :]:
-            self._state.advance(token_id)  # if what is committed is not allowed, guesses only get worse
-        self._num_followed = max(self._num_followed, len(token_ids))
-        return self._state
 
 
 def _allowed_after(state: GrammarState, path: Sequence[int]) -> NDArray[np.uint8]:

@@ -18,19 +18,12 @@ from easyspec.v1 import drafter_pb2, drafter_pb2_grpc
 
 
 class DrafterEngine(Engine, Protocol):
-    """What the server needs of an engine."""
+    """What the server needs of an engine. `layer_plan`, the default one with nothing None, and its `layer_groups`, as
+    "0 | 1-3 | 4", are valid after `start`."""
 
-    @property
-    def sources(self) -> DraftSources:
-        """The sources and the model of this drafter."""
-
-    @property
-    def layer_groups(self) -> str:
-        """Layer groups of the default plan, as "0 | 1-3 | 4"; valid after `start`."""
-
-    @property
-    def layer_plan(self) -> LayerPlanRequest:
-        """The default plan, nothing None; valid after `start`."""
+    sources: DraftSources
+    layer_groups: str
+    layer_plan: LayerPlanRequest
 
     async def open(self, request: OpenSpeculation) -> int:
         """A new session's id; raises EasyspecError subclasses, and then nothing is held."""

@@ -51,8 +51,9 @@ class Learned:
 
 @dataclass
 class Round:
-    """A round: whether model and text take part, since when, how long they worked, and what either would have
-    sent; the tree of all guesses, if text took part, what was sent, and whether the next tree was begun behind it."""
+    """A round: whether model and text take part, since when, how long they worked, and what either would have sent;
+    its kind by what text expects; the tree of all guesses, if text took part, what was sent, and whether the next tree
+    was begun behind it."""
 
     budget: TreeBudget
     begun_ns: int
@@ -60,6 +61,7 @@ class Round:
     has_text: bool
     guessers: Sequence[PathGuesser] = ()
     text_tree: FusedTree | None = None
+    kind: int = 0
     text_ns: int = 0
     model_tree: ScoredTree | None = None
     model_ns: int = 0

@@ -9,8 +9,7 @@ from pathlib import Path
 from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.session import DraftTask, OpenTask
-from drafter_service.text.guessers import TextResources
-from drafter_service.text.memory import TextMemory
+from drafter_service.text.guessers import TextMemory, TextResources
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.engine.shell import EngineShell
@@ -24,8 +23,8 @@ class DrafterShell(EngineShell[Drafter]):
     """Hands sessions' tasks to the drafter's core; building it sets `_info`, `_tokenizer` and, if there are layers, the
     default plan."""
 
-    def __init__(self, thread_name: str, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
-        super().__init__(thread_name, settings.step_timeout_s)
+    def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
+        super().__init__("drafter-device", settings.step_timeout_s)
         self._settings = settings
         self._on_step = on_step
         self._info: ModelInfo | None = None

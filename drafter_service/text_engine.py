@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from drafter_service.config import DrafterSettings
 from drafter_service.drafter import Drafter
 from drafter_service.fusion.rounds import Rounds
 from drafter_service.request import DrafterLimits
@@ -10,7 +9,6 @@ from drafter_service.shell import DrafterShell, open_text_resources
 from easyspec.checkpoint.location import TOKENIZER_PATTERNS, model_path
 from easyspec.parallel.layer_groups import sequential_plan
 from easyspec.speculation.messages import ModelInfo
-from easyspec.telemetry.metrics import StepObserver, ignore_step
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint, tokens_by_id
 
 # Text has no context length; this bounds what one session may hold.
@@ -22,9 +20,6 @@ _MAX_VOCAB_SIZE = 1 << 21
 
 class TextDrafterEngine(DrafterShell):
     """Guesses on a thread of its own, as the engine with a model does."""
-
-    def __init__(self, settings: DrafterSettings, on_step: StepObserver = ignore_step) -> None:
-        super().__init__("drafter-text", settings, on_step)
 
     def _build(self) -> Drafter:
         settings = self._settings

@@ -12,7 +12,6 @@ it is from paying, and together for requests that are too short to do so themsel
 
 from __future__ import annotations
 
-import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -28,7 +27,7 @@ _PRIOR_ROUNDS = 6.0
 _KEPT = 0.98
 # Expected tokens of a round of text, from which the kinds of rounds begin that the model joins: copied text is drafted
 # as well by text alone, in a fraction of the time.
-_KIND_BOUNDS = (1.5, 2.5, 4.0, 6.0, 9.0)
+KIND_BOUNDS = (1.5, 2.5, 4.0, 6.0, 9.0)
 # For so much of the time that rounds take without an option, it is tried although it does not pay.
 _TRYING_SHARE = 0.01
 # A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
@@ -150,15 +149,10 @@ class RoundChoices:
 
     def __init__(self, shared: RoundChoices | None = None) -> None:
         self.token_time: TokenTime = TokenTime(shared.token_time if shared else None)
-        of_model = shared.model.options if shared else [Option() for _ in range(len(_KIND_BOUNDS) + 1)]
+        of_model = shared.model.options if shared else [Option() for _ in range(len(KIND_BOUNDS) + 1)]
         self.model: Choice = Choice(of_model, self.token_time)
         self.text: Choice = Choice(shared.text.options if shared else [Option()], self.token_time)
         self.ahead: Trial = shared.ahead if shared else Trial()
-
-
-def kind_of_round(expected_of_text: float) -> int:
-    """The kind of a round of which text expects so many tokens, the bonus token among them."""
-    return bisect.bisect_right(_KIND_BOUNDS, expected_of_text)
 
 
 class ByTarget(Generic[KnownT]):

@@ -8,7 +8,7 @@ print the same. For comparing rules in drafter_service/worth.py; made the table 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, cast
 
@@ -82,6 +82,7 @@ class _RecordedState:
 
     def __init__(self) -> None:
         self.tree: ScoredTree | None = None
+        self.exits = None
 
     @property
     def growing(self) -> Self:
@@ -90,10 +91,6 @@ class _RecordedState:
     def scored(self) -> ScoredTree:
         assert self.tree is not None, "a round is under way"
         return self.tree
-
-    @property
-    def early_rows(self) -> Mapping[int, int]:
-        return {}
 
 
 class _TimedRounds(Rounds):

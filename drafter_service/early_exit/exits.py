@@ -180,7 +180,7 @@ class EarlyExits:
         layers = range(exits[exit_index], exits[exit_index + 1])
         behind = [level for level in levels if level.exits.num_waiting_at(exit_index) > 0]
         if behind:
-            waiting = torch.cat([level.exits.waiting_hidden(exit_index) for level in behind])
+            waiting = torch.cat([level.exits.committed[exit_index] for level in behind])
             segments = [
                 level.state.committed_segment(level.exits.waiting_positions(exit_index, level.state.slots.num_cached))
                 for level in behind
@@ -196,8 +196,7 @@ class EarlyExits:
         if not growing:
             return
         hidden = [
-            torch.cat([*(level.exits.node_hidden(row)[None] for row in above), level.hidden])
-            for level, above in growing
+            torch.cat([*(level.exits.nodes[row][1][None] for row in above), level.hidden]) for level, above in growing
         ]
         segments = [level.state.node_segment([*above, *level.rows]) for level, above in growing]
         arrived = self._pass(segments, plan, layers, torch.cat(hidden))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import time
 from collections.abc import Callable
 from typing import TypeAlias
@@ -9,7 +11,7 @@ from typing import TypeAlias
 from drafter_service.fusion.model_guesses import ModelGuesser
 from drafter_service.fusion.union import FusedTree, fuse, learn
 from drafter_service.session import NOTHING_SENT, Round, Session
-from drafter_service.worth import kind_of_round
+from drafter_service.worth import KIND_BOUNDS
 from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
@@ -53,8 +55,10 @@ class Rounds:
         round_.guessers = text.guessers()
         if asks_model:
             round_.text_tree = self.fuse(session, round_, None, min(budget.num_nodes, _NUM_TRIAL_NODES))
-            kind = kind_of_round(round_.text_tree.expected_tokens)
-            round_.has_model = self._asks_all or choices.model.is_worth_it(kind)
+            # Tokens that the round of text may be expected to come to, the bonus token among them.
+            expected = 1.0 + sum(math.exp(value) for value in round_.text_tree.scored.log_values)
+            round_.kind = bisect.bisect_right(KIND_BOUNDS, expected)
+            round_.has_model = self._asks_all or choices.model.is_worth_it(round_.kind)
         round_.text_ns = self._clock_ns() - now_ns
         return round_
 
@@ -66,8 +70,8 @@ class Rounds:
         if last.fused is not None:
             learn(last.fused, said, session.judge)
         if last.text_tree is not None and last.model_tree is not None:
-            kind = kind_of_round(last.text_tree.expected_tokens)
-            choices.model.observe(num_tokens - _tokens_by(last.text_tree.scored.tree, said), last.model_ns / 1e9, kind)
+            gain = num_tokens - _tokens_by(last.text_tree.scored.tree, said)
+            choices.model.observe(gain, last.model_ns / 1e9, last.kind)
             choices.text.observe(num_tokens - _tokens_by(last.model_tree.tree, said), last.text_ns / 1e9)
 
     def finish(self, session: Session) -> tuple[TokenTree, Sources]:
@@ -77,7 +81,8 @@ class Rounds:
         begun_ns = self._clock_ns()
         model = None
         if round_.has_model and session.model is not None:
-            model = ModelGuesser(session.model.growing.scored(), session.model.early_rows)
+            exits = session.model.exits
+            model = ModelGuesser(session.model.growing.scored(), {} if exits is None else exits.early_rows)
             round_.model_tree = model.scored.pruned(round_.budget.num_nodes)
             round_.model_ns = begun_ns - round_.begun_ns - round_.text_ns
         if not round_.has_text:

@@ -51,11 +51,6 @@ class FusedTree:
     node_sources: tuple[DraftSources, ...]
     places: Mapping[int, JudgedPlace]
 
-    @property
-    def expected_tokens(self) -> float:
-        """How many tokens the round may be expected to come to, the bonus token among them."""
-        return 1.0 + sum(math.exp(value) for value in self.scored.log_values)
-
 
 class _GrowingUnion(GrowingTree):
     """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""

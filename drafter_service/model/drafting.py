@@ -5,6 +5,9 @@ bonus tokens (bonus calibration), whose last row yields the first level; then on
 
 Sessions share every pass and need not be in step: each of our steps calibrates those whose verdicts have come, reads
 a chunk of the prompts, and grows every tree by a level. A late session joins at the next level.
+
+A draft model that was trained to fill in mask tokens (PARD, arXiv 2504.18583) drafts all levels in one pass: behind the
+new tokens of a calibration stand mask tokens, each at the position of a further level.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import torch
 from drafter_service.model.batch import EarlyLevels, Holders, by_way, fitting
 from drafter_service.model.exit_state import ExitState
 from drafter_service.model.growth import Sharpness
-from drafter_service.model.parallel_levels import add_levels, with_masks
 from drafter_service.model.ranking import rank_level
 from drafter_service.model.state import ModelState
 from drafter_service.model.vocabulary_bridge import VocabularyBridge
@@ -27,12 +29,14 @@ from drafter_service.request import DraftRequest
 from easyspec.engine.average import clock_average
 from easyspec.engine.prefill_pace import PrefillPace
 from easyspec.engine.prompt_shares import served_readers, share_out
+from easyspec.engine.segments import with_nodes
 from easyspec.errors import CapacityError
 from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.parallel.layer_groups import LayerPlan
 from easyspec.speculation.parameters import TreeBudget
+from easyspec.speculation.ranking import TokenRanker
 from easyspec.speculation.sources import DraftSources
 
 # A session that had a tree so recently will soon come for the next one, and would wait for a long step.
@@ -47,7 +51,13 @@ class _Chain:
     state: ModelState
     segment: Segment
     is_prompt: bool
+    plan: LayerPlan
     num_masks: int = 0
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it goes only as deep as its level needs; prompts are read whole."""
+        return not self.is_prompt and self.state.exits is not None
 
 
 class ModelDrafting:
@@ -129,7 +139,7 @@ class ModelDrafting:
         holders, started_ns = Holders(self.memory, [*states]), time.monotonic_ns()
         with torch.inference_mode():
             chains = self._take_chains(holders)
-            for (plan, is_early), members in by_way(chains, self._way_of_chain):
+            for (plan, is_early), members in by_way(chains, lambda chain: (chain.plan, chain.is_early)):
                 self._run_chains(members, plan, is_early=is_early)
             num_frontier_rows = self._grow_all(holders)
         num_chain_rows = sum(len(chain.segment) for chain in chains if not chain.is_prompt)
@@ -163,8 +173,11 @@ class ModelDrafting:
                 state.is_in_pass = True
                 segment = state.take_chain(num_tokens)
                 if self._mask_token_id is not None and num_masks:
-                    segment = with_masks(state, segment, self._mask_token_id, self.memory.allocate(num_masks))
-                chains.append(_Chain(state, segment, is_prompt, num_masks))
+                    segment = _with_masks(state, segment, self._mask_token_id, self.memory.allocate(num_masks))
+                # Exact but for the ablation that keeps fuzzy entries.
+                is_exact = is_prompt or state.request.calibration
+                plan = self.decoder.sequential_plan if is_exact else state.request.plan
+                chains.append(_Chain(state, segment, is_prompt, plan, num_masks))
         return chains
 
     def _prompt_shares(self, holders: Holders, num_other_rows: int) -> list[tuple[ModelState, int]]:
@@ -189,13 +202,6 @@ class ModelDrafting:
         share_out(served_readers(unread, self.memory, num_rows), num_rows, lambda state: state.num_unread, give)
         return shares
 
-    def _way_of_chain(self, chain: _Chain) -> tuple[LayerPlan, bool]:
-        """The plan, exact but for the ablation that keeps fuzzy entries; and whether a calibration goes only as deep as
-        its level needs. Prompts are read whole."""
-        is_exact = chain.is_prompt or chain.state.request.calibration
-        plan = self.decoder.sequential_plan if is_exact else chain.state.request.plan
-        return plan, not chain.is_prompt and chain.state.exits is not None
-
     def _run_chains(self, chains: Sequence[_Chain], plan: LayerPlan, *, is_early: bool) -> None:
         """A pass over committed tokens without exact K and V; the last rows of calibrations give first levels."""
         started_ns = time.monotonic_ns()
@@ -213,7 +219,7 @@ class ModelDrafting:
             if self._mask_token_id is not None:
                 parts = logits.split([chain.num_masks + 1 for _, chain in calibrated])
                 for (_, chain), level_logits in zip(calibrated, parts, strict=True):
-                    add_levels(self.decoder.executor, chain.state, level_logits, self._mask_token_id)
+                    _add_levels(self.decoder.executor, chain.state, level_logits, self._mask_token_id)
             elif rows:
                 self._add_level([chain.state for _, chain in calibrated], logits)
         elapsed_ns = time.monotonic_ns() - started_ns
@@ -261,3 +267,27 @@ class ModelDrafting:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         for state, candidates in zip(states, rank_level(self.decoder.executor, states, draft_logits), strict=True):
             state.growing.add_level(candidates)
+
+
+def _with_masks(state: ModelState, chain: Segment, mask_token_id: int, slots: Sequence[int]) -> Segment:
+    """The rows of a calibration, and of mask tokens in `slots` behind the committed ones.
+
+    A mask token sees the committed text, the ones before it, and itself. Its slot is the tree's until `_add_levels`.
+    """
+    num_masks, base_length = len(slots), len(state.token_ids)
+    state.tree_slots = {-1 - index: slot for index, slot in enumerate(slots)}
+    before = [index - 1 if index else None for index in range(num_masks)]
+    return with_nodes(chain, [mask_token_id] * num_masks, range(base_length, base_length + num_masks), slots, before)
+
+
+def _add_levels(ranker: TokenRanker, state: ModelState, draft_logits: torch.Tensor, mask_token_id: int) -> None:
+    """Drop the mask tokens, and grow the tree by a level for every row of `draft_logits` [levels, V]; one host sync a
+    level. A row knows nothing of the levels between: candidates of a level are the same whatever their parent."""
+    state.drop_tree()
+    draft_logits = draft_logits.index_fill(1, torch.tensor([mask_token_id], device=draft_logits.device), float("-inf"))
+    for row in draft_logits:
+        if not state.growing.frontier:
+            return
+        level = row[None].expand(len(state.growing.frontier), -1).contiguous()
+        (candidates,) = rank_level(ranker, [state], level)
+        state.growing.add_level(candidates)

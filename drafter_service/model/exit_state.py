@@ -26,6 +26,8 @@ class ExitState:
     one of them.
 
     `looks` holds, by expanded row, what the exits said there; `exit_of_row` the one whose candidates were taken.
+    `committed` has, by exit, the hidden states [tokens, E] of the committed tokens that wait there; `nodes`, by row,
+    the exit where an expanded node waits, and its hidden state [E].
     """
 
     def __init__(self, exits: Sequence[int], num_layers: int) -> None:
@@ -35,8 +37,8 @@ class ExitState:
         self.exit_of_row: dict[int, int] = {}
         self.num_counted = 1
         self.began_ns: int | None = None
-        self._committed: list[torch.Tensor | None] = [None] * len(self.exits)
-        self._nodes: dict[int, tuple[int, torch.Tensor]] = {}
+        self.committed: dict[int, torch.Tensor] = {}
+        self.nodes: dict[int, tuple[int, torch.Tensor]] = {}
 
     @property
     def last_exit(self) -> int:
@@ -51,52 +53,36 @@ class ExitState:
     @property
     def num_waiting(self) -> int:
         """Committed tokens that have left early."""
-        return sum(self.num_waiting_at(exit_index) for exit_index in range(self.last_exit))
+        return sum(map(len, self.committed.values()))
 
     def num_waiting_at(self, exit_index: int) -> int:
-        waiting = self._committed[exit_index]
-        return 0 if waiting is None else len(waiting)
+        return len(self.committed.get(exit_index, ()))
 
     def waiting_positions(self, exit_index: int, num_cached: int) -> range:
         """Where the committed tokens stand that wait at an exit."""
         stop = num_cached - sum(self.num_waiting_at(earlier) for earlier in range(exit_index))
         return range(stop - self.num_waiting_at(exit_index), stop)
 
-    def waiting_hidden(self, exit_index: int) -> torch.Tensor:
-        """Their hidden states [tokens, E]."""
-        waiting = self._committed[exit_index]
-        assert waiting is not None, "tokens wait"
-        return waiting
-
     def arrive(self, exit_index: int, hidden: torch.Tensor) -> None:
         """Committed tokens have come to an exit: new ones to the first, all that waited before it to another."""
-        if exit_index > 0:
-            self._committed[exit_index - 1] = None
+        self.committed.pop(exit_index - 1, None)
         if exit_index < self.last_exit:
-            before = self._committed[exit_index]
-            self._committed[exit_index] = hidden if before is None else torch.cat([before, hidden])
+            before = self.committed.get(exit_index)
+            self.committed[exit_index] = hidden if before is None else torch.cat([before, hidden])
 
     def nodes_at(self, exit_index: int, rows: Sequence[int]) -> list[int]:
         """Those of `rows` that wait at an exit."""
-        return [row for row in rows if row in self._nodes and self._nodes[row][0] == exit_index]
-
-    def node_hidden(self, row: int) -> torch.Tensor:
-        """The hidden state [E] of a node that waits."""
-        return self._nodes[row][1]
-
-    def is_whole(self, row: int) -> bool:
-        """Whether an expanded node has K and V as deep as the session goes."""
-        return row not in self._nodes
+        return [row for row in rows if row in self.nodes and self.nodes[row][0] == exit_index]
 
     def nodes_arrive(self, exit_index: int, rows: Sequence[int], hidden: torch.Tensor) -> None:
         """Nodes have come to an exit with `hidden` [rows, E], and may stay there."""
         for row, row_hidden in zip(rows, hidden, strict=True):
             if exit_index < self.last_exit:
-                self._nodes[row] = (exit_index, row_hidden)
+                self.nodes[row] = (exit_index, row_hidden)
             else:
-                self._nodes.pop(row, None)
+                self.nodes.pop(row, None)
 
     def begin_round(self, num_counted: int) -> None:
         """Forget the tree; of each row's candidates `num_counted` will count."""
-        self.looks, self.exit_of_row, self._nodes = {}, {}, {}
+        self.looks, self.exit_of_row, self.nodes = {}, {}, {}
         self.num_counted = num_counted

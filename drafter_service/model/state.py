@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -105,9 +105,9 @@ class ModelState:
         said = self.said_since
         passed = self._learn(said) if self.tree is not None else []
         kept = [] if self.request.calibration else passed
-        if self.exits is not None:
-            kept = [*itertools.takewhile(self.exits.is_whole, kept)] if not self.exits.num_waiting else []
-            self.exits.begin_round(max(1, budget.num_nodes // budget.num_levels))
+        if (exits := self.exits) is not None:
+            kept = [] if exits.num_waiting else [*itertools.takewhile(lambda row: row not in exits.nodes, kept)]
+            exits.begin_round(max(1, budget.num_nodes // budget.num_levels))
         # Before the prompt is read there is nothing they could stand on. The bonus token has no slot.
         kept_slots = [self.tree_slots.pop(row) for row in kept[: len(said) - 1]]
         self.drop_tree()
@@ -179,11 +179,6 @@ class ModelState:
             self.slots.truncate(self.num_exact)
         if self.slots.num_cached == self.num_exact:
             self.slots.share(self.token_ids)
-
-    @property
-    def early_rows(self) -> Mapping[int, int]:
-        """Rows whose children come from an early exit, and which, from 1."""
-        return {} if self.exits is None else self.exits.early_rows
 
     def take_chain(self, num_tokens: int) -> Segment:
         """Rows for the next committed tokens, which get slots."""

@@ -6,8 +6,7 @@ import tracemalloc
 
 import numpy as np
 
-from drafter_service.text.guessers import TextDrafting, TextResources
-from drafter_service.text.memory import TOKEN_BYTES, TextMemory
+from drafter_service.text.guessers import TOKEN_BYTES, TextDrafting, TextMemory, TextResources
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sources import DraftSources
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_service.text.own_text import OwnText
-from drafter_service.text.suffix_automaton import Place, SuffixAutomaton
+from drafter_service.text.own_text import OwnText, Place, SuffixAutomaton
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=30)  # shorter than the cap on updated states
 
