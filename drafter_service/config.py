@@ -21,8 +21,6 @@ def _last_part(fields: dict[str, Any]) -> str:
 class DrafterSettings(EngineSettings):
     """Serves the draft model, which guesses. Flags win over EASYSPEC_DRAFTER_... variables."""
 
-    IS_AUTO_8BIT = True
-
     model_config = SettingsConfigDict(env_prefix="EASYSPEC_DRAFTER_", cli_prog_name="python -m drafter_service")
 
     address: str = address_field("127.0.0.1:50052")

@@ -49,7 +49,7 @@ class DrafterEngine(DrafterShell):
 
     def _build(self) -> Drafter:
         settings = self._settings
-        loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
+        loaded = load_model(settings, placement=RankPlacement(settings.rank_placement), is_auto_8bit=True)
         self._tokenizer, bridge = _tokenizer_and_bridge(settings, loaded)
         fingerprint = tokenizer_fingerprint(self._tokenizer)
         self._info = replace(loaded.info, tokenizer_fingerprint=fingerprint)
@@ -98,7 +98,7 @@ class DrafterEngine(DrafterShell):
 
 def follow(settings: DrafterSettings) -> None:
     """What a rank other than 0 does, from loading until rank 0 dismisses it; raises EngineLostError."""
-    loaded = load_model(settings, placement=RankPlacement(settings.rank_placement))
+    loaded = load_model(settings, placement=RankPlacement(settings.rank_placement), is_auto_8bit=True)
     with torch.inference_mode():
         loaded.follow()
 

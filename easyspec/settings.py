@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -126,9 +126,6 @@ def _last_part_of_model(fields: dict[str, Any]) -> str:
 
 class EngineSettings(ServerSettings):
     """What every role that owns a model has."""
-
-    IS_AUTO_8BIT: ClassVar[bool] = False
-    """Whether the executor `auto` may round inputs to 8 bits: where that changes no answer."""
 
     step_timeout_s: float = Field(default=30.0, ge=1.0, le=86_400.0)
     """Seconds after which a step that also takes 20 times the usual counts as hung, 1 to 86400; the process then says

@@ -120,7 +120,7 @@ async def measure(settings: AcceptanceSettings, console: Console) -> Findings:
 def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) -> dict[tuple[str, float], Acceptance]:
     """Draft every round of the answers, by kind and temperature."""
     settings = DrafterSettings(model=str(draft))
-    loaded = load_model(settings)
+    loaded = load_model(settings, is_auto_8bit=True)
     drafting = ModelDrafting(loaded.decoder, loaded.memory, settings.prefill_chunk, budget.num_nodes)
     plan = sequential_plan(loaded.decoder.config.num_layers)
     found: dict[tuple[str, float], Acceptance] = {}

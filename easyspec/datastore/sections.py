@@ -112,4 +112,4 @@ class SectionReader:
 
     def _check(self, is_good: bool, problem: str) -> None:
         if not is_good:
-            raise ConfigurationError(f"datastore file {self._path} {problem}; make it anew with `easyspec index`")
+            raise ConfigurationError(f"datastore file {self._path} {problem}; rebuild it with `easyspec index`")

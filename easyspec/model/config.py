@@ -17,11 +17,11 @@ from easyspec.checkpoint.generation import end_token_ids
 from easyspec.checkpoint.gguf_header import read_header
 from easyspec.checkpoint.location import is_gguf
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES, TOWER_MODEL_TYPES
 from easyspec.model.gguf_config import config_of
 from easyspec.model.layer_spec import ModelSpec
 from easyspec.model.model_families import FAMILIES, head_dim, model_spec, rope_parameters
 from easyspec.model.quantization.announced import announced_quantization
+from easyspec.model.supported_models import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES, TOWER_MODEL_TYPES
 from easyspec.model.tensor_names import TensorNames
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,9 +12,9 @@ from typing import Any
 
 from easyspec.checkpoint.gguf_header import GgufHeader
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name
 from easyspec.model.gguf_families import family_of, read_floats
+from easyspec.model.supported_models import GGUF_MODEL_TYPES
 
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Our own key; other readers of the format ignore it, and have rows of the head that were not trained.

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from easyspec.checkpoint.gguf_header import GgufTensor, read_header
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import BLOCK_FORMATS
 from easyspec.model.gguf_blocks import FLOAT_TYPES, dequantized, format_name, row_bytes
 from easyspec.model.gguf_families import family_of
 from easyspec.model.stored_blocks import StoredBlocks
+from easyspec.model.supported_models import BLOCK_FORMATS
 from easyspec.model.weights import check_finite
 
 _NAMES: Mapping[str, str] = MappingProxyType(

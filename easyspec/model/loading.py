@@ -58,17 +58,20 @@ class LoadedModel:
         self.lifeline.leave()
 
 
-def load_model(settings: EngineSettings, *, placement: RankPlacement = RankPlacement.TENSOR) -> LoadedModel:
+def load_model(
+    settings: EngineSettings, *, placement: RankPlacement = RankPlacement.TENSOR, is_auto_8bit: bool = False
+) -> LoadedModel:
     """Read checkpoint and tokenizer onto the device; raises ConfigurationError.
 
-    Under torchrun it reads this rank's part, and all ranks agree on the size of their pools.
+    Under torchrun it reads this rank's part, and all ranks agree on the size of their pools. `is_auto_8bit`: the
+    executor `auto` rounds inputs to 8 bits, where that changes no answer.
     """
     device = _device(settings.device)
     folder = model_path(settings.model)
     config = load_config(folder, settings.dtype, settings.max_model_len)
     num_threads = settings.num_threads or _num_threads(config)
     torch.set_num_threads(num_threads)
-    executor = choose_executor(settings.executor, device, num_threads, is_auto_8bit=settings.IS_AUTO_8BIT)
+    executor = choose_executor(settings.executor, device, num_threads, is_auto_8bit=is_auto_8bit)
     weights = WeightFormat(settings.weights)
     ranks = join_group(device)
     lifeline = open_lifeline(ranks.rank, ranks.size, ranks.share)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from easyspec.cli.supported import supported_table
-from easyspec.model.families import (
+from easyspec.model.model_families import FAMILIES
+from easyspec.model.supported_models import (
     GGUF_MODEL_TYPES,
     QUANTIZATION_METHODS,
     SUPPORTED_MODEL_TYPES,
     TOWER_MODEL_TYPES,
 )
-from easyspec.model.model_families import FAMILIES
 from tests.fakes.families import FAMILY_OPTIONS
 from tests.model.test_fused_experts import test_experts_in_mxfp4
 from tests.model.test_gguf_families import FAMILIES as GGUF_CASES

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from easyspec.model.families import GGUF_MODEL_TYPES
 from easyspec.model.gguf_families import GGUF_FAMILIES
 from easyspec.model.loading import load_model
+from easyspec.model.supported_models import GGUF_MODEL_TYPES
 from tests.fakes.checkpoints import VOCAB_SIZE, reference_model, write_checkpoint
 from tests.fakes.families import FAMILY_OPTIONS, VARIANTS
 from tests.fakes.gguf_files import write_gguf

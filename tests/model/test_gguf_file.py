@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
-from easyspec.model.families import BLOCK_FORMATS
 from easyspec.model.fingerprint import model_fingerprint
 from easyspec.model.gguf_blocks import FLOAT_TYPES
 from easyspec.model.gguf_file import GgufCheckpoint
 from easyspec.model.loading import load_model
+from easyspec.model.supported_models import BLOCK_FORMATS
 from tests.fakes.checkpoints import change_config, reference_model, write_checkpoint
 from tests.fakes.gguf_files import gguf_name, write_gguf
 from tests.model.passes import Passes, rotary_table

@@ -14,7 +14,7 @@ from easyspec.cli.doctor.gguf import check_gguf_file
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.cli.doctor.weights import check_weights
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
+from easyspec.model.supported_models import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import read_vocabulary, tokenizer_fingerprint
 
 _MAX_DIFFERENCES = 3

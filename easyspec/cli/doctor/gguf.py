@@ -11,8 +11,8 @@ from typing import Any
 from easyspec.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import BLOCK_FORMATS, GGUF_MODEL_TYPES
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name, row_bytes
+from easyspec.model.supported_models import BLOCK_FORMATS, GGUF_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 

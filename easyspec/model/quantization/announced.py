@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import QUANTIZATION_METHODS
 from easyspec.model.quantization.compressed_tensors import CompressedTensors
 from easyspec.model.quantization.fp8 import Fp8
 from easyspec.model.quantization.gptq import Awq, Gptq
 from easyspec.model.quantization.scheme import Quantization
+from easyspec.model.supported_models import QUANTIZATION_METHODS
 
 _CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
 

@@ -12,8 +12,8 @@ from easyspec.cli.doctor import weights
 from easyspec.cli.doctor.checkpoints import checkpoint_findings
 from easyspec.cli.doctor.report import Finding, State
 from easyspec.errors import ConfigurationError
-from easyspec.model.families import SUPPORTED_MODEL_TYPES
 from easyspec.model.layout import check_layout
+from easyspec.model.supported_models import SUPPORTED_MODEL_TYPES
 from tests.fakes.checkpoints import change_config, write_checkpoint
 from tests.fakes.families import FAMILY_OPTIONS
 
