@@ -102,7 +102,8 @@ def without_kinds(kinds: frozenset[str]) -> BeforeValidator:
     def kept(values: Any) -> Any:
         if not isinstance(values, list):
             return values
-        return [value for value in values if not (isinstance(value, dict) and value.get("type") in kinds)]
+        # As text: a type may be any JSON value, and not all of them can be looked up in a set.
+        return [value for value in values if not (isinstance(value, dict) and str(value.get("type")) in kinds)]
 
     return BeforeValidator(kept)
 

@@ -226,3 +226,14 @@ async def test_usage_in_every_chunk(rest: Rest) -> None:
         assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
         assert usages[-1].items() >= usages[-2].items()
         assert counts[-1] == 120
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": {"text": []}}]}]}),
+        ("/v1/responses", {"input": [{"type": {"message": []}, "role": "user", "content": "hi"}]}),
+    ],
+)
+async def test_a_type_that_is_no_text_is_refused(rest: Rest, path: str, body: dict[str, Any]) -> None:
+    assert (await rest.http.post(path, json=body)).status_code == 400
