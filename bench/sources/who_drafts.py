@@ -20,8 +20,7 @@ from bench.harness.tables import Column, ResultTable
 from bench.harness.tasks import TASK_NAMES
 from bench.sources.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, record, text_resources
 from drafter_service.fusion.acceptance_estimate import Judge
-from drafter_service.fusion.model_guesses import ModelGuesser
-from drafter_service.fusion.rounds import Rounds
+from drafter_service.fusion.rounds import ModelGuesser, Rounds
 from drafter_service.fusion.union import FusedTree
 from drafter_service.model.state import ModelState
 from drafter_service.request import DraftRequest

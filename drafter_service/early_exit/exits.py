@@ -84,10 +84,11 @@ class _Level:
             ]
         self.state.growing.add_level(self.seen[-1])
 
-    def ancestors(self) -> list[int]:
-        """Rows between the root and the level's rows, parents first."""
-        tree = self.state.growing
-        return sorted({above for row in self.rows for above in tree.path_rows(row)[:-1]})
+    def ancestors_at(self, exit_index: int) -> list[int]:
+        """Rows between the root and the level's rows that wait at an exit, parents first."""
+        tree, nodes = self.state.growing, self.exits.nodes
+        above = {row for below in self.rows for row in tree.path_rows(below)[:-1]}
+        return sorted(row for row in above if row in nodes and nodes[row][0] == exit_index)
 
 
 class EarlyExits:
@@ -190,9 +191,7 @@ class EarlyExits:
                 level.exits.arrive(exit_index + 1, part)
                 if level.is_first:
                     level.hidden = part[-1:]
-        growing = [
-            (level, level.exits.nodes_at(exit_index, level.ancestors())) for level in levels if not level.is_first
-        ]
+        growing = [(level, level.ancestors_at(exit_index)) for level in levels if not level.is_first]
         if not growing:
             return
         hidden = [

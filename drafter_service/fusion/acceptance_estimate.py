@@ -111,11 +111,6 @@ class AcceptanceEstimate:
         self.curves = [(Curve(), Curve()) for _ in range(num_curves)]  # for tokens named, and not
         self._weights: dict[int, list[float]] = {}
 
-    def curves_of(self, guesser: Guesser, depth: int, evidence: int) -> tuple[Curve, Curve]:
-        """The curves for tokens that a guesser names at a level, and for others."""
-        depth_class = _DEPTH_CLASS[min(depth, len(_DEPTH_CLASS) - 1)]
-        return self.curves[(guesser * _NUM_DEPTH_CLASSES + depth_class) * NUM_EVIDENCE_CLASSES + evidence]
-
     def weights_of(self, case: int) -> list[float]:
         """The mixer's: one per guesser, then a constant."""
         weights = self._weights.get(case)
@@ -136,11 +131,13 @@ class Judge:
 
     def judge(self, stated: Mapping[Guesser, Stated], depth: int) -> JudgedPlace:
         """The chance that each named token at level `depth` is accepted, given that its parent is."""
+        depth_class = _DEPTH_CLASS[min(depth, len(_DEPTH_CLASS) - 1)]
         silent = 2 * sum(_DIGITS[guesser] for guesser in stated)
         opinions: list[_Opinion] = []
         cases: dict[int, int] = {}
         for guesser, said in stated.items():
-            curve, unnamed_curve = self._estimate.curves_of(guesser, depth, said.evidence)
+            of_depth = (guesser * _NUM_DEPTH_CLASSES + depth_class) * NUM_EVIDENCE_CLASSES
+            curve, unnamed_curve = self._estimate.curves[of_depth + said.evidence]
             places, log_odds = curve.read(said.probabilities, self.biases[guesser])
             opinions.append(_Opinion(guesser, curve, unnamed_curve, places, log_odds))
             for token_id in places:

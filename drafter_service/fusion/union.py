@@ -37,10 +37,8 @@ _SOURCE_OF: Mapping[Guesser, DraftSources] = {
     Guesser.DATASTORE: DraftSources.RETRIEVAL,
     Guesser.NGRAM: DraftSources.NGRAM,
 }
-
-
+# Bits of the tokens that may follow a path, as `GrammarPreference.allowed_after` has them.
 AllowedAfter: TypeAlias = Callable[[Sequence[int]], "NDArray[np.uint8] | None"]
-"""Bits of the tokens that may follow a path, as `GrammarPreference.allowed_after` has them."""
 
 
 @dataclass(frozen=True)

@@ -168,12 +168,17 @@ class ModelDrafting:
         for state, num_tokens, is_prompt in sorted(wanted, key=lambda each: age[id(each[0])]):
             # One for each level but the first.
             has_masks = self._mask_token_id is not None and state.exits is None and not is_prompt
-            num_masks = state.growing.num_levels - 1 if has_masks else 0
+            num_masks = state.growing.budget.num_levels - 1 if has_masks else 0
             if state in holders.states and holders.make_room(num_tokens + num_masks, state):
                 state.is_in_pass = True
                 segment = state.take_chain(num_tokens)
                 if self._mask_token_id is not None and num_masks:
-                    segment = _with_masks(state, segment, self._mask_token_id, self.memory.allocate(num_masks))
+                    # Each sees the committed text, the ones before it, and itself; slots are the tree's until then.
+                    masks, base_length = self.memory.allocate(num_masks), len(state.token_ids)
+                    state.tree_slots = {-1 - index: slot for index, slot in enumerate(masks)}
+                    positions = range(base_length, base_length + num_masks)
+                    before = [None, *range(num_masks - 1)]
+                    segment = with_nodes(segment, [self._mask_token_id] * num_masks, positions, masks, before)
                 # Exact but for the ablation that keeps fuzzy entries.
                 is_exact = is_prompt or state.request.calibration
                 plan = self.decoder.sequential_plan if is_exact else state.request.plan
@@ -267,17 +272,6 @@ class ModelDrafting:
         """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
         for state, candidates in zip(states, rank_level(self.decoder.executor, states, draft_logits), strict=True):
             state.growing.add_level(candidates)
-
-
-def _with_masks(state: ModelState, chain: Segment, mask_token_id: int, slots: Sequence[int]) -> Segment:
-    """The rows of a calibration, and of mask tokens in `slots` behind the committed ones.
-
-    A mask token sees the committed text, the ones before it, and itself. Its slot is the tree's until `_add_levels`.
-    """
-    num_masks, base_length = len(slots), len(state.token_ids)
-    state.tree_slots = {-1 - index: slot for index, slot in enumerate(slots)}
-    before = [index - 1 if index else None for index in range(num_masks)]
-    return with_nodes(chain, [mask_token_id] * num_masks, range(base_length, base_length + num_masks), slots, before)
 
 
 def _add_levels(ranker: TokenRanker, state: ModelState, draft_logits: torch.Tensor, mask_token_id: int) -> None:

@@ -70,10 +70,6 @@ class ExitState:
             before = self.committed.get(exit_index)
             self.committed[exit_index] = hidden if before is None else torch.cat([before, hidden])
 
-    def nodes_at(self, exit_index: int, rows: Sequence[int]) -> list[int]:
-        """Those of `rows` that wait at an exit."""
-        return [row for row in rows if row in self.nodes and self.nodes[row][0] == exit_index]
-
     def nodes_arrive(self, exit_index: int, rows: Sequence[int], hidden: torch.Tensor) -> None:
         """Nodes have come to an exit with `hidden` [rows, E], and may stay there."""
         for row, row_hidden in zip(rows, hidden, strict=True):

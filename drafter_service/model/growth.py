@@ -69,16 +69,11 @@ class LevelTree(GrowingTree):
 
     def __init__(self, budget: TreeBudget, sharpness: Sharpness, least_gain: float = 0.0) -> None:
         super().__init__()
-        self._budget = budget
+        self.budget = budget
         self._least_gain = least_gain
         self._sharpness = sharpness.value
         self.expanded: dict[int, Candidates] = {}
         self.frontier: list[int] = [0]
-
-    @property
-    def num_levels(self) -> int:
-        """The most levels that it may have."""
-        return self._budget.num_levels
 
     @property
     def level(self) -> int:
@@ -87,7 +82,7 @@ class LevelTree(GrowingTree):
 
     def add_level(self, candidates: Sequence[Candidates]) -> None:
         """Attach the candidates of every frontier row and choose the next frontier among them."""
-        is_last = self.level + 1 >= self._budget.num_levels
+        is_last = self.level + 1 >= self.budget.num_levels
         added: list[int] = []
         for row, row_candidates in zip(self.frontier, candidates, strict=True):
             self.expanded[row] = row_candidates
@@ -95,11 +90,11 @@ class LevelTree(GrowingTree):
             for token_id, log_probability in zip(row_candidates.token_ids, log_probabilities, strict=True):
                 added.append(self.add(row, token_id, self.log_values[row] + log_probability))
         added.sort(key=lambda row: (-self.log_values[row], row))
-        self.frontier = [] if is_last else added[: self._budget.width]
+        self.frontier = [] if is_last else added[: self.budget.width]
         if self._least_gain > 0.0:
             # The children of a row are worth as much as the row, all together. What the tree would lose for them is at
             # least the worst of its best nodes, once there are more than the budget keeps.
-            kept = heapq.nlargest(self._budget.num_nodes + 1, self.log_values[1:])
-            least = math.exp(kept[-1]) if len(kept) > self._budget.num_nodes else 0.0
+            kept = heapq.nlargest(self.budget.num_nodes + 1, self.log_values[1:])
+            least = math.exp(kept[-1]) if len(kept) > self.budget.num_nodes else 0.0
             if sum(max(0.0, math.exp(self.log_values[row]) - least) for row in self.frontier) < self._least_gain:
                 self.frontier = []

@@ -103,7 +103,14 @@ class ModelState:
     def begin(self, budget: TreeBudget) -> None:
         """Learn from the verdict and drop the last tree; without calibration its accepted entries stay."""
         said = self.said_since
-        passed = self._learn(said) if self.tree is not None else []
+        passed: list[int] = []  # expanded rows that the verdict went through
+        for row, token_id, child in follow(self.tree, said) if self.tree is not None else ():
+            if row not in self.growing.expanded:
+                break
+            self.sharpness.observe(self.growing.expanded[row], token_id)
+            if child is None or child not in self.tree_slots:
+                break
+            passed.append(child)
         kept = [] if self.request.calibration else passed
         if (exits := self.exits) is not None:
             kept = [] if exits.num_waiting else [*itertools.takewhile(lambda row: row not in exits.nodes, kept)]
@@ -125,18 +132,6 @@ class ModelState:
             self.timings = replace(spent, fuzzy_ns=spent.fuzzy_ns + elapsed_ns, num_fuzzy_steps=num_steps)
         else:
             self.timings = replace(spent, calibrate_ns=spent.calibrate_ns + elapsed_ns)
-
-    def _learn(self, new_tokens: Sequence[int]) -> list[int]:
-        """Fit the sharpness to the tokens chosen along the last tree; returns the expanded rows passed."""
-        passed: list[int] = []
-        for row, token_id, child in follow(self.growing, new_tokens):
-            if row not in self.growing.expanded:
-                break
-            self.sharpness.observe(self.growing.expanded[row], token_id)
-            if child is None or child not in self.tree_slots:
-                break
-            passed.append(child)
-        return passed
 
     def drop_tree(self) -> None:
         """Free the slots of the last tree."""

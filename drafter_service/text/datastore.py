@@ -20,10 +20,8 @@ _LONGEST_WEIGHT = 4.0
 # Places whose continuation is not counted on: keeps a single one from looking certain.
 _UNSEEN = 1.0
 _EVIDENCE_LENGTHS = (4, 6, 9, 14)
-
-
+# A place in the trie: how deep it is, and the numbers of the continuations that went this way.
 Branch: TypeAlias = tuple[int, Sequence[int]]
-"""A place in the trie: how deep it is, and the numbers of the continuations that went this way."""
 
 
 @dataclass(frozen=True)

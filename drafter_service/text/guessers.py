@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from drafter_service.guesser import Guesser, PathGuesser, Stated
-from drafter_service.text.common_tokens import CommonTokens, beside
 from drafter_service.text.datastore import Datastore
 from drafter_service.text.ngram import AdaptiveNgrams
 from drafter_service.text.own_text import OwnText
-from drafter_service.text.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, coupled
+from drafter_service.text.prediction import ALONE, BESIDE_A_MODEL, MIN_TEMPERATURE, CommonTokens, beside, coupled
 from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.speculation.host_noise import HostNoise, PositionNoise

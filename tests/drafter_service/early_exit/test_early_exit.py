@@ -209,7 +209,7 @@ def test_nodes_that_are_caught_up_are_as_if_they_had_never_left(
     assert exits is not None
     num_deep = 0
     for row, slot in state.tree_slots.items():
-        index = next((index for index in range(len(EXITS)) if exits.nodes_at(index, [row])), len(EXITS))
+        index = exits.nodes[row][0] if row in exits.nodes else len(EXITS)
         planes = layers_of(exits_core, (*EXITS, NUM_LAYERS)[index])
         text = [*tokens, *tree.path_token_ids(row)]
         kv = cached(exits_core.memory.pool, np.array([slot]))[:planes, 0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from drafter_service.fusion import union
 from drafter_service.fusion.acceptance_estimate import AcceptanceEstimate, Judge
-from drafter_service.fusion.model_guesses import ModelGuesser
+from drafter_service.fusion.rounds import ModelGuesser
 from drafter_service.fusion.union import FusedTree, fuse, learn
 from drafter_service.guesser import Guesser, PathGuesser, Stated
 from easyspec.speculation.sources import DraftSources

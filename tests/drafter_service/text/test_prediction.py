@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from drafter_service.guesser import Stated
-from drafter_service.text.common_tokens import CommonTokens, beside
 from drafter_service.text.guessers import TextDrafting, TextResources
+from drafter_service.text.prediction import CommonTokens, beside
 from easyspec.datastore.corpus import SEPARATOR
 from easyspec.datastore.ngram_table import NgramTable, build_ngram_table
 from easyspec.speculation.host_noise import HostNoise
