@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gateway.text.tool_parser import overlap
+
 if TYPE_CHECKING:
     from gateway.text.tokenizer import Tokenizer
 
@@ -65,11 +67,6 @@ class TokenTextStream:
                 self._window, self._num_finished_tokens = tail, 0
                 self._num_emitted_chars -= len(head_text)
                 return
-
-
-def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark` and is not all of it."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)
 
 
 class StopMatcher:

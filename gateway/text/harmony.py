@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gateway.text.detokenizer import overlap
-from gateway.text.tool_parser import CallParser, ParsedText, Part, Thought, ToolCallDelta
+from gateway.text.tool_parser import CallParser, ParsedText, Part, Thought, ToolCallDelta, overlap
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)

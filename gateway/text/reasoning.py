@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from easyspec.speculation.parameters import Thinking
-from gateway.text.detokenizer import overlap
-from gateway.text.tool_parser import ParsedText, Thought
+from gateway.text.tool_parser import ParsedText, Thought, overlap
 
 
 class Marks(NamedTuple):
