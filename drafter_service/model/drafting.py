@@ -130,6 +130,8 @@ class ModelDrafting:
         if state.exits is not None and self._early is not None:
             self._early.learn(state)
         state.begin(budget)
+        if state.num_uncached > self._max_batch_rows and state.exits is None and state.request.calibration:
+            state.num_prompt_tokens = len(state.token_ids)  # read in chunks, as after many rounds without the model
 
     def step(self, states: Sequence[ModelState]) -> list[ModelState]:
         """Calibrate beside chunks of prompts; then one level for every tree that is not full.

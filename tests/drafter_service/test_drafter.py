@@ -333,6 +333,26 @@ def test_closing_between_verdict_and_tree_frees_everything(core: CoreDriver) -> 
     assert core.memory.num_used_slots == 0
 
 
+def test_much_that_was_committed_at_once_is_read_as_a_prompt_is(draft_folder: Path) -> None:
+    """As after many rounds that left the draft model out: no other session waits for one long pass."""
+    said, trees = tuple(range(10, 110)), []
+    for most_rows in (512, 32):
+        core = build_core(draft_folder, prefill_chunk=most_rows, max_batch_rows=most_rows)
+        rows_of_passes: list[int] = []
+        forward = core.model.decoder.forward
+
+        def counted(layout: RowLayout, *rest: Any, forward: Any = forward, rows: list[int] = rows_of_passes) -> Any:
+            rows.append(sum(layout.num_rows))
+            return forward(layout, *rest)
+
+        core.model.decoder.forward = counted  # type: ignore[method-assign, assignment]
+        session_id = core.open(PROMPT)
+        core.draft(session_id, 6, (1,))
+        trees.append(core.draft(session_id, 7, said))
+        assert max(rows_of_passes) == (len(said) if most_rows == 512 else 32)
+    assert trees[0] == trees[1]
+
+
 def test_plans_are_the_requests_or_the_services(core: CoreDriver) -> None:
     """Unset fields take the default plan, whose groups are of 4, staged."""
 
