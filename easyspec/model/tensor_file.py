@@ -54,12 +54,19 @@ class TensorFile:
     def __init__(self, path: Path, *, reads_values: bool = True) -> None:
         self.path = path
         self._reads_values = reads_values
-        _check_is_fetched(path)
         try:
+            with path.open("rb") as file:
+                is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
+            if is_pointer:  # what Git leaves in place of a large file
+                raise ConfigurationError(
+                    f"cannot read {path}: it is a Git LFS pointer; run `git lfs pull` in its folder"
+                )
             with safe_open(path, framework="pt"):  # checks the header, and that all tensors are there
                 pass
             self._file = path.open("rb", buffering=0)
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
+            raise ConfigurationError(f"cannot read {path}: {error}; download it again") from error
+        except OSError as error:
             raise ConfigurationError(f"cannot read {path}: {error}") from error
         self._tensors = self._header()
 
@@ -129,17 +136,6 @@ def part_of(matrix: torch.Tensor, rows: range | None, columns: range | None) -> 
     """Some rows (first dimension) and columns (second) of a tensor, each all by default."""
     part = matrix if rows is None else matrix[rows.start : rows.stop]
     return part if columns is None else part[:, columns.start : columns.stop]
-
-
-def _check_is_fetched(path: Path) -> None:
-    """Raise ConfigurationError for what Git leaves in place of a large file."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_LFS_MARK)) == _LFS_MARK
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error}") from error
-    if is_pointer:
-        raise ConfigurationError(f"cannot read {path}: it is a Git LFS pointer; run `git lfs pull` in its folder")
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -110,20 +110,20 @@ def test_a_download_that_was_cut(broken: Path) -> None:
     num_bytes = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(num_bytes - 1)
-    assert f"{num_bytes - 1:,} bytes of {num_bytes:,}" in weights_problem(broken).message
+    assert "file not fully covered" in weights_problem(broken).message
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]"])
 def test_a_file_that_is_no_safetensors_file(broken: Path, content: bytes) -> None:
     (broken / "model.safetensors").write_bytes(content)
-    assert "is not a safetensors file" in weights_problem(broken).message
+    assert "model.safetensors: Error while deserializing header" in weights_problem(broken).message
 
 
 def test_a_git_lfs_pointer(broken: Path) -> None:
     (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    finding = weights_problem(broken)
-    assert "Git LFS pointer" in finding.message
-    assert "git lfs pull" in finding.advice
+    message = weights_problem(broken).message
+    assert "Git LFS pointer" in message
+    assert "git lfs pull" in message
 
 
 def test_pickled_weights_only(broken: Path) -> None:
@@ -149,12 +149,12 @@ def test_a_shard_that_is_missing_or_lacks_what_the_index_promises(tmp_path: Path
     content = json.loads(index.read_text())
     first = min(content["weight_map"].values())
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {"ghost": first}}))
-    assert f"{first} lacks ghost" in weights_problem(folder).message
+    assert f"{first} lacks 'ghost'" in weights_problem(folder).message
     index.write_text(json.dumps(content))
     (folder / first).unlink()
-    assert f"{first} is missing" in weights_problem(folder).message
+    assert f"missing checkpoint file {folder / first}" in weights_problem(folder).message
     index.write_text("{")
-    assert "is corrupt" in weights_problem(folder).message
+    assert f"corrupt {index}" in weights_problem(folder).message
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------
