@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -31,8 +31,6 @@ _ANY_VOCAB_SIZE = 2**31
 _ANY_NUM_NODES = 4096
 
 
-DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-ExecutorName: TypeAlias = Literal["auto", "native", "native-8bit", "reference"]
 _A_MODEL = "folder, GGUF file, hub id, or a name that `easyspec models` lists"
 BaseModel = Annotated[
     str | None,
@@ -70,13 +68,6 @@ DrafterRanks = Annotated[
         help="Ranks that share the draft model's layers, as --rank-placement says. [default: planned; 1 without GPUs]",
     ),
 ]
-RankPlacementFlag = Annotated[
-    Literal["layers", "layers-sharded-mlp", "tensor"] | None,
-    typer.Option(
-        "--rank-placement",
-        help="What the drafter's ranks share: the layers of groups, these and sharded MLPs, or every layer.",
-    ),
-]
 Sources = Annotated[
     str | None,
     typer.Option(help="Sources of guesses: some of model,retrieval,ngram,early_exit. [default: the drafter's]"),
@@ -86,56 +77,111 @@ LayerParallelSize = Annotated[
 ]
 MlpFlag = Annotated[MlpPlacement | None, typer.Option("--mlp", help="Where the MLPs of a layer group run.")]
 
-Dtype = Annotated[
-    DtypeName | None, typer.Option("--dtype", help="Type that both models compute in. [default: the checkpoint's own]")
-]
-ExecutorFlag = Annotated[
-    ExecutorName | None,
-    typer.Option(
-        "--executor",
-        help="What computes both models; native-8bit rounds inputs of 8-bit and 4-bit weights as llama.cpp does, which "
-        "makes prompts and trees faster. [default: auto]",
-        show_default=False,
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of each model. [default: one a core]")
-]
-MaxModelLen = Annotated[
-    int | None, typer.Option(min=2, help="Most tokens of prompt and output. [default: the model's own limit]")
-]
-KvMemory = Annotated[
-    float | None,
-    typer.Option(
-        "--kv-memory", min=0.001, help="GiB of the base model's KV memory. [default: a share of what is free]"
-    ),
-]
-ServedModelName = Annotated[
-    str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]", show_default=False)
-]
-ApiKeyFile = Annotated[
-    Path | None,
-    typer.Option(help="File with the API keys of clients, one a line, as name:key. [default: no key is needed]"),
-]
-DraftSourcesFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--sources", help="Sources of guesses where a request names none: some of model,retrieval,ngram,early_exit."
-    ),
-]
-AllowPlaintext = Annotated[
-    bool, typer.Option("--allow-plaintext", help="Serve beyond this machine without TLS, on a network that encrypts.")
-]
-TlsCertificate = Annotated[
-    Path | None, typer.Option(help="PEM file with the gateway's certificate chain; turns TLS on.", show_default=False)
-]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM file with its private key.", show_default=False)]
-CorsOrigins = Annotated[
-    str | None,
-    typer.Option(
-        help="Web pages that may call the REST API: origins separated by commas, or *. [default: the playground]"
-    ),
-]
+
+@dataclass(frozen=True)
+class RankFlags:
+    """How many ranks the roles have, and what a drafter's share."""
+
+    tensor_parallel_size: TensorParallelSize = None
+    drafter_ranks: DrafterRanks = None
+    layer_parallel_size: LayerParallelSize = None
+    mlp: MlpFlag = None
+    rank_placement: Annotated[
+        Literal["layers", "layers-sharded-mlp", "tensor"] | None,
+        typer.Option(
+            help="What the drafter's ranks share: the layers of groups, these and sharded MLPs, or every layer."
+        ),
+    ] = None
+
+    @property
+    def wishes(self) -> Wishes:
+        """What these flags ask for; the rest is planned."""
+        return Wishes(**vars(self) | {"mlp": None if self.mlp is None else self.mlp.value})
+
+
+@dataclass(frozen=True)
+class ServiceFlags:
+    """How the models of verifier and drafter are run."""
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type that both models compute in. [default: the checkpoint's own]"),
+    ] = None
+    executor: Annotated[
+        Literal["auto", "native", "native-8bit", "reference"] | None,
+        typer.Option(
+            help="What computes both models; native-8bit rounds inputs of 8-bit and 4-bit weights as llama.cpp does, "
+            "which makes prompts and trees faster. [default: auto]",
+            show_default=False,
+        ),
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each model. [default: one a core]")] = None
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and output. [default: the model's own limit]")
+    ] = None
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GiB of the base model's KV memory. [default: a share of what is free]"),
+    ] = None
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]", show_default=False)
+    ] = None
+    sources: Annotated[
+        str | None,
+        typer.Option(help="Sources of guesses where a request names none: some of model,retrieval,ngram,early_exit."),
+    ] = None
+
+    def by_role(self) -> dict[str, list[str]]:
+        """What these flags are called at verifier and drafter."""
+        both = _given(("--dtype", self.dtype), ("--executor", self.executor), ("--num-threads", self.threads))
+        verifier = _given(("--max-model-len", self.max_model_len), ("--kv-memory-gib", self.kv_memory))
+        return {VERIFIER: [*both, *verifier], DRAFTER: [*both, *_given(("--sources", self.sources))]}
+
+
+@dataclass(frozen=True)
+class ReachFlags:
+    """Which clients reach the gateway, and how."""
+
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the API keys of clients, one a line, as name:key. [default: no key is needed]"),
+    ] = None
+    allow_plaintext: Annotated[
+        bool,
+        typer.Option("--allow-plaintext", help="Serve beyond this machine without TLS, on a network that encrypts."),
+    ] = False
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(help="PEM file with the gateway's certificate chain; turns TLS on.", show_default=False),
+    ] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.", show_default=False)] = None
+    cors_origins: Annotated[
+        str | None,
+        typer.Option(
+            help="Web pages that may call the REST API: origins separated by commas, or *. [default: the playground]"
+        ),
+    ] = None
+
+    def of_gateway(self) -> list[str]:
+        """What these flags are called there."""
+        return _given(
+            ("--api-keys-file", self.api_key_file),
+            ("--tls-certificate", self.tls_certificate),
+            ("--tls-key", self.tls_key),
+            ("--cors-origins", self.cors_origins),
+            ("--allow-plaintext", "true" if self.allow_plaintext else None),
+        )
+
+    def check(self, flag: str, address: str) -> None:
+        """Raise InvalidRequestError for an address beyond this machine unless something makes it safe to serve it."""
+        is_safe = self.allow_plaintext or self.tls_certificate is not None
+        if not is_safe and not is_loopback(address):
+            raise InvalidRequestError(
+                flag,
+                address,
+                "127.0.0.1, [::1] or localhost; beyond this machine with --tls-certificate and --tls-key, or with "
+                "--allow-plaintext where the network encrypts (and --api-key-file to ask for keys)",
+            )
 
 
 @dataclass(frozen=True)
@@ -224,64 +270,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return spread_command
 
 
-def service_flags(
-    dtype: DtypeName | None = None,
-    executor: ExecutorName | None = None,
-    threads: int | None = None,
-    max_model_len: int | None = None,
-    kv_memory: float | None = None,
-    sources: str | None = None,
-) -> dict[str, list[str]]:
-    """What these flags are called at verifier and drafter."""
-    both = _given(("--dtype", dtype), ("--executor", executor), ("--num-threads", threads))
-    verifier = _given(("--max-model-len", max_model_len), ("--kv-memory-gib", kv_memory))
-    return {VERIFIER: [*both, *verifier], DRAFTER: [*both, *_given(("--sources", sources))]}
-
-
-def gateway_flags(
-    api_key_file: Path | None,
-    is_plaintext_allowed: bool,
-    tls_certificate: Path | None,
-    tls_key: Path | None,
-    cors_origins: str | None,
-) -> list[str]:
-    """The same at the gateway."""
-    return [
-        *_given(
-            ("--api-keys-file", api_key_file),
-            ("--tls-certificate", tls_certificate),
-            ("--tls-key", tls_key),
-            ("--cors-origins", cors_origins),
-        ),
-        *(["--allow-plaintext", "true"] if is_plaintext_allowed else []),
-    ]
-
-
-def check_reach(flag: str, address: str, *, is_safe: bool) -> None:
-    """Raise InvalidRequestError for an address beyond this machine unless something makes it safe to serve there."""
-    if not is_safe and not is_loopback(address):
-        raise InvalidRequestError(
-            flag,
-            address,
-            "127.0.0.1, [::1] or localhost; beyond this machine with --tls-certificate and --tls-key, or with "
-            "--allow-plaintext where the network encrypts (and --api-key-file to ask for keys)",
-        )
-
-
 def _given(*pairs: tuple[str, object]) -> list[str]:
     return [part for flag, value in pairs if value is not None for part in (flag, str(value))]
-
-
-def wishes_of(
-    tensor_parallel_size: int | None = None,
-    drafter_ranks: int | None = None,
-    layer_parallel_size: int | None = None,
-    mlp: MlpPlacement | None = None,
-    rank_placement: str | None = None,
-) -> Wishes:
-    """What these flags ask for; the rest is planned."""
-    placed = None if mlp is None else mlp.value
-    return Wishes(tensor_parallel_size, drafter_ranks, layer_parallel_size, placed, rank_placement)
 
 
 def check_flags(flags: GenerateFlags) -> None:

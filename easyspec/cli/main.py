@@ -17,16 +17,7 @@ from easyspec.cli.access import access_from_environment
 from easyspec.cli.bench import OWN_FLAGS, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
 from easyspec.cli.clients import SamplingFlags
-from easyspec.cli.flags import (
-    check_reach,
-    checked_address,
-    gateway_flags,
-    model_and_prompt,
-    named_folders,
-    service_flags,
-    spread,
-    wishes_of,
-)
+from easyspec.cli.flags import checked_address, model_and_prompt, named_folders, spread
 from easyspec.cli.generate import Display, stream_completion
 from easyspec.cli.index import index
 from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models
@@ -78,23 +69,15 @@ def easyspec(
 
 
 @app.command()
+@spread
 def up(
+    *,
     model: flags.BaseModel = None,
     base: flags.Base = None,
     draft: flags.Draft = None,
     no_draft: flags.NoDraft = False,
-    dtype: flags.Dtype = None,
-    executor: flags.ExecutorFlag = None,
-    threads: flags.Threads = None,
-    max_model_len: flags.MaxModelLen = None,
-    kv_memory: flags.KvMemory = None,
-    served_model_name: flags.ServedModelName = None,
-    sources: flags.DraftSourcesFlag = None,
-    api_key_file: flags.ApiKeyFile = None,
-    allow_plaintext: flags.AllowPlaintext = False,
-    tls_certificate: flags.TlsCertificate = None,
-    tls_key: flags.TlsKey = None,
-    cors_origins: flags.CorsOrigins = None,
+    service: flags.ServiceFlags,
+    reach: flags.ReachFlags,
     gateway_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50051",
     drafter_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50052",
     verifier_address: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:50053",
@@ -105,21 +88,15 @@ def up(
         int, typer.Option(min=1, help="Verifier replicas; those after the first take free ports.")
     ] = 1,
     also: flags.Also = None,
-    tensor_parallel_size: flags.TensorParallelSize = None,
-    drafter_ranks: flags.DrafterRanks = None,
-    layer_parallel_size: flags.LayerParallelSize = None,
-    mlp: flags.MlpFlag = None,
-    rank_placement: flags.RankPlacementFlag = None,
+    ranks: flags.RankFlags,
 ) -> None:
     """Start all services and keep them running; Ctrl-C drains and stops them."""
-    is_safe = allow_plaintext or tls_certificate is not None
     for flag, address in (("--gateway-address", gateway_address), ("--http-address", http_address)):
         if address != HTTP_OFF:
-            check_reach(flag, checked_address(flag, address), is_safe=is_safe)
+            reach.check(flag, checked_address(flag, address))
     choice = choose_models(model, base, draft, no_draft=no_draft)
     log_flags = ["--log-format", "console" if sys.stderr.isatty() else "json"]
-    of_roles = service_flags(dtype, executor, threads, max_model_len, kv_memory, sources)
-    of_gateway = gateway_flags(api_key_file, allow_plaintext, tls_certificate, tls_key, cors_origins)
+    of_roles = service.by_role() | {GATEWAY: reach.of_gateway()}
     settings = StackSettings(
         base=choice.base,
         draft=choice.draft,
@@ -130,11 +107,10 @@ def up(
         http_address=http_address,
         num_verifiers=verifiers,
         also=named_folders("--also", also),
-        flags={role: [*log_flags, *rest] for role, rest in (of_roles | {GATEWAY: of_gateway}).items()},
-        served_model_name=served_model_name or choice.base_name,
+        flags={role: [*log_flags, *rest] for role, rest in of_roles.items()},
+        served_model_name=service.served_model_name or choice.base_name,
     )
-    wishes = wishes_of(tensor_parallel_size, drafter_ranks, layer_parallel_size, mlp, rank_placement)
-    settings, placement = planned(settings, wishes)
+    settings, placement = planned(settings, ranks.wishes)
     say(f"plan: {placement}")
     if choice.note is not None:
         say(choice.note)
@@ -185,8 +161,8 @@ def generate(
         access = access_from_environment(is_own_gateway=False)
         work = stream_completion(checked_address("--gateway", stack.gateway), request, display, access)
     else:
-        wishes = wishes_of(tensor_parallel_size, drafter_ranks, asked.layer_parallel_size, asked.mlp)
-        settings = _own_stack(named, stack, wishes)
+        ranks = flags.RankFlags(tensor_parallel_size, drafter_ranks, asked.layer_parallel_size, asked.mlp)
+        settings = _own_stack(named, stack, ranks.wishes)
 
         async def generate_with_own_services() -> None:
             async with ServiceStack(settings, RoleLog() if stack.verbose else _no_log, say) as services:
@@ -222,8 +198,8 @@ def chat(
     address = None if stack.gateway is None else checked_address("--gateway", stack.gateway)
     settings = StackSettings()
     if address is None:
-        wishes = wishes_of(layer_parallel_size=asked.layer_parallel_size, mlp=asked.mlp)
-        settings = _own_stack(named, stack, wishes)
+        ranks = flags.RankFlags(layer_parallel_size=asked.layer_parallel_size, mlp=asked.mlp)
+        settings = _own_stack(named, stack, ranks.wishes)
     try:
         access = access_from_environment(is_own_gateway=address is None)
         hold_chat(address, settings, request, system, terminal, RoleLog() if stack.verbose else _no_log, access)
