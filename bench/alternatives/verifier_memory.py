@@ -9,7 +9,6 @@ from bench.chaos.limits import footprint
 from easyspec.checkpoint.location import weight_bytes
 from easyspec.errors import UnavailableError
 from easyspec.model.config import load_config
-from easyspec.model.kv_cache import kv_dtype
 from easyspec.ops.kv_pool import KVPool
 
 _MIB = 2**20
@@ -42,5 +41,5 @@ def verifier_memory(pid: int, model: Path, num_kv_tokens: int) -> VerifierMemory
     if found is None:
         raise UnavailableError("the verifier has ended")
     config = load_config(model)
-    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
+    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, config.dtype)
     return VerifierMemory(found.memory_mib, weight_bytes(model) / _MIB, num_kv_tokens * slot_bytes / _MIB)

@@ -56,6 +56,9 @@ _FOREIGN_SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_NO_END_ADVICE = (
+    "answers end at their length limit alone, and grammars are refused: set eos_token_id in generation_config.json"
+)
 # Rotary types whose angles at a position do not depend on how long the text is: they go on beyond the context.
 _ENDLESS_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -102,6 +105,10 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
     """
     hf = _read_hf_config(folder)
     _check_supported(folder, hf)
+    exits = _rising(folder, hf, "exit_layers", 1, hf.num_hidden_layers)
+    eos_token_ids = end_token_ids(folder, hf.eos_token_id)
+    if not eos_token_ids:
+        structlog.get_logger().warning("no_end_token", folder=str(folder), advice=_NO_END_ADVICE)
     token_id = getattr(hf, "pard_token", None)
     if token_id is not None and not (type(token_id) is int and 0 <= token_id < hf.vocab_size):
         raise ConfigurationError(f"pard_token is {token_id!r} in {folder}; allowed: 0 to {hf.vocab_size - 1}")
@@ -115,12 +122,13 @@ def load_config(folder: Path, dtype: str = "auto", max_model_len: int | None = N
         intermediate_size=hf.intermediate_size,
         max_model_len=_context(folder, hf, max_model_len),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        eos_token_ids=_eos_token_ids(folder, hf),
+        eos_token_ids=eos_token_ids,
         dtype=_dtype(dtype, hf),
         hf_config=hf,
         spec=model_spec(hf, _layer_windows(folder, hf)),
-        early_exits=_early_exits(folder, hf),
-        draft_vocabulary=_draft_vocabulary(folder, hf),
+        # Every checkpoint may be left at the last layer.
+        early_exits=tuple(layers for layers in exits if layers < hf.num_hidden_layers),
+        draft_vocabulary=_rising(folder, hf, "draft_vocabulary", 0, hf.vocab_size - 1) or None,
         pard_token=token_id,
     )
 
@@ -143,11 +151,9 @@ def _read_hf_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # a wrong value raises whatever transformers first trips over
         raise ConfigurationError(f"no usable config.json in {folder}: {error}") from error
-    return _text_tower(folder, config) if model_type in TOWER_MODEL_TYPES else config
-
-
-def _text_tower(folder: Path, config: Any) -> Any:
-    """The configuration of the text tower, which inherits what only the whole model has."""
+    if model_type not in TOWER_MODEL_TYPES:
+        return config
+    # The text tower inherits what only the whole model has.
     tower = config.get_text_config()
     if tower.model_type not in FAMILIES:
         raise ConfigurationError(
@@ -238,40 +244,16 @@ def _made_for(hf: Any) -> int:
     return max(positions, math.floor(original * factor))
 
 
-def _eos_token_ids(folder: Path, hf: Any) -> tuple[int, ...]:
-    found = end_token_ids(folder, hf.eos_token_id)
-    if not found:
-        structlog.get_logger().warning(
-            "no_end_token",
-            folder=str(folder),
-            advice="answers end at their length limit alone, and grammars are refused: set eos_token_id in "
-            "generation_config.json",
-        )
-    return found
-
-
-def _early_exits(folder: Path, hf: Any) -> tuple[int, ...]:
-    """`exit_layers` of the checkpoint without the last layer, which every checkpoint may be left at."""
-    exits = getattr(hf, "exit_layers", None) or []
-    is_list = isinstance(exits, list | tuple) and all(type(layers) is int for layers in exits)
-    if not is_list or list(exits) != sorted(set(exits)) or not all(1 <= e <= hf.num_hidden_layers for e in exits):
-        raise ConfigurationError(
-            f"exit_layers is {exits!r} in {folder}; allowed: rising numbers of layers, 1 to {hf.num_hidden_layers}"
-        )
-    return tuple(layers for layers in exits if layers < hf.num_hidden_layers)
-
-
-def _draft_vocabulary(folder: Path, hf: Any) -> tuple[int, ...] | None:
-    token_ids = getattr(hf, "draft_vocabulary", None)
-    if token_ids is None:
-        return None
-    is_list = isinstance(token_ids, list | tuple) and all(type(token_id) is int for token_id in token_ids)
-    is_rising = is_list and list(token_ids) == sorted(set(token_ids))
-    if not is_rising or not token_ids or token_ids[0] < 0 or token_ids[-1] >= hf.vocab_size:
-        raise ConfigurationError(
-            f"draft_vocabulary in {folder} is not allowed; allowed: rising token ids from 0 to {hf.vocab_size - 1}"
-        )
-    return tuple(token_ids)
+def _rising(folder: Path, hf: Any, name: str, least: int, most: int) -> tuple[int, ...]:
+    """A field that lists numbers, empty where it is unset."""
+    numbers = getattr(hf, name, None)
+    if numbers is None or (numbers == [] and name == "exit_layers"):
+        return ()
+    is_list = isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)
+    if not is_list or not numbers or list(numbers) != sorted(set(numbers)) or numbers[0] < least or numbers[-1] > most:
+        shown = repr(numbers) if len(repr(numbers)) <= 80 else "a long list"
+        raise ConfigurationError(f"{name} is {shown} in {folder}; allowed: rising numbers, {least} to {most}")
+    return tuple(numbers)
 
 
 def _dtype(dtype: str, hf: Any) -> torch.dtype:

@@ -16,7 +16,6 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
 from easyspec.model.draft_vocabulary import DraftVocabulary
-from easyspec.model.kv_cache import kv_dtype
 from easyspec.model.layer_spec import NormKind
 from easyspec.model.layer_weights import Layer, load_layer, load_norm
 from easyspec.model.layers import GroupWriter
@@ -108,27 +107,27 @@ class Decoder:
             raise ConfigurationError(f"{folder} has a draft_vocabulary: its head cannot be split over ranks")
         with open_tensors(folder) as checkpoint:
             reader = WeightReader(checkpoint, executor, config.dtype, weights)
-            self._load_ends(reader)
+            shape, token_ids = (config.vocab_size, config.hidden_size), self._tensor_shard.vocabulary(config.vocab_size)
+            self._final_norm = load_norm(reader, "model.norm", config.spec.final_norm, config.hidden_size)
+            is_tied = config.tie_word_embeddings
+            name = "model.embed_tokens.weight" if is_tied else "lm_head.weight"
+            table = reader.head("model.embed_tokens.weight", shape)
+            self._embeddings: PackedWeight = reader.pack(table)
+            if self._vocabulary is not None:
+                table = table if is_tied else reader.head(name, shape)
+                self._head = reader.pack(table.outputs(self._vocabulary.token_ids))
+            elif is_tied and len(token_ids) == config.vocab_size:
+                self._head = self._embeddings
+            else:
+                self._head = reader.pack(reader.head(name, shape, token_ids))
             self._layers: list[Layer] = [
                 load_layer(reader, config, index, self._tensor_shard, mlp_shard) for index in range(config.num_layers)
             ]
         self._passes: OrderedDict[tuple[LayerPlan, range, bool], _CompiledPass] = OrderedDict()
-        self._head_program = self._compile_head()
-
-    def _load_ends(self, reader: WeightReader) -> None:
-        c = self.config
-        shape, token_ids = (c.vocab_size, c.hidden_size), self._tensor_shard.vocabulary(c.vocab_size)
-        self._final_norm = load_norm(reader, "model.norm", c.spec.final_norm, c.hidden_size)
-        name = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-        table = reader.head("model.embed_tokens.weight", shape)
-        self._embeddings: PackedWeight = reader.pack(table)
-        if self._vocabulary is not None:
-            table = table if c.tie_word_embeddings else reader.head(name, shape)
-            self._head = reader.pack(table.outputs(self._vocabulary.token_ids))
-        elif c.tie_word_embeddings and len(token_ids) == c.vocab_size:
-            self._head = self._embeddings
-        else:
-            self._head = reader.pack(reader.head(name, shape, token_ids))
+        head = ProgramWriter()
+        hidden = head.buffer(config.hidden_size, is_selected=True)
+        logits = self._write_head(head, hidden)
+        self._head_program = _CompiledPass(executor.compile(head), hidden, logits, head.buffers)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +158,7 @@ class Decoder:
     def new_pool(self, num_slots: int) -> KVPool:
         """Memory for keys and values of so many tokens, as this rank's layers want it."""
         c = self.layer_config
-        return KVPool(c.num_layers, c.num_kv_heads, c.head_dim, num_slots, kv_dtype(c), self.device)
+        return KVPool(c.num_layers, c.num_kv_heads, c.head_dim, num_slots, c.dtype, self.device)
 
     def step_bytes(self, num_rows: int, context: int) -> int:
         """Memory that a pass of so many rows, all with logits, behind texts of `context` tokens takes at most, beside
@@ -202,7 +201,10 @@ class Decoder:
         share = results[0] if wanted else torch.empty(0, self._head.num_outputs, device=self.device)
         num_logits = len(logit_rows)
         logits = self._gathered(share[:num_logits]) if num_logits else share[:0]
-        choices = self._chosen(share[num_logits:], choice_rows) if choice_rows.rows else _NO_CHOICES
+        choices = _NO_CHOICES
+        if choice_rows.rows:
+            own = self._tensor_shard.vocabulary(self.config.vocab_size)
+            choices = choose_split(share[num_logits:, : len(own)], own.start, choice_rows, self._ranks.gather)
         # A copy: results are views of the workspace, which the next pass overwrites.
         return PassResult(logits, choices, results[-1].clone() if keeps_hidden else None)
 
@@ -214,10 +216,6 @@ class Decoder:
         missing = self._tensor_shard.vocabulary_share(self.config.vocab_size) - share.shape[1]
         share = torch.nn.functional.pad(share, (0, missing))  # a short last share
         return self._ranks.gather(share).transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
-
-    def _chosen(self, share: torch.Tensor, rows: SplitRows) -> torch.Tensor:
-        own = self._tensor_shard.vocabulary(self.config.vocab_size)
-        return choose_split(share[:, : len(own)], own.start, rows, self._ranks.gather)
 
     @property
     def can_slice(self) -> bool:
@@ -328,12 +326,6 @@ class Decoder:
             program.add(Select(hidden, selected))
             logits = self._write_head(program, selected)
         return _CompiledPass(self.executor.compile(program, self._ranks), hidden, logits, program.buffers)
-
-    def _compile_head(self) -> _CompiledPass:
-        program = ProgramWriter()
-        hidden = program.buffer(self.config.hidden_size, is_selected=True)
-        logits = self._write_head(program, hidden)
-        return _CompiledPass(self.executor.compile(program), hidden, logits, program.buffers)
 
     def _write_head(self, program: ProgramWriter, selected: Buffer) -> Buffer:
         normed = program.buffer(self.config.hidden_size, is_selected=True)

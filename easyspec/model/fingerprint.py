@@ -40,15 +40,12 @@ def model_fingerprint(folder: Path, config: ModelConfig, executor: str = "", wei
             architecture.pop(name, None)
         digest.update(json.dumps([architecture, in_force], sort_keys=True).encode())
         for path in checkpoint_files(folder):
-            digest.update(_sampled(path, _safetensors_header_bytes(path)))
+            with path.open("rb") as file:
+                num_header_bytes = 8 + int.from_bytes(file.read(8), "little")
+            digest.update(_sampled(path, num_header_bytes))
     except OSError as error:
         raise ConfigurationError(f"cannot read {folder}: {error}") from error
     return digest.hexdigest()
-
-
-def _safetensors_header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _sampled(path: Path, num_header_bytes: int) -> bytes:

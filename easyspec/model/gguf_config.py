@@ -55,6 +55,11 @@ def config_of(header: GgufHeader) -> Any:
     head_dim = header.of_model("attention.key_length", hidden_size // num_heads)
     if header.of_model("attention.value_length", head_dim) != head_dim:
         raise ConfigurationError(f"keys and values of {header.path} have heads of different sizes; supported: equal")
+    handed_on = {name: value for key, name in _HANDED_ON.items() if (value := header.of_model(key)) is not None}
+    if (token_ids := header.metadata.get(DRAFT_VOCABULARY)) is not None:
+        handed_on["draft_vocabulary"] = list(token_ids)
+    if (num_rotated := header.of_model("rope.dimension_count", head_dim)) != head_dim:
+        handed_on["partial_rotary_factor"] = num_rotated / head_dim
     fields = {
         "vocab_size": header.tensors[_EMBEDDINGS].shape[0],
         "hidden_size": hidden_size,
@@ -72,12 +77,18 @@ def config_of(header: GgufHeader) -> Any:
         "eos_token_id": list(header.end_token_ids) or None,
         "dtype": _dtype(header),
         "rope_parameters": {**_rope_parameters(header), **family.rope},
-        **_handed_on(header, head_dim),
+        **handed_on,
         **family.fields(header, head_dim),
     }
     config = _configuration(header, family.model_type, fields)
-    if _FREQUENCIES in header.tensors:
-        config.rope_parameters["frequency_factors"] = _frequency_factors(header, head_dim)
+    if (tensor := header.tensors.get(_FREQUENCIES)) is not None:
+        # What each frequency is divided by: Llama 3's scaling, written out by the converter.
+        if tensor.shape != (head_dim // 2,) or format_name(tensor.kind) != "F32":
+            raise ConfigurationError(
+                f"{_FREQUENCIES!r} in {header.path} is {format_name(tensor.kind)} of shape {tensor.shape}; "
+                f"expected F32 of ({head_dim // 2},)"
+            )
+        config.rope_parameters["frequency_factors"] = read_floats(header, _FREQUENCIES)
     return config
 
 
@@ -102,14 +113,6 @@ def _count(header: GgufHeader, key: str) -> int:
     return value
 
 
-def _handed_on(header: GgufHeader, head_dim: int) -> dict[str, Any]:
-    found = {name: value for key, name in _HANDED_ON.items() if (value := header.of_model(key)) is not None}
-    if (token_ids := header.metadata.get(DRAFT_VOCABULARY)) is not None:
-        found["draft_vocabulary"] = list(token_ids)
-    num_rotated = header.of_model("rope.dimension_count", head_dim)
-    return found if num_rotated == head_dim else found | {"partial_rotary_factor": num_rotated / head_dim}
-
-
 def _rope_parameters(header: GgufHeader) -> dict[str, Any]:
     parameters = {"rope_type": "default", "rope_theta": float(header.of_model("rope.freq_base", 10_000.0))}
     scaling = header.of_model("rope.scaling.type", "none")
@@ -118,17 +121,6 @@ def _rope_parameters(header: GgufHeader) -> dict[str, Any]:
     parameters |= {"rope_type": scaling, "factor": header.of_model("rope.scaling.factor", 1.0)}
     original = header.of_model("rope.scaling.original_context_length")
     return parameters if original is None else parameters | {"original_max_position_embeddings": original}
-
-
-def _frequency_factors(header: GgufHeader, head_dim: int) -> list[float]:
-    """What each frequency is divided by: Llama 3's scaling, written out by the converter."""
-    tensor = header.tensors[_FREQUENCIES]
-    if tensor.shape != (head_dim // 2,) or format_name(tensor.kind) != "F32":
-        raise ConfigurationError(
-            f"{_FREQUENCIES!r} in {header.path} is {format_name(tensor.kind)} of shape {tensor.shape}; "
-            f"expected F32 of ({head_dim // 2},)"
-        )
-    return read_floats(header, _FREQUENCIES)
 
 
 def _dtype(header: GgufHeader) -> str:

@@ -5,6 +5,7 @@ Mapped into memory: several processes that read one file share its pages.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -137,8 +138,10 @@ class GgufCheckpoint:
                 continue
             prefix, name, kind = f"model.layers.{int(found['layer'])}.", found["name"], found["kind"]
             if name in _EXPERT_ROLES:
-                part = getattr(names, _EXPERT_ROLES[name])
-                for number, expert in enumerate(_experts_of(tensor)):
+                part, shape = getattr(names, _EXPERT_ROLES[name]), tensor.shape[1:]
+                num_bytes = math.prod(shape[:-1]) * row_bytes(tensor.kind, tensor.shape[-1])
+                for number in range(tensor.shape[0]):
+                    expert = replace(tensor, shape=shape, offset=tensor.offset + number * num_bytes)
                     yield f"{prefix}{names.of_expert(number, part)}.{kind}", expert
             elif roles.get(name) == "sinks":
                 yield prefix + names.sinks, tensor
@@ -200,11 +203,3 @@ class GgufCheckpoint:
                 f"cannot read {self._path}: it has {len(self._bytes)} bytes, and {tensor.name!r} ends at {end}; "
                 "download it again"
             )
-
-
-def _experts_of(tensor: GgufTensor) -> Iterator[GgufTensor]:
-    """A tensor of all experts as one tensor each."""
-    num_rows = int(np.prod(tensor.shape[1:-1])) if len(tensor.shape) > 2 else 1
-    num_bytes = num_rows * row_bytes(tensor.kind, tensor.shape[-1])
-    for number in range(tensor.shape[0]):
-        yield replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * num_bytes)

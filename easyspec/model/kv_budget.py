@@ -9,7 +9,6 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import ModelConfig
-from easyspec.model.kv_cache import kv_dtype
 from easyspec.ops.kv_pool import KVPool
 
 _CPU_FRACTION = 0.2
@@ -31,7 +30,7 @@ def num_pool_slots(
 
     `step_bytes`, what a step takes at most, stay free; raises ConfigurationError where they would not.
     """
-    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype(config))
+    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, config.dtype)
     if num_slots is None and gib is not None:
         num_slots = int(gib * 2**30) // slot_bytes
     left = free_bytes(device) - step_bytes
@@ -68,7 +67,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that could be taken now: of the GPU, or of the machine and the container that this process is in."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free: int = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024

@@ -6,19 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from easyspec.model.config import ModelConfig
 from easyspec.model.prefix_cache import PrefixCache, PrefixNode
 from easyspec.ops.kv_pool import TRASH_SLOT, KVPool
 from easyspec.speculation.messages import KvUsage
 
 _FEWEST_POSITIONS = 128
-
-
-def kv_dtype(config: ModelConfig) -> torch.dtype:
-    """The type that keys and values are kept in: the computation's own."""
-    return config.dtype
 
 
 class KvMemory:

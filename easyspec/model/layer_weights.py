@@ -125,7 +125,6 @@ class _LayerLoader:
             f"{self._prefix}{names.output}.weight", (c.hidden_size, num_queries), None, query_rows
         )
         output_bias = self._bias(names.output, c.hidden_size, exists=spec.attention.has_output_bias and self._is_first)
-        query_norm, key_norm = self._head_norms()
         heads = HeadShape(len(query_rows) // c.head_dim, len(self._kv_rows) // c.head_dim, c.head_dim)
         own_heads = range(query_rows.start // c.head_dim, query_rows.stop // c.head_dim)
         has_sinks = spec.attention.has_sinks
@@ -136,8 +135,8 @@ class _LayerLoader:
             heads=heads,
             input_norm=self._norm(names.input_norm, exists=places.has_entrance),
             qkv=self._qkv(),
-            query_norm=query_norm,
-            key_norm=key_norm,
+            query_norm=self._head_norm(names.query_norm, c.num_heads),
+            key_norm=self._head_norm(names.key_norm, c.num_kv_heads),
             sinks=self._reader.vector(self._prefix + names.sinks, c.num_heads, own_heads) if has_sinks else None,
             output=Linear(self._reader.pack(output), output_bias),
             attention_exit_norm=self._norm(names.attention_exit_norm, exists=places.has_exit),
@@ -194,19 +193,12 @@ class _LayerLoader:
             return (Linear(self._reader.pack(stack_outputs(weights)), torch.cat(present) if present else None),)
         return tuple(Linear(self._reader.pack(weight), bias) for weight, bias in zip(weights, biases, strict=True))
 
-    def _head_norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        c, names, kind = self._config, self._config.names, self._spec.attention.head_norm
+    def _head_norm(self, name: str, num_heads: int) -> torch.Tensor | None:
+        kind, spec = self._spec.attention.head_norm, NormSpec(self._spec.norm.eps, self._spec.norm.kind)
         if kind is HeadNorm.NONE:
-            return None, None
-        sizes = (c.head_dim, c.head_dim)
-        if kind is HeadNorm.ROWS:
-            sizes = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
-        spec = NormSpec(self._spec.norm.eps, self._spec.norm.kind)
-        query, key = (
-            load_norm(self._reader, self._prefix + name, spec, size).weight
-            for name, size in zip((names.query_norm, names.key_norm), sizes, strict=True)
-        )
-        return query, key
+            return None
+        size = self._config.head_dim * (num_heads if kind is HeadNorm.ROWS else 1)
+        return load_norm(self._reader, self._prefix + name, spec, size).weight
 
     def _feed_forward(self, shard: Shard) -> FeedForward:
         if isinstance(self._spec.mlp, ExpertsSpec):

@@ -60,8 +60,16 @@ class GroupWriter:
 
     def write(self, layers: Sequence[Layer], *, is_staged: bool) -> None:
         """One group: hidden [T, E] at its entrance becomes hidden at its exit."""
-        if len(layers) == 1:
-            self._write_single(layers[0])
+        if len(layers) == 1:  # where ranks share the layers of groups, each computes a layer by itself whole
+            (layer,) = layers
+            if self._tensor_shard.size == 1 and not layer.spec.norms.is_parallel:
+                self._attend(layer, 0, into=self._hidden, adds=True)
+                self._add_mlp(layer, None)
+                return
+            output = self._buffer("attention output", 0, self._config.hidden_size)
+            self._attend(layer, 0, into=output, adds=False)
+            self._sum_over_ranks((layer,), (output,))
+            self._add_both(layer, output, None)
             return
         outputs = [self._buffer("output", place, self._config.hidden_size) for place in range(len(layers))]
         # Which of a group's layers this rank computes: equal runs, the last ones short or empty.
@@ -72,23 +80,15 @@ class GroupWriter:
         # All read the hidden state as it was at the entrance; it changes only after the last of them.
         for place in own:
             self._attend(layers[place], place, into=outputs[place], adds=False)
-        self._share_outputs(layers, outputs, own)
+        self._sum_over_ranks(layers, outputs)
+        if self._layer_shard.size > 1:
+            parts = [outputs[place] for place in own]
+            self._program.add(GatherFromRanks((*parts, *[None] * (most - len(own))), tuple(outputs)))
         if is_staged:
             self._write_staged_mlps(layers, outputs, own)
             return
         for place, layer in enumerate(layers):
             self._add_both(layer, outputs[place], layer.mlp_shard)
-
-    def _write_single(self, layer: Layer) -> None:
-        """Where ranks share the layers of groups, each computes a layer by itself whole."""
-        if self._tensor_shard.size == 1 and not layer.spec.norms.is_parallel:
-            self._attend(layer, 0, into=self._hidden, adds=True)
-            self._add_mlp(layer, None)
-            return
-        output = self._buffer("attention output", 0, self._config.hidden_size)
-        self._attend(layer, 0, into=output, adds=False)
-        self._sum_over_ranks((layer,), (output,))
-        self._add_both(layer, output, None)
 
     def _sum_over_ranks(self, layers: Sequence[Layer], outputs: Sequence[Buffer]) -> None:
         """Attention of all ranks' heads together."""
@@ -111,13 +111,6 @@ class GroupWriter:
         if shard is not None or self._tensor_shard.size > 1:
             self._program.add(SumOverRanks((part,)))
         self._program.add(Accumulate(self._hidden, (output, part), (None, self._hidden)))
-
-    def _share_outputs(self, layers: Sequence[Layer], outputs: Sequence[Buffer], own: range) -> None:
-        self._sum_over_ranks(layers, outputs)
-        if self._layer_shard.size > 1:
-            most = most_layers(len(outputs), self._layer_shard.size)
-            parts = [outputs[place] for place in own]
-            self._program.add(GatherFromRanks((*parts, *[None] * (most - len(own))), tuple(outputs)))
 
     def _attend(self, layer: Layer, place: int, *, into: Buffer, adds: bool) -> None:
         """A_i of one layer on the hidden state, written or added to `into`; writes keys and values."""

@@ -52,19 +52,6 @@ def _never(hf: Any) -> bool:
     return False
 
 
-def _always(hf: Any) -> bool:
-    return True
-
-
-def _everywhere(hf: Any, layer: int, is_sliding: bool) -> bool:
-    return True
-
-
-def _head_scale(hf: Any) -> float:
-    scale: float = head_dim(hf) ** -0.5
-    return scale
-
-
 def _one(hf: Any) -> float:
     return 1.0
 
@@ -93,19 +80,24 @@ class Family:
     head_norm: HeadNorm = HeadNorm.NONE
     is_norm_last: bool = False
     is_interleaved: bool = False
-    has_rotary: OfLayer = _everywhere
+    has_rotary: OfLayer = lambda hf, layer, is_sliding: True
     has_qkv_bias: Callable[[Any], bool] = _never
     has_output_bias: Callable[[Any], bool] = _never
     has_mlp_bias: Callable[[Any], bool] = _never
     is_gated: bool = True
     activation: str = "hidden_act"
-    query_scale: Callable[[Any], float] = _head_scale
+    query_scale: Callable[[Any], float] = lambda hf: float(head_dim(hf) ** -0.5)
     has_sinks: bool = False
     experts: Callable[[Any, int], ExpertsSpec | None] = lambda hf, layer: None
     embedding_factor: Callable[[Any], float] = _one
     residual_factor: Callable[[Any], float] = _one
     logit_factor: Callable[[Any], float] = _one
     counts_scaled_positions: bool = False
+
+
+def _biased(field: str = "attention_bias", **others: Any) -> Family:
+    """One whose configuration says in a field whether attention's products have biases."""
+    return Family(**{"has_qkv_bias": _field(field), "has_output_bias": _field(field), **others})
 
 
 def _qwen3_experts(hf: Any, layer: int) -> ExpertsSpec | None:
@@ -144,84 +136,41 @@ def _gpt_oss_experts(hf: Any, layer: int) -> ExpertsSpec:
 _EXPERTS = frozenset({"num_experts", "num_local_experts"})
 _CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"})
 _PARTIAL = frozenset({"partial_rotary_factor"})
-_GEMMA = Family(
+_GEMMA = _biased(
     names=tensor_names.GEMMA,
     settings=_CAPS,
     norm=NormKind.OFFSET,
     norms=NormPlace.AROUND,
-    has_qkv_bias=_field("attention_bias"),
-    has_output_bias=_field("attention_bias"),
     activation="hidden_activation",
     query_scale=lambda hf: float(hf.query_pre_attn_scalar) ** -0.5,
     embedding_factor=_root_of_size,
     counts_scaled_positions=True,
 )
+_OLMO = _biased(names=tensor_names.AFTER, norms=NormPlace.AFTER, head_norm=HeadNorm.ROWS)
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": Family(
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-            has_mlp_bias=_field("mlp_bias"),
-        ),
+        "llama": _biased(has_mlp_bias=_field("mlp_bias")),
         "mistral": Family(),
         "ministral3": Family(),
-        "qwen2": Family(has_qkv_bias=_always),
-        "qwen3": Family(
-            head_norm=HeadNorm.HEADS,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-        ),
-        "qwen3_moe": Family(
-            settings=_EXPERTS,
-            head_norm=HeadNorm.HEADS,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-            experts=_qwen3_experts,
-        ),
+        "qwen2": Family(has_qkv_bias=lambda hf: True),
+        "qwen3": _biased(head_norm=HeadNorm.HEADS),
+        "qwen3_moe": _biased(settings=_EXPERTS, head_norm=HeadNorm.HEADS, experts=_qwen3_experts),
         "mixtral": Family(names=tensor_names.MIXTRAL, settings=_EXPERTS, experts=_mixtral_experts),
-        "gpt_oss": Family(
-            names=tensor_names.GPT_OSS,
-            settings=_EXPERTS,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-            has_sinks=True,
-            experts=_gpt_oss_experts,
-        ),
-        "gemma": Family(
-            norm=NormKind.OFFSET,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-            embedding_factor=_root_of_size,
-        ),
+        "gpt_oss": _biased(names=tensor_names.GPT_OSS, settings=_EXPERTS, has_sinks=True, experts=_gpt_oss_experts),
+        "gemma": _biased(norm=NormKind.OFFSET, embedding_factor=_root_of_size),
         "gemma2": _GEMMA,
         "gemma3_text": replace(_GEMMA, head_norm=HeadNorm.HEADS),
         "phi3": Family(names=tensor_names.PHI3, settings=_PARTIAL),
-        "olmo2": Family(
-            names=tensor_names.AFTER,
-            norms=NormPlace.AFTER,
-            head_norm=HeadNorm.ROWS,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-        ),
-        "olmo3": Family(
-            names=tensor_names.AFTER,
-            norms=NormPlace.AFTER,
-            head_norm=HeadNorm.ROWS,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-        ),
-        "smollm3": Family(
+        "olmo2": _OLMO,
+        "olmo3": _OLMO,
+        "smollm3": _biased(
             settings=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
             has_mlp_bias=_field("mlp_bias"),
             has_rotary=lambda hf, layer, is_sliding: bool(hf.no_rope_layers[layer]),
         ),
-        "granite": Family(
+        "granite": _biased(
             settings=frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier"})
             | {"logits_scaling"},
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
             has_mlp_bias=_field("mlp_bias"),
             query_scale=lambda hf: float(hf.attention_multiplier),
             embedding_factor=lambda hf: float(hf.embedding_multiplier),
@@ -235,49 +184,31 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             is_interleaved=True,
             has_qkv_bias=_field("attention_bias"),
         ),
-        "cohere2": Family(
+        "cohere2": _biased(
             settings=frozenset({"logit_scale"}),
             norm=NormKind.LAYER,
             norm_eps="layer_norm_eps",
             norms=NormPlace.PARALLEL,
             is_interleaved=True,
             has_rotary=lambda hf, layer, is_sliding: is_sliding,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
             logit_factor=lambda hf: float(hf.logit_scale),
         ),
-        "seed_oss": Family(
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_out_bias"),
-            has_mlp_bias=_field("mlp_bias"),
-        ),
-        "hunyuan_v1_dense": Family(
-            names=tensor_names.HUNYUAN,
-            head_norm=HeadNorm.HEADS,
-            is_norm_last=True,
-            has_qkv_bias=_field("attention_bias"),
-            has_output_bias=_field("attention_bias"),
-        ),
-        "ernie4_5": Family(
-            is_interleaved=True,
-            has_qkv_bias=_field("use_bias"),
-            has_output_bias=_field("use_bias"),
-            has_mlp_bias=_field("use_bias"),
-        ),
+        "seed_oss": _biased(has_output_bias=_field("attention_out_bias"), has_mlp_bias=_field("mlp_bias")),
+        "hunyuan_v1_dense": _biased(names=tensor_names.HUNYUAN, head_norm=HeadNorm.HEADS, is_norm_last=True),
+        "ernie4_5": _biased("use_bias", is_interleaved=True, has_mlp_bias=_field("use_bias")),
         "exaone4": Family(
             names=tensor_names.AFTER,
             norms=NormPlace.AFTER,
             head_norm=HeadNorm.HEADS,
             has_rotary=lambda hf, layer, is_sliding: hf.sliding_window is None or is_sliding,
         ),
-        "starcoder2": Family(
+        "starcoder2": _biased(
+            "use_bias",
             names=tensor_names.STARCODER2,
             norm=NormKind.LAYER,
             norm_eps="norm_epsilon",
             has_norm_bias=True,
             is_gated=False,
-            has_qkv_bias=_field("use_bias"),
-            has_output_bias=_field("use_bias"),
             has_mlp_bias=_field("use_bias"),
         ),
     }
@@ -294,7 +225,8 @@ def model_spec(hf: Any, windows: tuple[int | None, ...]) -> ModelSpec:
     layers = tuple(
         LayerSpec(
             attention=_attention(hf, family, layer, window),
-            mlp=family.experts(hf, layer) or _mlp(hf, family),
+            mlp=family.experts(hf, layer)
+            or MlpSpec(hf.intermediate_size, _activation(hf), family.is_gated, family.has_mlp_bias(hf)),
             norm=norm,
             norms=family.norms,
             residual_factor=family.residual_factor(hf),
@@ -308,11 +240,15 @@ def model_spec(hf: Any, windows: tuple[int | None, ...]) -> ModelSpec:
 def _attention(hf: Any, family: Family, layer: int, window: int | None) -> AttentionSpec:
     types = getattr(hf, "layer_types", None)
     is_sliding = types[layer] == _SLIDING if types else window is not None
+    rotary = None
+    if family.has_rotary(hf, layer, is_sliding):
+        layer_type = types[layer] if types else None
+        share = rope_parameters(hf, layer_type).get("partial_rotary_factor") or 1.0
+        own_type = layer_type if has_rope_by_layer_type(hf) else None
+        rotary = RotarySpec(int(head_dim(hf) * share), own_type, family.is_interleaved)
     return AttentionSpec(
         scale=family.query_scale(hf),
-        rotary=_rotary(hf, family, types[layer] if types else None)
-        if family.has_rotary(hf, layer, is_sliding)
-        else None,
+        rotary=rotary,
         window=window,
         soft_cap=getattr(hf, "attn_logit_softcapping", None),
         has_sinks=family.has_sinks,
@@ -321,17 +257,6 @@ def _attention(hf: Any, family: Family, layer: int, window: int | None) -> Atten
         has_qkv_bias=family.has_qkv_bias(hf),
         has_output_bias=family.has_output_bias(hf),
     )
-
-
-def _rotary(hf: Any, family: Family, layer_type: str | None) -> RotarySpec:
-    is_by_layer = has_rope_by_layer_type(hf)
-    parameters = rope_parameters(hf, layer_type)
-    dim = int(head_dim(hf) * (parameters.get("partial_rotary_factor") or 1.0))
-    return RotarySpec(dim, layer_type if is_by_layer else None, family.is_interleaved)
-
-
-def _mlp(hf: Any, family: Family) -> MlpSpec:
-    return MlpSpec(hf.intermediate_size, _activation(hf), family.is_gated, family.has_mlp_bias(hf))
 
 
 def _activation(hf: Any) -> Activation:

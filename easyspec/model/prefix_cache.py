@@ -130,7 +130,11 @@ class PrefixCache:
             child = node.children.get(token_ids[position])
             if child is None:
                 break
-            num_common = _num_common(child.token_ids, token_ids, range(position, positions.stop))
+            length = min(len(child.token_ids), positions.stop - position)
+            new = list(token_ids[position : position + length])
+            num_common = length
+            if child.token_ids[:length] != new:
+                num_common = next(index for index in range(length) if child.token_ids[index] != new[index])
             position += num_common
             if num_common < len(child.token_ids):
                 node = self._split(child, num_common)
@@ -168,12 +172,3 @@ class PrefixCache:
             true = {id(entry[2]): entry for entry in self._leaves if entry[0] == entry[2].last_used}
             self._leaves = [entry for entry in true.values() if self._is_evictable(entry[2])]
             heapq.heapify(self._leaves)
-
-
-def _num_common(node_token_ids: list[int], token_ids: Sequence[int], positions: range) -> int:
-    """How many tokens of a node agree with those at `positions`."""
-    length = min(len(node_token_ids), len(positions))
-    start = positions.start
-    if node_token_ids[:length] == list(token_ids[start : start + length]):
-        return length
-    return next(index for index in range(length) if node_token_ids[index] != token_ids[start + index])

@@ -23,9 +23,8 @@ Bytes = NDArray[np.uint8]
 def quantised_weight(stored: StoredBlocks) -> QuantisedWeight | None:
     """The same numbers in groups of 32 columns, or None where groups are smaller or not in the order of the columns."""
     if "blocks" in stored.parts:
-        num_bytes = _BLOCK_BYTES[stored.format]
-        blocks = stored.parts["blocks"]
-        return _DECODERS[stored.format](blocks.reshape(len(blocks), -1, num_bytes))
+        (num_bytes, decode), blocks = _BLOCKS[stored.format], stored.parts["blocks"]
+        return decode(blocks.reshape(len(blocks), -1, num_bytes))
     if "exponents" in stored.parts:
         return _mxfp4(stored.parts["codes"], stored.parts["exponents"])
     if "group_of_column" in stored.parts:
@@ -146,19 +145,17 @@ def _q6_k(blocks: Bytes) -> QuantisedWeight:
     return _weight(8, codes, scales, has_wide_scales=True)
 
 
-_DECODERS: Mapping[str, Callable[[Bytes], QuantisedWeight]] = MappingProxyType(
+# Bytes of a block, and what reads one.
+_BLOCKS: Mapping[str, tuple[int, Callable[[Bytes], QuantisedWeight]]] = MappingProxyType(
     {
-        "Q8_0": _q8_0,
-        "Q4_0": _q4_0,
-        "Q4_1": _q4_1,
-        "Q5_0": _q5_0,
-        "Q5_1": _q5_1,
-        "Q4_K": _q4_k,
-        "Q5_K": _q5_k,
-        "Q6_K": _q6_k,
-        "MXFP4": _mxfp4_blocks,
+        "Q8_0": (34, _q8_0),
+        "Q4_0": (18, _q4_0),
+        "Q4_1": (20, _q4_1),
+        "Q5_0": (22, _q5_0),
+        "Q5_1": (24, _q5_1),
+        "Q4_K": (144, _q4_k),
+        "Q5_K": (176, _q5_k),
+        "Q6_K": (210, _q6_k),
+        "MXFP4": (17, _mxfp4_blocks),
     }
-)
-_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
-    {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}
 )

@@ -46,7 +46,6 @@ def _chain(slots: SessionSlots, token_ids: Sequence[int]) -> Segment:
 
 
 def _logits(decoder: Decoder, memory: KvMemory, segments: Sequence[Segment], rows: Sequence[int]) -> torch.Tensor:
-    """Logits of `rows` of the first segment."""
     return decoder.forward(lay_out(segments), memory.pool, logit_rows=rows).logits.clone()
 
 

@@ -224,7 +224,7 @@ def test_exits_are_read_and_the_last_layer_is_none(
 
 @pytest.mark.parametrize("exit_layers", [[0, 2], [2, 1], [2, 2], [2, 4], ["1"], [1.0], [True], "12", 2])
 def test_impossible_exits_are_refused(tmp_path: Path, exit_layers: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"exit_layers is .*; allowed: rising numbers of layers, 1 to 3"):
+    with pytest.raises(ConfigurationError, match=r"exit_layers is .*; allowed: rising numbers, 1 to 3"):
         load_config(write_config(tmp_path, exit_layers=exit_layers))
 
 

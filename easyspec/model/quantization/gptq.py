@@ -49,9 +49,8 @@ class Awq:
 
     def read(self, weight: str, stored: StoredTensors) -> GroupedWeight:
         qweight, qzeros, scales = (stored.stored(name) for name in beside(weight, "qweight", "qzeros", "scales"))
-        codes, zeros = (_in_order(unpacked(words, 4)).T.contiguous() for words in (qweight, qzeros))
+        codes, zeros = (
+            unpacked(words, 4).unflatten(1, (-1, len(_AWQ_PLACES)))[:, :, _AWQ_PLACES].flatten(1).T.contiguous()
+            for words in (qweight, qzeros)
+        )
         return GroupedWeight(4, codes, scales.float().T.contiguous(), zeros.float())
-
-
-def _in_order(fields: torch.Tensor) -> torch.Tensor:
-    return fields.view(len(fields), -1, len(_AWQ_PLACES))[:, :, _AWQ_PLACES].flatten(1)
