@@ -29,8 +29,8 @@ from easyspec.model.decoder import Decoder
 from easyspec.model.row_layout import RowLayout, Segment, lay_out
 from easyspec.model.weight_reader import WeightFormat
 from easyspec.ops.kv_pool import KVPool
-from easyspec.ops.native import NativeExecutor, library_problem
-from easyspec.ops.native_library import CodePath
+from easyspec.ops.native import NativeExecutor
+from easyspec.ops.native_library import CodePath, library_problem
 from easyspec.ops.program import Attend, HeadShape, Product, ProgramWriter
 from easyspec.ops.weights import DenseWeight, Weight, quantise
 from easyspec.planner.shape import ModelShape

@@ -85,7 +85,8 @@ def choose_executor(name: str, device: torch.device, num_threads: int, *, is_aut
     `auto` is native on a CPU for which the library was built, else reference. `native-8bit` is native with inputs of
     integer weights rounded to 8 bits; `is_auto_8bit`: that is what `auto` means.
     """
-    from easyspec.ops.native import NativeExecutor, library_problem
+    from easyspec.ops.native import NativeExecutor
+    from easyspec.ops.native_library import library_problem
     from easyspec.ops.reference import ReferenceExecutor
 
     if name not in EXECUTORS:

@@ -17,7 +17,7 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.native_choice import choose, rank
-from easyspec.ops.native_library import CodePath, Op, Packed, Pass, best_path, library_problem, load
+from easyspec.ops.native_library import CodePath, Op, Packed, Pass, best_path, load
 from easyspec.ops.program import (
     Accumulate,
     Activate,
@@ -46,8 +46,6 @@ from easyspec.parallel.ranks import SINGLE_RANK, Ranks
 from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.ranking import RankedTokens
 from easyspec.speculation.sampling import ChoiceRow
-
-__all__ = ["NativeExecutor", "NativeWeight", "library_problem"]
 
 _DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _QUANTISED_FORMATS = {8: 3, 4: 4}
@@ -79,6 +77,23 @@ _KINDS: dict[type, int] = {
 }
 
 
+# Fields that operations and the library's have alike, and what an operation calls the buffers that the library has.
+_SAME_FIELDS: tuple[str, ...] = (
+    "layer",
+    "adds",
+    "activation",
+    "window",
+    "column",
+    "width",
+    "is_centred",
+    "is_norm_last",
+    "num_chosen",
+)
+_SAME_FIELDS += ("is_normalised", "eps", "factor", "soft_cap")
+_BUFFER_FIELDS = {"input": "input", "qkv": "input", "start": "input", "buffer": "input", "logits": "input"}
+_BUFFER_FIELDS |= {"output": "output", "routes": "routes"}
+
+
 class NativeWeight:
     """A weight in panels of 16 outputs (easyspec/ops/cpp/packed.h)."""
 
@@ -100,20 +115,17 @@ class NativeWeight:
         self._storage = torch.empty(self.num_bytes + _ALIGNMENT, dtype=torch.uint8)
         self.packed.data = self._storage.data_ptr() + -self._storage.data_ptr() % _ALIGNMENT
         if isinstance(weight, DenseWeight):
-            self._pack_dense(weight.values)
+            values = weight.values if weight.values.stride(1) == 1 else weight.values.contiguous()
+            row_bytes = values.stride(0) * values.itemsize
+            load().easyspec_pack_dense(
+                ctypes.byref(self.packed), values.data_ptr(), _DENSE_FORMATS[values.dtype], row_bytes
+            )
         else:
             # Names, not temporaries: they must outlive the call that reads their memory.
             codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
             minima = None if weight.minima is None else weight.minima.float().contiguous()
             minima_address = None if minima is None else minima.data_ptr()
             load().easyspec_pack_codes(ctypes.byref(self.packed), codes.data_ptr(), scales.data_ptr(), minima_address)
-
-    def _pack_dense(self, values: torch.Tensor) -> None:
-        values = values if values.stride(1) == 1 else values.contiguous()
-        row_bytes = values.stride(0) * values.itemsize
-        load().easyspec_pack_dense(
-            ctypes.byref(self.packed), values.data_ptr(), _DENSE_FORMATS[values.dtype], row_bytes
-        )
 
     def row(self, index: int) -> torch.Tensor:
         """An output's weights, float32 [I]."""
@@ -226,68 +238,57 @@ class NativeProgram:
 
     def _translate(self, operation: Operation) -> Op:
         op = Op(kind=_KINDS[type(operation)], factor=1.0)
+        for name in _SAME_FIELDS:
+            if (value := getattr(operation, name, None)) is not None:
+                setattr(op, name, value)
+        for name, field in _BUFFER_FIELDS.items():
+            if (buffer := getattr(operation, name, None)) is not None:
+                setattr(op, field, buffer.index)
         match operation:
             case Embed():
-                op.output, op.factor = operation.output.index, operation.factor
                 op.weight = self._weight(operation.table)
             case Norm():
-                op.input, op.output, op.eps = operation.input.index, operation.output.index, operation.eps
-                op.width, op.norm = operation.width, self._vector(operation.weight, 32)
-                op.bias, op.is_centred, op.column = (
-                    self._vector(operation.bias, 32),
-                    operation.is_centred,
-                    operation.column,
-                )
+                op.norm, op.bias = (self._vector(vector, 32) for vector in (operation.weight, operation.bias))
                 op.is_part = operation.width < operation.input.width
             case Product():
                 assert operation.column % _PANEL == 0, "panels begin at whole 16s"
-                op.input, op.output, op.adds = operation.input.index, operation.output.index, operation.adds
-                op.column, op.weight = operation.column, self._weight(operation.weight)
-                op.bias = self._vector(operation.bias, _PANEL)
+                op.weight, op.bias = self._weight(operation.weight), self._vector(operation.bias, _PANEL)
             case Gated():
-                op.input, op.output, op.activation = operation.input.index, operation.output.index, operation.activation
                 op.weight, op.second = self._weight(operation.gate), self._weight(operation.up)
                 op.bias, op.second_bias = (
                     self._vector(bias, _PANEL) for bias in (operation.gate_bias, operation.up_bias)
                 )
             case Rotate():
-                self._translate_rotate(operation, op)
+                op.factor = operation.query_scale
+                norms = operation.query_norm, operation.key_norm
+                op.norm, op.second_norm = (self._vector(norm, 32) for norm in norms)
+                if operation.rotary is not None:
+                    op.rotary_dim = operation.rotary.rotary_dim
+                    op.cosines = self._kept_address(operation.rotary.cosines)
+                    op.sines = self._kept_address(operation.rotary.sines)
+                self._set_heads(operation, op)
             case Attend():
-                op.input, op.output, op.layer = operation.qkv.index, operation.output.index, operation.layer
-                op.window, op.soft_cap = operation.window or 0, operation.soft_cap or 0.0
                 op.sinks = self._vector(operation.sinks, 1)
                 self._set_heads(operation, op)
             case Accumulate():
-                op.input, op.num_parts = operation.start.index, len(operation.parts)
+                op.num_parts = len(operation.parts)
                 op.parts = self._indices([part.index for part in operation.parts])
                 op.outputs = self._indices([-1 if out is None else out.index for out in operation.outputs])
-            case Select():
-                op.input, op.output = operation.input.index, operation.output.index
-            case Scale():
-                op.input, op.factor, op.soft_cap = operation.buffer.index, operation.factor, operation.soft_cap or 0.0
-            case Activate():
-                op.input, op.activation = operation.buffer.index, operation.activation
             case Route():
-                op.input, op.output = operation.logits.index, operation.routes.index
-                op.num_experts, op.num_chosen = operation.logits.width, operation.num_chosen
-                op.is_normalised = operation.is_normalised
+                op.output, op.num_experts = operation.routes.index, operation.logits.width
             case ExpertGated() | ExpertProduct() | Combine():
-                self._translate_experts(operation, op)
+                op.num_chosen = operation.routes.width // 2
+                if not isinstance(operation, Combine):
+                    self._translate_experts(operation, op)
         return op
 
-    def _translate_experts(self, operation: ExpertGated | ExpertProduct | Combine, op: Op) -> None:
-        op.input, op.output, op.routes = operation.input.index, operation.output.index, operation.routes.index
-        op.num_chosen = operation.routes.width // 2
-        if isinstance(operation, Combine):
-            op.adds = operation.adds
-            return
+    def _translate_experts(self, operation: ExpertGated | ExpertProduct, op: Op) -> None:
         experts = operation.experts
         op.num_experts = len(experts)
         if isinstance(operation, ExpertProduct):
             op.experts = self._weights([expert.down for expert in experts])
             op.expert_biases = self._vectors([expert.down_bias for expert in experts])
             return
-        op.activation = operation.activation
         op.experts = self._weights([expert.gate for expert in experts])
         op.second_experts = self._weights([expert.up for expert in experts])
         op.expert_biases = self._vectors([expert.gate_bias for expert in experts])
@@ -306,21 +307,6 @@ class NativeProgram:
 
     def _kept_addresses(self, addresses: Sequence[int]) -> int:
         return self._kept_address(torch.tensor(addresses, dtype=torch.int64))
-
-    def _translate_rotate(self, operation: Rotate, op: Op) -> None:
-        op.input, op.layer, op.eps, op.factor = (
-            operation.qkv.index,
-            operation.layer,
-            operation.eps,
-            operation.query_scale,
-        )
-        op.norm, op.second_norm = (self._vector(norm, 32) for norm in (operation.query_norm, operation.key_norm))
-        if operation.rotary is not None:
-            op.rotary_dim = operation.rotary.rotary_dim
-            op.cosines = self._kept_address(operation.rotary.cosines)
-            op.sines = self._kept_address(operation.rotary.sines)
-        op.is_norm_last = operation.is_norm_last
-        self._set_heads(operation, op)
 
     @staticmethod
     def _set_heads(operation: Rotate | Attend, op: Op) -> None:

@@ -194,9 +194,8 @@ class _Machine:
         views = self._views
         match op:
             case Embed():
-                table = self._table(op)
                 token_ids = torch.from_numpy(self._rows.token_ids).to(self._device, torch.int64)
-                views[op.output.index].copy_(table[token_ids].float() * op.factor)
+                views[op.output.index].copy_(_weight(op.table).values[token_ids].float() * op.factor)
             case Norm():
                 columns = slice(op.column, op.column + op.width)
                 values = views[op.input.index][:, columns]
@@ -216,7 +215,12 @@ class _Machine:
                 values = views[op.buffer.index]
                 values.copy_(_by_row(partial(_activated, op.activation), values))
             case Route():
-                self._route(op)
+                logits, count = views[op.logits.index], op.num_chosen
+                # Stable: of equal logits the first expert wins, as in the native executor.
+                best, experts = logits.sort(dim=-1, descending=True, stable=True)
+                of_which = best[:, :count] if op.is_normalised else best
+                shares = (best[:, :count] - _by_row(partial(torch.logsumexp, dim=-1, keepdim=True), of_which)).exp()
+                views[op.routes.index].copy_(torch.cat([experts[:, :count].float(), shares], dim=-1))
             case ExpertGated() | ExpertProduct():
                 self._multiply_by_experts(op)
             case Combine():
@@ -240,9 +244,6 @@ class _Machine:
                     scaled = op.soft_cap * _by_row(torch.tanh, scaled / op.soft_cap)
                 views[op.buffer.index].copy_(scaled)
 
-    def _table(self, op: Embed) -> torch.Tensor:
-        return _weight(op.table).values
-
     def _rotate(self, op: Rotate) -> None:
         shape, qkv = op.heads, self._views[op.qkv.index]
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [T, Q + 2 H, D]
@@ -262,14 +263,6 @@ class _Machine:
         cosines, sines = (table[self._positions][:, None] for table in (rotary.cosines, rotary.sines))
         first, second, rest = heads.tensor_split([rotary.rotary_dim // 2, rotary.rotary_dim], dim=-1)
         return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], dim=-1)
-
-    def _route(self, op: Route) -> None:
-        logits, count = self._views[op.logits.index], op.num_chosen
-        # Stable: of equal logits the first expert wins, as in the native executor.
-        best, experts = logits.sort(dim=-1, descending=True, stable=True)
-        of_which = best[:, :count] if op.is_normalised else best
-        shares = (best[:, :count] - _by_row(partial(torch.logsumexp, dim=-1, keepdim=True), of_which)).exp()
-        self._views[op.routes.index].copy_(torch.cat([experts[:, :count].float(), shares], dim=-1))
 
     def _multiply_by_experts(self, op: ExpertGated | ExpertProduct) -> None:
         """Pairs stand in the order of the rows, and of a row's choice."""

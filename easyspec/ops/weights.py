@@ -80,14 +80,10 @@ class QuantisedWeight:
             return None
         groups = slice(part.start // GROUP_SIZE, -(-part.stop // GROUP_SIZE))
         halves = 2 if self.has_half_scales else 1
-        return QuantisedWeight(
-            self.bits,
-            self.codes[:, part.start : part.stop],
-            self.scales[:, halves * groups.start : halves * groups.stop],
-            None if self.minima is None else self.minima[:, groups],
-            self.has_wide_scales,
-            self.is_fp4,
-        )
+        codes, scales = self.codes[:, part.start : part.stop], self.scales
+        scales = scales[:, halves * groups.start : halves * groups.stop]
+        minima = None if self.minima is None else self.minima[:, groups]
+        return replace(self, codes=codes, scales=scales, minima=minima)
 
     def outputs(self, rows: torch.Tensor) -> QuantisedWeight:
         """Some of the outputs, or all in another order: int64 [R]."""
@@ -118,13 +114,12 @@ def stack_outputs(weights: Sequence[Weight]) -> Weight:
         return DenseWeight(torch.cat([w.values for w in weights if isinstance(w, DenseWeight)]))
     parts = [w for w in weights if isinstance(w, QuantisedWeight)]
     minima = [w.minima for w in parts if w.minima is not None]
-    return QuantisedWeight(
-        first.bits,
-        torch.cat([w.codes for w in parts]),
-        torch.cat([w.scales for w in parts]),
-        torch.cat(minima) if minima else None,
+    return replace(
+        first,
+        codes=torch.cat([w.codes for w in parts]),
+        scales=torch.cat([w.scales for w in parts]),
+        minima=torch.cat(minima) if minima else None,
         has_wide_scales=any(w.has_wide_scales for w in parts),
-        is_fp4=first.is_fp4,
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from easyspec.errors import ConfigurationError
-from easyspec.ops import native
+from easyspec.ops import native_library
 from easyspec.ops.executor import choose_executor
 from tests.ops.small_model import CPU, PATHS
 
@@ -28,7 +28,7 @@ def test_other_devices_have_the_reference() -> None:
 
 
 def test_where_the_library_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library_problem", lambda: "its library was not built")
+    monkeypatch.setattr(native_library, "library_problem", lambda: "its library was not built")
     assert choose_executor("auto", CPU, 1).name == "reference"
     with pytest.raises(ConfigurationError, match="executor is 'native': its library was not built"):
         choose_executor("native", CPU, 1)

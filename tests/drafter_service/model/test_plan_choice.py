@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from drafter_service.model.plan_choice import settle_threads
-from easyspec.ops.native import NativeExecutor, library_problem
+from easyspec.ops.native import NativeExecutor
+from easyspec.ops.native_library import library_problem
 from tests.model.passes import Passes
 
 pytestmark = pytest.mark.skipif(library_problem() is not None, reason="the library was not built")
