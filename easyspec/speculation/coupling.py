@@ -19,9 +19,6 @@ UNIFORM_BITS = 32
 MIN_GUMBEL_NOISE = -3.1299946308135986
 """float32 noise of k = 0; no token's noise is below."""
 
-MAX_GUMBEL_NOISE = 22.873857498168945
-"""float32 noise of k = 2^32 - 1; no token's noise is above."""
-
 _STREAM_INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)

@@ -50,7 +50,14 @@ def filter_scores_(scores: Tensor, samplings: Sequence[SamplingParameters]) -> N
     if nuclei:
         index = to_device(nuclei, torch.int64, device)
         top_ps = to_device([[samplings[i].top_p] for i in nuclei], torch.float64, device)
-        _drop_below_(scores, index, _top_p_cutoffs(scores[index], top_ps))
+        own = scores[index]
+        total = _probability_units(own).sum(-1, keepdim=True)
+        needed = (total * top_ps).ceil().to(torch.int64).clamp(min=1)
+        # The product is rounded: it must not ask for more than there is.
+        needed = torch.minimum(needed, total)
+        # Only a CPU may look at a result in between; a GPU sorts whole rows quickly.
+        num_candidates = vocab_size if is_remote(scores) else _NUM_PREFIX_CANDIDATES
+        _drop_below_(scores, index, _prefix_cutoffs(own, needed, num_candidates))
     floored = [index for index, sampling in enumerate(samplings) if sampling.min_p > 0.0]
     if floored:
         cutoffs = [[math.log(samplings[i].min_p)] for i in floored]
@@ -66,18 +73,8 @@ def _drop_below_(scores: Tensor, index: Tensor, cutoffs: Tensor) -> None:
         scores[index] = part.masked_fill_(part < cutoffs, -torch.inf)
 
 
-def _top_p_cutoffs(scores: Tensor, top_ps: Tensor) -> Tensor:
-    """The last score of each row's smallest prefix of mass top_p; [F, 1]."""
-    total = _probability_units(scores).sum(-1, keepdim=True)
-    needed = (total * top_ps).ceil().to(torch.int64).clamp(min=1)
-    # The product is rounded: it must not ask for more than there is.
-    needed = torch.minimum(needed, total)
-    # Only a CPU may look at a result in between; a GPU sorts whole rows quickly.
-    num_candidates = scores.shape[1] if is_remote(scores) else _NUM_PREFIX_CANDIDATES
-    return _prefix_cutoffs(scores, needed, num_candidates)
-
-
 def _prefix_cutoffs(scores: Tensor, needed: Tensor, num_candidates: int) -> Tensor:
+    """The last score of each row's smallest prefix of the mass that is needed; [F, 1]."""
     num_candidates = min(num_candidates, scores.shape[1])
     best = scores.topk(num_candidates).values
     last = (_probability_units(best).cumsum(-1) < needed).sum(-1, keepdim=True)  # [F, 1]

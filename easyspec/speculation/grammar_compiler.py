@@ -110,7 +110,12 @@ class GrammarCompiler:
         try:
             outcome = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(job)), self._limits.timeout_s)
         except TimeoutError:
-            raise self._late(grammar) from None
+            waiting = self._jobs.get(grammar)
+            if waiting is not None and not waiting.is_started:
+                raise CapacityError("other grammars are being compiled") from None
+            # One that takes too much processor time itself is refused by its trial: waiting took the rest.
+            late = f"the grammar was not compiled within {self._limits.timeout_s:g} s; compiling it goes on"
+            raise CapacityError(late) from None
         return _unwrapped(grammar, outcome)
 
     def prepare(self) -> None:
@@ -195,13 +200,6 @@ class GrammarCompiler:
             _log.exception("grammar_compilation_failed")
             outcome = _Refusal(f"what can be compiled, but the compiler failed ({type(error).__name__})")
         job.future.set_result(outcome)
-
-    def _late(self, grammar: Grammar) -> CapacityError:
-        job = self._jobs.get(grammar)
-        if job is not None and not job.is_started:
-            return CapacityError("other grammars are being compiled")
-        # One that takes too much processor time itself is refused by its trial: waiting took the rest.
-        return CapacityError(f"the grammar was not compiled within {self._limits.timeout_s:g} s; compiling it goes on")
 
     def _compiled(self, grammar: Grammar, sandbox: GrammarSandbox) -> CompiledGrammar | _Refusal:
         reason = sandbox.refusal(grammar)

@@ -106,7 +106,13 @@ class _Trial:
         took_its_time = used.ru_utime + used.ru_stime >= self._limits.cpu_s
         if is_late and not took_its_time:
             return Outcome(None, is_late=True)
-        return Outcome(grammar_error(grammar, self._cause_of_death(status, took_its_time)).allowed)
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        why = "the compiler does not survive it"
+        if ended_by == signal.SIGXCPU or took_its_time:
+            why = f"it takes longer than {self._limits.cpu_s} s to compile"
+        elif ended_by == signal.SIGABRT:
+            why = f"it takes more than {self._limits.memory_bytes >> 20} MiB to compile"
+        return Outcome(grammar_error(grammar, why).allowed)
 
     def _compile_and_exit(self, grammar: Grammar, writer: int) -> None:
         """In the fork: never returns."""
@@ -137,14 +143,6 @@ class _Trial:
         thread.join()
         os.write(writer, json.dumps(answer[0]).encode())
         os._exit(0)
-
-    def _cause_of_death(self, status: int, took_its_time: bool) -> str:
-        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        if ended_by == signal.SIGXCPU or took_its_time:
-            return f"it takes longer than {self._limits.cpu_s} s to compile"
-        if ended_by == signal.SIGABRT:
-            return f"it takes more than {self._limits.memory_bytes >> 20} MiB to compile"
-        return "the compiler does not survive it"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the alignment of the tensor around it, and a token's log-probability must be the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +37,13 @@ def row_logprobs(base_logits: Tensor, token_ids: Sequence[int], num_tops: Sequen
     counts = [min(num_top, base_logits.shape[1]) for num_top in num_tops]
     found = [_found(row, own, count) for row, own, count in zip(base_logits, own_ids, counts, strict=True)]
     numbers: list[float] = torch.cat(found).tolist()
-    ends = itertools.accumulate(2 * (count + 1) for count in counts)
-    return tuple(_entry(numbers[end - 2 * (count + 1) : end], count) for end, count in zip(ends, counts, strict=True))
+    entries, begin = [], 0
+    for count in counts:
+        ids, values = (numbers[begin + half * (count + 1) :][: count + 1] for half in (0, 1))
+        top = tuple((int(token_id), value) for token_id, value in zip(ids[:-1], values[:-1], strict=True))
+        entries.append(TokenLogprobs(values[-1], top))
+        begin += 2 * (count + 1)
+    return tuple(entries)
 
 
 def _found(row: Tensor, own_id: Tensor, num_top: int) -> Tensor:
@@ -48,12 +52,6 @@ def _found(row: Tensor, own_id: Tensor, num_top: int) -> Tensor:
     wanted = torch.cat([_best(row, num_top), own_id])
     values = (row[wanted] - row.logsumexp(0)).float()
     return torch.cat([wanted.double(), values.double()])  # exact: ids are far below 2**53
-
-
-def _entry(numbers: Sequence[float], num_top: int) -> TokenLogprobs:
-    ids, values = numbers[:num_top], numbers[num_top + 1 :]
-    top = tuple((int(token_id), value) for token_id, value in zip(ids, values[:-1], strict=True))
-    return TokenLogprobs(values[-1], top)
 
 
 def _best(row: Tensor, num_top: int) -> Tensor:

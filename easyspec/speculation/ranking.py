@@ -46,21 +46,19 @@ def rank_tokens(
     if is_any_sampled:
         seeds = to_device([signed_seed(sampling.seed) for sampling in samplings], torch.int64, scores.device)
         noise = gumbel_noise(seeds, to_device(positions, torch.int64, scores.device), token_ids)
-        best = _perturbed(scores, noise, samplings).topk(min(num_best, num_tokens), dim=-1)
+        # logits / T + noise for sampled rows and logits for greedy ones, all [R, K], relative to each row's best logit.
+        divisors = [
+            1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings
+        ]
+        temperatures = to_device(divisors, torch.float32, scores.device)[:, None]
+        scaled = ((scores - scores.amax(dim=-1, keepdim=True)) / temperatures).clamp_(min=_MIN_SCORE)
+        is_sampled = [not sampling.is_greedy for sampling in samplings]
+        if not all(is_sampled):
+            noise = noise * to_device(is_sampled, torch.bool, scores.device)[:, None]
+        best = (scaled + noise).topk(min(num_best, num_tokens), dim=-1)
         scores, token_ids = best.values, token_ids.gather(1, best.indices)
     packed = torch.stack([scores.double(), token_ids.double()]).tolist()  # exact: ids are far below 2**53
     return [
         (tuple(int(token_id) for token_id in row_token_ids), tuple(row_scores))
         for row_scores, row_token_ids in zip(packed[0], packed[1], strict=True)
     ]
-
-
-def _perturbed(logits: torch.Tensor, noise: torch.Tensor, samplings: Sequence[SamplingParameters]) -> torch.Tensor:
-    """logits / T + noise for sampled rows and logits for greedy ones, all [R, K], relative to each row's best logit."""
-    divisors = [1.0 if sampling.is_greedy else max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
-    temperatures = to_device(divisors, torch.float32, logits.device)[:, None]
-    scaled = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures).clamp_(min=_MIN_SCORE)
-    if any(sampling.is_greedy for sampling in samplings):
-        is_sampled = [not sampling.is_greedy for sampling in samplings]
-        noise = noise * to_device(is_sampled, torch.bool, logits.device)[:, None]
-    return scaled + noise

@@ -110,28 +110,16 @@ def choose_tokens(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> list[int]:
         return []
     adjusted = _adjusted(base_logits, rows)
     sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
-    if not sampled:
-        return _tolist(adjusted.argmax(-1))
     if len(sampled) == len(rows):
-        return _tolist(_argmax_with_noise(_scores(adjusted, rows), rows))
-    choices = adjusted.argmax(-1)
-    sampled_rows = [rows[index] for index in sampled]
-    index = to_device(sampled, torch.int64, base_logits.device)
-    choices[index] = _argmax_with_noise(_scores(adjusted[index], sampled_rows), sampled_rows)
-    return _tolist(choices)
-
-
-def processed_logits(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
-    """The logits the choice is made from, without noise: float32 [R, V], a new tensor, -inf where filtered out.
-
-    At rows with a temperature they are relative to the row's best (0); greedy rows go as far as the mask.
-    """
-    processed = _adjusted(base_logits, rows).clone()
-    sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
-    if sampled:
-        index = to_device(sampled, torch.int64, base_logits.device)
-        processed[index] = _scores(processed[index], [rows[i] for i in sampled])
-    return processed
+        choices = _argmax_with_noise(_scores(adjusted, rows), rows)
+    else:
+        choices = adjusted.argmax(-1)
+        if sampled:
+            sampled_rows = [rows[index] for index in sampled]
+            index = to_device(sampled, torch.int64, base_logits.device)
+            choices[index] = _argmax_with_noise(_scores(adjusted[index], sampled_rows), sampled_rows)
+    token_ids: list[int] = choices.tolist()
+    return token_ids
 
 
 def _adjusted(base_logits: Tensor, rows: Sequence[ChoiceRow]) -> Tensor:
@@ -267,8 +255,3 @@ def _pruned_best_with_noise(
                 best = noisy.argmax()
                 values[index], choices[index] = noisy[best], token_ids[candidates[best]]
     return values, choices
-
-
-def _tolist(choices: Tensor) -> list[int]:
-    token_ids: list[int] = choices.tolist()
-    return token_ids

@@ -15,13 +15,24 @@ from easyspec.speculation.parameters import SamplingParameters
 from easyspec.speculation.sampling import (
     ChoiceRow,
     TokenHistory,
+    _adjusted,
+    _scores,
     choose_tokens,
-    processed_logits,
     tree_choice_row,
 )
 from easyspec.speculation.token_tree import TokenTree
 from tests.speculation.reference import reference_choice, reference_processed
 from tests.speculation.strategies import sampling_parameters, token_trees
+
+
+def processed_logits(base_logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> torch.Tensor:
+    """What choices are made from, without noise: -inf where filtered out; greedy rows go as far as the mask."""
+    processed = _adjusted(base_logits, rows).clone()
+    sampled = [index for index, row in enumerate(rows) if not row.sampling.is_greedy]
+    if sampled:
+        processed[sampled] = _scores(processed[sampled], [rows[index] for index in sampled])
+    return processed
+
 
 V = 7
 tokens = st.lists(st.integers(0, V - 1), max_size=6)
