@@ -1,23 +1,4 @@
-"""Every error a caller can cause or meet; `easyspec/rpc/errors.py` maps them to status codes.
-
-EasyspecError
-├── InvalidRequestError      a value is not allowed; names field, value and what is
-│   ├── InvalidTreeError     draft tokens that do not form a tree
-│   ├── UnsupportedFieldError  a field of the protocol that has no meaning here
-│   ├── PromptTooLongError   prompt (and output so far) do not fit the context
-│   └── RequestTooLargeError more bytes than a request may have
-├── UnauthenticatedError     no API key, or one that is not known here
-├── UnknownModelError        no such model here
-├── StalePositionError       a message based on another committed length than the session's
-├── CapacityError            no KV memory or no free place; try again later
-├── UnavailableError         loading, draining or lost
-│   ├── WrongModelError      this replica serves another model than the session must have
-│   ├── EngineLostError      the device or another rank is gone for good
-│   └── ConnectionLostError  the service did not say why: its process or the network is gone
-├── DeadlineError            not done in time
-├── BrokenModelError         the base model computes values that are not numbers
-└── ConfigurationError       start-up only: settings, checkpoint or tokenizer do not fit
-"""
+"""Every error a caller can cause or meet; `easyspec/rpc/errors.py` draws their tree, and maps them to status codes."""
 
 from __future__ import annotations
 

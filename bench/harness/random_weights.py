@@ -43,8 +43,8 @@ class RandomWeights:
         return None
 
 
-def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int) -> Path:
-    """The `config.json` of a Llama of this shape; returns the folder."""
+def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int, **others: object) -> Path:
+    """The `config.json` of a Llama of this shape, with other values where they are given; returns the folder."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -63,5 +63,5 @@ def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int
         "torch_dtype": dtype,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config | others), encoding="utf-8")
     return folder

@@ -111,14 +111,14 @@ async def measure(settings: AcceptanceSettings, console: Console) -> Findings:
     await answer_all(answers, base, settings.max_tokens)
     budget = TreeBudget(settings.levels, settings.width, settings.nodes)
     found = draft_answers(answers, draft, budget)
-    rows = [_total(found, settings.kinds, t, budget).row("all", t) for t in settings.temperatures]
+    rows = [found["all", t].row("all", t) for t in settings.temperatures]
     rows += [found[kind, t].row(kind, t) for t in settings.temperatures for kind in settings.kinds]
     columns = [Column(name, name) for name in rows[0]]
     return Findings({"results": rows}, [ResultTable("", columns, rows)], checkpoints=[base, draft])
 
 
 def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) -> dict[tuple[str, float], Acceptance]:
-    """Draft every round of the answers, by kind and temperature."""
+    """Draft every round of the answers, by kind (and all kinds together) and temperature."""
     settings = DrafterSettings(model=str(draft))
     loaded = load_model(settings, is_auto_8bit=True)
     drafting = ModelDrafting(loaded.decoder, loaded.memory, settings.prefill_chunk, budget.num_nodes)
@@ -127,12 +127,16 @@ def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) ->
     for answer in answers:
         request = DraftRequest(answer.sampling, plan, len(answer.prompt) + len(answer.output))
         state = drafting.open(request, [*answer.prompt])
-        acceptance = found.setdefault((answer.kind, answer.sampling.temperature), Acceptance(budget.num_levels))
+        sums = [
+            found.setdefault((kind, answer.sampling.temperature), Acceptance(budget.num_levels))
+            for kind in (answer.kind, "all")
+        ]
         position, new = 1, answer.output[:1]
         while position < len(answer.output):
             tree = _drafted(drafting, state, new, budget)
             num_accepted = num_followed(tree, answer.output[position:])
-            acceptance.add(num_accepted, len(answer.output) - position)
+            for acceptance in sums:
+                acceptance.add(num_accepted, len(answer.output) - position)
             new = answer.output[position : position + num_accepted + 1]
             position += len(new)
         state.close()
@@ -148,18 +152,6 @@ def _drafted(drafting: ModelDrafting, state: ModelState, new: Sequence[int], bud
     tree = state.growing.scored().pruned(budget.num_nodes).tree
     state.timings = None
     return tree
-
-
-def _total(
-    found: dict[tuple[str, float], Acceptance], kinds: Sequence[str], temperature: float, budget: TreeBudget
-) -> Acceptance:
-    total = Acceptance(budget.num_levels)
-    for part in (found[kind, temperature] for kind in kinds):
-        total.num_rounds += part.num_rounds
-        total.num_tokens += part.num_tokens
-        total.num_reached = [a + b for a, b in zip(total.num_reached, part.num_reached, strict=True)]
-        total.num_accepted = [a + b for a, b in zip(total.num_accepted, part.num_accepted, strict=True)]
-    return total
 
 
 def _prompts(base: Path, settings: AcceptanceSettings) -> list[Answer]:

@@ -6,7 +6,6 @@ little. The model is as small as one can be: its passes do not matter here.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.flags import flag
-from bench.harness.random_weights import RandomWeights
+from bench.harness.random_weights import RandomWeights, write_config
 from bench.harness.tables import Column, ResultTable
 from easyspec.engine.shell import CloseTask
 from easyspec.free_memory import settle_memory
@@ -31,13 +30,15 @@ from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
 from easyspec.ops.executor import choose_executor
 from easyspec.ops.native_library import load
+from easyspec.planner.shape import ModelShape
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from verifier_service.scheduler import SchedulerLimits
 from verifier_service.verifier import OpenTask, Verifier, VerifierLimits, VerifyTask
 
-_VOCAB, _HIDDEN, _HEADS = 256, 32, 2
+_VOCAB = 256
+_SHAPE = ModelShape("tiny", 1, 32, 2, 1, 16, 32, _VOCAB)
 _MAX_LEN = 1 << 18
 _WINDOW = 128
 _TREE = TokenTree(tuple(range(1, 8)), (0, 0, 1, 1, 2, 2, 3))
@@ -129,26 +130,6 @@ def new_verifier(folder: Path, num_slots: int, max_sessions: int) -> Verifier:
     return Verifier(decoder, memory, VerifierLimits("bench", _MAX_LEN, 16), limits)
 
 
-def write_config(folder: Path) -> None:
-    """The configuration of one small layer that sees few positions: reading would take minutes otherwise."""
-    config = {
-        "model_type": "mistral",
-        "sliding_window": _WINDOW,
-        "vocab_size": _VOCAB,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _HIDDEN,
-        "num_hidden_layers": 1,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": _MAX_LEN,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 def _opened(verifier: Verifier, prompt: Sequence[int]) -> int:
     stop = StopConditions(max_tokens=4096, ignore_eos=True)
     opening = OpenTask(OpenVerification(tuple(prompt), SamplingParameters(seed=0, temperature=0.8), stop))
@@ -216,7 +197,8 @@ def measure(settings: BookkeepingSettings, console: Console) -> Findings:
     """Prompts of three lengths, then steps of few and of many sessions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_config(folder)
+        # A layer that sees few positions: reading would take minutes otherwise.
+        write_config(folder, _SHAPE, "float32", _MAX_LEN, model_type="mistral", sliding_window=_WINDOW)
         reading = [time_reading(folder, num_tokens) for num_tokens in (32_768, 65_536, 131_072)]
         steps = [
             time_steps(folder, num_sessions, num_tokens, settings.steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +123,17 @@ class _Reader:
         for _ in range(num_entries):
             name = self._string()
             metadata[name] = self._value(self._number("I"))
-        entries = [self._tensor() for _ in range(num_tensors)]
+        tensors: dict[str, GgufTensor] = {}
+        for _ in range(num_tensors):
+            name, num_dimensions = self._string(), self._number("I")
+            if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+                raise ValueError(f"tensor {name!r} has {num_dimensions} dimensions")
+            shape = [self._number("Q") for _ in range(num_dimensions)][::-1]  # the file has columns first
+            tensors[name] = GgufTensor(name, tuple(shape), self._number("I"), self._number("Q"))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         start = -(-self._position // alignment) * alignment
-        tensors = {name: GgufTensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
+        tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
         return GgufHeader(self._path, metadata, tensors, start)
-
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        num_dimensions = self._number("I")
-        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name!r} has {num_dimensions} dimensions")
-        shape = [self._number("Q") for _ in range(num_dimensions)]  # the file has columns first
-        return name, tuple(reversed(shape)), self._number("I"), self._number("Q")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

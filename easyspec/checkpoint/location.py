@@ -49,7 +49,7 @@ def model_path(model: str, patterns: Sequence[str] = _ALL_PATTERNS) -> Path:
 
 
 def _fetched(model: str, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 
     try:
         if (found := _HUB_FILE.fullmatch(model)) is not None:
@@ -62,17 +62,12 @@ def _fetched(model: str, patterns: Sequence[str]) -> Path:
             f"model is {model!r}: neither a folder, nor a .gguf file, nor a hub id that can be fetched "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
         ) from error
-    if not (found_folder / "config.json").is_file() and (files := _gguf_files(model)):
+    if (found_folder / "config.json").is_file():
+        return found_folder
+    try:
+        files = [f"{model}/{name}" for name in sorted(list_repo_files(model)) if is_gguf(Path(name))]
+    except Exception:  # as above; the caller goes on with what it has
+        files = []
+    if files:
         raise ConfigurationError(f"model is {model!r}, a hub id with GGUF files; name one: {', '.join(files)}")
     return found_folder
-
-
-def _gguf_files(hub_id: str) -> list[str]:
-    """The GGUF files of a hub id, as models are named; none if the hub cannot be asked."""
-    from huggingface_hub import list_repo_files
-
-    try:
-        names = list_repo_files(hub_id)
-    except Exception:  # as above; the caller goes on with what it has
-        return []
-    return [f"{hub_id}/{name}" for name in sorted(names) if is_gguf(Path(name))]

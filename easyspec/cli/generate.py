@@ -77,13 +77,20 @@ def statistics_table(
     """What a completion came to; `plain` is the same one without speculation."""
     statistics = completion.speculation
     levels = zip_longest(statistics.num_accepted_by_level, statistics.num_drafted_by_level, fillvalue=0)
+    compared = {}
+    if plain:
+        is_same = [t for one in rounds for t in one.token_ids] == [t for one in plain for t in one.token_ids]
+        speed, plain_speed = _speed(rounds), _speed(plain)
+        times = f"{speed / plain_speed:.2f} times as fast with it" if speed and plain_speed else "too short to compare"
+        tokens = "the same tokens" if is_same else "OTHER TOKENS, which is a bug"
+        compared["without speculation"] = f"{_number(plain_speed)}: {times}, {tokens}"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "finish reason": finish_reason_name(completion),
         "tokens": f"{completion.usage.num_prompt_tokens} in, {completion.usage.num_output_tokens} out",
         "time to first token": f"{statistics.time_to_first_token_ns / 1e6:.1f} ms",
         "tokens/s after it": _number(_speed(rounds)),
-        **_comparison(rounds, plain),
+        **compared,
         "rounds": f"{statistics.num_rounds}, {statistics.num_draft_rounds} of them drafted",
         "acceptance rate": _ratio(statistics.num_accepted_tokens, statistics.num_draft_tokens, "{:.1%}")
         + f" ({statistics.num_accepted_tokens} of {statistics.num_draft_tokens} draft tokens)",
@@ -104,17 +111,6 @@ def _speed(rounds: Sequence[GenerateResponse]) -> float | None:
     num_later_tokens = completion.usage.num_output_tokens - len(rounds[0].token_ids)
     total_ns = completion.speculation.total_ns
     return num_later_tokens * 1e9 / total_ns if total_ns and num_later_tokens else None
-
-
-def _comparison(rounds: Sequence[GenerateResponse], plain: Sequence[GenerateResponse]) -> dict[str, str]:
-    """The row about the same completion without speculation; none where there was none."""
-    if not plain:
-        return {}
-    is_same = [t for one in rounds for t in one.token_ids] == [t for one in plain for t in one.token_ids]
-    speed, plain_speed = _speed(rounds), _speed(plain)
-    times = f"{speed / plain_speed:.2f} times as fast with it" if speed and plain_speed else "too short to compare"
-    tokens = "the same tokens" if is_same else "OTHER TOKENS, which is a bug"
-    return {"without speculation": f"{_number(plain_speed)}: {times}, {tokens}"}
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,9 +75,10 @@ def choose_models(
     note = BUNDLED_NOTE if model is base is None and base_path == DEFAULT_BASE else None
     if no_draft:
         return ModelChoice(base_path, base_name, None, note=note)
-    drafts = [path for path in BUNDLED_DRAFTS if _is_drafted_by(path, base_path)]
-    if drafts:
-        return ModelChoice(base_path, base_name, drafts[0], note=note)
+    for path in BUNDLED_DRAFTS:
+        with contextlib.suppress(ConfigurationError):  # no such draft, or a base that will be refused
+            if tokenizer_fingerprint(path) == tokenizer_fingerprint(base_path):
+                return ModelChoice(base_path, base_name, path, note=note)
     return ModelChoice(base_path, base_name, None, drafts_from_text=True, note=TEXT_ONLY_NOTE)
 
 
@@ -153,10 +155,3 @@ def _gguf_files_in(folder: Path) -> dict[str, Path]:
     """GGUF files in a folder and those below it, by name, without the parts of models that read pictures."""
     paths = sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
     return {model_name(str(path)): path for path in paths}
-
-
-def _is_drafted_by(draft: Path, base: Path) -> bool:
-    try:
-        return tokenizer_fingerprint(draft) == tokenizer_fingerprint(base)
-    except ConfigurationError:  # no bundled draft, or a base that will be refused by its own fault
-        return False

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,6 @@ SEPARATOR = 0xFFFFFFFF
 _BATCH_DOCUMENTS = 256
 
 
-class ByteSink(Protocol):
-    """Where bytes go: an open binary file."""
-
-    def write(self, data: bytes, /) -> int: ...
-
-
 Tokens = npt.NDArray[np.uint32]
 
 
@@ -43,23 +37,21 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
             raise ConfigurationError(f"corpus {str(path)!r} does not exist; allowed: files and folders of text")
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
-            yield from _documents_of(file)
-
-
-def _documents_of(file: Path) -> Iterator[str]:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return
-    if file.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
             try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigurationError(f"{file}, line {number}, is not an object with a text: {error!r}") from error
+                text = file.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            if file.suffix != ".jsonl":
+                yield text
+                continue
+            for number, line in enumerate(text.splitlines(), start=1):
+                try:
+                    document = str(json.loads(line)["text"]) if line.strip() else None
+                except (ValueError, KeyError, TypeError) as error:
+                    where = f"{file}, line {number}"
+                    raise ConfigurationError(f"{where}, is not an object with a text: {error!r}") from error
+                if document is not None:
+                    yield document
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -70,7 +62,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, file: ByteSink) -> int:
+def write_tokens(documents: Iterable[str], tokenizer: Tokenizer, file: IO[bytes]) -> int:
     """Append each document's token ids and a separator to `file` as uint32; returns how many numbers that were."""
     num_tokens = 0
     rest = iter(documents)

@@ -22,7 +22,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.parallel.launch import EXIT_LOST, is_one_machine, master_host
 
 # A machine that does not answer any more is noticed after 1 + 4 * 1 seconds.
-_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 1, 1, 4
+_KEEPALIVE = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 4}
 # What the ordinary way out may take once a rank is gone. All in all a group is to end within 10 s, torchrun with it.
 _EXIT_GRACE_S = 2.0
 _MEETING_TIMEOUT_S = 60.0
@@ -63,7 +63,10 @@ class Lifeline:
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
-                _keep_alive(peer)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in _KEEPALIVE.items():
+                    if hasattr(socket, name):
+                        peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
                 selector.register(peer, selectors.EVENT_READ, data=peer)
             while selector.get_map():
                 for key, _ in selector.select():
@@ -89,17 +92,6 @@ def _loss(peer: socket.socket) -> str | None:
         return None if peer.recv(1) == _GOODBYE else "its process ended"
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _keep_alive(peer: socket.socket) -> None:
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", _KEEPALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", _KEEPALIVE_INTERVAL_S),
-        ("TCP_KEEPCNT", _KEEPALIVE_PROBES),
-    ):
-        if hasattr(socket, name):
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def end_soon(reason: str) -> None:

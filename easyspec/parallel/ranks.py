@@ -113,14 +113,13 @@ class GroupRanks:
         raw = message.numpy().tobytes()
         num_bytes = int.from_bytes(raw[:_HEADER_BYTES], "little")
         inline = raw[_HEADER_BYTES : _HEADER_BYTES + min(num_bytes, _INLINE_BYTES)]
-        return inline if num_bytes <= _INLINE_BYTES else inline + self._share_rest(payload, num_bytes)
-
-    def _share_rest(self, payload: bytes | None, num_bytes: int) -> bytes:
+        if num_bytes <= _INLINE_BYTES:
+            return inline
         self.num_collectives["share"] += 1
         rest = torch.zeros(num_bytes - _INLINE_BYTES, dtype=torch.uint8)
         if payload is not None:
             rest = torch.frombuffer(bytearray(payload[_INLINE_BYTES:]), dtype=torch.uint8)
-        return self._broadcast(rest).numpy().tobytes()
+        return inline + self._broadcast(rest).numpy().tobytes()
 
     def _all_gather(self, part: torch.Tensor) -> torch.Tensor:
         part = part.contiguous()

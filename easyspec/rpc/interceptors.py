@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -16,8 +16,9 @@ from google.protobuf.message import DecodeError
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.rpc.channels import REQUEST_ID_KEY
 from easyspec.rpc.errors import INTERNAL, abort, mapping_of
+from easyspec.telemetry.metrics import RoleMetrics
 from easyspec.telemetry.trace_context import TRACEPARENT_KEY, bind_traceparent
-from easyspec.telemetry.tracing import TracedSpan, Tracing
+from easyspec.telemetry.tracing import Tracing
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -27,14 +28,6 @@ _MAX_REQUEST_ID_CHARS = 128
 _AUTHORIZATION_KEY = "authorization"
 
 _log = structlog.get_logger(__name__)
-
-
-class RpcObserver(Protocol):
-    """Counts what ends here; quick, and raises nothing."""
-
-    def rpc_finished(self, method: str, code: str) -> None: ...
-
-    def refused(self, reason: str) -> None: ...
 
 
 class RpcBoundary(grpc.aio.ServerInterceptor):
@@ -51,7 +44,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         self,
         refusal: str,
         authenticate: Authenticate | None = None,
-        observer: RpcObserver | None = None,
+        observer: RoleMetrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._refusal: str | None = refusal
@@ -108,17 +101,6 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         wrapped: _Handler = make(respond, deserialize, handler.response_serializer)
         return wrapped
 
-    def _client(self, context: _Context) -> str:
-        name = self._authenticate(_metadata(context, _AUTHORIZATION_KEY)) if self._authenticate is not None else None
-        return name or context.peer().rpartition(":")[0]
-
-    def _begin_span(self, method: str, context: _Context, request_id: str) -> TracedSpan | None:
-        traceparent = _metadata(context, TRACEPARENT_KEY)
-        bind_traceparent(traceparent)
-        if self._tracing is None or _is_routine(method):
-            return None
-        return self._tracing.span(method.lstrip("/"), traceparent, {"easyspec.request_id": request_id})
-
     def _count(self, method: str, outcome: Mapping[str, str]) -> None:
         if self._observer is not None:
             self._observer.rpc_finished(method, outcome["code"])
@@ -133,7 +115,10 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         request_id = request_id[:_MAX_REQUEST_ID_CHARS] if request_id.isprintable() else ""
         request_id = request_id or uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        span = self._begin_span(method, context, request_id)
+        traceparent, span = _metadata(context, TRACEPARENT_KEY), None
+        bind_traceparent(traceparent)
+        if self._tracing is not None and not _is_routine(method):
+            span = self._tracing.span(method.lstrip("/"), traceparent, {"easyspec.request_id": request_id})
         started_ns = time.monotonic_ns()
         outcome = {"code": "OK"}
         self._num_active += 1
@@ -141,7 +126,9 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         try:
             if self._refusal is not None:
                 raise UnavailableError(self._refusal)
-            structlog.contextvars.bind_contextvars(client=self._client(context))
+            authorization = _metadata(context, _AUTHORIZATION_KEY)
+            name = self._authenticate(authorization) if self._authenticate is not None else None
+            structlog.contextvars.bind_contextvars(client=name or context.peer().rpartition(":")[0])
             yield
         except asyncio.CancelledError:
             outcome = {"code": "CANCELLED"}
