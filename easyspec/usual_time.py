@@ -15,10 +15,8 @@ class UsualTime:
         self._mean_s = 0.0
 
     def learn(self, duration_s: float) -> None:
-        """Something took so long."""
         self._mean_s += _RATE * (duration_s - self._mean_s)
 
     @property
     def bound_s(self) -> float:
-        """Beyond it something is wrong."""
         return max(self._least_bound_s, _FACTOR * self._mean_s)

@@ -95,7 +95,6 @@ class EasyspecServices:
 
 
 def both_ways(client: GatewayClient) -> list[EasyspecServices]:
-    """The services speculating, and decoding plainly."""
     return [
         EasyspecServices(Maker(OURS, "speculating"), client, Speculation.AUTO),
         EasyspecServices(Maker(OURS), client, Speculation.OFF),

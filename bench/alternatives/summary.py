@@ -90,7 +90,6 @@ def _ratio(own: Mapping[int, TimedCompletion], other: Mapping[int, TimedCompleti
 
 
 def alternatives_section(name: str, report: Mapping[str, Any]) -> str:
-    """One run as Markdown."""
     settings = report["settings"]
     others = [f"transformers {report['transformers']} inside the measuring process"] if report["transformers"] else []
     others += [f"the server {server}" for server in report.get("servers", [])]

@@ -17,7 +17,6 @@ class Maker:
 
     @property
     def plain(self) -> Maker:
-        """The same program without speculation."""
         return Maker(self.program)
 
     def __str__(self) -> str:

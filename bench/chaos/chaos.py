@@ -32,8 +32,6 @@ _REFUSED_PAUSE_S = 0.5
 
 @dataclass(frozen=True)
 class ChaosSettings:
-    """One run."""
-
     base: Annotated[Path, flag("Checkpoint folder of the verifiers.")] = DEFAULT_BASE
     draft: Annotated[Path, flag("Checkpoint folder of the drafters.")] = DEFAULT_DRAFT
     faults: Annotated[int, flag("Faults to inject.")] = 100
@@ -138,7 +136,6 @@ async def leftovers(stack: ChaosStack) -> dict[str, Held | None]:
 
 
 def _memory_mib(stack: ChaosStack) -> dict[tuple[int, str], float]:
-    """Memory by process id and name."""
     found = {(process.pid, name): footprint(process.pid) for name, process in stack.processes.items()}
     return {key: each.memory_mib for key, each in found.items() if each is not None}
 

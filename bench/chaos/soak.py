@@ -35,8 +35,6 @@ _REST_S = 3.0
 
 @dataclass(frozen=True)
 class SoakSettings:
-    """One run."""
-
     base: Annotated[Path, flag("Checkpoint folder of the verifiers.")] = DEFAULT_BASE
     draft: Annotated[Path, flag("Checkpoint folder of the drafters.")] = DEFAULT_DRAFT
     seconds: Annotated[float, flag("How long.")] = 3600.0

@@ -66,7 +66,6 @@ class ChaosStack:
 
     @property
     def processes(self) -> Mapping[str, ServiceProcess]:
-        """All of them by name."""
         assert self.gateway is not None, "entered"
         replicas = {f"{replica.role} {index}": replica.process for index, replica in enumerate(self.replicas)}
         return {**replicas, GATEWAY: self.gateway}
@@ -116,7 +115,6 @@ class ChaosStack:
 
 
 async def _keep(process: ServiceProcess) -> None:
-    """Start it again whenever it ends."""
     while True:
         await process.wait()
         await asyncio.sleep(_RESTART_PAUSE_S)

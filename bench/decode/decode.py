@@ -145,7 +145,6 @@ async def complete_all(
 
 
 def decode_section(name: str, report: Mapping[str, Any]) -> str:
-    """One run as Markdown."""
     pair, settings = report["pair"], report["settings"]
     budget = settings["budget"]
     return "\n".join(

@@ -112,7 +112,6 @@ async def kv_use(verifier_address: str) -> float | None:
 
 
 def describe_model(model: types_pb2.ModelInfo) -> str:
-    """Name, size, layers and type."""
     return f"{model.name}, {model.num_parameters / 1e6:.1f} M parameters, {model.num_layers} layers, {model.dtype}"
 
 

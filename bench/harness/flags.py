@@ -28,8 +28,6 @@ def flag(
 
 
 def _one_of(choices: Collection[str]) -> Callable[[str], str]:
-    """A parser that takes no other names."""
-
     def choice(text: str) -> str:
         if text not in choices:
             raise typer.BadParameter(f"{text!r} is none of {', '.join(choices)}")

@@ -67,7 +67,6 @@ EXECUTOR = flag("What computes both models; native-8bit rounds inputs as llama.c
 
 
 def executor_flags(executor: str) -> dict[str, Sequence[str]]:
-    """Of verifier and drafter."""
     return dict.fromkeys((VERIFIER, DRAFTER), ("--executor", executor))
 
 

@@ -31,7 +31,6 @@ class RandomWeights:
     def tensor(
         self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
-        """bfloat16, as checkpoints of this size are."""
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         whole = torch.empty(shape, dtype=torch.bfloat16, device=self._device).normal_(0.0, _STD, generator=generator)
         whole = whole + 1.0 if len(shape) == 1 else whole
@@ -39,7 +38,6 @@ class RandomWeights:
         return cut if columns is None else cut[:, columns.start : columns.stop]
 
     def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
-        """Nothing is quantized."""
         return None
 
 

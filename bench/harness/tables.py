@@ -51,12 +51,10 @@ class ResultTable:
         Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
 
     def markdown(self) -> str:
-        """The table without its title."""
         return markdown_table(self.columns, self.rows)
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A Markdown table."""
     lines = [[column.heading for column in columns], *([column.cell(row) for column in columns] for row in rows)]
     head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
     return "\n".join([head, "|---" + "|---:" * (len(columns) - 1) + "|", *body])

@@ -37,8 +37,6 @@ from easyspec.speculation.parameters import MlpPlacement
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """One run."""
-
     tiny: Annotated[bool, flag("Small shapes, on whatever there is: tests that it runs.")] = False
 
 

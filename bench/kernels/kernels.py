@@ -58,8 +58,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """One run."""
-
     shape: Annotated[str, flag("The model's shape.", choices=SHAPES)] = "smollm2-135m"
     formats: Annotated[tuple[str, ...], flag("Of weights; one or several.", choices=FORMATS)] = FORMATS
     rows: Annotated[tuple[int, ...], flag("Rows of a pass; one or several.")] = ROWS
@@ -96,7 +94,6 @@ def median_ms(run: Callable[[], object], num_repeats: int) -> float:
 
 
 def rows_behind(context: int, num_rows: int) -> RowLayout:
-    """One text's next rows."""
     slots = np.arange(1, context + num_rows + 1)
     positions = range(context, context + num_rows)
     visible = [position + 1 for position in positions]
@@ -104,7 +101,6 @@ def rows_behind(context: int, num_rows: int) -> RowLayout:
 
 
 def weight_in(format_name: str, num_outputs: int, num_inputs: int) -> Weight:
-    """Random weights."""
     values = torch.randn(num_outputs, num_inputs)
     if format_name.startswith("int"):
         return quantise(values, int(format_name.removeprefix("int")))

@@ -86,7 +86,6 @@ class Acceptance:
             self.num_accepted[level] += level < num_accepted
 
     def row(self, kind: str, temperature: float) -> Row:
-        """A row of the table."""
         levels = {
             f"level {level + 1}": f"{accepted / max(1, reached):.2f}"
             for level, (accepted, reached) in enumerate(zip(self.num_accepted, self.num_reached, strict=True))

@@ -55,8 +55,6 @@ _STEPS = (
 
 @dataclass(frozen=True)
 class BookkeepingSettings:
-    """One run."""
-
     steps: Annotated[int, flag("Steps to time.", minimum=2)] = 100
 
 

@@ -34,8 +34,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class FirstAnswerSettings:
-    """One run."""
-
     model: Annotated[Path, flag("A GGUF file or a folder.")] = PAIRS["smollm2"].base
     question: Annotated[str, flag("What is asked, greedily.")] = "What is the capital of France?"
     max_tokens: Annotated[int, flag("Most tokens of the answer.", minimum=1)] = 64
@@ -78,7 +76,6 @@ def ask(settings: FirstAnswerSettings, run: int) -> FirstAnswer:
 
 
 def measure(settings: FirstAnswerSettings, console: Console) -> Findings:
-    """One answer after the other."""
     answers = [ask(settings, run) for run in range(1, settings.runs + 1)]
     times = [answer.answer_s for answer in answers]
     return Findings(

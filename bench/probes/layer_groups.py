@@ -49,8 +49,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerGroupSettings:
-    """One run."""
-
     widths: Annotated[tuple[int, ...], flag("Hidden sizes.")] = (64, 128, 256, 512, 1024)
     layers: Annotated[tuple[int, ...], flag("Numbers of layers.")] = (8, 16, 32)
     threads: Annotated[tuple[int, ...], flag("Threads of the executor.")] = (1, 2)

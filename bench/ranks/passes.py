@@ -45,7 +45,6 @@ class Model:
 
 
 def load(folder: Path, shape: ModelShape, ranks: Ranks, placement: RankPlacement = RankPlacement.TENSOR) -> Model:
-    """This rank's part, as `placement` says."""
     decoder = open_decoder(folder / shape.name, shape, ranks, placement)
     return Model(decoder, decoder.new_pool(NUM_SLOTS))
 

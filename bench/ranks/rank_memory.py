@@ -41,8 +41,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """One run."""
-
     model: Annotated[Path | None, flag("A checkpoint folder instead of random weights.")] = None
     ranks: Annotated[tuple[int, ...], flag("Sizes of groups; one or several.", minimum=1)] = (1, 2, 4)
 
@@ -57,7 +55,6 @@ class RankMemory:
 
 
 def measure(settings: MemorySettings, console: Console) -> Findings:
-    """One row a size of group."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.model or write_random_llama(Path(temporary))
         config = load_config(folder)
@@ -98,7 +95,6 @@ def load_on(folder: Path, num_ranks: int) -> list[RankMemory]:
 
 
 def replicated_bytes(config: ModelConfig) -> int:
-    """What every rank holds whole."""
     return config.vocab_size * config.hidden_size * config.dtype.itemsize
 
 

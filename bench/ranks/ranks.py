@@ -37,14 +37,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class RankSettings:
-    """One run."""
-
     ranks: Annotated[tuple[int, ...], flag("Sizes of groups; one or several.", minimum=1)] = (1, 2, 4)
     rounds: Annotated[int, flag("Measured rounds of each scheme.", minimum=1)] = 15
 
 
 def measure(settings: RankSettings, console: Console) -> Findings:
-    """Start the groups one after the other."""
     watch = OtherLoad()
     groups: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +70,6 @@ class OtherLoad:
         self._started = self._times()
 
     def share(self) -> float:
-        """Since this object was made."""
         busy, total, own = (now - then for now, then in zip(self._times(), self._started, strict=True))
         return max(0.0, busy - own) / max(total, 1e-9)
 

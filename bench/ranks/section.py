@@ -65,7 +65,6 @@ _ROUND_COLUMNS = (
 
 
 def _rounds(groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """One row a scheme."""
     for group in groups:
         for scheme in dict.fromkeys(row["scheme"] for row in group["rows"] if row["figure"] == "round"):
             figures = {row["figure"]: row for row in group["rows"] if row["scheme"] == scheme}

@@ -12,7 +12,6 @@ Report = Mapping[str, Any]
 
 
 def alternatives_headline(report: Report) -> ResultTable:
-    """easyspec, speculating, by task and temperature."""
     columns = (
         Column("task", "task"),
         Column("T", "temperature", "g"),
@@ -44,7 +43,6 @@ def decode_headline(report: Report) -> ResultTable:
 
 
 def serve_headline(report: Report) -> ResultTable:
-    """Tokens/s of the three settings by streams."""
     settings = ("off", "on", "auto")
     columns = (
         Column("streams", "concurrency"),
@@ -83,7 +81,6 @@ def sources_headline(report: Report) -> ResultTable:
 
 
 def targets_headline(report: Report) -> ResultTable:
-    """Both models under each setting."""
     columns = [column for column in targets.COLUMNS if column.heading not in ("x plain by turn", "compared")]
     return ResultTable("", columns, report["results"])
 

@@ -62,7 +62,6 @@ def measure(settings: ReportSettings, console: Console) -> Findings:
 
 
 def kind_of(name: str) -> Kind | None:
-    """Of a result file."""
     return next((kind for kind in KINDS if name.partition("-")[0].removesuffix(".json") in kind.prefixes), None)
 
 

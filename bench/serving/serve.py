@@ -174,7 +174,6 @@ async def _services(settings: ServeSettings, pair: ModelPair) -> AsyncIterator[t
 
 
 def serve_section(name: str, report: Mapping[str, Any]) -> str:
-    """One run as Markdown."""
     pair, settings = report["pair"], report["settings"]
     arrivals = "closed loop" if settings["rate"] is None else f"Poisson arrivals, {settings['rate']:g} a second"
     lines = [

@@ -148,7 +148,6 @@ async def measure_windows(
 def results_of(
     model: str, num_layers: int, num_streams: int, turns: Sequence[dict[Speculation, Window]]
 ) -> list[TargetResult]:
-    """One row per setting of one model."""
     rows: list[TargetResult] = []
     for found in summarize(num_streams, [list(turn.values()) for turn in turns]):
         speculation = Speculation(found.speculation)
@@ -186,7 +185,6 @@ def _compare(plain: Window, drafted: Window) -> tuple[int, int]:
 
 
 def targets_section(name: str, report: Mapping[str, Any]) -> str:
-    """One run as Markdown."""
     settings = report["settings"]
     streams = "1 stream" if settings["num_streams"] == 1 else f"{settings['num_streams']} streams"
     return "\n".join(

@@ -13,7 +13,6 @@ PAGES = {"configuration.md": settings_page, "api-rest.md": rest_page, "api-grpc.
 
 
 def main() -> None:
-    """Write every page."""
     for name, make_page in PAGES.items():
         (DOCS / name).write_text(make_page(), encoding="utf-8")
         print(f"docs/{name}")

@@ -12,7 +12,6 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def code(text: str) -> str:
-    """`text` as inline code."""
     return f"`{text}`"
 
 

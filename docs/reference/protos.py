@@ -30,7 +30,6 @@ Comments = dict[tuple[int, ...], str]
 
 
 def grpc_page() -> str:
-    """The page as Markdown."""
     parts = [part for file in _files() for part in _file(file)]
     return page("gRPC API reference", "the protos", _INTRODUCTION, *parts)
 

@@ -15,7 +15,6 @@ try it: `easyspec up`, then `curl http://127.0.0.1:8000/v1/models`."""
 
 
 def rest_page() -> str:
-    """The page as Markdown."""
     document = create_routes(None).openapi()  # type: ignore[arg-type]  # no request is made
     operations = [
         (method.upper(), path, operation)

@@ -45,7 +45,6 @@ _COMMAND_VARIABLES = (
 
 
 def settings_page() -> str:
-    """The page as Markdown."""
     engine = _rows(EngineSettings, "ROLE", ServerSettings)
     return page(
         "Configuration reference",

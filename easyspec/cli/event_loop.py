@@ -38,7 +38,6 @@ class EventLoopThread:
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Its result, or its exception."""
         job = _Job(self._loop, work)
         # Exceptions out of signal handlers could come between any two lines and leave the job running.
         with handled_signals(job.cancel, (signal.SIGINT, *END_SIGNALS)):

@@ -163,7 +163,6 @@ class ReachFlags:
     ] = None
 
     def of_gateway(self) -> list[str]:
-        """What these flags are called there."""
         return _given(
             ("--api-keys-file", self.api_key_file),
             ("--tls-certificate", self.tls_certificate),

@@ -34,7 +34,6 @@ class PackagedModel:
 
     @property
     def path(self) -> Path:
-        """Where the file is, or will be."""
         return cache_folder() / self.name / Path(self.member).name
 
     @property

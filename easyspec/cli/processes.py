@@ -87,7 +87,6 @@ class StackSettings:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weights that are loaded."""
         paths = [self.base, *self.also.values(), *([self.draft] if self.draft is not None else [])]
         return sum(weight_bytes(path) for path in paths)
 
@@ -182,7 +181,6 @@ class ServiceProcess:
             await asyncio.sleep(_POLL_S)
 
     async def wait(self) -> None:
-        """Return when the process has ended."""
         if self._process is not None:
             await self._process.wait()
 
@@ -200,7 +198,6 @@ class ServiceProcess:
         return ServiceFailedError(f"the {self.role} {ending} {when}: {words}")
 
     def kill(self) -> None:
-        """SIGKILL."""
         self._signal(signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
@@ -292,7 +289,6 @@ class ServiceStack:
 
     @property
     def verifier(self) -> ServiceProcess:
-        """The first of the verifiers."""
         return self.verifiers[0]
 
     @property
@@ -301,7 +297,6 @@ class ServiceStack:
 
     @property
     def processes(self) -> tuple[ServiceProcess, ...]:
-        """All of them, the gateway last."""
         return (*self._roles, self.gateway)
 
     @property

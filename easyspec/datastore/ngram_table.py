@@ -86,7 +86,6 @@ class NgramTable:
 
 
 def context_key(context: Sequence[int]) -> int:
-    """The 43-bit key of a context."""
     key = len(context)
     for token_id in context:
         key = ((key ^ token_id) * _MULTIPLIER) & _MASK_64

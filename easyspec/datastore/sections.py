@@ -46,7 +46,6 @@ class SectionWriter:
         return self
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Append a section, piece by piece."""
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         offset, crc32 = self._file.tell(), 0
         for chunk in chunks:

@@ -63,7 +63,6 @@ class FusedExperts:
     def tensor(
         self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
-        """See TensorSource."""
         place = _place(name)
         if place is None:
             return self._checkpoint.tensor(name, shape, rows, columns)
@@ -76,7 +75,6 @@ class FusedExperts:
         return part_of(values, rows, columns).contiguous()
 
     def blocks(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> StoredBlocks | None:
-        """See TensorSource."""
         place = _place(name)
         if place is None:
             return self._checkpoint.blocks(name, shape, rows)

@@ -68,7 +68,6 @@ class KvMemory:
         return taken
 
     def free(self, slots: Sequence[int]) -> None:
-        """Give slots back."""
         # The end of the list is taken first: reversed, so that slots that lay together are handed out in order again.
         self._free.extend(reversed(slots))
 

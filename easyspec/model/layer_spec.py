@@ -132,5 +132,4 @@ class ModelSpec:
 
     @property
     def rotaries(self) -> frozenset[RotarySpec]:
-        """The different ones of all layers."""
         return frozenset(layer.attention.rotary for layer in self.layers if layer.attention.rotary is not None)

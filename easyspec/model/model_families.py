@@ -267,7 +267,6 @@ def _activation(hf: Any) -> Activation:
 
 
 def head_dim(hf: Any) -> int:
-    """Numbers of a head."""
     return int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
 
 

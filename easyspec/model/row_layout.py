@@ -57,12 +57,10 @@ class RowLayout:
         return self.first_rows[segment] + row
 
     def select(self, rows: Sequence[int]) -> PassRows:
-        """The pass with logits at some rows."""
         return replace(self.rows, selected=np.asarray(rows, dtype=np.int32))
 
 
 def lay_out(segments: Sequence[Segment]) -> RowLayout:
-    """The rows of a pass over `segments`."""
     num_rows = tuple(len(segment) for segment in segments)
     first_rows = (0, *itertools.accumulate(num_rows))[:-1]
     paths = [path for segment in segments for path in segment.paths or itertools.repeat((), len(segment))]

@@ -146,7 +146,6 @@ class Checkpoint:
         return file.read(name, rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there."""
         return self._file_of_tensor[name].shape(name)
 
     def _file_of(self, name: str) -> TensorFile:

@@ -38,7 +38,6 @@ class KVPool:
 
     @staticmethod
     def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Memory of one token."""
         return 2 * num_layers * num_kv_heads * padded_head_dim(head_dim) * dtype.itemsize
 
 

@@ -157,38 +157,31 @@ class NativeExecutor:
 
     @property
     def name(self) -> str:
-        """See Executor."""
         return f"native-{self.path.name.lower()}" + ("-8bit" if self._has_byte_inputs else "")
 
     def use_threads(self, num_threads: int) -> None:
-        """See Executor."""
         self.num_threads = num_threads
         load().easyspec_engine_use_threads(self._engine, num_threads)
 
     def pack(self, weight: Weight) -> NativeWeight:
-        """See Executor."""
         return NativeWeight(weight, has_byte_inputs=self._has_byte_inputs)
 
     @property
     def chooses_lazily(self) -> bool:
-        """See Executor."""
         return True
 
     def choose_tokens(
         self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow], places: Sequence[int] | None = None
     ) -> list[int]:
-        """See Executor."""
         places = range(len(base_logits)) if places is None else places
         return [choose(self._engine, base_logits, place, row) for place, row in zip(places, rows, strict=True)]
 
     def rank_tokens(
         self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
     ) -> list[RankedTokens]:
-        """See Executor."""
         return rank(self._engine, logits, positions, samplings, num_best)
 
     def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> NativeProgram:
-        """See Executor."""
         return NativeProgram(self, self._engine, program, ranks, self._workspace)
 
 
@@ -346,7 +339,6 @@ class NativeProgram:
         inputs: Mapping[Buffer, torch.Tensor] | None = None,
         outputs: Sequence[Buffer] = (),
     ) -> list[torch.Tensor]:
-        """See Program."""
         num_rows, num_selected = len(rows), len(rows.selected)
         place = self._placed(num_rows, num_selected)
         for buffer, value in (inputs or {}).items():

@@ -42,7 +42,6 @@ class Buffer:
     per_row: int = 1
 
     def num_rows(self, num_rows: int, num_selected: int) -> int:
-        """Rows of the buffer in a pass."""
         return num_selected if self.is_selected else num_rows * self.per_row
 
 
@@ -314,7 +313,6 @@ class ProgramWriter:
         self.buffers: list[Buffer] = []
 
     def buffer(self, width: int, *, is_selected: bool = False, per_row: int = 1) -> Buffer:
-        """A new buffer."""
         self.buffers.append(Buffer(len(self.buffers), width, is_selected, per_row))
         return self.buffers[-1]
 

@@ -97,19 +97,16 @@ class ReferenceExecutor:
         """See Executor."""
 
     def pack(self, weight: Weight) -> ReferenceWeight:
-        """See Executor."""
         values = weight.values if isinstance(weight, DenseWeight) else weight.dense()
         return ReferenceWeight(values.to(self.device).contiguous(), weight.format_name)
 
     @property
     def chooses_lazily(self) -> bool:
-        """See Executor."""
         return False
 
     def choose_tokens(
         self, base_logits: torch.Tensor, rows: Sequence[ChoiceRow], places: Sequence[int] | None = None
     ) -> list[int]:
-        """See Executor."""
         if places is not None:
             base_logits = base_logits[to_device(places, torch.int64, base_logits.device)]
         if is_remote(base_logits):
@@ -121,11 +118,9 @@ class ReferenceExecutor:
     def rank_tokens(
         self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
     ) -> list[RankedTokens]:
-        """See Executor."""
         return rank_tokens(logits, positions, samplings, num_best)
 
     def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> ReferenceProgram:
-        """See Executor."""
         return ReferenceProgram(program, ranks, self._workspace, self.device)
 
 
@@ -145,7 +140,6 @@ class ReferenceProgram:
         inputs: Mapping[Buffer, torch.Tensor] | None = None,
         outputs: Sequence[Buffer] = (),
     ) -> list[torch.Tensor]:
-        """See Program."""
         num_selected = len(rows.selected)
         starts = self._workspace.place(self._program.buffers, len(rows), num_selected)
         views = [

@@ -62,7 +62,6 @@ class QuantisedWeight:
 
     @property
     def has_half_scales(self) -> bool:
-        """Whether every 16 inputs have a scale."""
         return self.scales.shape[1] > -(-self.codes.shape[1] // GROUP_SIZE)
 
     @property

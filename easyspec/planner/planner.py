@@ -91,7 +91,6 @@ def make_plan(
 
 
 def verify_pass_us(costs: CostModel, base: ModelShape, load: Load, num_ranks: int) -> float:
-    """A pass of the verifier."""
     return costs.of_role(num_ranks).tensor_parallel_us(base, load, num_ranks)
 
 

@@ -56,7 +56,6 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         self._idle.set()
 
     def admit(self) -> None:
-        """Let new RPCs in."""
         self._refusal = None
 
     def refuse(self, reason: str) -> None:

@@ -24,7 +24,6 @@ class ReadinessSocket:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the process has said so."""
         with contextlib.suppress(BlockingIOError):
             while not self._is_ready:
                 self._is_ready = _READY in self._socket.recv(4096).split(b"\n")

@@ -44,7 +44,6 @@ class ServerCertificates:
         self._loaded = _load(tls)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """Credentials for `add_secure_port`."""
         return grpc.dynamic_ssl_server_credentials(
             _grpc_configuration(self._loaded),
             lambda: _grpc_configuration(self._current()),

@@ -53,7 +53,6 @@ class Walk:
         return (0, *self._accepted_rows)[: len(self._token_ids)]
 
     def step(self, token_id: int) -> None:
-        """Take the choice made at `row`."""
         assert self.row is not None, "the walk is not over"
         self._token_ids.append(token_id)
         child = self._children[self.row].get(token_id)
@@ -66,7 +65,6 @@ class Walk:
         self.row = child if self.finish_reason is None else None
 
     def verdict(self) -> Verdict:
-        """What a finished walk comes to."""
         assert self.row is None, "the walk is over"
         matched_stop_token_id = self._token_ids[-1] if self.finish_reason is FinishReason.STOP else None
         return Verdict(

@@ -70,7 +70,6 @@ class GrammarState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether an end of sequence was appended."""
         return bool(self._matcher.stop_reason() == "EndOfSentence")
 
     def allowed_bits(self) -> NDArray[np.uint8]:

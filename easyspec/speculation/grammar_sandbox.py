@@ -51,5 +51,4 @@ class GrammarSandbox:
         return grammar_error(grammar, "the compiler does not survive it").allowed
 
     def close(self) -> None:
-        """End the process, if there is one."""
         self._process.close()

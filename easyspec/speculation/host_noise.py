@@ -38,7 +38,6 @@ class PositionNoise:
         self._known: dict[int, float] = {}
 
     def of(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """The noise of many tokens."""
         bits = (token_ids + 1).astype(np.uint64) * np.uint64(_STREAM_INCREMENT) + np.uint64(self._stream)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_FIRST_MULTIPLIER)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_SECOND_MULTIPLIER)

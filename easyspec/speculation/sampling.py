@@ -66,7 +66,6 @@ class TokenHistory:
         return self._slots
 
     def commit(self, token_ids: Sequence[int]) -> None:
-        """Append output tokens."""
         missing = (len(self._slots) + len(token_ids)) - len(self._token_ids)
         if missing > 0:
             spare = max(missing, len(self._token_ids))

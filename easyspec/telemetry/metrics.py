@@ -143,11 +143,9 @@ class EngineMetrics(RoleMetrics):
             self._step_sessions.labels(report.kind).observe(report.num_sessions)
 
     def verdict(self, timings: VerifyTimings) -> None:
-        """Count an answer of the verifier."""
         self._queue_seconds.observe(timings.queue_ns * _NS)
 
     def draft(self, timings: DraftTimings) -> None:
-        """Count an answer of the drafter."""
         self._queue_seconds.observe(timings.queue_ns * _NS)
         self._phase_seconds.labels("calibrate").observe(timings.calibrate_ns * _NS)
         self._phase_seconds.labels("fuzzy").observe(timings.fuzzy_ns * _NS)

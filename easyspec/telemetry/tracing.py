@@ -40,7 +40,6 @@ class TracedSpan:
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
     def event(self, name: str, attributes: Attributes) -> None:
-        """Something that happened now."""
         self._span.add_event(name, attributes)
 
     def end(self, attributes: Attributes, error: str | None = None) -> None:

@@ -21,7 +21,6 @@ PORTS = (
 
 
 async def port_findings(ports: Sequence[tuple[str, int, str]] = PORTS, host: str = "127.0.0.1") -> list[Finding]:
-    """One line a port."""
     return [await _check(role, host, port, flag) for role, port, flag in ports]
 
 

@@ -49,7 +49,6 @@ _STYLES: Mapping[State, str] = MappingProxyType({State.OK: "green", State.WARNIN
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Whether anything will not run."""
     return any(finding.state is State.PROBLEM for finding in findings)
 
 
