@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.fakes.checkpoints import VOCAB_SIZE, change_config, write_checkpoint
 
 @dataclass(frozen=True)
 class Settings:
+    IS_AUTO_8BIT: ClassVar[bool] = False
     model: str
     served_model_name: str = "tiny"
     device: str = "cpu"
