@@ -82,7 +82,7 @@ def test_a_service_that_is_lost_says_when_to_come_again() -> None:
         assert isinstance(returned, errors.UnavailableError)
         assert returned.retry_after_s == hint_s
         assert has_retry_hint(received(error)) is (hint_s is not None)
-        headers = failure_of(error, "request-1").response.headers
+        headers = failure_of(error, "request-1").response_to("/v1/completions").headers
         assert headers.get("retry-after-ms") == (None if hint_s is None else str(round(hint_s * 1000)))
 
 
