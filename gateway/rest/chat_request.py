@@ -9,7 +9,18 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, model_validator
 
 from easyspec.errors import InvalidRequestError
-from gateway.rest.fields import Boolean, Count, Integer, ListOf, RestModel, Text, Unsupported, known_kinds
+from gateway.rest.fields import (
+    Boolean,
+    Count,
+    Integer,
+    ListOf,
+    RestModel,
+    Text,
+    Unsupported,
+    WrittenText,
+    json_text,
+    known_kinds,
+)
 from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
 from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
@@ -57,19 +68,13 @@ class CalledFunction(RestModel):
     """The function of a call in a message."""
 
     name: Text
-    arguments: Text | dict[str, Any] | None = Field(
-        None, description="What the assistant wrote, an object in JSON if all went well."
+    arguments: WrittenText = Field(
+        None, description="What the assistant wrote, an object in JSON if all went well; an object is taken as well."
     )
 
     @classmethod
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
         return True
-
-    @property
-    def written_arguments(self) -> str:
-        if isinstance(self.arguments, dict):
-            return json.dumps(self.arguments, ensure_ascii=False)
-        return self.arguments or ""
 
 
 class MessageToolCall(RestModel):
@@ -119,6 +124,23 @@ class Message(RestModel):
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
         return values.get("role") == "assistant"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, values: Any) -> Any:
+        """What some clients make of texts: results of tools as objects, parts that are texts, thinking in objects."""
+        if not isinstance(values, dict):
+            return values
+        taken = dict(values)
+        if isinstance(content := values.get("content"), list):
+            taken["content"] = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        elif isinstance(content, dict) and values.get("role") in ("tool", "function"):
+            taken["content"] = json_text(content)
+        if cls.is_replayed(values):
+            for name in ("reasoning_content", "reasoning", "thinking"):
+                if not isinstance(values.get(name), str):
+                    taken.pop(name, None)
+        return taken
+
     def turn(self, where: str) -> ChatTurn:
         if "content" not in self.model_fields_set and self.role in ("system", "developer", "user"):
             raise InvalidRequestError(f"{where}.content", None, "text, or parts of type text")
@@ -130,12 +152,11 @@ class Message(RestModel):
         parts = self.content or ""
         thoughts = [] if isinstance(parts, str) else [part.shown for part in parts if part.is_thought]
         calls = tuple(
-            ToolCall(call.id or "", call.function.name, call.function.written_arguments)
-            for call in self.tool_calls or ()
+            ToolCall(call.id or "", call.function.name, call.function.arguments or "") for call in self.tool_calls or ()
         )
         if not calls and self.function_call is not None:
             called = self.function_call
-            calls = (ToolCall(called.name, called.name, called.written_arguments),)
+            calls = (ToolCall(called.name, called.name, called.arguments or ""),)
         given = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
         reasoning = given if is_assistant else ""
         return ChatTurn(self.role, self._said(), calls, self.tool_call_id or "", self.name or "", reasoning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
@@ -106,6 +107,19 @@ def without_kinds(kinds: frozenset[str]) -> BeforeValidator:
         return [value for value in values if not (isinstance(value, dict) and str(value.get("type")) in kinds)]
 
     return BeforeValidator(kept)
+
+
+def json_text(value: Any) -> Any:
+    """What a model wrote, as text again: clients parse it, and send what they made of it."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise PydanticCustomError("too_deep", "nested too deeply") from None
+
+
+WrittenText: TypeAlias = Annotated[Text | None, BeforeValidator(json_text)]
 
 
 def _check_num_keys(value: Any) -> Any:

@@ -11,7 +11,17 @@ from pydantic import BeforeValidator, Field
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
 from gateway.rest.chat_request import MAX_MESSAGES, ToolName, schema_text
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds, without_kinds
+from gateway.rest.fields import (
+    Boolean,
+    Count,
+    Integer,
+    RestModel,
+    Text,
+    Unsupported,
+    WrittenText,
+    known_kinds,
+    without_kinds,
+)
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
@@ -35,7 +45,7 @@ class ContentBlock(RestModel):
     thinking: Text | None = None
     id: Text | None = None
     name: Text | None = None
-    input: dict[str, Any] | None = None
+    input: WrittenText = None
     tool_use_id: Text | None = None
     content: Text | list[ContentBlock] | None = None
     is_error: Boolean | None = None
@@ -195,7 +205,7 @@ def _turns(message: AnthropicMessage, where: str) -> Iterator[ChatTurn]:
                 raise InvalidRequestError(f"{where}[{index}].tool_use_id", None, "the id of the call that is answered")
             yield ChatTurn("tool", _text(block.content), tool_call_id=block.tool_use_id)
     calls = tuple(
-        ToolCall(block.id or "", block.name or "", json.dumps(block.input or {}, ensure_ascii=False))
+        ToolCall(block.id or "", block.name or "", block.input or "")
         for block in message.content
         if block.type == "tool_use"
     )

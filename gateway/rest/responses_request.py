@@ -10,7 +10,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
 from gateway.rest.chat_request import ToolName, schema_text
-from gateway.rest.fields import Boolean, Count, Integer, RestModel, Text, Unsupported, known_kinds, without_kinds
+from gateway.rest.fields import (
+    Boolean,
+    Count,
+    Integer,
+    RestModel,
+    Text,
+    Unsupported,
+    WrittenText,
+    known_kinds,
+    without_kinds,
+)
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of_format
 from gateway.rest.unknown_fields import ignores_unknown
@@ -61,7 +71,7 @@ class InputItem(RestModel):
     content: Text | list[ContentPart] | None = None
     call_id: Text | None = None
     name: Text | None = None
-    arguments: Text | None = None
+    arguments: WrittenText = None
     output: Text | list[ContentPart] | None = None
     summary: list[ContentPart] | None = None
     id: Any = Field(None, description="Of type item_reference: the item's. Else it has no effect.")

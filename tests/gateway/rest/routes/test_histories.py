@@ -37,6 +37,7 @@ def called(arguments: Any) -> dict[str, Any]:
         ("[1]", '"arguments": [1]}'),
         ('{"city": "Paris"}', '"arguments": {"city": "Paris"}}'),
         ({"city": "Paris"}, '"arguments": {"city": "Paris"}}'),
+        (["Paris"], '"arguments": ["Paris"]}'),
     ],
 )
 async def test_arguments_of_every_kind(tool_rest: Rest, tokenizer: Tokenizer, arguments: Any, shown: str) -> None:
@@ -59,6 +60,7 @@ async def test_calls_as_older_clients_send_them(tool_rest: Rest, tokenizer: Toke
         {"role": "assistant", "content": "sunny", "tool_calls": [], "audio": None, "function_call": None, "id": "m1"},
         {"role": "assistant", "content": [{"type": "text", "text": "sunny", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "sunny"}]},
+        {"role": "assistant", "content": ["sunny"], "reasoning": {"text": "x"}, "thinking": [{"text": "x"}]},
         {"role": "assistant", "content": [{"type": "output_text", "text": "sunny", "annotations": [], "logprobs": []}]},
         {
             "role": "assistant",
@@ -205,11 +207,34 @@ async def test_what_asks_for_something_is_named(rest: Rest, fields: dict[str, An
     assert error["param"] == param
 
 
-@pytest.mark.parametrize("seed", [-1, -(2**63)])
-async def test_a_negative_seed_is_a_seed(rest: Rest, seed: int) -> None:
-    first, second = [await rest.completion(seed=seed, temperature=1, max_tokens=5) for _ in range(2)]
-    assert first["choices"] == second["choices"]
-    assert first["metrics"]["seed"] == seed
+async def test_results_of_tools_may_be_objects(tool_rest: Rest, tokenizer: Tokenizer) -> None:
+    as_text, as_object = (
+        {"role": "tool", "tool_call_id": "1", "content": content} for content in ('{"sun": 1}', {"sun": 1})
+    )
+    texts = [await rendered(tool_rest, tokenizer, USER, called("{}"), one) for one in (as_text, as_object)]
+    assert texts[0] == texts[1]
+    assert '{"sun": 1}' in texts[0]
+
+
+async def test_calls_of_any_kind_in_the_forms_of_other_routes(tool_rest: Rest) -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "weather", "arguments": {"city": "Paris"}}
+    result = {"type": "function_call_output", "call_id": "1", "output": "sunny"}
+    body = {"input": [USER, call, result], "max_output_tokens": 2}
+    answered(await tool_rest.http.post("/v1/responses", json=body))
+    block = {"type": "tool_use", "id": "1", "name": "weather"}
+    for written in ('{"city": "Par', {"city": "Paris"}, "", None):
+        history = [USER, {"role": "assistant", "content": [block | {"input": written}]}, USER]
+        answered(await tool_rest.http.post("/v1/messages", json={"messages": history, "max_tokens": 2}))
+
+
+@pytest.mark.parametrize("kind", [{}, [], 1])
+async def test_types_that_are_no_text_are_named(rest: Rest, kind: Any) -> None:
+    wrong = {"type": kind, "text": "x"}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": [wrong]}], "max_tokens": 2}
+    for path in ("/v1/messages", "/v1/chat/completions"):
+        assert (await rest.http.post(path, json=body)).status_code == 400
+    for items in ([wrong], [{"role": "user", "content": [wrong]}]):
+        refused(await rest.http.post("/v1/responses", json={"input": items}), 400)
 
 
 async def test_usage_in_every_chunk(rest: Rest) -> None:
