@@ -88,6 +88,8 @@ def enforceable(
             del rewritten["$schema"]
     except RecursionError:
         raise ValueError("it is nested beyond the recursion limit") from None
+    except (AttributeError, TypeError):  # any keyword may have a value of any type
+        raise ValueError("a keyword has a value of another type than it must have") from None
     if bounds_values:
         rewritten[_OPTIONS] = {"whitespace_pattern": _WHITE_SPACE, **rewritten.get(_OPTIONS, {})}
     return EnforceableSchema(json.dumps(rewritten, ensure_ascii=False), tuple(rewriting.unenforced))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -333,6 +334,18 @@ def test_closing_makes_a_schema_narrower(schema: Any, value: Any) -> None:
     if jsonschema.Draft202012Validator(closed).is_valid(value):
         wider = json.loads(enforceable(json.dumps(schema)).text)
         assert jsonschema.Draft202012Validator(wider).is_valid(value)
+
+
+@given(
+    name=st.sampled_from(
+        ["properties", "required", "allOf", "anyOf", "$ref", "$defs", "propertyNames", "enum", "type"]
+    ),
+    value=st.sampled_from([None, 1, "x", [], [[]], [{}], {}, {"a": []}, [None], True]),
+    beside=st.sampled_from([{}, {"allOf": [AB, C]}, AB, {"propertyNames": {"enum": ["a"]}}, {"minProperties": 2}]),
+)
+def test_keywords_of_any_type_are_taken_or_refused(name: str, value: Any, beside: dict[str, Any]) -> None:
+    with contextlib.suppress(ValueError):
+        enforceable(json.dumps(beside | {name: value}), closes_objects=True, bounds_values=True)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 5000 + "]" * 5000])
