@@ -323,10 +323,12 @@ async def test_a_fault_in_the_verifier_is_internal_and_it_lives_on(
     await eventually(services.is_empty)
 
 
+@pytest.mark.parametrize("drafts_ahead", [False, True])
 async def test_a_fault_in_the_drafter_does_not_reach_the_client(
-    services: Services, monkeypatch: pytest.MonkeyPatch
+    services: Services, monkeypatch: pytest.MonkeyPatch, drafts_ahead: bool
 ) -> None:
     request = generation()
+    request.speculation.draft_ahead = drafts_ahead
     # Otherwise the gateway may rest its drafter, and the drafter its model, which depends on the clock.
     request.speculation.mode = generation_pb2.SpeculationParameters.MODE_ON
     request.speculation.sources.append(types_pb2.DRAFT_SOURCE_MODEL)
@@ -345,7 +347,8 @@ async def test_a_fault_in_the_drafter_does_not_reach_the_client(
     faulted, completion = await texts(services, request)
     assert faulted == text
     assert num_calls >= 7
-    assert completion.speculation.num_drafter_failures == 1
+    # A pass ahead of a verdict that fails costs its guesses, not the session.
+    assert completion.speculation.num_drafter_failures in ([0, 1] if drafts_ahead else [1])
     await eventually(services.is_empty)
 
 
