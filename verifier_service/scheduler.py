@@ -80,7 +80,7 @@ class ScheduledSession:
 SessionT = TypeVar("SessionT", bound=ScheduledSession)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one a session and step
 class Work(Generic[SessionT]):
     """A session's part of a step: its next tokens, whose `slots` it has got, and the tree behind the last of them.
 
@@ -92,7 +92,7 @@ class Work(Generic[SessionT]):
     tree: TokenTree | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one a session and step
 class _Share(Generic[SessionT]):
     """What a session is to compute: of a step, or of the piece on the side."""
 

@@ -31,7 +31,7 @@ from easyspec.speculation.token_tree import TokenTree
 from easyspec.speculation.transfer import to_device
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which takes twice as long to make: one a session and step
 class Case:
     """A tree to judge, whose rows of the batch begin at `first_row`, behind `base_length` committed tokens.
 

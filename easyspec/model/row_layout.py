@@ -22,7 +22,7 @@ IntegerT = TypeVar("IntegerT", np.int32, np.int64)
 _NONE_SELECTED = np.zeros(0, dtype=np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one a session and step
 class Segment:
     """One session's rows in a pass.
 

@@ -80,15 +80,15 @@ class TokenTree:
             )
         if len(self) > max_nodes:
             raise InvalidTreeError("tree.token_ids", f"{len(self)} nodes", f"at most {max_nodes}")
-        siblings: set[tuple[int, int]] = set()
         for node, (token_id, parent_row) in enumerate(zip(self.token_ids, self.parent_rows, strict=True)):
             if not 0 <= parent_row <= node:
                 raise InvalidTreeError(f"tree.parent_rows[{node}]", parent_row, f"0 to {node}, parents first")
             if not 0 <= token_id < vocab_size:
                 raise InvalidTreeError(f"tree.token_ids[{node}]", token_id, f"0 to {vocab_size - 1}")
-            if (parent_row, token_id) in siblings:
-                raise InvalidTreeError(f"tree.token_ids[{node}]", token_id, "siblings with distinct tokens")
-            siblings.add((parent_row, token_id))
+        places = [*zip(self.parent_rows, self.token_ids, strict=True)]
+        if len(set(places)) < len(places):
+            node = next(node for node, place in enumerate(places) if place in places[:node])
+            raise InvalidTreeError(f"tree.token_ids[{node}]", self.token_ids[node], "siblings with distinct tokens")
 
 
 EMPTY_TREE = TokenTree()
