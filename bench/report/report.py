@@ -84,8 +84,10 @@ def overview(reports: Mapping[str, Mapping[str, Any]]) -> str:
             parts.append(f"## {kind.title}\n")
         for name, report in own.items():
             pair = report["pair"] if isinstance(report["pair"], str) else report["pair"]["name"]
+            executor = report.get("settings", {}).get("executor", "auto")
+            way = "" if executor == "auto" else f", executor {executor}"
             parts.append(
-                f"The {pair} pair, commit {report['commit']}, {report['date']} "
+                f"The {pair} pair{way}, commit {report['commit']}, {report['date']} "
                 f"([all rows]({RESULTS.name}/{Path(name).stem}.md)):\n"
             )
             parts.append(kind.headline(report).markdown() + "\n")
