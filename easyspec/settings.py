@@ -147,9 +147,9 @@ class EngineSettings(ServerSettings):
     executor: Literal["auto", "native", "native-8bit", "reference"] = "auto"
     """auto, native, native-8bit or reference: what computes the model. native is C++ kernels on a CPU, reference is
     plain torch. auto is native on a CPU where it was built, reference elsewhere. native-8bit rounds the inputs of
-    8-bit and 4-bit weights to 8 bits instead of 16, as llama.cpp does: prompts and trees take about half as long, and
-    answers are a little further from those of the same weights in float32. auto does so in a drafter, where it changes
-    no answer."""
+    8-bit and 4-bit weights to 8 bits instead of 16, as llama.cpp does: products of several rows take 0.6 to 0.75 of the
+    time, and some answers differ from those of the same weights in float32. auto does so in a drafter, where it
+    changes no answer."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the model's computation, 1 to 1024. Unset is one a core, and 1 for a model whose matrices are so
     small that threads would wait for each other longer than they compute."""

@@ -111,7 +111,7 @@ class ServiceFlags:
         Literal["auto", "native", "native-8bit", "reference"] | None,
         typer.Option(
             help="What computes both models; native-8bit rounds inputs of 8-bit and 4-bit weights as llama.cpp does, "
-            "which makes prompts and trees faster. [default: auto]",
+            "which makes products of several rows faster. [default: auto]",
             show_default=False,
         ),
     ] = None

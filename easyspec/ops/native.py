@@ -141,8 +141,8 @@ class NativeWeight:
 class NativeExecutor:
     """Runs programs in the C++ library on the code path that suits this processor, or a slower one that is named.
 
-    With `has_byte_inputs` inputs of integer weights are rounded to 8 bits instead of 16, as llama.cpp does: several
-    rows and prompts take about half as long, and results are as far from those of float32 as there.
+    With `has_byte_inputs` inputs of integer weights are rounded to 8 bits instead of 16, as llama.cpp does: products of
+    several rows are faster, and results are as far from those of float32 as there.
     """
 
     def __init__(self, num_threads: int, path: CodePath | None = None, *, has_byte_inputs: bool = False) -> None:

@@ -73,7 +73,7 @@ def _kinds_of_fields(plain: type[DataclassInstance], message: Descriptor) -> Seq
 
 
 def _same_fields(plain: type[DataclassInstance], message: Message, **converted: Any) -> dict[str, Any]:
-    """The message's values of all fields of the dataclass but those that are `converted` already.
+    """The message's values of the dataclass's fields, apart from the `converted` ones.
 
     What is repeated becomes a tuple, what can be unset and is keeps the dataclass's default.
     """

@@ -1,4 +1,4 @@
-"""Which objects of a JSON Schema may be closed: those that it says all about, in one place or in several."""
+"""Which objects of a JSON Schema may be closed: the schema must list all their properties, in one place or several."""
 
 from __future__ import annotations
 

@@ -60,9 +60,7 @@ def widen_model(small: LlamaForCausalLM, settings: WidenSettings) -> LlamaForCau
     wide = LlamaForCausalLM(wide_config(small.config, settings))
     old = small.state_dict()
     num_layers = small.config.num_hidden_layers
-    source_of: list[
-        int | None
-    ] = []  # the old layer that each new one repeats; those that repeat none are spread evenly
+    source_of: list[int | None] = []  # the old layer that each new one repeats; layers without one are spread evenly
     for layer in range(num_layers):
         num_due = (layer + 1) * settings.num_extra_layers // num_layers
         source_of += [layer, *[None] * (num_due - source_of.count(None))]
