@@ -15,6 +15,8 @@ def test_the_native_executor_runs_on_a_cpu() -> None:
         name = choose_executor(name, CPU, 1).name
         assert name.startswith("native-")
         assert choose_executor("native-8bit", CPU, 1).name == f"{name}-8bit"
+        assert choose_executor("auto", CPU, 1, is_auto_8bit=True).name == f"{name}-8bit"
+    assert not choose_executor("native", CPU, 1, is_auto_8bit=True).name.endswith("-8bit")
     assert choose_executor("reference", CPU, 1).name == "reference"
 
 
