@@ -251,7 +251,7 @@ class ConversationFields(RestModel):
         None, description="How much to think, where the model's chat template has such a switch."
     )
     enable_thinking: Boolean | None = Field(None, description="As in `chat_template_kwargs`.")
-    thinking: ThinkingSwitch | None = Field(None, description="`type`: as `reasoning_effort` none or medium.")
+    thinking: ThinkingSwitch | None = Field(None, description="`type`: as `reasoning_effort` none or high.")
     reasoning: ReasoningWish | None = Field(None, description="`effort`, or `enabled`: as `reasoning_effort`.")
 
     @property
@@ -290,7 +290,7 @@ class ConversationFields(RestModel):
 
 
 def _effort(is_wanted: bool) -> str:
-    return "medium" if is_wanted else "none"
+    return "high" if is_wanted else "none"
 
 
 class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):

@@ -28,6 +28,7 @@ _NEUTRAL_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"add_generation_prompt
 # Where models keep what they thought before they answered.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _SILENT_EFFORTS = frozenset({"none", "minimal"})
+_DEFAULT_EFFORT = "medium"  # some clients name what they would get anyway
 _DEFAULT_TEMPLATE, _TOOL_TEMPLATE = "default", "tool_use"
 _PROBE = "easyspecprobe"
 
@@ -137,7 +138,7 @@ class ChatTemplate:
             arguments["reasoning_effort"] = effort
         elif self.uses("enable_thinking"):
             arguments.setdefault("enable_thinking", effort not in _SILENT_EFFORTS)
-        elif effort not in _SILENT_EFFORTS and not conversation.ignores_unknown:
+        elif effort not in {*_SILENT_EFFORTS, _DEFAULT_EFFORT} and not conversation.ignores_unknown:
             allowed = "none: the model's chat template has no such switch"
             raise UnsupportedFieldError("reasoning_effort", effort, allowed)
         return arguments
