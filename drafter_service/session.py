@@ -51,21 +51,28 @@ class Learned:
 
 @dataclass
 class Round:
-    """A round: whether model and text take part, since when, how long they worked, and what either would have sent;
-    its kind by what text expects; the tree of all guesses, if text took part, what was sent, and whether the next tree
-    was begun behind it."""
+    """A round: whether model and text take part, since when, and how long they worked.
+
+    Its kinds are by what was retrieved, and by what text expects. `text_tree` and `model_tree` are what either would
+    have sent alone, `fused` is the tree of all guesses, if text took part; `adds_ngrams`: beside what was retrieved.
+    """
 
     budget: TreeBudget
     begun_ns: int
     has_model: bool
     has_text: bool
+    looked_up_ns: int
     guessers: Sequence[PathGuesser] = ()
+    text_kind: int = 0
+    adds_ngrams: bool = False
+    ngram_ns: int = 0
     text_tree: FusedTree | None = None
     kind: int = 0
     text_ns: int = 0
     model_tree: ScoredTree | None = None
     model_ns: int = 0
     fused: FusedTree | None = None
+    fuse_ns: int = 0
     sent: ScoredTree = NOTHING_SENT
     went_ahead: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +11,14 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from drafter_service.fusion.union import FusedTree, fuse, learn
-from drafter_service.guesser import NUM_EVIDENCE_CLASSES, Guesser, Stated
+from drafter_service.guesser import NUM_EVIDENCE_CLASSES, Guesser, PathGuesser, Stated
 from drafter_service.session import NOTHING_SENT, Round, Session
 from drafter_service.worth import KIND_BOUNDS
-from easyspec.speculation.growing_tree import num_followed
+from easyspec.speculation.growing_tree import follow, num_followed
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
-# Of the tree of text alone that is made before the model is asked: enough to tell a copy from a guess. A round that may
-# have no more nodes is drafted by it, if the model sits out; with more, what text alone would have come to is
-# underestimated by what nodes beyond these bring.
-_NUM_TRIAL_NODES = 16
 # Nodes worth less than this cost the verifier more than they can bring.
 _MIN_NODE_VALUE = 0.002
 # A node's evidence is the exit that named it, 0 being all layers: shallow exits are right less often.
@@ -77,8 +74,9 @@ class ModelGuesser:
 
 class Rounds:
     """Begins and ends rounds. Rounds that text alone drafts at a better rate are drafted by text alone, and those in
-    which text brings less than its work costs by the model alone (`drafter_service/worth.py`); the other catches up in
-    the next round that it takes part in. With `asks_all_sources` no round leaves a source out.
+    which text brings less than its work costs by the model alone (`drafter_service/worth.py`); the model catches up in
+    the next round that it takes part in. n-grams join what is retrieved where they pay. With `asks_all_sources` no
+    round leaves a source out.
     """
 
     def __init__(self, *, asks_all_sources: bool = False, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -94,21 +92,27 @@ class Rounds:
         if last is not None:
             self._learn(session, last, session.token_ids[-num_new_tokens:], (now_ns - last.begun_ns) / 1e9)
         asks_model, text, choices = session.request.asks_model, session.text, session.choices
-        has_drafted_alone = last is not None and not last.has_model
-        # Text that drafted the last round alone goes on.
-        is_sure = self._asks_all or not asks_model or has_drafted_alone
-        has_text = text is not None and (is_sure or choices.text.is_worth_it(num_sharing=num_sharing))
-        session.round = round_ = Round(budget, now_ns, asks_model, has_text)
-        if text is None or not has_text:
+        session.round = round_ = Round(budget, now_ns, asks_model, text is not None, looked_up_ns=now_ns)
+        if text is None:
             return round_
         round_.guessers = text.guessers()
+        round_.text_kind = _kind_for_text(round_.guessers)
+        round_.looked_up_ns = self._clock_ns()
+        if asks_model and not self._asks_all:
+            round_.has_text = choices.text.is_worth_it(round_.text_kind, num_sharing)
+        if not round_.has_text:
+            return round_
+        retrieval = [guesser for guesser in round_.guessers if guesser.kind is not Guesser.NGRAM]
+        if 0 < len(retrieval) < len(round_.guessers):
+            round_.adds_ngrams = self._asks_all or choices.ngrams.is_worth_it(round_.text_kind, num_sharing)
+            round_.guessers = round_.guessers if round_.adds_ngrams else retrieval
         if asks_model:
-            round_.text_tree = self.fuse(session, round_, None, min(budget.num_nodes, _NUM_TRIAL_NODES))
+            round_.text_tree = self.fuse(session, round_, None)
             # Tokens that the round of text may be expected to come to, the bonus token among them.
             expected = 1.0 + sum(math.exp(value) for value in round_.text_tree.scored.log_values)
             round_.kind = bisect.bisect_right(KIND_BOUNDS, expected)
             round_.has_model = self._asks_all or choices.model.is_worth_it(round_.kind)
-        round_.text_ns = self._clock_ns() - now_ns
+        round_.text_ns = self._clock_ns() - round_.looked_up_ns
         return round_
 
     def _learn(self, session: Session, last: Round, said: list[int], round_s: float) -> None:
@@ -118,10 +122,20 @@ class Rounds:
             choices.ahead.observe(was_on=last.went_ahead, round_s=round_s, num_tokens=num_tokens)
         if last.fused is not None:
             learn(last.fused, said, session.judge)
-        if last.text_tree is not None and last.model_tree is not None:
-            gain = num_tokens - _tokens_by(last.text_tree.scored.tree, said)
-            choices.model.observe(gain, last.model_ns / 1e9, last.kind)
-            choices.text.observe(num_tokens - _tokens_by(last.model_tree.tree, said), last.text_ns / 1e9)
+            if last.adds_ngrams:
+                gain = num_tokens - _tokens_without_ngrams(last.fused, said)
+                choices.ngrams.observe(gain, last.ngram_ns / 1e9, last.text_kind)
+        model_alone, text_s = choices.model_alone, (last.text_ns + last.fuse_ns) / 1e9
+        if last.model_tree is not None:
+            num_by_model = _tokens_by(last.model_tree.tree, said)
+            model_alone.observe(last.text_kind, num_by_model, last.model_ns / 1e9)
+            if last.text_tree is not None:
+                num_by_text = _tokens_by(last.text_tree.scored.tree, said)
+                choices.model.observe(num_tokens - num_by_text, (last.model_ns + last.fuse_ns) / 1e9, last.kind)
+                choices.text.observe(num_tokens - num_by_model, text_s, last.text_kind)
+        elif last.text_tree is not None:
+            instead = model_alone.worth(last.text_kind, choices.token_time)
+            choices.text.observe(num_tokens - instead, text_s, last.text_kind)
 
     def finish(self, session: Session) -> tuple[TokenTree, Sources]:
         """The round's tree within its budget, and the sources of each node."""
@@ -133,30 +147,47 @@ class Rounds:
             exits = session.model.exits
             model = ModelGuesser(session.model.growing.scored(), {} if exits is None else exits.early_rows)
             round_.model_tree = model.scored.pruned(round_.budget.num_nodes)
-            round_.model_ns = begun_ns - round_.begun_ns - round_.text_ns
+            round_.model_ns = begun_ns - round_.looked_up_ns - round_.text_ns
         if not round_.has_text:
             round_.sent = round_.model_tree or NOTHING_SENT
             node_sources: Sources = (DraftSources.MODEL,) * len(round_.sent.tree)
         else:
-            num_nodes = round_.budget.num_nodes
-            if model is not None or round_.text_tree is None or num_nodes > _NUM_TRIAL_NODES:
-                round_.fused = self.fuse(session, round_, model, num_nodes)
-            else:
-                round_.fused = round_.text_tree
-            round_.sent, node_sources = round_.fused.scored, round_.fused.node_sources
+            fused = round_.text_tree if model is None else None
+            round_.fused = fused = fused or self.fuse(session, round_, model)
+            round_.sent, node_sources = fused.scored, fused.node_sources
         if model is not None:
             node_sources = model.told_apart(round_.sent.tree, node_sources)
-        round_.text_ns += self._clock_ns() - begun_ns if round_.has_text else 0
+        round_.fuse_ns = self._clock_ns() - begun_ns
         return round_.sent.tree, node_sources
 
-    def fuse(self, session: Session, round_: Round, model: ModelGuesser | None, num_nodes: int) -> FusedTree:
+    def fuse(self, session: Session, round_: Round, model: ModelGuesser | None) -> FusedTree:
         """The tree of all guesses: of text, and of the draft model's tree where it takes part."""
         guessers = [*([] if model is None else [model]), *round_.guessers]
         preference, committed = session.request.preference, session.token_ids
         allowed_after = None if preference is None else lambda path: preference.allowed_after(committed, [path])[0]
-        return fuse(guessers, session.judge, num_nodes, _MIN_NODE_VALUE, allowed_after)
+        num_nodes = round_.budget.num_nodes
+        fused = fuse(guessers, session.judge, num_nodes, _MIN_NODE_VALUE, allowed_after, self._clock_ns)
+        round_.ngram_ns += fused.ngram_ns
+        return fused
 
 
 def _tokens_by(tree: TokenTree, said: list[int]) -> int:
     """How many of the tokens `said` a round with `tree` would have brought."""
     return min(num_followed(tree, said) + 1, len(said))
+
+
+def _tokens_without_ngrams(fused: FusedTree, said: list[int]) -> int:
+    """How many of the tokens `said` a round would have brought without the nodes that n-grams alone named."""
+    rows = [row for row, _, _ in follow(fused.scored.tree, said)]
+    kept = itertools.takewhile(lambda row: row == 0 or fused.node_sources[row - 1] != DraftSources.NGRAM, rows)
+    return min(sum(1 for _ in kept), len(said))
+
+
+def _kind_for_text(guessers: Sequence[PathGuesser]) -> int:
+    """0 where nothing was retrieved, otherwise 1 and the class of the evidence for it."""
+    kind = 0
+    for guesser in guessers:
+        if guesser.kind is not Guesser.NGRAM and (cursor := guesser.root()) is not None:
+            said = guesser.state(cursor, 1)
+            kind = max(kind, 0 if said is None else 1 + said.evidence)
+    return kind

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -43,20 +44,29 @@ AllowedAfter: TypeAlias = Callable[[Sequence[int]], "NDArray[np.uint8] | None"]
 
 @dataclass(frozen=True)
 class FusedTree:
-    """The tree of a round, where each node came from, and everything that was looked at, by row."""
+    """The tree of a round, where each node came from, everything that was looked at, by row, and how long n-grams were
+    asked."""
 
     scored: ScoredTree
     node_sources: tuple[DraftSources, ...]
     places: Mapping[int, JudgedPlace]
+    ngram_ns: int = 0
 
 
 class _GrowingUnion(GrowingTree):
     """A fused tree while it grows. Values are probabilities here: nothing below `min_value` is kept."""
 
     def __init__(
-        self, guessers: Sequence[PathGuesser], judge: Judge, min_value: float, allowed_after: AllowedAfter | None
+        self,
+        guessers: Sequence[PathGuesser],
+        judge: Judge,
+        min_value: float,
+        allowed_after: AllowedAfter | None,
+        clock_ns: Callable[[], int],
     ) -> None:
         super().__init__()
+        self._clock_ns = clock_ns
+        self.ngram_ns = 0
         self._guessers = guessers
         self._judge = judge
         self._min_value = min_value
@@ -83,9 +93,13 @@ class _GrowingUnion(GrowingTree):
             return
         stated: dict[Guesser, Stated] = {}
         for guesser, cursor in zip(self._guessers, cursors, strict=True):
-            is_spared = guesser.kind is Guesser.NGRAM and stated and self._values[row] < _MIN_NGRAM_VALUE
-            if cursor is not None and not is_spared and (said := guesser.state(cursor, depth)) is not None:
+            is_ngram = guesser.kind is Guesser.NGRAM
+            if cursor is None or (is_ngram and stated and self._values[row] < _MIN_NGRAM_VALUE):
+                continue
+            begun_ns = self._clock_ns() if is_ngram else 0
+            if (said := guesser.state(cursor, depth)) is not None:
                 stated[guesser.kind] = said
+            self.ngram_ns += self._clock_ns() - begun_ns if is_ngram else 0
         bits = self._allowed_after(self.path_token_ids(row)) if stated and self._allowed_after is not None else None
         if bits is not None:  # guessers that name nothing else than what is forbidden are left out
             for kind, said in [*stated.items()]:
@@ -130,17 +144,18 @@ def fuse(
     num_nodes: int,
     min_value: float = 0.0,
     allowed_after: AllowedAfter | None = None,
+    clock_ns: Callable[[], int] = time.monotonic_ns,
 ) -> FusedTree:
     """The `num_nodes` most valuable nodes of all guesses, fewer where they are worth less than `min_value`.
 
-    `allowed_after` says what a grammar lets follow a path, if there is one.
+    `allowed_after` says what a grammar lets follow a path, if there is one; `clock_ns` times n-grams.
     """
-    growing = _GrowingUnion(guessers, judge, min_value, allowed_after)
+    growing = _GrowingUnion(guessers, judge, min_value, allowed_after, clock_ns)
     row: int | None = 0
     while row is not None and row < num_nodes:  # the last is not expanded
         growing.expand(row)
         row = growing.add_best()
-    return FusedTree(growing.scored(), tuple(growing.node_sources), growing.places)
+    return FusedTree(growing.scored(), tuple(growing.node_sources), growing.places, growing.ngram_ns)
 
 
 def learn(fused: FusedTree, chosen: Sequence[int], judge: Judge) -> None:

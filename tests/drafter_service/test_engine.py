@@ -64,7 +64,9 @@ async def drafted(
 async def test_the_operator_may_have_everybody_asked(
     draft_folder: Path, ask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Choice, "is_worth_it", lambda self, kind=None, num_sharing=1: kind is None)  # not the model
+    monkeypatch.setattr(
+        Choice, "is_worth_it", lambda self, kind, num_sharing=None: num_sharing is not None
+    )  # not the model
     engine = DrafterEngine(settings(draft_folder, ask=ask))
     await engine.start()
     session_id = await engine.open(replace(OPENING, sources=None))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from drafter_service.worth import ByTarget, Choice, Option, TokenTime, Trial
+from drafter_service.worth import ByTarget, Choice, ModelAlone, Option, TokenTime, Trial
 from easyspec.engine.average import MAX_OUTLIER, Average, clock_average
 
 WITHOUT_S, PRICE_S = 0.026, 0.014
@@ -17,7 +17,7 @@ class Request:
 
     def __init__(self, option: Option, others: TokenTime | None = None) -> None:
         self._token_time = TokenTime(others)
-        self._choice = Choice([option], self._token_time)
+        self._choice = Choice(option, self._token_time)
 
     def round(self, plain: int, with_option: int) -> bool:
         """Whether the option took part; the request learns what the round came to."""
@@ -76,6 +76,38 @@ def test_a_request_out_of_the_ordinary_tries_it_again_though_others_never_leave_
     assert 1 <= sum(taken[100:]) <= 60
 
 
+def test_a_kind_of_round_is_judged_by_itself_and_a_rare_one_like_the_others() -> None:
+    option, time = Option(num_kinds=3), TokenTime()
+    for _ in range(40):
+        time.observe(WITHOUT_S, 4)
+        Choice(option, time).observe(4, PRICE_S, kind=0)
+        Choice(option, time).observe(0, PRICE_S, kind=1)
+    request = Choice(option, time)
+    assert request.is_worth_it(0)
+    assert not request.is_worth_it(1)
+    assert request.is_worth_it(2), "nothing is known of it"
+    for _ in range(2):
+        request.observe(0, PRICE_S, kind=2)
+    assert 0 < option.gain.of(2) < option.gain.of(0)
+
+
+def test_a_token_is_worth_to_a_new_request_what_it_is_to_others() -> None:
+    others = TokenTime()
+    for _ in range(50):
+        others.observe(0.1, 10)
+    request = TokenTime(others)
+    request.observe(0.1, 1)
+    assert request.seconds is not None
+    assert 0.01 < request.seconds < 0.02, "one poor round does not make its tokens ten times as dear"
+
+
+def test_the_model_alone_is_worth_its_tokens_less_its_time() -> None:
+    alone, time = ModelAlone(), TokenTime()
+    time.observe(0.02, 2)
+    alone.observe(0, 5, 0.03)
+    assert alone.worth(0, time) == pytest.approx(5 - 3)
+
+
 def test_what_many_requests_have_shown_spares_a_new_one_the_trying() -> None:
     option, time = Option(), TokenTime()
     for _ in range(20):
@@ -99,7 +131,7 @@ def test_requests_too_short_to_try_it_again_do_so_together() -> None:
 
 
 def test_without_any_measurement_everything_takes_part() -> None:
-    assert Choice([Option()], TokenTime()).is_worth_it()
+    assert Choice(Option(), TokenTime()).is_worth_it()
     assert TokenTime().seconds is None
     shared = TokenTime()
     shared.observe(0.2, 4)

@@ -16,7 +16,7 @@ from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
 
 MODEL, ALL_SOURCES = DraftSources.MODEL, DraftSources.MODEL | TEXT_SOURCES
 NOWHERE = 999
-DURATIONS = Durations(text=1.0, fuse=2.0, model=14.0, rest=22.0)
+DURATIONS = Durations(rest=22.0, model=14.0, lookup=0.5, retrieval=0.05, ngram=0.1)
 
 
 def chain(token_ids: Sequence[int]) -> ScoredTree:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from drafter_service.drafter import Drafter
 from drafter_service.fusion.rounds import Rounds
 from drafter_service.request import DrafterLimits
-from drafter_service.worth import Choice
+from drafter_service.worth import Choice, ModelAlone, TokenTime
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from tests.drafter_service.core_driver import BUDGET, MAX_TREE_NODES, SAMPLED, CoreDriver
 
@@ -76,7 +78,8 @@ def test_the_model_catches_up_after_rounds_without_it(core: CoreDriver) -> None:
     core.close(fresh_id)
 
 
-def test_text_catches_up_after_rounds_without_it(core: CoreDriver) -> None:
+def test_text_reads_on_in_rounds_without_it(core: CoreDriver) -> None:
+    """What it retrieves says how much there is in asking it."""
     decisions = [True, False, False, True, True]
     driver = fusing(core)
     session_id, _, _ = open_scripted(driver, PROMPT, itertools.repeat(True), decisions)
@@ -87,7 +90,38 @@ def test_text_catches_up_after_rounds_without_it(core: CoreDriver) -> None:
         (draft,) = driver.finish([driver.ask(session_id, len(tokens), (5, 8), BUDGET)])
         tokens += (5, 8)
         assert all(sources == DraftSources.MODEL for sources in draft.node_sources) is not has_text
-        assert (text.num_read == len(tokens)) is has_text
+        assert text.num_read == len(tokens)
+    driver.close(session_id)
+
+
+def test_rounds_of_text_alone_count_for_text_what_the_model_would_have_taken(core: CoreDriver) -> None:
+    driver = fusing(core)
+    session_id, _, text = open_scripted(driver, PROMPT, [True, False, False, False], itertools.repeat(True))
+    choices = driver.drafter._sessions[session_id].choices
+    tokens, verdicts = list(PROMPT), [(5, 8), (13, 21), (34, 55)]
+    for said in verdicts:
+        driver.finish([driver.ask(session_id, len(tokens), said, BUDGET)])
+        tokens += said
+    choices.token_time, choices.model_alone = TokenTime(), ModelAlone()
+    choices.model_alone.observe(0, 1, 30.0)
+    driver.finish([driver.ask(session_id, len(tokens), (13,), BUDGET)])
+    assert text.gains[-1] > 0, "one token, where the model would have come to one as well, half a minute later"
+    driver.close(session_id)
+
+
+def test_ngrams_leave_the_field_to_retrieval_where_they_bring_nothing(core: CoreDriver) -> None:
+    driver = fusing(core)
+    session_id, _, _ = open_scripted(driver, PROMPT, itertools.repeat(False), itertools.repeat(True))
+    session = driver.drafter._sessions[session_id]
+    session.choices.ngrams = ngrams = ScriptedChoice([True, False, True])
+    tokens = list(PROMPT)
+    for said, has_ngrams in (((5, 8), True), ((13, 21), False), ((34, 55), True)):
+        (draft,) = driver.finish([driver.ask(session_id, len(tokens), said, BUDGET)])
+        tokens += said
+        named = functools.reduce(operator.or_, draft.node_sources)
+        assert (DraftSources.NGRAM in named) is has_ngrams
+        assert DraftSources.RETRIEVAL in named
+    assert ngrams.gains == [0.0], "of the first round: retrieval had named what they did"
     driver.close(session_id)
 
 
