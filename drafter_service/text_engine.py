@@ -45,4 +45,5 @@ class TextDrafterEngine(DrafterShell):
             sequential_plan(1),
             settings.draft_sources,
         )
-        return Drafter(limits, Rounds(), open_text_resources(settings, fingerprint), on_step=self._on_step)
+        rounds = Rounds(asks_all_sources=settings.ask == "always")
+        return Drafter(limits, rounds, open_text_resources(settings, fingerprint), on_step=self._on_step)
