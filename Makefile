@@ -109,8 +109,9 @@ bench: dev ## measure decoding and render docs/benchmarks.md (PAIR=bench after m
 	$(BIN)/easyspec bench decode --pair $(PAIR) --json docs/benchmarks/decode-$(PAIR).json
 	$(BIN)/python -m bench.report
 
-bench-pair: dev ## widen the bundled base models to a realistic cost (into .bench/)
+bench-pair: dev ## widen the bundled models to a realistic cost (into .bench/)
 	$(BIN)/python -m models.recipe widen
+	$(BIN)/python -m models.recipe widen --source models/draft --factor 10 --extra-layers 0 --out .bench/draft
 	$(BIN)/python -m models.recipe widen --source models/base-small --out .bench/base-small
 
 train-models: dev ## train the bundled models again from the standard library (about two hours)

@@ -19,6 +19,7 @@ from easyspec.ops.executor import EXECUTORS
 
 # A draft that is dropped for being late would turn a slow mode into plain decoding.
 _GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
+_WIDENED = REPOSITORY / ".bench"
 _SMOLLM2_DRAFT = BUNDLED_DRAFTS[1]
 
 
@@ -58,9 +59,11 @@ PAIRS = {
         "easyspec fetch smollm2",
         Questions(SMOLLM2.path),
     ),
-    "bench": ModelPair("bench", REPOSITORY / ".bench" / "base", DEFAULT_DRAFT, "make bench-pair"),
+    "bench": ModelPair("bench", _WIDENED / "base", DEFAULT_DRAFT, "make bench-pair"),
+    # Drafting a tree takes about as long as a pass of the base.
+    "even": ModelPair("even", _WIDENED / "base", _WIDENED / "draft", "make bench-pair"),
 }
-PAIR = flag("Models to measure: smollm2 needs `easyspec fetch smollm2`, bench `make bench-pair`.", choices=PAIRS)
+PAIR = flag("Models to measure: smollm2 needs `easyspec fetch smollm2`, bench, even `make bench-pair`.", choices=PAIRS)
 
 
 EXECUTOR = flag("What computes both models; native-8bit rounds inputs as llama.cpp does.", choices=EXECUTORS)
