@@ -166,8 +166,8 @@ class AheadDrafting:
         """An exact pass over the frontiers of `states`; per state what may follow each of its rows."""
         layout = lay_out(segments)
         rows = range(sum(layout.num_rows))
-        logits = self._decoder.forward(layout, self._memory.pool, self._decoder.sequential_plan, rows).logits
-        return rank_level(self._decoder.executor, states, logits)
+        result = self._decoder.forward(layout, self._memory.pool, self._decoder.sequential_plan, rows)
+        return rank_level(self._decoder.executor, states, result.named_logits, result.vocabulary)
 
     def _has_room(self, num_slots: int) -> bool:
         return num_slots + self._drafting.max_tree_slots <= self._memory.num_available

@@ -31,7 +31,7 @@ from easyspec.engine.prefill_pace import PrefillPace
 from easyspec.engine.prompt_shares import served_readers, share_out
 from easyspec.engine.segments import with_nodes
 from easyspec.errors import CapacityError
-from easyspec.model.decoder import Decoder
+from easyspec.model.decoder import Decoder, PassResult
 from easyspec.model.kv_cache import KvMemory
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.parallel.layer_groups import LayerPlan
@@ -222,13 +222,13 @@ class ModelDrafting:
                 for index, chain in calibrated
                 for row in range(len(chain.segment) - chain.num_masks - 1, len(chain.segment))
             ]
-            logits = self.decoder.forward(layout, self.memory.pool, plan, rows).logits
+            result = self.decoder.forward(layout, self.memory.pool, plan, rows)
             if self._mask_token_id is not None:
-                parts = logits.split([chain.num_masks + 1 for _, chain in calibrated])
+                parts = result.logits.split([chain.num_masks + 1 for _, chain in calibrated])
                 for (_, chain), level_logits in zip(calibrated, parts, strict=True):
                     _add_levels(self.decoder.executor, chain.state, level_logits, self._mask_token_id)
             elif rows:
-                self._add_level([chain.state for _, chain in calibrated], logits)
+                self._add_level([chain.state for _, chain in calibrated], result)
         elapsed_ns = time.monotonic_ns() - started_ns
         for chain in chains:
             state, num_tokens = chain.state, len(chain.segment) - chain.num_masks
@@ -263,16 +263,15 @@ class ModelDrafting:
             self._early.run(group, plan)
         else:
             layout = lay_out([segment for _, segment in group])
-            self._add_level(
-                states, self.decoder.forward(layout, self.memory.pool, plan, range(sum(layout.num_rows))).logits
-            )
+            self._add_level(states, self.decoder.forward(layout, self.memory.pool, plan, range(sum(layout.num_rows))))
             self._level_s.add((time.monotonic_ns() - started_ns) / 1e9)
         for state in states:
             state.add_time(time.monotonic_ns() - started_ns, is_fuzzy=True)
 
-    def _add_level(self, states: Sequence[ModelState], draft_logits: torch.Tensor) -> None:
-        """Rank the candidates of every frontier row, in the order of `draft_logits` [rows, V]."""
-        for state, candidates in zip(states, rank_level(self.decoder.executor, states, draft_logits), strict=True):
+    def _add_level(self, states: Sequence[ModelState], result: PassResult) -> None:
+        """Rank the candidates of every frontier row, whose logits `result` has in their order."""
+        levels = rank_level(self.decoder.executor, states, result.named_logits, result.vocabulary)
+        for state, candidates in zip(states, levels, strict=True):
             state.growing.add_level(candidates)
 
 

@@ -1,6 +1,6 @@
 """The decoder: embeddings, layer groups, final norm and head, as programs for an executor.
 
-Dimensions: `T` rows of a pass, `R` rows that get logits, `E` hidden size, `V` vocabulary.
+Dimensions: `T` rows of a pass, `R` rows that get logits, `E` hidden size, `V` vocabulary, `N` tokens that are named.
 """
 
 from __future__ import annotations
@@ -46,13 +46,20 @@ _SPAN_POSITIONS, _SPLIT_ROWS = 256, 64
 class PassResult:
     """What a pass came to.
 
-    logits: float32 [R, V] of the rows that were asked for, on rank 0; overwritten by the next pass. choices: the tokens
-    at the choice rows, int64. hidden: [T, E] before the final norm, if it was to be kept, else None.
+    named_logits: float32 [R, N] of the rows that were asked for, on rank 0; overwritten by the next pass. Its columns
+    are the tokens of `vocabulary`, or all of them. choices: the tokens at the choice rows, int64. hidden: [T, E] before
+    the final norm, if it was to be kept, else None.
     """
 
-    logits: torch.Tensor
+    named_logits: torch.Tensor
+    vocabulary: DraftVocabulary | None
     choices: torch.Tensor
     hidden: torch.Tensor | None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[R, V], with -inf where the model names no token."""
+        return self.named_logits if self.vocabulary is None else self.vocabulary.spread(self.named_logits)
 
 
 @dataclass(frozen=True)
@@ -206,11 +213,9 @@ class Decoder:
             own = self._tensor_shard.vocabulary(self.config.vocab_size)
             choices = choose_split(share[num_logits:, : len(own)], own.start, choice_rows, self._ranks.gather)
         # A copy: results are views of the workspace, which the next pass overwrites.
-        return PassResult(logits, choices, results[-1].clone() if keeps_hidden else None)
+        return PassResult(logits, self._vocabulary, choices, results[-1].clone() if keeps_hidden else None)
 
     def _gathered(self, share: torch.Tensor) -> torch.Tensor:
-        if self._vocabulary is not None:
-            return self._vocabulary.spread(share)
         if self._tensor_shard.size == 1:
             return share
         missing = self._tensor_shard.vocabulary_share(self.config.vocab_size) - share.shape[1]
@@ -259,7 +264,7 @@ class Decoder:
         buffer = self._head_program.logits
         assert buffer is not None, "the head has logits"
         (share,) = self._head_program.program.run(rows, _NO_POOL, {self._head_program.hidden: hidden}, [buffer])
-        return self._gathered(share)
+        return self._gathered(share) if self._vocabulary is None else self._vocabulary.spread(share)
 
     def more_logits(self, result: PassResult, rows: Sequence[int]) -> torch.Tensor:
         """Logits of further rows of the last pass, which kept its hidden state: float32 [R, V]."""

@@ -71,7 +71,12 @@ class Executor(Protocol):
         default all in order. -1 where some are NaN or infinite; an accelerator does not look for these."""
 
     def rank_tokens(
-        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+        self,
+        logits: torch.Tensor,
+        positions: Sequence[int],
+        samplings: Sequence[SamplingParameters],
+        num_best: int,
+        named_ids: torch.Tensor | None = None,
     ) -> list[RankedTokens]:
         """Each row's best next tokens under its noise: see `easyspec.speculation.ranking.rank_tokens`."""
 

@@ -177,9 +177,14 @@ class NativeExecutor:
         return [choose(self._engine, base_logits, place, row) for place, row in zip(places, rows, strict=True)]
 
     def rank_tokens(
-        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+        self,
+        logits: torch.Tensor,
+        positions: Sequence[int],
+        samplings: Sequence[SamplingParameters],
+        num_best: int,
+        named_ids: torch.Tensor | None = None,
     ) -> list[RankedTokens]:
-        return rank(self._engine, logits, positions, samplings, num_best)
+        return rank(self._engine, logits, positions, samplings, num_best, named_ids)
 
     def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> NativeProgram:
         return NativeProgram(self, self._engine, program, ranks, self._workspace)

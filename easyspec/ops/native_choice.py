@@ -1,6 +1,6 @@
 """Choosing and ranking tokens in the C++ library.
 
-Dimensions: `R` rows, `V` vocabulary, `K` tokens ranked per row.
+Dimensions: `R` rows, `V` vocabulary, `N` tokens that are named, `K` tokens ranked per row.
 """
 
 from __future__ import annotations
@@ -71,12 +71,17 @@ def rank(
     positions: Sequence[int],
     samplings: Sequence[SamplingParameters],
     num_best: int,
+    named_ids: torch.Tensor | None = None,
 ) -> list[RankedTokens]:
-    """Each row's best tokens under its noise; `logits` float32 [R, V], whose rows may be further apart than V."""
-    num_rows, vocab_size = logits.shape
+    """Each row's best tokens under its noise; `logits` float32 [R, N], whose rows may be further apart than N.
+
+    `named_ids` int64 [N] are their tokens, rising; None: all, N being V.
+    """
+    num_rows, num_columns = logits.shape
     if num_rows == 0:
         return []
-    num_best = min(num_best, vocab_size)
+    num_best = min(num_best, num_columns)
+    names = None if named_ids is None else named_ids.numpy().astype(np.int32)
     seeds = np.fromiter((sampling.seed for sampling in samplings), dtype=np.uint64, count=num_rows)
     temperatures = np.fromiter((sampling.temperature for sampling in samplings), dtype=np.float32, count=num_rows)
     places = np.fromiter(positions, dtype=np.int64, count=num_rows)
@@ -87,7 +92,8 @@ def rank(
         logits.data_ptr(),
         logits.stride(0),
         num_rows,
-        vocab_size,
+        num_columns,
+        None if names is None else names.ctypes.data,
         seeds.ctypes.data,
         places.ctypes.data,
         temperatures.ctypes.data,

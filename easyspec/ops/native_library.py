@@ -119,7 +119,7 @@ def load() -> ctypes.CDLL:
         "easyspec_log_sum": (c_double, (c_void_p, c_void_p, c_int64)),
         "easyspec_rank": (
             None,
-            (c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_int64, c_void_p, c_void_p),
+            (c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p),
         ),
         "easyspec_program_num_phases": (c_int64, (c_void_p,)),
     }

@@ -116,9 +116,14 @@ class ReferenceExecutor:
         return [choice if is_one else -1 for choice, is_one in zip(choices, are_numbers.tolist(), strict=True)]
 
     def rank_tokens(
-        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+        self,
+        logits: torch.Tensor,
+        positions: Sequence[int],
+        samplings: Sequence[SamplingParameters],
+        num_best: int,
+        named_ids: torch.Tensor | None = None,
     ) -> list[RankedTokens]:
-        return rank_tokens(logits, positions, samplings, num_best)
+        return rank_tokens(logits, positions, samplings, num_best, named_ids)
 
     def compile(self, program: ProgramWriter, ranks: Ranks = SINGLE_RANK) -> ReferenceProgram:
         return ReferenceProgram(program, ranks, self._workspace, self.device)

@@ -1,6 +1,6 @@
 """The best next tokens of a draft model's rows, under the noise that the verifier will use.
 
-Dimensions: `R` rows, `V` vocabulary, `K` candidates kept per row.
+Dimensions: `R` rows, `N` tokens that the model names, `K` candidates kept per row.
 """
 
 from __future__ import annotations
@@ -27,22 +27,32 @@ class TokenRanker(Protocol):
     """What ranks tokens; an executor."""
 
     def rank_tokens(
-        self, logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+        self,
+        logits: torch.Tensor,
+        positions: Sequence[int],
+        samplings: Sequence[SamplingParameters],
+        num_best: int,
+        named_ids: torch.Tensor | None = None,
     ) -> list[RankedTokens]:
         """See the function `rank_tokens`."""
 
 
 def rank_tokens(
-    logits: torch.Tensor, positions: Sequence[int], samplings: Sequence[SamplingParameters], num_best: int
+    logits: torch.Tensor,
+    positions: Sequence[int],
+    samplings: Sequence[SamplingParameters],
+    num_best: int,
+    named_ids: torch.Tensor | None = None,
 ) -> list[RankedTokens]:
-    """Each row's best tokens by logit / T + noise, or by logit where it is greedy; `logits` float32 [R, V].
+    """Each row's best tokens by logit / T + noise, or by logit where it is greedy; `logits` float32 [R, N].
 
-    A sampled row's scores are relative to its best logit, and finite at whatever temperature. One host sync.
+    `named_ids` int64 [N] are the tokens of the columns, rising; None: all of the vocabulary. A sampled row's scores are
+    relative to its best logit, and finite at whatever temperature. One host sync.
     """
     num_tokens = logits.shape[-1]
     is_any_sampled = not all(sampling.is_greedy for sampling in samplings)
     best = logits.topk(min(NUM_NOISED_TOKENS if is_any_sampled else num_best, num_tokens), dim=-1)
-    scores, token_ids = best.values, best.indices
+    scores, token_ids = best.values, best.indices if named_ids is None else named_ids[best.indices]
     if is_any_sampled:
         seeds = to_device([signed_seed(sampling.seed) for sampling in samplings], torch.int64, scores.device)
         noise = gumbel_noise(seeds, to_device(positions, torch.int64, scores.device), token_ids)

@@ -10,6 +10,9 @@ import torch
 
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
+from easyspec.model.draft_vocabulary import DraftVocabulary
+from easyspec.ops.executor import choose_executor
+from easyspec.speculation.parameters import SamplingParameters
 from tests.fakes.checkpoints import VOCAB_SIZE, change_config, write_checkpoint
 from tests.fakes.gguf_files import write_gguf
 from tests.model.passes import Passes, random_token_ids
@@ -51,6 +54,19 @@ def test_more_rows_after_fewer(tmp_path: Path) -> None:
         logits = passes.prefill(random_token_ids(num_tokens, VOCAB_SIZE))
         assert logits.shape == (num_tokens, VOCAB_SIZE)
         assert torch.equal(logits.isfinite().sum(1), torch.full((num_tokens,), len(NAMED)))
+
+
+@pytest.mark.parametrize("executor", ["reference", "native"])
+@pytest.mark.parametrize("num_named", [5, 700])
+def test_ranks_of_named_columns_are_those_among_all_tokens(executor: str, num_named: int) -> None:
+    ranker = choose_executor(executor, torch.device("cpu"), num_threads=1)
+    generator = torch.Generator().manual_seed(num_named)
+    names = torch.randperm(3_000, generator=generator)[:num_named].sort().values
+    vocabulary = DraftVocabulary(names, 3_000)
+    logits = torch.randn(3, num_named, generator=generator) * 4.0
+    samplings = [SamplingParameters(temperature=temperature, seed=9) for temperature in (0.0, 0.7, 2.0)]
+    own = ranker.rank_tokens(logits, range(5, 8), samplings, 5, names)
+    assert own == ranker.rank_tokens(vocabulary.spread(logits), range(5, 8), samplings, 5)
 
 
 @pytest.mark.parametrize("token_ids", [[], [3, 2], [2, 2], [-1, 2], [VOCAB_SIZE], ["1"], [True], 5, "12"])

@@ -142,8 +142,9 @@ int64_t easyspec_choose(void* engine, const EasyspecChoice* choice);
 double easyspec_log_sum(void* engine, const float* logits, int64_t vocab_size);
 // The best `count` tokens of each row, best first, of equals the lower first; [rows][count]. Where a row's temperature is
 // above 0, its likeliest `num_noised` are ranked by logit / temperature + noise, relative to the row's best logit.
-void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
-                   const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
+// `names`: the token of each column, rising; null: its number.
+void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t num_columns,
+                   const int32_t* names, const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
                    int64_t count, int32_t* token_ids, float* scores);
 // 0; -1 if there is no memory for it; or which of the pass's arrays has a value out of range: 1 token_ids, 2 positions,
 // 3 slots, 4 extra, 5 selected_rows. Unless it is 0, nothing was computed.

@@ -395,25 +395,26 @@ class Leaders {
 
 }  // namespace
 
-void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
-                   const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
+void easyspec_rank(void* engine, const float* logits, int64_t stride, int64_t num_rows, int64_t num_columns,
+                   const int32_t* names, const uint64_t* seeds, const int64_t* positions, const float* temperatures, int64_t num_noised,
                    int64_t count, int32_t* token_ids, float* scores) {
   const Kernels& kernels = ((Engine*)engine)->kernels;
   std::vector<int32_t>& found = ((Engine*)engine)->scratch.found;
   for (int64_t r = 0; r < num_rows; r++) {
     const float* row = logits + r * stride;
     const bool is_greedy = temperatures[r] == 0.0f;
-    find_best(kernels, row, vocab_size, is_greedy ? count : std::max(num_noised, count), found);
+    find_best(kernels, row, num_columns, is_greedy ? count : std::max(num_noised, count), found);
     Leaders leaders(count);
     const Noise noise(seeds[r], positions[r]);
-    const float top = kernels.largest(row, vocab_size), temperature = std::max(temperatures[r], MIN_TEMPERATURE);
-    for (const int32_t token : found) {
+    const float top = kernels.largest(row, num_columns), temperature = std::max(temperatures[r], MIN_TEMPERATURE);
+    for (const int32_t column : found) {
+      const int32_t token = names ? names[column] : column;
       if (is_greedy) {
-        leaders.offer({row[token], token});
+        leaders.offer({row[column], token});
         continue;
       }
       const uint32_t bits = noise.bits(token);
-      const float score = std::max((row[token] - top) / temperature, -1e30f);
+      const float score = std::max((row[column] - top) / temperature, -1e30f);
       if (leaders.can_lead(score + Noise::most(std::countl_one(bits)))) leaders.offer({score + Noise::of_bits(bits), token});
     }
     for (int64_t i = 0; i < count; i++) {

@@ -244,10 +244,16 @@ void check_ranks(void* engine) {
     const float temperatures[] = {0.0f, 0.8f, 2.0f};
     int32_t token_ids[3 * count];
     float scores[3 * count];
-    easyspec_rank(engine, logits.data(), stride, 3, size, seeds, positions, temperatures, 64, count, token_ids, scores);
-    for (int64_t i = 0; i < 3 * count; i++) {
-      CHECK((token_ids[i] >= 0) == (i % count < size), "%d of %d tokens", int(i % count), int(size));
-      CHECK(i % count == 0 || scores[i] <= scores[i - 1], "token %d of %d", int(i % count), int(size));
+    std::vector<int32_t> names;
+    for (int64_t i = 0; i < size; i++) names.push_back(int32_t(3 * i));
+    for (const int32_t* names_or_none : {(const int32_t*)nullptr, (const int32_t*)names.data()}) {
+      easyspec_rank(engine, logits.data(), stride, 3, size, names_or_none, seeds, positions, temperatures, 64, count,
+                    token_ids, scores);
+      for (int64_t i = 0; i < 3 * count; i++) {
+        CHECK((token_ids[i] >= 0) == (i % count < size), "%d of %d tokens", int(i % count), int(size));
+        CHECK(i % count == 0 || scores[i] <= scores[i - 1], "token %d of %d", int(i % count), int(size));
+        CHECK(!names_or_none || token_ids[i] < 0 || token_ids[i] % 3 == 0, "token %d", int(token_ids[i]));
+      }
     }
     CHECK(easyspec_log_sum(engine, logits.data(), size) > 0.0, "of %d", int(size));
   }
