@@ -63,7 +63,7 @@ class Writer:
         self._settings = settings.writing
         self.tokenizer: Any = load_tokenizer(settings.base)
         self._openings = Openings(self.tokenizer, settings.corpus, self._settings)
-        executor = choose_executor("auto", torch.device("cpu"), num_threads=1)
+        executor = choose_executor("auto", torch.device("cpu"), num_threads=1, is_auto_8bit=True)
         self._decoder = Decoder(settings.base, load_config(settings.base), executor, open_tensors=open_weights)
         self._capacity = self._settings.max_given_tokens + self._settings.max_user_tokens
         self._capacity += self._settings.max_answer_tokens + 16
