@@ -53,12 +53,14 @@ class Learned:
 class Round:
     """A round: whether model and text take part, since when, and how long they worked.
 
-    Its kinds are by what was retrieved, and by what text expects. `text_tree` and `model_tree` are what either would
-    have sent alone, `fused` is the tree of all guesses, if text took part; `adds_ngrams`: beside what was retrieved.
+    Its kinds are by what was retrieved, and by what text expects; no node is worth less than `least_value`. `text_tree`
+    and `model_tree` are what either would have sent alone, `fused` is the tree of all guesses, if text took part;
+    `adds_ngrams`: beside what was retrieved.
     """
 
     budget: TreeBudget
     begun_ns: int
+    least_value: float
     has_model: bool
     has_text: bool
     looked_up_ns: int
@@ -74,6 +76,7 @@ class Round:
     fused: FusedTree | None = None
     fuse_ns: int = 0
     sent: ScoredTree = NOTHING_SENT
+    sent_ns: int = 0
     went_ahead: bool = False
 
 

@@ -1,9 +1,9 @@
 """What takes part in a round: whatever brings more time than it takes.
 
-One rule for all: an option (the draft model, text, n-grams, the next exit, a level of a tree) is taken if the extra
-tokens expected of it, times what a token's time is worth at present, are more than the time it takes. What tokens are
-worth is the time that they take in this request of late, drafting, verifying and waiting together: at the best rate of
-tokens per second nothing that is left out would have been worth more than its time. Text is held against the
+One rule for all: an option (the draft model, text, n-grams, the next exit, a level of a tree, a node) is taken if the
+extra tokens expected of it, times what a token's time is worth at present, are more than the time it takes. What tokens
+are worth is the time that they take in this request of late, drafting, verifying and waiting together: at the best rate
+of tokens per second nothing that is left out would have been worth more than its time. Text is held against the
 draft model alone, as what becomes of its rounds: where it drafts alone, the time that the model would have taken counts
 for it.
 
@@ -37,6 +37,11 @@ KIND_BOUNDS = (1.5, 2.5, 4.0, 6.0, 9.0)
 _LIKE_OTHERS = 4.0
 # For so much of the time that rounds take without an option, it is tried although it does not pay.
 _TRYING_SHARE = 0.01
+# The time of a row follows slowly: it is small beside the pauses of a machine. Trees must differ in size to tell it:
+# with this variance of sizes, half of it is believed.
+_ROW_TIME_RATE, _MIN_ROW_ROUNDS, _SIZE_VARIANCE = 0.01, 12, 1.0
+# Nodes worth more than this are sent whatever a few rounds say of rows.
+_MOST_LEAST_VALUE = 0.4
 # Kinds of rounds for text: nothing was retrieved, or with evidence of a class.
 NUM_TEXT_KINDS = 1 + NUM_EVIDENCE_CLASSES
 # A trial goes by blocks of rounds, so many of each kind at first, and then one of the other kind in so many.
@@ -74,6 +79,34 @@ class TokenTime:
         self._num_tokens.add(num_tokens)
         if self._shared is not None:
             self._shared.observe(round_s, num_tokens)
+
+
+class RowTime:
+    """How much longer rounds take for each node that they send: the slope of a line through rounds of late.
+
+    It is measured where it is paid, verifier, its batches and the wire together, on whatever machine they run.
+    """
+
+    def __init__(self) -> None:
+        self._averages = [Average(_ROW_TIME_RATE) for _ in range(4)]
+        self._usual_s = clock_average()
+
+    def observe(self, num_nodes: int, away_s: float) -> None:
+        """A tree of so many nodes was answered after so long."""
+        self._usual_s.add(away_s)
+        seconds = min(away_s, MAX_OUTLIER * self._usual_s.value)
+        for average, number in zip(
+            self._averages, (num_nodes, seconds, num_nodes**2, num_nodes * seconds), strict=True
+        ):
+            average.add(number)
+
+    @property
+    def seconds(self) -> float:
+        """0 before enough rounds are known; cautious while their trees hardly differ in size."""
+        num_nodes, away_s, squares, products = (average.value for average in self._averages)
+        if self._averages[0].count < _MIN_ROW_ROUNDS:
+            return 0.0
+        return max(0.0, (products - num_nodes * away_s) / (squares - num_nodes**2 + _SIZE_VARIANCE))
 
 
 class AverageByKind:
@@ -200,6 +233,13 @@ class RoundChoices:
         self.ngrams: Choice = Choice(shared.ngrams.option if shared else Option(NUM_TEXT_KINDS), self.token_time)
         self.model_alone: ModelAlone = shared.model_alone if shared else ModelAlone()
         self.ahead: Trial = shared.ahead if shared else Trial()
+        self.row_time: RowTime = shared.row_time if shared else RowTime()
+
+    @property
+    def least_node_value(self) -> float:
+        """From what probability of being accepted on a node is worth its row at the verifier."""
+        least = self.row_time.seconds / (self.token_time.seconds or math.inf)
+        return min(least, _MOST_LEAST_VALUE)
 
 
 class ByTarget(Generic[KnownT]):

@@ -19,8 +19,8 @@ from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import DraftSources
 from easyspec.speculation.token_tree import ScoredTree, TokenTree
 
-# Nodes worth less than this cost the verifier more than they can bring.
-_MIN_NODE_VALUE = 0.002
+# Text names far more than is worth anything.
+_LEAST_TEXT_VALUE = 0.002
 # A node's evidence is the exit that named it, 0 being all layers: shallow exits are right less often.
 _WHOLE_MODEL = 0
 Sources: TypeAlias = tuple[DraftSources, ...]
@@ -75,8 +75,8 @@ class ModelGuesser:
 class Rounds:
     """Begins and ends rounds. Rounds that text alone drafts at a better rate are drafted by text alone, and those in
     which text brings less than its work costs by the model alone (`drafter_service/worth.py`); the model catches up in
-    the next round that it takes part in. n-grams join what is retrieved where they pay. With `asks_all_sources` no
-    round leaves a source out.
+    the next round that it takes part in. n-grams join what is retrieved where they pay, and nodes are sent that are
+    worth their rows. With `asks_all_sources` no round leaves a source out, or a node for what its row takes.
     """
 
     def __init__(self, *, asks_all_sources: bool = False, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -90,9 +90,10 @@ class Rounds:
         """
         last, now_ns = session.round, self._clock_ns()
         if last is not None:
-            self._learn(session, last, session.token_ids[-num_new_tokens:], (now_ns - last.begun_ns) / 1e9)
+            self._learn(session, last, session.token_ids[-num_new_tokens:], now_ns)
         asks_model, text, choices = session.request.asks_model, session.text, session.choices
-        session.round = round_ = Round(budget, now_ns, asks_model, text is not None, looked_up_ns=now_ns)
+        least_value = 0.0 if self._asks_all else choices.least_node_value
+        session.round = round_ = Round(budget, now_ns, least_value, asks_model, text is not None, looked_up_ns=now_ns)
         if text is None:
             return round_
         round_.guessers = text.guessers()
@@ -115,9 +116,11 @@ class Rounds:
         round_.text_ns = self._clock_ns() - round_.looked_up_ns
         return round_
 
-    def _learn(self, session: Session, last: Round, said: list[int], round_s: float) -> None:
-        choices, num_tokens = session.choices, len(said)
+    def _learn(self, session: Session, last: Round, said: list[int], now_ns: int) -> None:
+        choices, num_tokens, round_s = session.choices, len(said), (now_ns - last.begun_ns) / 1e9
         choices.token_time.observe(round_s, num_tokens)
+        if last.sent_ns and num_tokens <= last.sent.tree.num_levels + 1:  # else there were plain rounds between
+            choices.row_time.observe(len(last.sent.tree), (now_ns - last.sent_ns) / 1e9)
         if last.has_model:
             choices.ahead.observe(was_on=last.went_ahead, round_s=round_s, num_tokens=num_tokens)
         if last.fused is not None:
@@ -146,7 +149,8 @@ class Rounds:
         if round_.has_model and session.model is not None:
             exits = session.model.exits
             model = ModelGuesser(session.model.growing.scored(), {} if exits is None else exits.early_rows)
-            round_.model_tree = model.scored.pruned(round_.budget.num_nodes)
+            least_log_value = math.log(round_.least_value) if round_.least_value else -math.inf
+            round_.model_tree = model.scored.pruned(round_.budget.num_nodes, least_log_value)
             round_.model_ns = begun_ns - round_.looked_up_ns - round_.text_ns
         if not round_.has_text:
             round_.sent = round_.model_tree or NOTHING_SENT
@@ -157,7 +161,8 @@ class Rounds:
             round_.sent, node_sources = fused.scored, fused.node_sources
         if model is not None:
             node_sources = model.told_apart(round_.sent.tree, node_sources)
-        round_.fuse_ns = self._clock_ns() - begun_ns
+        round_.sent_ns = self._clock_ns()
+        round_.fuse_ns = round_.sent_ns - begun_ns
         return round_.sent.tree, node_sources
 
     def fuse(self, session: Session, round_: Round, model: ModelGuesser | None) -> FusedTree:
@@ -165,8 +170,8 @@ class Rounds:
         guessers = [*([] if model is None else [model]), *round_.guessers]
         preference, committed = session.request.preference, session.token_ids
         allowed_after = None if preference is None else lambda path: preference.allowed_after(committed, [path])[0]
-        num_nodes = round_.budget.num_nodes
-        fused = fuse(guessers, session.judge, num_nodes, _MIN_NODE_VALUE, allowed_after, self._clock_ns)
+        num_nodes, least_value = round_.budget.num_nodes, max(round_.least_value, _LEAST_TEXT_VALUE)
+        fused = fuse(guessers, session.judge, num_nodes, least_value, allowed_after, self._clock_ns)
         round_.ngram_ns += fused.ngram_ns
         return fused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,10 +105,10 @@ class ScoredTree:
     tree: TokenTree
     log_values: tuple[float, ...]
 
-    def pruned(self, num_nodes: int) -> ScoredTree:
-        """The `num_nodes` most valuable nodes; ties go to the earlier node."""
-        order = sorted(range(len(self.tree)), key=lambda node: (-self.log_values[node], node))[:num_nodes]
-        nodes = sorted(order)
+    def pruned(self, num_nodes: int, least_log_value: float = -math.inf) -> ScoredTree:
+        """The `num_nodes` most valuable nodes of those worth `least_log_value`; ties go to the earlier node."""
+        worthy = [node for node, value in enumerate(self.log_values) if value >= least_log_value]
+        nodes = sorted(sorted(worthy, key=lambda node: (-self.log_values[node], node))[:num_nodes])
         return ScoredTree(_subtree(self.tree, nodes), tuple(self.log_values[node] for node in nodes))
 
 

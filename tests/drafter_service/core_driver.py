@@ -128,7 +128,7 @@ def build_core(
         "draft", config.vocab_size, loaded.info.max_model_len, MAX_TREE_NODES, plan, early_exits=config.early_exits
     )
     ahead = AheadDrafting(model, num_guesses) if num_guesses else None
-    drafter = Drafter(limits, Rounds(), model=model, ahead=ahead)
+    drafter = Drafter(limits, Rounds(asks_all_sources=True), model=model, ahead=ahead)
     return CoreDriver(drafter, model, early_exits, loaded.memory)
 
 

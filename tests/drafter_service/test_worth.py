@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from drafter_service.worth import ByTarget, Choice, ModelAlone, Option, TokenTime, Trial
+from drafter_service.worth import ByTarget, Choice, ModelAlone, Option, RoundChoices, RowTime, TokenTime, Trial
 from easyspec.engine.average import MAX_OUTLIER, Average, clock_average
 
 WITHOUT_S, PRICE_S = 0.026, 0.014
@@ -176,3 +177,56 @@ def test_a_trial_settles_for_what_is_faster_and_looks_again(with_s: float) -> No
     share = sum(rounds[200:]) / 1800
     assert share > 0.9 if with_s < 1.0 else share < 0.1
     assert 0 < share < 1
+
+
+def away_s(num_nodes: int, row_s: float) -> float:
+    """An answer that takes 8 ms and so much for each node."""
+    return 0.008 + row_s * num_nodes
+
+
+def row_time_of(sizes: Sequence[int], row_s: float, noise_s: float = 0.0, num_rounds: int = 400) -> RowTime:
+    chance, row_time = random.Random(5), RowTime()
+    for _ in range(num_rounds):
+        num_nodes = chance.choice(sizes)
+        row_time.observe(num_nodes, away_s(num_nodes, row_s) + chance.expovariate(1.0) * noise_s)
+    return row_time
+
+
+@pytest.mark.parametrize("row_s", [0.0, 0.0003, 0.001])
+def test_the_time_of_a_row_is_found_among_noise(row_s: float) -> None:
+    assert row_time_of(range(17), row_s, noise_s=0.001).seconds == pytest.approx(row_s, abs=0.0001)
+
+
+def test_pauses_of_the_machine_are_no_rows() -> None:
+    row_time = row_time_of(range(17), 0.0003)
+    row_time.observe(16, 5.0)
+    assert row_time.seconds == pytest.approx(0.0003, abs=0.0002)
+
+
+def test_trees_of_one_size_say_nothing_of_rows() -> None:
+    assert row_time_of([16], 0.001, noise_s=0.002).seconds < 0.00005
+
+
+def test_rows_that_become_cheaper_are_sent_again() -> None:
+    row_time = row_time_of(range(17), 0.001)
+    for _ in range(600):
+        for num_nodes in (2, 4, 6):
+            row_time.observe(num_nodes, away_s(num_nodes, 0.0001))
+    assert row_time.seconds < 0.0002
+
+
+def test_a_node_is_worth_its_row_from_the_tokens_that_its_time_would_bring() -> None:
+    """Tokens take 5 ms each, a row 0.5: what is accepted once in ten times pays."""
+    choices = RoundChoices()
+    assert choices.least_node_value == 0.0
+    for num_nodes in [*range(17)] * 20:
+        choices.token_time.observe(0.010, 2)
+        choices.row_time.observe(num_nodes, away_s(num_nodes, 0.0005))
+    assert choices.least_node_value == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_one_request_knows_of_rows_others_know() -> None:
+    shared = RoundChoices()
+    for num_nodes in [*range(17)] * 20:
+        RoundChoices(shared).row_time.observe(num_nodes, away_s(num_nodes, 0.0005))
+    assert RoundChoices(shared).row_time.seconds == pytest.approx(0.0005, rel=0.1)
