@@ -27,10 +27,9 @@ class Effort:
 
 
 class Trainer:
-    """Runs a schedule to its end, resuming from `<work>/<name>.pt` where that exists.
+    """Runs a schedule to its end with Muon and AdamW, resuming from `<work>/<name>.pt` where that exists.
 
-    `publish` is called with `<work>/<name>-latest` every `publish_seconds`. `optimizers` are Muon and AdamW unless
-    others are given.
+    `publish` is called with `<work>/<name>-latest` every `publish_seconds`.
     """
 
     def __init__(
@@ -40,14 +39,13 @@ class Trainer:
         optim: OptimSettings,
         settings: RecipeSettings,
         publish: Callable[[Path], None],
-        optimizers: list[torch.optim.Optimizer] | None = None,
     ) -> None:
         self._name = name
         self._model = model
         self._optim = optim
         self._settings = settings
         self._publish = publish
-        self._optimizers = optimizers or optimizers_for(model, optim)
+        self._optimizers = optimizers_for(model, optim)
         self._checkpoint = settings.work / f"{name}.pt"
         self._log = settings.work / f"{name}.log"
         self._reported: float | None = None

@@ -175,7 +175,7 @@ def test_training_learns_and_resumes(base: Path, tmp_path: Path) -> None:
     texts = some_texts(40)
     settings = Smollm2Settings(base, out=tmp_path / "out", work=tmp_path / "work", draft=SETTINGS)
     settings.work.mkdir()
-    optim = replace(settings.optim, num_steps=20, tokens_per_step=140, num_warmup_steps=2, vector_lr=5e-3)
+    optim = replace(settings.optim, num_steps=20, tokens_per_step=140, num_warmup_steps=2, matrix_lr=1e-2)
     first, _ = train(replace(settings, optim=replace(optim, num_steps=1)), texts, texts[:8])
     before = agreement(first, texts)
     draft, effort = train(replace(settings, optim=optim), texts, texts[:8])

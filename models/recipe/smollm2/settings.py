@@ -45,7 +45,14 @@ class DraftSettings:
 
 
 OPTIM = OptimSettings(
-    num_steps=4_000, tokens_per_step=1_024, num_warmup_steps=30, decay_share=0.7, vector_lr=1.2e-3, seed=91
+    num_steps=4_000,
+    tokens_per_step=2_048,
+    num_warmup_steps=30,
+    decay_share=0.7,
+    matrix_lr=2e-3,
+    vector_lr=2e-3,
+    weight_decay=0.01,
+    seed=91,
 )
 
 

@@ -107,21 +107,13 @@ def train(
         vocab_size = load_config(settings.base).vocab_size
         np.save(named_path, most_named(texts, settings.draft.num_draft_tokens, vocab_size).numpy())
     draft = Draft(settings.base, settings.draft, torch.from_numpy(np.load(named_path)), settings.start)
-    optim = settings.optim
     frame = RecipeSettings(work=settings.work, publish_seconds=settings.check_seconds)
 
     def check(path: Path) -> None:
         with (settings.work / "agreement.log").open("a", encoding="utf-8") as log:
             log.write(" ".join(f"{name} {value:.4f}" for name, value in agreement(draft, held_out).items()) + "\n")
 
-    adamw = torch.optim.AdamW(
-        [p for p in draft.parameters() if p.requires_grad],
-        optim.vector_lr,
-        betas=(0.9, 0.98),
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
-    trainer = Trainer("draft", draft, optim, frame, check, [adamw])
+    trainer = Trainer("draft", draft, settings.optim, frame, check)
     stream = _Stream(texts, settings)
     return draft, trainer.run(lambda step, progress: iter([draft.loss(stream.batch(step))]))
 
