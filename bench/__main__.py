@@ -22,6 +22,7 @@ COMMANDS = {
     "sources": ("bench.sources.sources", "every source of guesses, alone and fused, at equal node budgets"),
     "who-drafts": ("bench.sources.who_drafts", "which sources to ask in a round, on a made-up clock"),
     "alternatives": ("bench.alternatives.alternatives", "beside transformers' own generation and other servers"),
+    "prefill": ("bench.alternatives.prefill", "the first token behind long prompts, beside other servers"),
     "chaos": ("bench.chaos.chaos", "kill, stop and cut off services under load, and compare every answer"),
     "soak": ("bench.chaos.soak", "an hour of clients that come, go and give up: nothing may grow"),
     "ranks": ("bench.ranks.ranks", "the planner's estimates beside rounds of real ranks"),

@@ -46,4 +46,7 @@ easyspec bench alternatives --no-transformers --json docs/benchmarks/alternative
   --server llama.cpp=http://127.0.0.1:8081/completion --server llama.cpp/draft=http://127.0.0.1:8082/completion \\
   --server llama.cpp/ngram=http://127.0.0.1:8083/completion
 ```
+
+`easyspec bench prefill` takes the same `--server`s and times the first token behind long prompts; many streams of one's
+own services are what `easyspec bench serve` is for.
 """
