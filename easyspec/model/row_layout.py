@@ -43,7 +43,7 @@ class Segment:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one a pass
 class RowLayout:
     """The rows of all segments, one segment after the other. `segments` are what it was made of."""
 

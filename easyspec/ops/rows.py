@@ -15,7 +15,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: two a pass
 class PassRows:
     """A row sees positions 0, 1, 2, ...: first `num_committed` slots of its segment's text, then its own extra ones.
 
