@@ -78,7 +78,7 @@ def test_the_command_imports_bench_only_when_it_runs_it(path: Path) -> None:
         ("gateway/decode_loop.py", "from easyspec import v1", "easyspec.v1"),
         ("easyspec/model/decoder.py", "def f():\n    from easyspec.rpc import errors", "easyspec.rpc"),
         ("easyspec/model/decoder.py", "from ..rpc import errors", "easyspec.rpc"),
-        ("easyspec/cli/main.py", "import gateway.server", "gateway.server"),
+        ("easyspec/cli/main.py", "import gateway.service.server", "gateway.service.server"),
         ("easyspec/parallel/groups.py", "import bench", "bench"),
         ("verifier_service/server.py", "import torch.nn", "torch.nn"),
     ],

@@ -14,8 +14,8 @@ from pydantic_core import PydanticUndefined
 from docs.reference.markdown import code, page, table
 from drafter_service.config import DrafterSettings
 from easyspec.settings import EngineSettings, ServerSettings
-from gateway.config import GatewaySettings
 from gateway.peers.model_routes import FurtherModel
+from gateway.service.config import GatewaySettings
 from verifier_service.config import VerifierSettings
 
 _HEADER = ("flag and variable", "type", "default", "what")

@@ -30,9 +30,9 @@ from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.usual_time import UsualTime
 from gateway.decode_loop import TimedVerdict, VerifierSession
+from gateway.messages.progress import Progress
 from gateway.peers.peer import Backoff, Peer
 from gateway.peers.replica_set import Replica, ReplicaSet
-from gateway.telemetry.progress import Progress
 
 # A suspected stream ends after so long without a replica to try it at: a healthy one is there, and would be thought to
 # serve it.

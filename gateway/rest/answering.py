@@ -10,14 +10,14 @@ from fastapi import Request
 from starlette.responses import Response
 
 from easyspec.speculation.parameters import SamplingParameters
-from gateway.request import TokenIds
+from gateway.messages.chunk import GenerationChunk
+from gateway.messages.progress import Progress
+from gateway.messages.request import TokenIds
 from gateway.rest.backend import Caller
 from gateway.rest.errors import Failure, json_bytes, with_names
 from gateway.rest.generation_fields import GenerationFields
 from gateway.rest.sse import EventStream, LastWords, named_event, while_connected
-from gateway.telemetry.progress import Progress
 from gateway.text.conversation import Conversation
-from gateway.text.output import GenerationChunk
 
 
 class Answer(Protocol):

@@ -11,9 +11,9 @@ from fastapi import Depends, Request
 
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
-from gateway.config import GatewaySettings
-from gateway.doorway.served_models import ServedModels
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
+from gateway.generation.served_models import ServedModels
+from gateway.service.config import GatewaySettings
 from gateway.telemetry.metrics import GatewayMetrics
 
 # As gRPC clients set a deadline: seconds after which the answer is of no use any more.

@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from gateway.messages.chunk import GenerationChunk
+from gateway.messages.progress import Progress
 from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.chat_request import ChatRequest
@@ -16,8 +18,6 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, trace_fields
 from gateway.rest.sse import DONE, openai_last_words
-from gateway.telemetry.progress import Progress
-from gateway.text.output import GenerationChunk
 from gateway.text.tool_parser import joined
 
 router = APIRouter(route_class=JsonRoute)

@@ -13,8 +13,10 @@ from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
-from gateway.choices import merged
-from gateway.request import TokenIds
+from gateway.generation.choices import merged
+from gateway.messages.chunk import GenerationChunk
+from gateway.messages.progress import Progress
+from gateway.messages.request import TokenIds
 from gateway.rest.answering import Generated, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
@@ -23,8 +25,6 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat, TokenEntry
 from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, trace_fields
 from gateway.rest.sse import DONE, openai_last_words
-from gateway.telemetry.progress import Progress
-from gateway.text.output import GenerationChunk
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -26,7 +26,7 @@ from easyspec.speculation.parameters import (
     TreeBudget,
 )
 from easyspec.speculation.sources import parse_sources
-from gateway.request import SpeculationMode, SpeculationWish
+from gateway.messages.request import SpeculationMode, SpeculationWish
 from gateway.rest.unknown_fields import asks_for_nothing, ignored, without_unknown
 
 _ItemT = TypeVar("_ItemT")

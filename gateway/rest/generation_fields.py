@@ -12,7 +12,7 @@ from pydantic import Field, Strict
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParameters, StopConditions, TreeBudget
-from gateway.request import GenerationRequest, SpeculationWish, TokenIds
+from gateway.messages.request import GenerationRequest, SpeculationWish, TokenIds
 from gateway.rest.backend import Caller
 from gateway.rest.fields import (
     Boolean,

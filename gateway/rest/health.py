@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from easyspec import __version__
 from easyspec.errors import UnavailableError
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
 from gateway.rest.backend import InCaller
 
 router = APIRouter()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyspec.speculation.messages import TokenLogprobs
+from gateway.messages.chunk import GenerationChunk
 from gateway.text.detokenizer import TokenTextStream
-from gateway.text.output import GenerationChunk
 from gateway.text.tokenizer import Tokenizer
 
 # JSON knows no infinity; this is what OpenAI's API says for "practically impossible".

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from easyspec.speculation.parameters import FinishReason, SamplingParameters
+from gateway.messages.chunk import Completion, GenerationChunk
+from gateway.messages.progress import Progress
 from gateway.rest.answering import Generated, NamedEventsAnswer, answered
 from gateway.rest.backend import InCaller
 from gateway.rest.errors import Failure
@@ -19,8 +21,6 @@ from gateway.rest.messages_request import MessagesFields, MessagesRequest
 from gateway.rest.reply import Tally, schema_fields
 from gateway.rest.sse import named_event
 from gateway.rest.tokenize import NUM_CONTEXTS
-from gateway.telemetry.progress import Progress
-from gateway.text.output import Completion, GenerationChunk
 from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)

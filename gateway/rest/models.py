@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from easyspec.speculation.messages import ModelInfo
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
 from gateway.rest.backend import InCaller
 
 router = APIRouter()

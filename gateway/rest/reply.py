@@ -10,8 +10,8 @@ from typing import Any
 
 from easyspec import __version__
 from easyspec.speculation.parameters import SamplingParameters
+from gateway.messages.chunk import Completion, GenerationChunk
 from gateway.rest.errors import json_bytes
-from gateway.text.output import Completion, GenerationChunk
 
 _SHOWN_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SYSTEM_FINGERPRINT = f"easyspec-{__version__}"

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from easyspec.errors import EasyspecError, UnavailableError
+from gateway.messages.progress import Progress
 from gateway.rest.errors import ClientGoneError, Failure, failure_of, json_bytes
 from gateway.rest.gate import DRAINING
-from gateway.telemetry.progress import Progress
 
 DONE = b"data: [DONE]\n\n"
 # Most requests that fail after their admission, say for a schema, do so within this time and get an HTTP status.

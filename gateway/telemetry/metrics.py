@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
 
 from easyspec.telemetry.metrics import STEP_BUCKETS, RoleMetrics
-from gateway.telemetry.state_metrics import StateCollector
 
 if TYPE_CHECKING:
-    from gateway.doorway.served_models import ServedModels
-    from gateway.request import GenerationRequest
+    from gateway.messages.chunk import GenerationChunk
+    from gateway.messages.request import GenerationRequest
     from gateway.telemetry.observation import Ending, RequestObserver
-    from gateway.text.output import GenerationChunk
 
 # vLLM's own buckets, so that its dashboards show the same resolution.
 _FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -59,10 +56,6 @@ class GatewayMetrics(RoleMetrics):
 
     def fields_ignored(self) -> None:
         self._ignored_fields.inc()
-
-    def watch(self, read_models: Callable[[], ServedModels | None]) -> None:
-        """Export what is known at the moment of a scrape; called once."""
-        self.registry.register(StateCollector(read_models))
 
 
 class _Instruments:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
-from gateway.telemetry.statistics import NO_ROUND
+from gateway.messages.statistics import NO_ROUND
 
 if TYPE_CHECKING:
-    from gateway.request import GenerationRequest
-    from gateway.text.output import Completion, GenerationChunk
+    from gateway.messages.chunk import Completion, GenerationChunk
+    from gateway.messages.request import GenerationRequest
 
 _log = structlog.get_logger()
 

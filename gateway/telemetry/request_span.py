@@ -8,9 +8,9 @@ from easyspec.telemetry.trace_context import bind_traceparent, current_tracepare
 from easyspec.telemetry.tracing import Attributes, TracedSpan, Tracing
 
 if TYPE_CHECKING:
-    from gateway.request import GenerationRequest
+    from gateway.messages.chunk import GenerationChunk
+    from gateway.messages.request import GenerationRequest
     from gateway.telemetry.observation import Ending, GenerationObserver, RequestObserver
-    from gateway.text.output import GenerationChunk
 
 
 def request_spans(tracing: Tracing) -> GenerationObserver:

@@ -12,8 +12,8 @@ import pytest
 from easyspec.cli.access import ANONYMOUS, access_from_environment
 from easyspec.cli.clients import are_peers_ready
 from easyspec.tls import ServerTls
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.certificates import Authority
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair

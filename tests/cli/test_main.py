@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from easyspec import __version__
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.cli.conftest import CHECKOUT, Command
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair

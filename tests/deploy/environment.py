@@ -8,7 +8,7 @@ from unittest import mock
 
 from drafter_service.config import DrafterSettings
 from easyspec.settings import ServerSettings
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from verifier_service.config import VerifierSettings
 
 SETTINGS: Mapping[str, type[ServerSettings]] = MappingProxyType(

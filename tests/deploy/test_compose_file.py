@@ -11,7 +11,7 @@ import yaml
 
 from easyspec.ops.native_library import LIBRARY
 from easyspec.settings import EngineSettings
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from tests.deploy.environment import AFTER_DRAIN_S, SERVICE_NAMES, SETTINGS, settings_of
 
 CHECKOUT = Path(__file__).parents[2]

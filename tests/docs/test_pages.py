@@ -18,7 +18,7 @@ from drafter_service.config import DrafterSettings
 from easyspec import __version__
 from easyspec.cli.main import app
 from easyspec.rpc.errors import ERROR_TABLE
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from verifier_service.config import VerifierSettings
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 
 from docs.reference.__main__ import DOCS, PAGES
 from drafter_service.config import DrafterSettings
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from verifier_service.config import VerifierSettings
 
 

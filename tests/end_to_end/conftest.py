@@ -15,8 +15,8 @@ from drafter_service.engine import DrafterEngine
 from drafter_service.server import DrafterServer
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.servers import LentEngine, serving
 from tests.fakes.services import RunningService
 from tests.fakes.services import running as running_service

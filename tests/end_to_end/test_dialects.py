@@ -20,8 +20,8 @@ import pytest_asyncio
 from drafter_service.config import DrafterSettings
 from drafter_service.engine import DrafterEngine
 from drafter_service.server import DrafterServer
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.conftest import NUM_KV_SLOTS
 from tests.fakes.scripted_checkpoint import write_scripted_checkpoint
 from tests.fakes.servers import serving

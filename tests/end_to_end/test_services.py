@@ -33,8 +33,8 @@ from easyspec.v1 import (
     verifier_pb2,
     verifier_pb2_grpc,
 )
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.checkpoints import VOCAB_SIZE
 from tests.fakes.servers import eventually, serving
 from tests.fakes.tiny_tokenizer import write_tokenizer

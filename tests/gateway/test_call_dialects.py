@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.answer import AnswerForm, AnswerText
+from gateway.generation.answer import AnswerForm, AnswerText
 from gateway.text.conversation import ToolDefinition, Tools
 from gateway.text.harmony import HarmonyParser
 from gateway.text.tokenizer import Tokenizer

@@ -18,8 +18,8 @@ from easyspec.errors import CapacityError, EasyspecError, InvalidRequestError, U
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.fakes.services import (

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from easyspec.v1 import generation_pb2, types_pb2
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.servers import eventually
 from tests.fakes.services import FakePair, running
 

@@ -12,8 +12,8 @@ import pytest
 
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.conversation import ChatTurn, Conversation, ToolDefinition, Tools
 from gateway.text.tokenizer import Tokenizer
 from models.recipe.chat import CHAT_TEMPLATE

@@ -20,8 +20,8 @@ from easyspec.rpc.channels import open_channel, request_metadata
 from easyspec.settings import load_settings
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.otlp_collector import CollectedSpan, Collector, collecting
 from tests.fakes.services import TOY_TEXT, FakeDrafterEngine, FakeVerifierEngine, ToyLanguage, running
@@ -145,7 +145,7 @@ async def test_a_collector_that_is_not_there_holds_nothing_up(language: ToyLangu
 def test_nothing_of_it_is_loaded_unless_it_is_asked_for() -> None:
     # The web framework looks for the API package by itself; what costs is the SDK and the exporter.
     program = (
-        "import sys, gateway.server, verifier_service.server\n"
+        "import sys, gateway.service.server, verifier_service.server\n"
         "assert not {'opentelemetry.sdk', 'opentelemetry.exporter'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

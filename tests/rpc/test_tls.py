@@ -21,7 +21,7 @@ from easyspec.speculation.parameters import SamplingParameters, StopConditions
 from easyspec.speculation.token_tree import EMPTY_TREE
 from easyspec.tls import ChannelTls, ServerTls, is_loopback
 from easyspec.v1 import verifier_pb2, verifier_pb2_grpc
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.certificates import Authority, CertificateFiles
 from tests.fakes.engines import FakeVerifierEngine

@@ -21,8 +21,8 @@ from bench.serving.serve import ServeSettings, measure_windows, serve_section
 from bench.serving.summary import percentiles, summarize
 from bench.serving.workload import Workload
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, ServiceStack, StackSettings
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.servers import eventually
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair

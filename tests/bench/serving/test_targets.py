@@ -12,8 +12,8 @@ from bench.harness.streams import Outcome, Round, Speculation, Stream, Task
 from bench.serving.load import Window
 from bench.serving.targets import TargetSettings, measure_windows, results_of, targets_section
 from drafter_service.server import DrafterServer
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, FakeDrafterEngine, FakeVerifierEngine, ToyLanguage, running
 from tests.fakes.tiny_tokenizer import write_tokenizer

@@ -17,8 +17,8 @@ from easyspec.cli.doctor.examination import Patient, examine
 from easyspec.cli.doctor.ports import port_findings
 from easyspec.cli.doctor.report import Finding, State, has_problem
 from easyspec.v1 import types_pb2
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.cli.conftest import CHECKOUT, Command
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair

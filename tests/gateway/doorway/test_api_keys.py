@@ -19,9 +19,9 @@ from easyspec.errors import CapacityError, ConfigurationError, UnauthenticatedEr
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.config import GatewaySettings
 from gateway.doorway.api_keys import ApiKeys, ClientLimiter, name_of, parse_keys
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair

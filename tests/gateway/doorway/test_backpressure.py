@@ -17,9 +17,9 @@ from easyspec.errors import CapacityError, DeadlineError
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.rpc.lifecycle import RpcServer
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
-from gateway.config import GatewaySettings
 from gateway.doorway.backpressure import ended_when_unread
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running_pair
 

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.services import FakePair, running
 
 PROMPT = "def f(n):"

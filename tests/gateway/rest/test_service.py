@@ -11,8 +11,8 @@ import pytest
 
 from easyspec import __version__
 from easyspec.errors import ConfigurationError
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.servers import eventually
 from tests.fakes.services import FakePair
 from tests.gateway.rest.conftest import Rest, answered, completion_body, events_of, refused

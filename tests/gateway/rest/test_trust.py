@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from easyspec.errors import ConfigurationError
 from easyspec.settings import load_settings
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.certificates import Authority
 from tests.fakes.services import FakePair

@@ -18,11 +18,11 @@ from easyspec.errors import CapacityError
 from easyspec.rpc.channels import open_channel, request_metadata
 from easyspec.speculation.parameters import FinishReason, SamplingParameters, StopConditions
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.config import GatewaySettings
-from gateway.request import GenerationRequest
-from gateway.server import GatewayServer
+from gateway.messages.chunk import GenerationChunk
+from gateway.messages.request import GenerationRequest
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.telemetry.observation import Ending
-from gateway.text.output import GenerationChunk
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.services import TOY_TEXT, FakePair, ToyLanguage, running, running_pair

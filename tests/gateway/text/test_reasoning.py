@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from easyspec.speculation.parameters import Thinking
-from gateway.answer import AnswerForm, AnswerText
+from gateway.generation.answer import AnswerForm, AnswerText
 from gateway.text.reasoning import HARMONY, Marks, ReasoningSplitter, marks_in, thinking_after
 from gateway.text.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.choices import choice_seed
+from gateway.generation.choices import choice_seed
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import FakePair
 from tests.gateway.rest.conftest import PROMPT, Rest, completion_body, refused, serving_rest

@@ -11,7 +11,7 @@ from pydantic_settings import SettingsConfigDict
 from easyspec.settings import ServerSettings, address_field, check_address, check_plaintext
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.tls import ChannelTls, is_loopback
-from gateway.limits import RequestLimits
+from gateway.messages.limits import RequestLimits
 from gateway.peers.model_routes import NO_DRAFTER, Addresses, FurtherModel, ModelRoute, split_addresses
 
 HTTP_OFF = "off"

@@ -20,19 +20,20 @@ from easyspec.rpc.application import Application
 from easyspec.telemetry.tracing import open_tracing
 from easyspec.thread_pool import started_pool
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.assembly import Assembly, load_tokenizers
-from gateway.config import HTTP_OFF, GatewaySettings
 from gateway.doorway.api_keys import ApiKeys, ClientLimiter
-from gateway.doorway.served_models import ServedModels
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
+from gateway.generation.served_models import ServedModels
+from gateway.generation.state_metrics import StateCollector
+from gateway.messages.chunk import Completion, GenerationChunk
+from gateway.messages.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.peers.peer import PeerState
-from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.rest.server import RestServer
+from gateway.service.assembly import Assembly, load_tokenizers
+from gateway.service.config import HTTP_OFF, GatewaySettings
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.telemetry.observation import GenerationObserver, RequestLog
 from gateway.telemetry.request_span import request_spans
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
-from gateway.text.output import Completion, GenerationChunk
 
 _KEYS_POLL_S = 2.0
 # Of what would hold up the event loop: large bodies, schemas, finished outputs to check.
@@ -58,7 +59,7 @@ class GatewayServer(Application, generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics | None = None) -> None:
         self.settings = settings
         self.metrics: GatewayMetrics = metrics or GatewayMetrics()
-        self.metrics.watch(lambda: self._models)
+        self.metrics.registry.register(StateCollector(lambda: self._models))
         self._watches: list[asyncio.Task[None]] = []
         self._assembly: Assembly | None = None
         self._models: ServedModels | None = None

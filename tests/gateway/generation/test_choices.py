@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from gateway.choices import choice_seed, merged
+from gateway.generation.choices import choice_seed, merged
 
 
 class Source:

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from easyspec.speculation.messages import TokenLogprobs
-from easyspec.speculation.parameters import (
-    FinishReason,
-)
-from gateway.answer import AnswerRound, AnswerText
+from easyspec.speculation.parameters import FinishReason
 from gateway.decode_loop import DraftSession, NoDraft, Round
+from gateway.generation.answer import AnswerRound, AnswerText
+from gateway.messages.chunk import Completion, GenerationChunk
+from gateway.messages.request import GenerationRequest
+from gateway.messages.statistics import RoundTrace, StatisticsRecorder
 from gateway.peers.draft_session import ResilientDraftSession
 from gateway.peers.verify_session import ResilientVerifySession
-from gateway.request import GenerationRequest
-from gateway.telemetry.statistics import RoundTimings, RoundTrace, SpeculationStatistics, StatisticsRecorder
 from gateway.text.conversation import Conversation
 from gateway.text.schema_check import SchemaCheck, UnenforcedSchema, checked
 from gateway.text.tokenizer import Tokenizer
-from gateway.text.tool_parser import Part, ToolCallDelta
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The end of a choice. With STOP exactly one of the `matched_` fields is set; none where a call ended it."""
-
-    finish_reason: FinishReason
-    matched_token_id: int | None
-    matched_stop_string: str | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-    statistics: SpeculationStatistics
-    seed: int
-    num_reasoning_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    schema_check: SchemaCheck | None = None
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """One round of a choice; `completion` is set on its last one only, `trace` if the request wants it.
-
-    `text` is what is said, `tool_calls` what is called, `reasoning` what was thought; `parts` are these in the order of
-    the output, of which `num_chars` became final. With logprobs there is one entry per token, None for a token
-    that nothing precedes. An echoed prompt is a chunk of its own, the choice's first.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    num_accepted: int
-    token_texts: tuple[str, ...]
-    timings: RoundTimings
-    completion: Completion | None
-    choice_index: int = 0
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
-    trace: RoundTrace | None = None
-    tool_calls: tuple[ToolCallDelta, ...] = ()
-    reasoning: str = ""
-    parts: tuple[Part, ...] = ()
-    num_chars: int = 0
 
 
 class Output:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from easyspec.speculation.parameters import Thinking
-from gateway.answer import AnswerForm, AnswerText
+from gateway.generation.answer import AnswerForm, AnswerText
 from gateway.text.conversation import ToolDefinition, ToolMode, Tools
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_parser import ParsedText, joined

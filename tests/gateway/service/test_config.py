@@ -6,7 +6,7 @@ import pytest
 
 from easyspec.errors import ConfigurationError
 from easyspec.settings import load_settings
-from gateway.config import GatewaySettings
+from gateway.service.config import GatewaySettings
 
 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from gateway.peers.peer import PeerState
 
 if TYPE_CHECKING:
-    from gateway.doorway.served_models import ServedModels
+    from gateway.generation.served_models import ServedModels
     from gateway.speculation.controller import ControllerState
 
 _MODEL = ("model_name",)

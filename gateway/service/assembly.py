@@ -14,17 +14,17 @@ from easyspec.errors import ConfigurationError, UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.tokenizer_fingerprint import tokens_by_id
 from easyspec.vocabulary import vocabulary_difference
-from gateway.config import GatewaySettings
 from gateway.doorway.admission import Admission
 from gateway.doorway.api_keys import ClientLimiter
-from gateway.doorway.served_models import ServedModels
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
+from gateway.generation.served_models import ServedModels
 from gateway.peers.clients import DrafterClient, VerifierClient
 from gateway.peers.draft_session import DraftConnection, DrafterPool, DraftLimits
 from gateway.peers.model_routes import ModelRoute
 from gateway.peers.peer import ExponentialBackoff, JitteredBackoff, Peer, PeerPolicy
 from gateway.peers.replica_set import Replica, ReplicaSet
 from gateway.peers.verify_session import FailoverLimits, VerifierPool, VerifyConnection
+from gateway.service.config import GatewaySettings
 from gateway.telemetry.observation import GenerationObserver
 from gateway.text.tokenizer import ChatOptions, Tokenizer
 from gateway.text.tools import ToolDialect, dialect_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from easyspec.errors import ConfigurationError, UnavailableError, UnknownModelError
 from easyspec.speculation.messages import ModelInfo
-from gateway.generation import Generator
+from gateway.generation.generator import Generator
 from gateway.peers.peer import PeerState
 from gateway.peers.replica_set import ReplicaSet, first_done
 

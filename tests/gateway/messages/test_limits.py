@@ -15,9 +15,9 @@ from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import Grammar, GrammarKind, SamplingParameters, StopConditions
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.config import GatewaySettings
-from gateway.limits import RequestLimits
-from gateway.server import GatewayServer
+from gateway.messages.limits import RequestLimits
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import TOY_TEXT, ToyLanguage, running, running_pair
 

@@ -22,8 +22,8 @@ from easyspec.rpc.errors import error_from_rpc
 from easyspec.rpc.health import check
 from easyspec.settings import load_settings
 from easyspec.v1 import generation_pb2, generation_pb2_grpc
-from gateway.config import GatewaySettings
-from gateway.server import GatewayServer
+from gateway.service.config import GatewaySettings
+from gateway.service.server import GatewayServer
 from tests.fakes.captured_logs import captured_logs
 from tests.fakes.servers import eventually
 from tests.fakes.services import FakeDrafterEngine, FakeVerifierEngine, RunningService, ToyLanguage, running

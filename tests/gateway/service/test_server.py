@@ -14,7 +14,7 @@ from easyspec.errors import ConfigurationError, UnavailableError
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.lifecycle import RpcServer
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2
-from gateway.server import GatewayServer
+from gateway.service.server import GatewayServer
 from gateway.text.tokenizer import Tokenizer
 from tests.fakes.services import FakePair, ToyLanguage, running_pair
 from tests.gateway.gateway_client import (

@@ -23,25 +23,26 @@ from easyspec.speculation.parameters import (
 )
 from easyspec.speculation.schemas import enforceable
 from easyspec.thread_pool import started_pool
-from gateway.answer import AnswerForm, AnswerText
-from gateway.choices import choice_seed, merged
 from gateway.decode_loop import DraftSession, NoDraft, Round, decode
 from gateway.doorway.admission import Admission
 from gateway.doorway.api_keys import ClientLimiter
 from gateway.doorway.backpressure import ended_when_unread
-from gateway.limits import RequestLimits
+from gateway.generation.answer import AnswerForm, AnswerText
+from gateway.generation.choices import choice_seed, merged
+from gateway.generation.output import Output
+from gateway.messages.chunk import GenerationChunk
+from gateway.messages.limits import RequestLimits
+from gateway.messages.progress import Progress
+from gateway.messages.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
+from gateway.messages.statistics import NO_ROUND
 from gateway.peers.draft_session import DrafterPool
 from gateway.peers.peer import PeerInfo, PeerState
 from gateway.peers.replica_set import ReplicaSet
 from gateway.peers.verify_session import VerifierPool
-from gateway.request import GenerationRequest, SpeculationMode, SpeculationWish, TokenIds
 from gateway.speculation.controller import SpeculationController
 from gateway.speculation.policy import FixedPolicy, Policy, SpeculationPolicy
 from gateway.telemetry.observation import GenerationObserver, ObservedRequest, observed
-from gateway.telemetry.progress import Progress
-from gateway.telemetry.statistics import NO_ROUND
 from gateway.text.conversation import Conversation, ToolMode
-from gateway.text.output import GenerationChunk, Output
 from gateway.text.schema_check import UnenforcedSchema
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tools import ToolDialect, answer_or_calls, forced_grammar
