@@ -12,6 +12,21 @@ ROOT = Path(__file__).parents[1]
 SERVICES = ("drafter_service", "verifier_service", "gateway")
 PACKAGES = (*SERVICES, "easyspec", "bench")
 WIRE_NAMES = ("server.py", "clients.py")
+# Which rooms of the gateway each of them may import: docs/decisions/0031-gateway-rooms.md.
+_BELOW_GENERATION = {"decode_loop", "doorway", "messages", "peers", "speculation", "telemetry", "text"}
+GATEWAY_ROOMS = {
+    "decode_loop": set(),
+    "text": set(),
+    "doorway": set(),
+    "messages": {"decode_loop", "text"},
+    "peers": {"decode_loop", "messages"},
+    "speculation": {"decode_loop"},
+    "telemetry": {"messages"},
+    "generation": _BELOW_GENERATION,
+    "rest": {"generation", "messages", "service", "telemetry", "text"},
+    "service": {"doorway", "generation", "messages", "peers", "rest", "telemetry", "text"},
+    "__main__": {"service"},
+}
 
 
 def modules() -> list[Path]:
@@ -60,6 +75,32 @@ def violations(path: Path, source: str) -> list[str]:
 @pytest.mark.parametrize("path", modules(), ids=str)
 def test_imports_run_one_way(path: Path) -> None:
     assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def rooms_of_gateway(path: Path, source: str) -> set[str]:
+    """The other rooms of the gateway that the module at `path` imports."""
+    imported = {tuple(name.split(".")) for name in imports_of(ast.parse(source), path.parts[:-1])}
+    rooms = {name[1] for name in imported if name[0] == "gateway" and len(name) > 1}
+    return rooms - {Path(path.parts[1]).stem}
+
+
+def modules_of_gateway() -> list[Path]:
+    return [path for path in modules() if path.parts[0] == "gateway" and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules_of_gateway(), ids=str)
+def test_rooms_of_the_gateway_import_what_is_below(path: Path) -> None:
+    found = rooms_of_gateway(path, (ROOT / path).read_text(encoding="utf-8"))
+    assert found <= GATEWAY_ROOMS[Path(path.parts[1]).stem]
+
+
+def test_the_rooms_of_the_gateway_are_these() -> None:
+    """None stands empty, and none imports less than it may."""
+    found: dict[str, set[str]] = {}
+    for path in modules_of_gateway():
+        rooms = rooms_of_gateway(path, (ROOT / path).read_text(encoding="utf-8"))
+        found.setdefault(Path(path.parts[1]).stem, set()).update(rooms)
+    assert found == GATEWAY_ROOMS
 
 
 @pytest.mark.parametrize("path", [path for path in modules() if path.parts[:2] == ("easyspec", "cli")], ids=str)
