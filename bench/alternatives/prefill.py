@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from rich.console import Console
 
@@ -23,15 +23,16 @@ from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, executor_flags, start_services
+from bench.harness.provenance import provenance_lines
 from bench.harness.streams import Speculation, Task
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, markdown_table
 from bench.harness.turns import one_by_one, progress_on, rotated
 from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.errors import ConfigurationError
 from models.heldout import held_out_texts
 
 _TIMEOUT_S = 600.0
-_COLUMNS = (
+COLUMNS = (
     Column("by", lambda row: f"{row['program']}, {row['way']}"),
     Column("prompt tokens", "prompt_tokens"),
     Column("first token ms", "first_token_ms", ".1f"),
@@ -105,7 +106,7 @@ async def measure(settings: PrefillSettings, console: Console) -> Findings:
     title = f"{pair.name}: from asking to the first token of answers to new prompts; medians over prompts"
     return Findings(
         content={"pair": pair.name, "results": results},
-        tables=[ResultTable(title, _COLUMNS, as_plain(results))],
+        tables=[ResultTable(title, COLUMNS, as_plain(results))],
         checkpoints=pair.checkpoints,
     )
 
@@ -151,6 +152,23 @@ def _vs_best(times: Mapping[int, float], others: Sequence[Mapping[int, float]]) 
     if not others:
         return None
     return statistics.median(min(other[index] for other in others) / elapsed_s for index, elapsed_s in times.items())
+
+
+def prefill_section(name: str, report: Mapping[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"## The first token behind long prompts, the {report['pair']} pair ({name})\n",
+            "From asking to the first token, each prompt new to everyone, medians over prompts. *x best other* is the",
+            "median of ratios to the fastest server at each prompt: 2.00 is half of its time.\n",
+            *provenance_lines(report),
+            f"* {report['settings']['num_prompts']} prompts of each length\n",
+            markdown_table(COLUMNS, report["results"]) + "\n",
+        ]
+    )
+
+
+def prefill_headline(report: Mapping[str, Any]) -> ResultTable:
+    return ResultTable("", COLUMNS, report["results"])
 
 
 BENCHMARK = Benchmark("easyspec bench prefill", __doc__, PrefillSettings, measure)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.alternatives.prefill import prefill_headline, prefill_section
 from bench.alternatives.summary import alternatives_section
 from bench.decode.decode import decode_section
 from bench.harness.benchmark import Benchmark, Findings
@@ -37,6 +38,7 @@ class Kind:
 
 KINDS = (
     Kind("Beside other programs", ("alternatives",), alternatives_section, headlines.alternatives_headline),
+    Kind("Long prompts", ("prefill",), prefill_section, prefill_headline),
     Kind("One stream", ("decode",), decode_section, headlines.decode_headline, text.DECODE),
     Kind("Many streams", ("serve",), serve_section, headlines.serve_headline, text.SERVE),
     Kind("Sources of guesses", ("sources", "exits"), sources_section, headlines.sources_headline),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.alternatives.prefill import FirstToken, long_prompts, summarize_prefill
+from bench.alternatives.prefill import FirstToken, long_prompts, prefill_headline, prefill_section, summarize_prefill
 from bench.alternatives.timed_completion import Maker
+from bench.harness.benchmark import as_plain
 from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.cli.processes import DEFAULT_BASE
 from easyspec.errors import ConfigurationError
@@ -43,3 +44,21 @@ def test_medians_over_prompts_and_ratios_within_a_prompt() -> None:
 def test_alone_there_is_no_other() -> None:
     (ours,) = summarize_prefill([FirstToken(OURS, 100, 1, 0.5)])
     assert ours.vs_best_other is None
+
+
+def test_the_page_has_a_row_for_everyone() -> None:
+    first_tokens = [FirstToken(maker, 512, 1, 0.5) for maker in (OURS, OTHER)]
+    report = {
+        "pair": "bundled",
+        "command": "easyspec bench prefill",
+        "machine": {"cpu": "a", "cores": 2, "memory_gib": 8, "torch": "2", "python": "3", "executor": "native"},
+        "commit": "abc",
+        "date": "2026-12-01",
+        "weights": {},
+        "settings": {"num_prompts": 1},
+        "results": as_plain(summarize_prefill(first_tokens)),
+    }
+    page = prefill_section("prefill-bundled.json", report)
+    assert "| easyspec, plain | 512 | 500.0 | 1024 | 1.00 |" in page
+    assert "| other, plain | 512 | 500.0 | 1024 | 1.00 |" in page
+    assert len(prefill_headline(report).rows) == 2
