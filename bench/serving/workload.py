@@ -28,6 +28,7 @@ MIXES: dict[str, tuple[LengthClass, ...]] = {
     "mixed": (LengthClass(0.6, 250, 32, 96), LengthClass(0.3, 800, 32, 128), LengthClass(0.1, 2500, 16, 64)),
     "short": (LengthClass(1.0, 200, 32, 64),),
     "tiny": (LengthClass(1.0, 100, 16, 32),),
+    "answers": (LengthClass(1.0, 100, 192, 256),),
     "shared-prefix": (LengthClass(1.0, _SHARED_TAIL_CHARS, 32, 96),),
 }
 
