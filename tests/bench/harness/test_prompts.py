@@ -7,8 +7,7 @@ import pytest
 
 from bench.harness.pairs import PAIRS
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts, Questions
-from easyspec.cli.models import BUNDLED_DRAFTS
-from easyspec.cli.processes import DEFAULT_BASE
+from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.errors import ConfigurationError
 from models.evaluation_prompts import EVALUATION_KINDS, evaluation_prompts
 from models.heldout import held_out_texts
@@ -57,5 +56,5 @@ def test_a_pair_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
     absent = dataclasses.replace(PAIRS["smollm2"], base=tmp_path / "x.gguf", draft=None)
     with pytest.raises(ConfigurationError, match=r"x\.gguf'; get it with `easyspec fetch smollm2`"):
         absent.check()
-    drafted = dataclasses.replace(absent, draft=BUNDLED_DRAFTS[0])
-    assert drafted.checkpoints == [tmp_path / "x.gguf", BUNDLED_DRAFTS[0]]
+    drafted = dataclasses.replace(absent, draft=DEFAULT_DRAFT)
+    assert drafted.checkpoints == [tmp_path / "x.gguf", DEFAULT_DRAFT]
