@@ -3,7 +3,9 @@ seconds, as most of transformers brings torch along."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from easyspec.tokenizer_fingerprint import TOKENIZER_FILE
 
 # Rules of cutting texts before merging that transformers knows, one pattern each.
 _SPLIT_BY_PATTERN = ("llama-bpe", "llama3", "llama-v3", "qwen2", "qwen35", "tekken", "smaug-bpe", "gpt-4o", "llama4")
+# Classes of tokenizer_config.json that add nothing to tokenizer.json: the name of it in transformers 4, and in 5.
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _UNKNOWN_RULE = "texts are cut as GPT-2 cuts them; some prompts may get other tokens than the model expects"
 
 
@@ -39,6 +43,8 @@ def load_tokenizer(path: Path) -> Any:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / path.name).symlink_to(path.resolve())
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
+        elif _is_described_by_its_file(path):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         else:
             from transformers import AutoTokenizer  # which brings torch
 
@@ -48,6 +54,25 @@ def load_tokenizer(path: Path) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigurationError(f"tokenizer in {path} is {type(tokenizer).__name__}; a fast one is needed")
     return tokenizer
+
+
+def _is_described_by_its_file(folder: Path) -> bool:
+    """Whether AutoTokenizer would find nothing but the tokenizer of `tokenizer.json`. It reads the model's
+    configuration to tell, which brings torch."""
+    described = _json(folder / "tokenizer_config.json")
+    model_type = _json(folder / "config.json").get("model_type", "llama")
+    return (
+        described.get("tokenizer_class") in _GENERIC_CLASSES and "auto_map" not in described and model_type == "llama"
+    )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """An object of a file, empty if there is none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def load_backend(path: Path) -> Any:

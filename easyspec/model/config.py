@@ -20,6 +20,7 @@ from easyspec.errors import ConfigurationError
 from easyspec.model.gguf_config import config_of
 from easyspec.model.layer_spec import ModelSpec
 from easyspec.model.model_families import FAMILIES, head_dim, model_spec, rope_parameters
+from easyspec.model.plain_config import plain_json_config
 from easyspec.model.quantization.announced import announced_quantization
 from easyspec.model.supported_models import SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES, TOWER_MODEL_TYPES
 from easyspec.model.tensor_names import TensorNames
@@ -138,14 +139,17 @@ def _read_hf_config(folder: Path) -> Any:
         return config_of(read_header(folder))
     path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"no usable config.json in {folder}: {error!r}") from error
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigurationError(
             f"model_type is {model_type!r} in {folder}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    from transformers import AutoConfig  # for folders alone: it takes seconds
+    if (plain := plain_json_config(fields)) is not None:
+        return plain
+    from transformers import AutoConfig  # for other families alone
 
     try:
         config = AutoConfig.from_pretrained(folder)

@@ -7,27 +7,19 @@ none of the supported families computes is handed on under its Hugging Face name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 from easyspec.checkpoint.gguf_header import GgufHeader
 from easyspec.errors import ConfigurationError
 from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name
 from easyspec.model.gguf_families import family_of, read_floats
+from easyspec.model.plain_config import plain_gguf_config
 from easyspec.model.supported_models import GGUF_MODEL_TYPES
 
 _EMBEDDINGS, _HEAD, _FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Our own key; other readers of the format ignore it, and have rows of the head that were not trained.
 DRAFT_VOCABULARY = "easyspec.draft_vocabulary"
-# Of families whose files say everything else. Qwen's windows are switched off unless a field says otherwise, which no
-# file has.
-_PLAIN_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "llama": {"hidden_act": "silu"},
-        "qwen2": {"hidden_act": "silu", "sliding_window": None},
-        "qwen3": {"hidden_act": "silu", "sliding_window": None},
-    }
-)
 _HANDED_ON: Mapping[str, str] = MappingProxyType(
     {
         "attention.sliding_window": "sliding_window",
@@ -93,10 +85,9 @@ def config_of(header: GgufHeader) -> Any:
 
 
 def _configuration(header: GgufHeader, model_type: str, fields: dict[str, Any]) -> Any:
-    """transformers' configuration, which takes seconds to import, or for the plainest families what it would say."""
-    if model_type in _PLAIN_DEFAULTS and fields["rope_parameters"]["rope_type"] == "default":
-        return SimpleNamespace(model_type=model_type, **{**fields, **_PLAIN_DEFAULTS[model_type]})
-    from transformers import AutoConfig
+    if (plain := plain_gguf_config(model_type, fields)) is not None:
+        return plain
+    from transformers import AutoConfig  # for other families alone
 
     try:
         return AutoConfig.for_model(model_type, **fields)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
 from easyspec.model.layer_spec import HeadNorm, MlpSpec
+from easyspec.model.plain_config import plain_json_config
 from tests.fakes.checkpoints import change_config, write_checkpoint
 from tests.model.passes import rotary_table
 
@@ -337,3 +342,86 @@ def test_a_saved_checkpoint_is_read_as_written(tmp_path: Path) -> None:
     assert config.spec.layers[0].attention.head_norm is HeadNorm.HEADS
     change_config(tmp_path, head_dim=48)
     assert load_config(tmp_path).head_dim == 48
+
+
+# What published checkpoints of the plainest families say: all of it, so that nothing is left to transformers' defaults.
+_PUBLISHED: dict[str, Any] = {
+    **_CONFIG,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+}
+_WINDOWS_OFF = {"use_sliding_window": False, "sliding_window": 256, "max_window_layers": 2}
+
+
+def write_published(folder: Path, **fields: Any) -> Path:
+    published = {name: value for name, value in {**_PUBLISHED, **fields}.items() if value != "left out"}
+    (folder / "config.json").write_text(json.dumps(published))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dtype": "left out"},
+        {"rope_theta": "left out", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"head_dim": 24, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"eos_token_id": [2, 3], "exit_layers": [1, 3], "quantization_config": {"quant_method": "fp8"}},
+        {"model_type": "qwen2", **_WINDOWS_OFF},
+        {"model_type": "qwen2", "layer_types": ["full_attention"] * 3, "sliding_window": None},
+        {"model_type": "qwen3", "head_dim": 32, **_WINDOWS_OFF},
+        {"model_type": "qwen3"},
+    ],
+)
+def test_the_plainest_configurations_are_read_as_transformers_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    folder = write_published(tmp_path, **fields)
+    plain = load_config(folder)
+    monkeypatch.setattr("easyspec.model.config.plain_json_config", lambda fields: None)
+    full = load_config(folder)
+    assert isinstance(plain.hf_config, SimpleNamespace)
+    assert not isinstance(full.hf_config, SimpleNamespace)
+    assert replace(plain, hf_config=None) == replace(full, hf_config=None)
+    assert torch.equal(rotary_table(plain).cosines, rotary_table(full).cosines)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_theta": "left out"},
+        {"num_key_value_heads": "left out"},
+        {"eos_token_id": "left out"},
+        {"hidden_act": "gelu"},
+        {"hidden_size": "64"},
+        {"vocab_size": 0},
+        {"rms_norm_eps": "small"},
+        {"attention_bias": "yes"},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256},
+        {"auto_map": {"AutoConfig": "configuration.Own"}},
+    ],
+)
+def test_what_is_not_plain_is_left_to_transformers(fields: dict[str, Any]) -> None:
+    published = {name: value for name, value in {**_PUBLISHED, **fields}.items() if value != "left out"}
+    assert plain_json_config(_PUBLISHED) is not None
+    assert plain_json_config(published) is None
+
+
+def test_a_plain_configuration_is_read_without_transformers(tmp_path: Path) -> None:
+    """Which takes seconds to import and 80 MiB."""
+    folder = write_published(tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from easyspec.model.config import load_config; "
+        f"load_config(Path({str(folder)!r})); print('transformers' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
