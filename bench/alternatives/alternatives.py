@@ -22,7 +22,7 @@ from bench.alternatives.servers import ServerGeneration
 from bench.alternatives.summary import COLUMNS, OURS, summarize_alternatives
 from bench.alternatives.timed_completion import Answer, DecodePhase, Maker, TimedCompletion
 from bench.alternatives.transformers import TransformersGeneration
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, ModelPair, executor_flags, start_services
@@ -106,19 +106,18 @@ async def measure(settings: AlternativesSettings, console: Console) -> Findings:
     import transformers
 
     pair = PAIRS[settings.pair]
-    results = summarize_alternatives(await _complete_all(pair, settings, console))
-    num_differing = sum(
-        result.num_completions - (result.num_as_plain or 0) for result in results if result.program == OURS
-    )
+    rows = summarize_alternatives(await _complete_all(pair, settings, console))
+    ours = [row for row in rows if row["program"] == OURS]
+    num_differing = sum(row["num_completions"] - (row["num_as_plain"] or 0) for row in ours)
     title = "tokens/s of whole completions, reading the prompt included, and of decoding alone; medians over prompts"
     return Findings(
         content={
             "pair": pair.name,
             "transformers": None if settings.no_transformers else transformers.__version__,
             "servers": [server.partition("=")[0] for server in settings.servers],
-            "results": results,
+            "results": rows,
         },
-        tables=[ResultTable(title, COLUMNS, as_plain(results))],
+        tables=[ResultTable(title, COLUMNS, rows)],
         notes=[f"{num_differing} completions of easyspec differ from its plain decoding (expected 0)"],
         checkpoints=pair.checkpoints,
         exit_code=1 if num_differing else 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,7 +19,7 @@ from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import EXECUTOR, ModelPair, executor_flags, start_services
 from bench.harness.prompts import Questions
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
 from easyspec.cli.clients import verifier_info
 from easyspec.cli.models import choose_models
@@ -53,20 +53,6 @@ class ModelSettings:
     seed: Annotated[int, flag("Chooses questions and noise.")] = 7
 
 
-@dataclass(frozen=True)
-class ModelResult:
-    """One row: decoding from the first message to the last. Speeds are medians over prompts, `vs_plain` the median of
-    per-prompt ratios; `num_differing` counts completions that are not plain decoding's."""
-
-    task: str
-    temperature: float
-    plain_tokens_per_s: float
-    tokens_per_s: float
-    vs_plain: float
-    num_differing: int
-    num_completions: int
-
-
 async def measure(settings: ModelSettings, console: Console) -> Findings:
     """Start the services and ask in turns; fails if speculation changed what the model says."""
     choice = choose_models(settings.model, draft=settings.draft)
@@ -85,45 +71,49 @@ async def measure(settings: ModelSettings, console: Console) -> Findings:
             completions = await complete_all(both_ways(client), asked, progress, pair.prompts)
         kv = (await verifier_info(stack.verifier.address)).kv
         memory = verifier_memory(stack.verifier.pid, pair.base, kv.num_used_slots + kv.num_cached_slots)
-    results = summarize_model(completions)
-    num_differing = sum(result.num_differing for result in results if result.task == _ALL)
+    rows = summarize_model(completions)
+    num_differing = sum(row["num_differing"] for row in rows if row["task"] == _ALL)
     title = f"{pair.name}: tokens/s of decoding, medians over prompts"
     return Findings(
         content={
             "model": pair.name,
             "verifier_memory": {**as_plain(memory), "rest_mib": memory.rest_mib},
-            "results": results,
+            "results": rows,
         },
-        tables=[ResultTable(title, _COLUMNS, as_plain(results))],
+        tables=[ResultTable(title, _COLUMNS, rows)],
         notes=[str(memory), f"{num_differing} completions differ from plain decoding (expected 0)"],
         checkpoints=pair.checkpoints,
         exit_code=1 if num_differing else 0,
     )
 
 
-def summarize_model(completions: Sequence[TimedCompletion]) -> list[ModelResult]:
-    """One row per kind of task and temperature, and one of all tasks per temperature."""
+def summarize_model(completions: Sequence[TimedCompletion]) -> list[Row]:
+    """One row per kind of task and temperature, and one of all tasks per temperature: decoding from the first message
+    to the last. Speeds are medians over prompts, `vs_plain` the median of per-prompt ratios; `num_differing` counts
+    completions that are not plain decoding's."""
     found: dict[tuple[str, float], dict[tuple[str, int], dict[Maker, TimedCompletion]]] = {}
     for one in completions:
         for task in (one.task_name, _ALL):
             prompts = found.setdefault((task, one.temperature), {})
             prompts.setdefault((one.task_name, one.prompt_index), {})[one.maker] = one
-    in_order = sorted(found, key=lambda key: (key[1], key[0] == _ALL))
-    return [_result(task, temperature, list(found[task, temperature].values())) for task, temperature in in_order]
-
-
-def _result(task: str, temperature: float, prompts: Sequence[Mapping[Maker, TimedCompletion]]) -> ModelResult:
-    plain = [by_maker[Maker(OURS)] for by_maker in prompts]
-    drafted = [next(one for maker, one in by_maker.items() if maker != maker.plain) for by_maker in prompts]
-    return ModelResult(
-        task=task,
-        temperature=temperature,
-        plain_tokens_per_s=statistics.median(map(_speed, plain)),
-        tokens_per_s=statistics.median(map(_speed, drafted)),
-        vs_plain=statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in zip(drafted, plain, strict=True)),
-        num_differing=sum(a.answer.content != b.answer.content for a, b in zip(drafted, plain, strict=True)),
-        num_completions=len(prompts),
-    )
+    rows: list[Row] = []
+    for task, temperature in sorted(found, key=lambda key: (key[1], key[0] == _ALL)):
+        by_prompt = found[task, temperature].values()
+        plain = [by_maker[Maker(OURS)] for by_maker in by_prompt]
+        drafted = [next(one for maker, one in by_maker.items() if maker != maker.plain) for by_maker in by_prompt]
+        pairs = list(zip(drafted, plain, strict=True))
+        rows.append(
+            {
+                "task": task,
+                "temperature": temperature,
+                "plain_tokens_per_s": statistics.median(map(_speed, plain)),
+                "tokens_per_s": statistics.median(map(_speed, drafted)),
+                "vs_plain": statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in pairs),
+                "num_differing": sum(ours.answer.content != theirs.answer.content for ours, theirs in pairs),
+                "num_completions": len(by_prompt),
+            }
+        )
+    return rows
 
 
 def _speed(one: TimedCompletion) -> float:

@@ -19,13 +19,13 @@ from bench.alternatives.alternatives import Alternative, EasyspecServices
 from bench.alternatives.servers import ServerGeneration
 from bench.alternatives.summary import OURS
 from bench.alternatives.timed_completion import Maker
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, executor_flags, start_services
 from bench.harness.provenance import provenance_lines
 from bench.harness.streams import Speculation, Task
-from bench.harness.tables import Column, ResultTable, markdown_table
+from bench.harness.tables import Column, ResultTable, Row, markdown_table
 from bench.harness.turns import one_by_one, progress_on, rotated
 from easyspec.checkpoint.tokenizer_files import load_tokenizer
 from easyspec.errors import ConfigurationError
@@ -69,18 +69,6 @@ class FirstToken:
     elapsed_s: float
 
 
-@dataclass(frozen=True)
-class PrefillResult:
-    """One row: medians over prompts. `vs_best_other` is the median of ratios to the fastest other at each prompt."""
-
-    program: str
-    way: str
-    prompt_tokens: int
-    first_token_ms: float
-    tokens_per_s: float
-    vs_best_other: float | None
-
-
 async def measure(settings: PrefillSettings, console: Console) -> Findings:
     """Start the services and ask for one token behind every prompt."""
     pair = PAIRS[settings.pair]
@@ -102,11 +90,11 @@ async def measure(settings: PrefillSettings, console: Console) -> Findings:
             first_tokens = await one_by_one(
                 planned, lambda each: f"{each[1]} tokens, {each[0].maker}", _first_token, progress
             )
-    results = summarize_prefill([each for each in first_tokens if each.prompt_index])
+    rows = summarize_prefill([each for each in first_tokens if each.prompt_index])
     title = f"{pair.name}: from asking to the first token of answers to new prompts; medians over prompts"
     return Findings(
-        content={"pair": pair.name, "results": results},
-        tables=[ResultTable(title, COLUMNS, as_plain(results))],
+        content={"pair": pair.name, "results": rows},
+        tables=[ResultTable(title, COLUMNS, rows)],
         checkpoints=pair.checkpoints,
     )
 
@@ -130,20 +118,23 @@ async def _first_token(each: tuple[Alternative, int, int, str]) -> FirstToken:
     return FirstToken(alternative.maker, length, index, time.perf_counter() - started_s)
 
 
-def summarize_prefill(first_tokens: Sequence[FirstToken]) -> list[PrefillResult]:
-    """One row for everyone and every length, in the order in which they came."""
+def summarize_prefill(first_tokens: Sequence[FirstToken]) -> list[Row]:
+    """One row for everyone and every length, in the order in which they came: medians over prompts. `vs_best_other` is
+    the median of ratios to the fastest other at each prompt."""
     found: dict[tuple[Maker, int], dict[int, float]] = {}
     for each in sorted(first_tokens, key=lambda each: (each.prompt_tokens, each.maker.program != OURS)):
         found.setdefault((each.maker, each.prompt_tokens), {})[each.prompt_index] = each.elapsed_s
     return [
-        PrefillResult(
-            maker.program,
-            maker.way,
-            length,
-            first_token_ms=1e3 * statistics.median(times.values()),
-            tokens_per_s=length / statistics.median(times.values()),
-            vs_best_other=_vs_best(times, [found[key] for key in found if key[1] == length and key[0].program != OURS]),
-        )
+        {
+            "program": maker.program,
+            "way": maker.way,
+            "prompt_tokens": length,
+            "first_token_ms": 1e3 * statistics.median(times.values()),
+            "tokens_per_s": length / statistics.median(times.values()),
+            "vs_best_other": _vs_best(
+                times, [own for (who, n), own in found.items() if n == length and who.program != OURS]
+            ),
+        }
         for (maker, length), times in found.items()
     ]
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.alternatives.timed_completion import Maker, TimedCompletion
 from bench.harness.provenance import provenance_lines
-from bench.harness.tables import Column, markdown_table
+from bench.harness.tables import Column, Row, markdown_table
 
 OURS = "easyspec"
 _TRANSFORMERS = Maker("transformers")
-
-
 COLUMNS = (
     Column("by", lambda row: f"{row['program']}, {row['way']}"),
     Column("task", "task"),
@@ -30,57 +27,45 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class AlternativeResult:
-    """One row. Speeds are medians over prompts, of whole completions and from the first token to the last.
+def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[Row]:
+    """One row per kind of task, temperature and maker; all makers must have completed the same prompts.
 
-    `vs_transformers` and `vs_best_other` are medians of per-prompt ratios of whole completions: to transformers' plain
-    decoding, and to the fastest way of any program but easyspec. `num_as_plain` counts completions with the tokens that
-    the same program says without speculation. None is what was not measured.
+    Speeds are medians over prompts, of whole completions and from the first token to the last. `vs_transformers` and
+    `vs_best_other` are medians of per-prompt ratios of whole completions: to transformers' plain decoding, and to the
+    fastest way of any program but easyspec. `num_as_plain` counts completions with the tokens that the same program
+    says without speculation. None is what was not measured.
     """
-
-    program: str
-    way: str
-    task: str
-    temperature: float
-    tokens_per_s: float
-    decode_tokens_per_s: float | None
-    vs_transformers: float | None
-    vs_best_other: float | None
-    num_as_plain: int | None
-    num_completions: int
-
-
-def summarize_alternatives(completions: Sequence[TimedCompletion]) -> list[AlternativeResult]:
-    """One row per kind of task, temperature and maker; all makers must have completed the same prompts."""
     groups: dict[tuple[str, float], dict[Maker, dict[int, TimedCompletion]]] = {}
     for one in completions:
         makers = groups.setdefault((one.task_name, one.temperature), {})
         makers.setdefault(one.maker, {})[one.prompt_index] = one
-    results: list[AlternativeResult] = []
+    rows: list[Row] = []
     for (task_name, temperature), makers in groups.items():
         speeds = {maker: statistics.median(one.tokens_per_s for one in own.values()) for maker, own in makers.items()}
         others = [maker for maker in makers if maker.program != OURS]
         best_other = max(others, key=lambda other: speeds[other], default=None)
         for maker, own in makers.items():
             decode_speeds = [one.decode_tokens_per_s for one in own.values()]
-            plain = makers.get(maker.plain)
-            result = AlternativeResult(
-                program=maker.program,
-                way=maker.way,
-                task=task_name,
-                temperature=temperature,
-                tokens_per_s=speeds[maker],
-                decode_tokens_per_s=None if None in decode_speeds else statistics.median(filter(None, decode_speeds)),
-                vs_transformers=_ratio(own, makers.get(_TRANSFORMERS)),
-                vs_best_other=_ratio(own, makers[best_other] if best_other else None),
-                num_as_plain=None
-                if plain is None
-                else sum(one.answer.content == plain[index].answer.content for index, one in own.items()),
-                num_completions=len(own),
+            num_as_plain = None
+            if (plain := makers.get(maker.plain)) is not None:
+                num_as_plain = sum(one.answer.content == plain[index].answer.content for index, one in own.items())
+            rows.append(
+                {
+                    "program": maker.program,
+                    "way": maker.way,
+                    "task": task_name,
+                    "temperature": temperature,
+                    "tokens_per_s": speeds[maker],
+                    "decode_tokens_per_s": None
+                    if None in decode_speeds
+                    else statistics.median(filter(None, decode_speeds)),
+                    "vs_transformers": _ratio(own, makers.get(_TRANSFORMERS)),
+                    "vs_best_other": _ratio(own, makers[best_other] if best_other else None),
+                    "num_as_plain": num_as_plain,
+                    "num_completions": len(own),
+                }
             )
-            results.append(result)
-    return results
+    return rows
 
 
 def _ratio(own: Mapping[int, TimedCompletion], other: Mapping[int, TimedCompletion] | None) -> float | None:

@@ -96,8 +96,8 @@ async def measure(settings: DecodeSettings, console: Console) -> Findings:
             samples = await complete_all(client, prompts, modes, settings, progress)
     results = summarize(samples)
     budget = settings.tree_budget or budget_from_pb(info.default_budget)
-    num_failures = sum(result.num_drafter_failures for result in results)
-    num_differing = sum(result.num_differing_completions for result in results)
+    num_failures = sum(row["num_drafter_failures"] for row in results)
+    num_differing = sum(row["num_differing_completions"] for row in results)
     notes = [f"{num_differing} of {len(samples)} completions differ from plain decoding (expected 0)"]
     if num_failures:
         notes.append(f"{num_failures} drafts failed or came late; their rounds were plain, so the figures mislead")
@@ -108,7 +108,7 @@ async def measure(settings: DecodeSettings, console: Console) -> Findings:
             "settings": {**as_plain(settings), "budget": budget},
             "results": results,
         },
-        tables=[ResultTable(title, COLUMNS, as_plain(results))],
+        tables=[ResultTable(title, COLUMNS, results)],
         notes=notes,
         checkpoints=pair.checkpoints,
         exit_code=1 if num_differing else 0,

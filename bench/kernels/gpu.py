@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import torch
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.random_weights import RandomWeights, write_config
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
 from easyspec.model.decoder import Decoder
@@ -44,34 +44,20 @@ class GpuSettings:
 class Shapes:
     """Shapes and sizes of one run; `context` tokens stand before the rows that are measured."""
 
-    base: ModelShape
-    draft: ModelShape
-    dtype: str
-    max_model_len: int
-    context: int
-    base_rows: tuple[int, ...]
-    num_sessions: tuple[int, ...]
-    draft_width: int
-    layer_parallel_size: int
-    num_kv_slots: int
-    num_copied_bytes: int
-    num_repeats: int
+    base: ModelShape = KNOWN_SHAPES["llama-3-8b"]
+    draft: ModelShape = KNOWN_SHAPES["llama-3.2-1b"]
+    dtype: str = "bfloat16"
+    max_model_len: int = 8192
+    context: int = 500
+    base_rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+    num_sessions: tuple[int, ...] = (1, 4, 16)
+    draft_width: int = 4
+    layer_parallel_size: int = 4
+    num_kv_slots: int = 16_384
+    num_copied_bytes: int = 2**30
+    num_repeats: int = 30
 
 
-FULL = Shapes(
-    base=KNOWN_SHAPES["llama-3-8b"],
-    draft=KNOWN_SHAPES["llama-3.2-1b"],
-    dtype="bfloat16",
-    max_model_len=8192,
-    context=500,
-    base_rows=(1, 4, 8, 16, 32, 64),
-    num_sessions=(1, 4, 16),
-    draft_width=4,
-    layer_parallel_size=4,
-    num_kv_slots=16_384,
-    num_copied_bytes=2**30,
-    num_repeats=30,
-)
 TINY = Shapes(
     base=ModelShape("tiny-base", 3, 64, 4, 2, 16, 96, 340),
     draft=ModelShape("tiny-draft", 6, 64, 4, 2, 16, 96, 340),
@@ -80,14 +66,11 @@ TINY = Shapes(
     context=20,
     base_rows=(1, 4),
     num_sessions=(1, 2),
-    draft_width=4,
     layer_parallel_size=2,
     num_kv_slots=1024,
     num_copied_bytes=2**20,
     num_repeats=2,
 )
-
-
 _COLUMNS = (
     Column("model", "model"),
     Column("plan", "plan"),
@@ -98,20 +81,6 @@ _COLUMNS = (
     Column("floor ms", "floor_ms", ".3f"),
     Column("x floor", "times_floor", ".2f"),
 )
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """One kind of pass: `num_sessions` times `num_rows` rows. `floor_ms` is what its bytes take at the copy's speed."""
-
-    model: str
-    plan: str
-    num_sessions: int
-    num_rows: int
-    median_ms: float
-    best_ms: float
-    floor_ms: float
-    times_floor: float
 
 
 class Device:
@@ -176,8 +145,9 @@ class Bench:
             self.decoder.forward(lay_out([segment]), self._pool)
         return is_invariant
 
-    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> PassResult:
-        """Passes of `num_rows` more rows for each of so many sessions."""
+    def measure(self, plan: LayerPlan, name: str, num_sessions: int, num_rows: int, speed: float) -> Row:
+        """Passes of `num_rows` more rows for each of so many sessions; `floor_ms` is what their bytes take at the speed
+        of a copy."""
         slots = self._sessions[:num_sessions]
         segments = [self._segment(each, num_rows) for each in slots]
 
@@ -194,16 +164,16 @@ class Bench:
         num_values = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
         num_tokens = num_sessions * (self._shapes.context + num_rows)
         floor_ms = 1e3 * itemsize * (layers + shape.head_parameters + num_values * num_tokens) / speed
-        return PassResult(
-            model=self._shape.name,
-            plan=name,
-            num_sessions=num_sessions,
-            num_rows=num_rows,
-            median_ms=round(1e3 * statistics.median(times), 4),
-            best_ms=round(1e3 * min(times), 4),
-            floor_ms=round(floor_ms, 4),
-            times_floor=round(1e3 * statistics.median(times) / floor_ms, 2),
-        )
+        return {
+            "model": self._shape.name,
+            "plan": name,
+            "num_sessions": num_sessions,
+            "num_rows": num_rows,
+            "median_ms": round(1e3 * statistics.median(times), 4),
+            "best_ms": round(1e3 * min(times), 4),
+            "floor_ms": round(floor_ms, 4),
+            "times_floor": round(1e3 * statistics.median(times) / floor_ms, 2),
+        }
 
     def _segment(self, slots: SessionSlots, num_rows: int) -> Segment:
         start = slots.num_cached
@@ -242,7 +212,7 @@ def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
         "copy_gb_per_s": round(speed / 1e9, 1),
         "row_invariant": is_invariant,
         "settings": shapes,
-        "results": as_plain(results),
+        "results": results,
     }
 
 
@@ -251,7 +221,7 @@ def measure(settings: GpuSettings, console: Console) -> Findings:
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not settings.tiny:
         raise ConfigurationError("torch finds no GPU; --tiny runs small shapes on the CPU")
-    found = measure_on(TINY if settings.tiny else FULL, Device(torch.device("cuda" if has_gpu else "cpu")))
+    found = measure_on(TINY if settings.tiny else Shapes(), Device(torch.device("cuda" if has_gpu else "cpu")))
     title = f"{found['device']['name']}, a copy moves {found['copy_gb_per_s']} GB/s"
     note = f"every form of the base model's passes has the same bits: {found['row_invariant']}"
     return Findings(found, [ResultTable(title, _COLUMNS, found["results"])], [note])

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.random_weights import RandomWeights, write_config
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
 from easyspec.errors import ConfigurationError
 from easyspec.model.config import load_config
@@ -44,8 +45,6 @@ ROWS = (1, 4, 8, 16, 32)
 CONTEXTS = (200, 1000, 4000)
 _WARM_UPS = 2
 _CPU = torch.device("cpu")
-
-
 _COLUMNS = (
     Column("what", "what"),
     Column("format", "format"),
@@ -71,26 +70,25 @@ class KernelSettings:
     byte_inputs: Annotated[bool, flag("Round inputs of integer weights to 8 bits, as `native-8bit` does.")] = False
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The median of several runs. `gb_per_s` is how fast weights, or for attention keys and values, were read."""
-
-    what: str
-    format: str
-    context: int
-    num_rows: int
-    median_ms: float
-    gb_per_s: float
-
-
-def median_ms(run: Callable[[], object], num_repeats: int) -> float:
-    """Milliseconds of a run, after some that do not count."""
-    times = []
+def timing(
+    what: str,
+    format_name: str,
+    context: int,
+    num_rows: int,
+    num_bytes: int,
+    run: Callable[[], object],
+    num_repeats: int,
+) -> Row:
+    """The median of several runs, after some that do not count; `num_bytes` are those of the weights, or for attention
+    of the keys and values, that a run reads."""
+    times_ms = []
     for _ in range(num_repeats + _WARM_UPS):
         started = time.perf_counter()
         run()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[_WARM_UPS:])
+        times_ms.append(1e3 * (time.perf_counter() - started))
+    median_ms = statistics.median(times_ms[_WARM_UPS:])
+    cell = {"what": what, "format": format_name, "context": context, "num_rows": num_rows}
+    return {**cell, "median_ms": median_ms, "gb_per_s": num_bytes / median_ms / 1e6}
 
 
 def rows_behind(context: int, num_rows: int) -> RowLayout:
@@ -109,7 +107,7 @@ def weight_in(format_name: str, num_outputs: int, num_inputs: int) -> Weight:
 
 def product_timings(
     executor: NativeExecutor, shape: ModelShape, format_name: str, rows: Sequence[int], num_repeats: int
-) -> Iterator[Timing]:
+) -> Iterator[Row]:
     """All products of a pass but for the head's."""
     program = ProgramWriter()
     heads, hidden = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim), shape.hidden_size
@@ -124,14 +122,13 @@ def product_timings(
         program.add(Product(buffers[num_inputs], target, weight))
     compiled, pool = executor.compile(program), KVPool(1, 1, 16, 0, torch.float32, _CPU)
     for num_rows in rows:
-        layout = rows_behind(0, num_rows)
-        taken_ms = median_ms(lambda layout=layout: compiled.run(layout.rows, pool), num_repeats)  # type: ignore[misc]
-        yield Timing("products", format_name, 0, num_rows, taken_ms, num_bytes / taken_ms / 1e6)
+        run = partial(compiled.run, rows_behind(0, num_rows).rows, pool)
+        yield timing("products", format_name, 0, num_rows, num_bytes, run, num_repeats)
 
 
 def attention_timings(
     executor: NativeExecutor, shape: ModelShape, context: int, rows: Sequence[int], num_repeats: int
-) -> Iterator[Timing]:
+) -> Iterator[Row]:
     """Attention of all layers over keys and values in bfloat16."""
     heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim)
     most_slots = context + max(rows)
@@ -143,9 +140,8 @@ def attention_timings(
     compiled = executor.compile(program)
     num_bytes = context * KVPool.slot_bytes(shape.num_layers, heads.num_kv_heads, heads.head_dim, torch.bfloat16)
     for num_rows in rows:
-        layout = rows_behind(context, num_rows)
-        taken_ms = median_ms(lambda layout=layout: compiled.run(layout.rows, pool), num_repeats)  # type: ignore[misc]
-        yield Timing("attention", "bfloat16", context, num_rows, taken_ms, num_bytes / taken_ms / 1e6)
+        run = partial(compiled.run, rows_behind(context, num_rows).rows, pool)
+        yield timing("attention", "bfloat16", context, num_rows, num_bytes, run, num_repeats)
 
 
 def pass_timings(
@@ -155,7 +151,7 @@ def pass_timings(
     contexts: Sequence[int],
     rows: Sequence[int],
     num_repeats: int,
-) -> Iterator[Timing]:
+) -> Iterator[Row]:
     """Whole passes: laying out, all layers, and logits of every row."""
     is_rounded = format_name.startswith("int")
     weights = WeightFormat(format_name) if is_rounded else WeightFormat.AUTO
@@ -171,8 +167,7 @@ def pass_timings(
             def run(context: int = context, num_rows: int = num_rows) -> object:
                 return decoder.forward(rows_behind(context, num_rows), pool, logit_rows=range(num_rows))
 
-            taken_ms = median_ms(run, num_repeats)
-            yield Timing("pass", format_name, context, num_rows, taken_ms, decoder.num_weight_bytes / taken_ms / 1e6)
+            yield timing("pass", format_name, context, num_rows, decoder.num_weight_bytes, run, num_repeats)
 
 
 @torch.inference_mode()
@@ -183,11 +178,11 @@ def measure(settings: KernelSettings, console: Console) -> Findings:
     path = CodePath[settings.code_path.upper()] if settings.code_path else None
     executor = NativeExecutor(settings.threads, path, has_byte_inputs=settings.byte_inputs)
     shape, rows, num_repeats = SHAPES[settings.shape], settings.rows, settings.repeats
-    timings: list[Timing] = []
+    timings: list[Row] = []
     with progress_on(console) as progress:
         bar = progress.add_task("", total=2 * len(settings.formats) + len(settings.contexts))
 
-        def note(found: Iterator[Timing], what: str) -> None:
+        def note(found: Iterator[Row], what: str) -> None:
             progress.update(bar, description=what)
             timings.extend(found)
             progress.advance(bar)
@@ -202,7 +197,7 @@ def measure(settings: KernelSettings, console: Console) -> Findings:
     title = f"{executor.name}, {settings.threads} threads, {settings.shape}"
     return Findings(
         {"executor": executor.name, "num_threads": settings.threads, "results": timings},
-        [ResultTable(title, _COLUMNS, as_plain(timings))],
+        [ResultTable(title, _COLUMNS, timings)],
     )
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.random_weights import RandomWeights, write_config
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from easyspec.engine.shell import CloseTask
 from easyspec.free_memory import settle_memory
 from easyspec.model.config import load_config
@@ -42,8 +42,6 @@ _SHAPE = ModelShape("tiny", 1, 32, 2, 1, 16, 32, _VOCAB)
 _MAX_LEN = 1 << 18
 _WINDOW = 128
 _TREE = TokenTree(tuple(range(1, 8)), (0, 0, 1, 1, 2, 2, 3))
-
-
 _READING = (Column("tokens", "num_tokens"), Column("seconds", "seconds"), Column("us a token", "us_a_token"))
 _STEPS = (
     Column("sessions", "num_sessions"),
@@ -56,26 +54,6 @@ _STEPS = (
 @dataclass(frozen=True)
 class BookkeepingSettings:
     steps: Annotated[int, flag("Steps to time.", minimum=2)] = 100
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Python of a step with so many sessions decoding behind so many tokens each: milliseconds."""
-
-    num_sessions: int
-    num_context_tokens: int
-    num_steps: int
-    median_ms: float
-    p99_ms: float
-
-
-@dataclass(frozen=True)
-class ReadTime:
-    """Python of reading a prompt: seconds in all, and microseconds a token."""
-
-    num_tokens: int
-    seconds: float
-    us_a_token: float
 
 
 class Stopwatch:
@@ -140,7 +118,7 @@ def _prompts(num_prompts: int, num_tokens: int) -> list[list[int]]:
     return [generator.integers(0, _VOCAB, num_tokens).tolist() for _ in range(num_prompts)]
 
 
-def time_reading(folder: Path, num_tokens: int) -> ReadTime:
+def time_reading(folder: Path, num_tokens: int) -> Row:
     """Read one prompt that shares nothing with another."""
     watch = Stopwatch()
     (prompt,) = _prompts(1, num_tokens)
@@ -153,10 +131,11 @@ def time_reading(folder: Path, num_tokens: int) -> ReadTime:
             verifier.step()
         seconds = (watch.now_ns() - started_ns) / 1e9
     task.future.result()
-    return ReadTime(num_tokens, round(seconds, 4), round(1e6 * seconds / num_tokens, 2))
+    us_a_token = round(1e6 * seconds / num_tokens, 2)
+    return {"num_tokens": num_tokens, "seconds": round(seconds, 4), "us_a_token": us_a_token}
 
 
-def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int) -> StepTimes:
+def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int) -> Row:
     """Let sessions decode with trees of seven nodes, all in one pass; what is timed begins when all have read."""
     watch = Stopwatch()
     with watch.watching():
@@ -167,13 +146,13 @@ def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int)
         times_ms = [_round(verifier, lengths, _TREE, watch) for _ in range(num_steps)]
         for session_id in lengths:
             verifier.accept(CloseTask(session_id))
-    return StepTimes(
-        num_sessions,
-        num_tokens,
-        num_steps,
-        round(statistics.median(times_ms), 3),
-        round(float(np.percentile(times_ms, 99)), 3),
-    )
+    return {
+        "num_sessions": num_sessions,
+        "num_context_tokens": num_tokens,
+        "num_steps": num_steps,
+        "median_ms": round(statistics.median(times_ms), 3),
+        "p99_ms": round(float(np.percentile(times_ms, 99)), 3),
+    }
 
 
 def _round(verifier: Verifier, lengths: dict[int, int], tree: TokenTree, watch: Stopwatch) -> float:
@@ -204,10 +183,7 @@ def measure(settings: BookkeepingSettings, console: Console) -> Findings:
         ]
     return Findings(
         {"reading": reading, "steps": steps},
-        [
-            ResultTable("Python of reading a prompt", _READING, as_plain(reading)),
-            ResultTable("Python of a step", _STEPS, as_plain(steps)),
-        ],
+        [ResultTable("Python of reading a prompt", _READING, reading), ResultTable("Python of a step", _STEPS, steps)],
     )
 
 

@@ -17,10 +17,10 @@ from typing import Annotated
 
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIRS
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from easyspec.errors import UnavailableError
 
 _COLUMNS = (
@@ -40,19 +40,9 @@ class FirstAnswerSettings:
     runs: Annotated[int, flag("How many times.", minimum=1)] = 5
 
 
-@dataclass(frozen=True)
-class FirstAnswer:
-    """Seconds from the start of the command to its first text, to the whole answer, and to its end."""
-
-    run: int
-    first_text_s: float
-    answer_s: float
-    ended_s: float
-    answer: str
-
-
-def ask(settings: FirstAnswerSettings, run: int) -> FirstAnswer:
-    """Start `easyspec chat`, ask, and wait for its end. Raises UnavailableError if it fails or says nothing."""
+def ask(settings: FirstAnswerSettings, run: int) -> Row:
+    """Start `easyspec chat`, ask, and wait for its end: seconds from the start of the command to its first text, to the
+    whole answer, and to its end. Raises UnavailableError if it fails or says nothing."""
     flags = ["--temperature", "0", "--max-tokens", str(settings.max_tokens)]
     command = [sys.executable, "-m", "easyspec.cli.main", "chat", str(settings.model), *flags]
     started = time.monotonic()
@@ -72,15 +62,16 @@ def ask(settings: FirstAnswerSettings, run: int) -> FirstAnswer:
     if process.returncode != 0 or not answer:
         raise UnavailableError(f"`easyspec chat` ended with {process.returncode}: {messages.strip()[-400:]}")
     last_s = max(at for at, piece in pieces if piece.strip())
-    return FirstAnswer(run, round(pieces[0][0], 2), round(last_s, 2), round(ended_s, 2), answer)
+    times = {"first_text_s": pieces[0][0], "answer_s": last_s, "ended_s": ended_s}
+    return {"run": run, **{name: round(seconds, 2) for name, seconds in times.items()}, "answer": answer}
 
 
 def measure(settings: FirstAnswerSettings, console: Console) -> Findings:
     answers = [ask(settings, run) for run in range(1, settings.runs + 1)]
-    times = [answer.answer_s for answer in answers]
+    times = [answer["answer_s"] for answer in answers]
     return Findings(
-        {"answers": as_plain(answers), "median_answer_s": statistics.median(times), "longest_answer_s": max(times)},
-        [ResultTable("From the start of the command", _COLUMNS, as_plain(answers))],
+        {"answers": answers, "median_answer_s": statistics.median(times), "longest_answer_s": max(times)},
+        [ResultTable("From the start of the command", _COLUMNS, answers)],
         checkpoints=[settings.model],
     )
 

@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.random_weights import RandomWeights, write_config
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
 from drafter_service.model.plan_choice import time_plans
 from easyspec.model.config import load_config
@@ -34,10 +34,7 @@ _CPU = torch.device("cpu")
 _HEAD_DIM, _VOCAB = 64, 8192
 _NUM_SLOTS = 256
 _GROUP_SIZES = (2, 4)
-
 _NAMES = tuple(f"{mlp.value} {size}" for mlp, size in itertools.product(MlpPlacement, _GROUP_SIZES))
-
-
 _COLUMNS = (
     Column("width", "width"),
     Column("layers", "num_layers"),
@@ -54,17 +51,6 @@ class LayerGroupSettings:
     threads: Annotated[tuple[int, ...], flag("Threads of the executor.")] = (1, 2)
 
 
-@dataclass(frozen=True)
-class GroupTimes:
-    """A draft's exact step in milliseconds, and how many times as fast each plan's is, by its name and group size."""
-
-    width: int
-    num_layers: int
-    num_threads: int
-    exact_ms: float
-    speed_ups: dict[str, float]
-
-
 def shape_of(width: int, num_layers: int) -> ModelShape:
     """A draft of such a width, its MLP 8 / 3 as wide, as Llama's are."""
     num_heads = max(1, width // _HEAD_DIM)
@@ -77,8 +63,9 @@ def plans_of(num_layers: int) -> list[LayerPlan]:
     return [paper_plan(num_layers, size, mlp) for mlp, size in itertools.product(MlpPlacement, _GROUP_SIZES)]
 
 
-def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> GroupTimes:
-    """Time one draft; its weights are in bfloat16, as drafts ship."""
+def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> Row:
+    """A draft's exact step in milliseconds, and how many times as fast each plan's is, by its name and group size; its
+    weights are in bfloat16, as drafts ship."""
     config = load_config(write_config(folder, shape_of(width, num_layers), "bfloat16", 512))
     executor = choose_executor("native", _CPU, num_threads=num_threads)
     decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(_CPU))
@@ -86,12 +73,12 @@ def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> G
     with torch.inference_mode():
         exact_ms, *fuzzy_ms = time_plans(decoder, memory, [sequential_plan(num_layers), *plans_of(num_layers)])
     speed_ups = {name: round(exact_ms / each_ms, 3) for name, each_ms in zip(_NAMES, fuzzy_ms, strict=True)}
-    return GroupTimes(width, num_layers, num_threads, round(exact_ms, 4), speed_ups)
+    found = {"exact_ms": round(exact_ms, 4), "speed_ups": speed_ups}
+    return {"width": width, "num_layers": num_layers, "num_threads": num_threads, **found}
 
 
 def measure(settings: LayerGroupSettings, console: Console) -> Findings:
     """Time every draft on every number of threads."""
-
     drafts = list(itertools.product(settings.widths, settings.layers, settings.threads))
     with tempfile.TemporaryDirectory() as name, progress_on(console) as progress:
         bar = progress.add_task("drafts", total=len(drafts))
@@ -100,7 +87,7 @@ def measure(settings: LayerGroupSettings, console: Console) -> Findings:
             times.append(time_draft(Path(name), width, num_layers, num_threads))
             progress.advance(bar)
     title = "Times as fast as the exact step: MLPs as the paper places them or staged, layers in groups of"
-    return Findings({"times": times}, [ResultTable(title, _COLUMNS, as_plain(times))])
+    return Findings({"times": times}, [ResultTable(title, _COLUMNS, times)])
 
 
 BENCHMARK = Benchmark("python -m bench layer-groups", __doc__, LayerGroupSettings, measure)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from bench.harness.tables import Row
 from bench.ranks.constants import ATTENTION_OPERATIONS, MLP_OPERATIONS, Constants
 from bench.ranks.models import BASE, DRAFT
 from bench.ranks.passes import CALIBRATED_ROWS, WORKLOAD, RoundTimes
@@ -12,22 +12,6 @@ from easyspec.planner.costs import CostModel, Load
 from easyspec.planner.hardware import Device, Stack
 from easyspec.planner.planner import draft_pass_us
 from easyspec.planner.scheme import DraftScheme
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: estimated and measured, milliseconds."""
-
-    num_ranks: int
-    scheme: str
-    figure: str
-    model_ms: float
-    measured_ms: float
-
-    @property
-    def ratio(self) -> float:
-        """Above 1 the model is too slow."""
-        return self.model_ms / self.measured_ms
 
 
 def cost_model(constants: Constants) -> CostModel:
@@ -56,7 +40,7 @@ def cost_model(constants: Constants) -> CostModel:
 
 
 def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) -> Iterator[Row]:
-    """Estimates of a round's parts beside the measurement."""
+    """Estimates of a round's parts beside the measurement, milliseconds; a ratio above 1: the model is too slow."""
     costs, w = cost_model(constants), WORKLOAD
     calibrate, level = Load(CALIBRATED_ROWS, w.context_tokens), Load(w.tree_width, w.context_tokens)
     calibrate_ms = draft_pass_us(costs, DRAFT, scheme, calibrate, is_calibration=True) / 1e3
@@ -71,4 +55,5 @@ def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) 
         "round": (round_ms, measured.round_ms),
     }
     for figure, (model_ms, measured_ms) in figures.items():
-        yield Row(constants.num_ranks, scheme.name, figure, model_ms, measured_ms)
+        times = {"model_ms": model_ms, "measured_ms": measured_ms, "ratio": model_ms / measured_ms}
+        yield {"num_ranks": constants.num_ranks, "scheme": scheme.name, "figure": figure, **times}

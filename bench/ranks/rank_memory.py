@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 from rich.console import Console
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.machine import REPOSITORY
 from bench.harness.tables import Column, ResultTable
@@ -45,21 +45,12 @@ class MemorySettings:
     ranks: Annotated[tuple[int, ...], flag("Sizes of groups; one or several.", minimum=1)] = (1, 2, 4)
 
 
-@dataclass(frozen=True)
-class RankMemory:
-    """Of one rank, in bytes above what the process had before: the most while loading, and when ready to run."""
-
-    rank: int
-    peak_bytes: int
-    ready_bytes: int
-
-
 def measure(settings: MemorySettings, console: Console) -> Findings:
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.model or write_random_llama(Path(temporary))
         config = load_config(folder)
         file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        rows = [{"num_ranks": size, "ranks": as_plain(load_on(folder, size))} for size in settings.ranks]
+        rows = [{"num_ranks": size, "ranks": load_on(folder, size)} for size in settings.ranks]
     title = (
         f"A checkpoint of {file_bytes / _MIB:.0f} MiB in {str(config.dtype).removeprefix('torch.')}, of which "
         f"{replicated_bytes(config) / _MIB:.0f} MiB (embeddings) are on every rank."
@@ -86,20 +77,21 @@ def write_random_llama(folder: Path) -> Path:
     return folder
 
 
-def load_on(folder: Path, num_ranks: int) -> list[RankMemory]:
-    """Load a checkpoint on so many ranks, each a process of its own; by rank. Raises CalledProcessError."""
+def load_on(folder: Path, num_ranks: int) -> list[dict[str, int]]:
+    """Load a checkpoint on so many ranks, each a process of its own; what each says of itself, by rank. Raises
+    CalledProcessError."""
     command = [sys.executable, *torchrun_arguments(num_ranks), "-m", "bench.ranks.rank_memory", str(folder)]
     result = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=_TIMEOUT_S, check=True)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    return sorted((RankMemory(**json.loads(line)) for line in lines), key=lambda memory: memory.rank)
+    found = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    return sorted(found, key=lambda memory: memory["rank"])
 
 
 def replicated_bytes(config: ModelConfig) -> int:
     return config.vocab_size * config.hidden_size * config.dtype.itemsize
 
 
-def _measure_own(folder: Path) -> RankMemory:
-    """Under torchrun: of this rank."""
+def _measure_own(folder: Path) -> dict[str, int]:
+    """Under torchrun: of this rank, bytes above what the process had before: the most while loading, and when ready."""
     torch.set_num_threads(1)
     config = load_config(folder)
     ranks = join_group(_CPU)
@@ -112,7 +104,7 @@ def _measure_own(folder: Path) -> RankMemory:
     ready = _status_bytes("VmRSS")
     assert decoder.num_weight_bytes <= ready, "weights are in memory"
     leave_group()
-    return RankMemory(ranks.rank, peak - before, ready - before)
+    return {"rank": ranks.rank, "peak_bytes": peak - before, "ready_bytes": ready - before}
 
 
 def _status_bytes(name: str) -> int:
@@ -127,4 +119,4 @@ def _mib(sizes: Iterable[int]) -> str:
 BENCHMARK = Benchmark("python -m bench rank-memory", __doc__, MemorySettings, measure, is_markdown=True)
 
 if __name__ == "__main__":  # one rank of `load_on`
-    print(json.dumps(as_plain(_measure_own(Path(sys.argv[1])))), flush=True)
+    print(json.dumps(_measure_own(Path(sys.argv[1]))), flush=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from bench.harness.benchmark import as_plain
+from bench.harness.tables import Row
 from bench.ranks.constants import Constants, measure_constants
-from bench.ranks.estimates import Row, round_rows
+from bench.ranks.estimates import round_rows
 from bench.ranks.models import BASE, CPU, DRAFT
 from bench.ranks.passes import load, measure_rounds
 from easyspec.parallel.rank_placement import RankPlacement
@@ -30,8 +31,8 @@ def work(folder: Path, num_rounds: int) -> None:
     constants = measure_constants(ranks, own)
     rows = list(_rounds(own, ranks, constants, num_rounds))
     if ranks.rank == 0:
-        group = {"constants": constants, "rows": [as_plain(row) | {"ratio": row.ratio} for row in rows]}
-        (folder / "result.json").write_text(json.dumps(as_plain(group)), encoding="utf-8")
+        group = {"constants": asdict(constants), "rows": rows}
+        (folder / "result.json").write_text(json.dumps(group), encoding="utf-8")
     leave_group()
 
 

@@ -13,7 +13,8 @@ from rich.progress import Progress
 
 from bench.harness.clients import GatewayClient
 from bench.harness.streams import Outcome, Speculation, Stream
-from bench.serving.summary import Percentiles, inter_token_s, percentiles
+from bench.harness.tables import Row
+from bench.serving.summary import inter_token_s, percentiles
 from bench.serving.workload import Workload
 from easyspec.errors import EasyspecError
 
@@ -37,35 +38,9 @@ class OverloadSettings:
     max_slowdown: float = 2.0
 
 
-@dataclass(frozen=True)
-class OverloadReport:
-    """What became of the requests. `recovery_s` is when, after the load, a lone request was as quick as before it;
-    `slowdown` is the p99 of the time between two tokens of those accepted over that at capacity.
-    """
-
-    capacity_per_s: float
-    offered_per_s: float
-    duration_s: float
-    num_offered: int
-    num_complete: int
-    num_wrong: int
-    num_refused: int
-    num_refused_without_hint: int
-    num_failed: int
-    complete_ms: Percentiles | None
-    refused_ms: Percentiles | None
-    capacity_inter_token_ms: Percentiles | None
-    inter_token_ms: Percentiles | None
-    slowdown: float | None
-    baseline_ms: float
-    recovery_s: float | None
-    is_passed: bool
-    verdict: str
-
-
 async def run_overload(
     client: GatewayClient, workload: Workload, settings: OverloadSettings, progress: Progress
-) -> OverloadReport:
+) -> Row:
     """Learn the right answers and the capacity, overload, then watch the recovery."""
     bar = progress.add_task("learning the answers", total=3)
     expected, baseline_s = await _learn_answers(client, workload)
@@ -149,8 +124,12 @@ def overload_report(
     expected: Sequence[Sequence[int]],
     baseline_s: float,
     recovery_s: float | None,
-) -> OverloadReport:
-    """Judge what became of `streams`; `expected` are the tokens of each distinct request, times are in seconds."""
+) -> Row:
+    """Judge what became of `streams`; `expected` are the tokens of each distinct request, times are in seconds.
+
+    `recovery_s` is when, after the load, a lone request was as quick as before it; `slowdown` is the p99 of the time
+    between two tokens of those accepted over that at capacity.
+    """
     complete = [stream for stream in streams if stream.outcome is Outcome.COMPLETE]
     refused = [stream for stream in streams if stream.outcome is Outcome.REFUSED]
     wrong = [stream for stream in complete if stream.token_ids != expected[stream.index % _NUM_TASKS]]
@@ -158,30 +137,30 @@ def overload_report(
     num_failed = len(streams) - len(complete) - len(refused)
     is_recovered = recovery_s is not None and recovery_s <= MAX_RECOVERY_S
     capacity_gaps, gaps = percentiles([*inter_token_s(at_capacity)]), percentiles([*inter_token_s(complete)])
-    slowdown = gaps.p99 / capacity_gaps.p99 if gaps is not None and capacity_gaps is not None else None
+    slowdown = gaps["p99"] / capacity_gaps["p99"] if gaps is not None and capacity_gaps is not None else None
     is_quick = slowdown is None or slowdown <= settings.max_slowdown  # unknown where each answer came in one message
     is_passed = bool(complete) and not wrong and not hintless and num_failed == 0 and is_recovered and is_quick
     recovered = f"recovered after {recovery_s:.1f} s" if recovery_s is not None else "did not recover"
-    return OverloadReport(
-        capacity_per_s=capacity_per_s,
-        offered_per_s=settings.factor * capacity_per_s,
-        duration_s=settings.duration_s,
-        num_offered=len(streams),
-        num_complete=len(complete),
-        num_wrong=len(wrong),
-        num_refused=len(refused),
-        num_refused_without_hint=len(hintless),
-        num_failed=num_failed,
-        complete_ms=percentiles([stream.ended_s - stream.started_s for stream in complete]),
-        refused_ms=percentiles([stream.ended_s - stream.started_s for stream in refused]),
-        capacity_inter_token_ms=capacity_gaps,
-        inter_token_ms=gaps,
-        slowdown=slowdown,
-        baseline_ms=baseline_s * 1e3,
-        recovery_s=recovery_s,
-        is_passed=is_passed,
-        verdict=f"overload {'passed' if is_passed else 'FAILED'}: of {len(streams)} requests {len(complete)} were "
+    return {
+        "capacity_per_s": capacity_per_s,
+        "offered_per_s": settings.factor * capacity_per_s,
+        "duration_s": settings.duration_s,
+        "num_offered": len(streams),
+        "num_complete": len(complete),
+        "num_wrong": len(wrong),
+        "num_refused": len(refused),
+        "num_refused_without_hint": len(hintless),
+        "num_failed": num_failed,
+        "complete_ms": percentiles([stream.ended_s - stream.started_s for stream in complete]),
+        "refused_ms": percentiles([stream.ended_s - stream.started_s for stream in refused]),
+        "capacity_inter_token_ms": capacity_gaps,
+        "inter_token_ms": gaps,
+        "slowdown": slowdown,
+        "baseline_ms": baseline_s * 1e3,
+        "recovery_s": recovery_s,
+        "is_passed": is_passed,
+        "verdict": f"overload {'passed' if is_passed else 'FAILED'}: of {len(streams)} requests {len(complete)} were "
         f"served ({len(wrong)} wrong), {len(refused)} refused ({len(hintless)} without retry-after), "
         f"{num_failed} failed; {recovered}; p99 between tokens "
         + (f"{slowdown:.2f} times that at capacity" if slowdown is not None else "not known"),
-    )
+    }

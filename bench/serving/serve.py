@@ -12,18 +12,18 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts
 from bench.harness.provenance import provenance_lines
 from bench.harness.streams import Speculation
-from bench.harness.tables import Column, ResultTable, markdown_table
+from bench.harness.tables import Column, ResultTable, Row, markdown_table
 from bench.harness.turns import progress_on, rotated
 from bench.serving.load import LoadGenerator, Window, WindowSettings
-from bench.serving.overload import OverloadReport, OverloadSettings, run_overload
-from bench.serving.summary import ServeResult, summarize
+from bench.serving.overload import OverloadSettings, run_overload
+from bench.serving.summary import summarize
 from bench.serving.workload import MIXES, Workload
 from easyspec.cli.processes import DRAFTER, GATEWAY, VERIFIER
 
@@ -90,27 +90,26 @@ class ServeSettings:
 async def measure(settings: ServeSettings, console: Console) -> Findings:
     """Load the services; fails if a request did, or an overload did not pass."""
     pair = PAIRS[settings.pair]
-    overload: OverloadReport | None = None
-    results: list[ServeResult] = []
+    overload: Row | None = None
+    rows: list[Row] = []
     async with AsyncExitStack() as exits:
         gateway, verifier = await exits.enter_async_context(_services(settings, pair))
         client = await exits.enter_async_context(GatewayClient(gateway, settings.timeout_s))
         info = await client.info()
         progress = exits.enter_context(progress_on(console))
         if settings.overload_s is None:
-            results = await measure_windows(client, verifier, settings, progress, pair.prompts)
+            rows = await measure_windows(client, verifier, settings, progress, pair.prompts)
         else:
             wanted = OverloadSettings(settings.overload_s, concurrency=max(settings.concurrencies))
             workload = Workload(settings.mix, settings.seed, pair.prompts)
             overload = await run_overload(client, workload, wanted, progress)
-    rows = as_plain(results)
     if settings.plot is not None:
         from bench.serving.plot import write_plot  # brings matplotlib along, which only this needs
 
         write_plot(rows, settings.plot)
-    num_failed = sum(result.num_failed for result in results)
+    num_failed = sum(row["num_failed"] for row in rows)
     notes = [f"{num_failed} requests failed"] if num_failed else []
-    notes += [overload.verdict] if overload is not None else []
+    notes += [overload["verdict"]] if overload is not None else []
     return Findings(
         content={
             "pair": {
@@ -124,7 +123,7 @@ async def measure(settings: ServeSettings, console: Console) -> Findings:
         tables=[ResultTable("medians over windows; times are p50/p95/p99", COLUMNS, rows)],
         notes=notes,
         checkpoints=[] if settings.gateway else pair.checkpoints,
-        exit_code=1 if num_failed or (overload is not None and not overload.is_passed) else 0,
+        exit_code=1 if num_failed or (overload is not None and not overload["is_passed"]) else 0,
     )
 
 
@@ -134,13 +133,13 @@ async def measure_windows(
     settings: ServeSettings,
     progress: Progress,
     source: PairPrompts = HELD_OUT_TEXT,
-) -> list[ServeResult]:
+) -> list[Row]:
     """All concurrencies one after the other, their settings interleaved."""
     generator = LoadGenerator(client, verifier, Workload(settings.mix, settings.seed, source))
     speculations = [Speculation(name) for name in settings.speculations]
     num_windows = 1 + settings.num_turns * len(speculations)
     bar = progress.add_task("starting", total=len(settings.concurrencies) * num_windows)
-    results: list[ServeResult] = []
+    rows: list[Row] = []
     for concurrency in settings.concurrencies:
         window_settings = WindowSettings(concurrency, settings.window_s, settings.max_ramp_s, settings.rate)
         progress.update(bar, description=f"{concurrency} streams: settling")
@@ -155,8 +154,8 @@ async def measure_windows(
                 windows.append(await generator.run(window_settings, speculation, (turn + 1) * TASKS_PER_TURN))
                 progress.advance(bar)
             turns.append(windows)
-        results += summarize(concurrency, turns)
-    return results
+        rows += summarize(concurrency, turns)
+    return rows
 
 
 @asynccontextmanager

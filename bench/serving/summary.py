@@ -7,59 +7,26 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from bench.harness.streams import Outcome, Round, Speculation, Stream
+from bench.harness.tables import Row
 from bench.serving.load import Window
 
 _MS_PER_S = 1e3
 
 
-@dataclass(frozen=True)
-class Percentiles:
-    """Of a set of times in milliseconds."""
-
-    p50: float
-    p95: float
-    p99: float
-
-
-@dataclass(frozen=True)
-class ServeResult:
-    """One speculation setting at one concurrency.
+def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[Row]:
+    """One row per setting at one concurrency; a turn holds one window of each setting, which ran next to each other.
 
     `tokens_per_s` is the median over windows of output tokens that came in a window / its length; `vs_best` (auto only)
     is all its tokens / those of the better of off and on, which is the one that brought more over all turns (the better
     of each turn would be the luckier one of two), and `vs_best_error` its standard error by the ratios of single turns.
-    Inter-token times count every token: those that
-    came in one message share its gap evenly. `batch_sessions` and `batch_rows` are means over verifier steps,
-    `batch_occupancy` is sessions / concurrency, `kv_use` the mean share of the verifier's KV pool. None: not known.
+    Inter-token times count every token: those that came in one message share its gap evenly. `batch_sessions` and
+    `batch_rows` are means over verifier steps, `batch_occupancy` is sessions / concurrency, `kv_use` the mean share of
+    the verifier's KV pool. None: not known.
     """
-
-    concurrency: int
-    speculation: str
-    tokens_per_s: float
-    tokens_per_s_by_window: tuple[float, ...]
-    vs_best: float | None
-    vs_best_error: float | None
-    ttft_ms: Percentiles | None
-    inter_token_ms: Percentiles | None
-    mean_acceptance_length: float | None
-    draft_share: float
-    batch_occupancy: float | None
-    batch_sessions: float | None
-    batch_rows: float | None
-    kv_use: float | None
-    num_requests: int
-    num_complete: int
-    num_refused: int
-    num_failed: int
-
-
-def summarize(concurrency: int, turns: Sequence[Sequence[Window]]) -> list[ServeResult]:
-    """Results of one concurrency; a turn holds one window of each setting, which ran next to each other."""
     by_setting: dict[Speculation, list[Window]] = {setting: [] for setting in Speculation}
     for window in itertools.chain.from_iterable(turns):
         by_setting[window.speculation].append(window)
@@ -78,12 +45,12 @@ def throughput(window: Window) -> float:
     return num_tokens / (window.end_s - window.start_s)
 
 
-def percentiles(values_s: Sequence[float]) -> Percentiles | None:
-    """Of times in seconds; None without any."""
+def percentiles(values_s: Sequence[float]) -> dict[str, float] | None:
+    """In milliseconds, of times in seconds; None without any."""
     if not values_s:
         return None
-    p50, p95, p99 = (float(value) for value in np.percentile(np.array(values_s) * _MS_PER_S, (50, 95, 99)))
-    return Percentiles(p50, p95, p99)
+    found = np.percentile(np.array(values_s) * _MS_PER_S, (50, 95, 99))
+    return dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True))
 
 
 def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> tuple[float | None, float | None]:
@@ -104,7 +71,7 @@ def _ratio_to_best(turns: Sequence[Sequence[Window]]) -> tuple[float | None, flo
 
 def _result(
     concurrency: int, setting: Speculation, windows: Sequence[Window], vs_best: float | None, error: float | None
-) -> ServeResult:
+) -> Row:
     rounds = [each for window in windows for each in _rounds(window)]
     streams = [stream for window in windows for stream in window.streams]
     outcomes = Counter(stream.outcome for stream in streams)
@@ -115,28 +82,28 @@ def _result(
     weights = [1 / each.num_batch_sessions for each in rounds if each.num_batch_sessions]
     num_steps = sum(weights)
     rows = sum(each.num_batch_rows / each.num_batch_sessions for each in rounds if each.num_batch_sessions)
-    return ServeResult(
-        concurrency=concurrency,
-        speculation=setting.value,
-        tokens_per_s=statistics.median(speeds),
-        tokens_per_s_by_window=speeds,
-        vs_best=vs_best,
-        vs_best_error=error,
-        ttft_ms=percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
-        inter_token_ms=percentiles(
+    return {
+        "concurrency": concurrency,
+        "speculation": setting.value,
+        "tokens_per_s": statistics.median(speeds),
+        "tokens_per_s_by_window": speeds,
+        "vs_best": vs_best,
+        "vs_best_error": error,
+        "ttft_ms": percentiles([time_s for stream in streams if (time_s := stream.time_to_first_token_s) is not None]),
+        "inter_token_ms": percentiles(
             [gap for window in windows for gap in inter_token_s(window.streams, window.start_s, window.end_s)]
         ),
-        mean_acceptance_length=1 + statistics.mean(each.num_accepted for each in drafted) if drafted else None,
-        draft_share=len(drafted) / len(rounds) if rounds else 0.0,
-        batch_occupancy=len(weights) / num_steps / concurrency if num_steps else None,
-        batch_sessions=len(weights) / num_steps if num_steps else None,
-        batch_rows=rows / num_steps if num_steps else None,
-        kv_use=statistics.mean(kv_uses) if kv_uses else None,
-        num_requests=len(streams),
-        num_complete=outcomes[Outcome.COMPLETE],
-        num_refused=outcomes[Outcome.REFUSED],
-        num_failed=outcomes[Outcome.FAILED],
-    )
+        "mean_acceptance_length": 1 + statistics.mean(each.num_accepted for each in drafted) if drafted else None,
+        "draft_share": len(drafted) / len(rounds) if rounds else 0.0,
+        "batch_occupancy": len(weights) / num_steps / concurrency if num_steps else None,
+        "batch_sessions": len(weights) / num_steps if num_steps else None,
+        "batch_rows": rows / num_steps if num_steps else None,
+        "kv_use": statistics.mean(kv_uses) if kv_uses else None,
+        "num_requests": len(streams),
+        "num_complete": outcomes[Outcome.COMPLETE],
+        "num_refused": outcomes[Outcome.REFUSED],
+        "num_failed": outcomes[Outcome.FAILED],
+    }
 
 
 def _rounds(window: Window) -> Iterator[Round]:

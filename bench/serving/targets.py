@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.machine import REPOSITORY
 from bench.harness.pairs import PAIRS, start_services
 from bench.harness.provenance import provenance_lines
 from bench.harness.streams import Speculation
-from bench.harness.tables import Column, ResultTable, markdown_table
+from bench.harness.tables import Column, ResultTable, Row, markdown_table
 from bench.harness.turns import progress_on, rotated
 from bench.serving.load import LoadGenerator, Window, WindowSettings
 from bench.serving.serve import TASKS_PER_TURN
@@ -64,28 +64,6 @@ class TargetSettings:
     seed: Annotated[int, flag("Chooses prompts, lengths and noise.")] = 7
 
 
-@dataclass(frozen=True)
-class TargetResult:
-    """One base model under one setting, while the others were under the same.
-
-    `vs_plain` is the median of per-turn ratios to `off`. Of every task that `off` was given in the same turn, as many
-    tokens as both came to are compared; `num_differing` counts the tasks in which some differed.
-    """
-
-    model: str
-    num_layers: int
-    speculation: str
-    tokens_per_s: float
-    tokens_per_s_by_turn: tuple[float, ...]
-    vs_plain: float | None
-    vs_plain_by_turn: tuple[float, ...]
-    mean_acceptance_length: float | None
-    draft_share: float
-    num_compared_tokens: int
-    num_differing: int
-    num_failed: int
-
-
 async def measure(settings: TargetSettings, console: Console) -> Findings:
     """Load both models; fails if a request did, or said something else than plain decoding."""
     pair = PAIRS[settings.pair]
@@ -100,15 +78,15 @@ async def measure(settings: TargetSettings, console: Console) -> Findings:
         ]
         with progress_on(console) as progress:
             turns = await measure_windows(clients, settings, progress)
-    results = [
-        result
+    rows = [
+        row
         for model, turns_of in zip(models, turns, strict=True)
-        for result in results_of(model.name, model.num_layers, settings.num_streams, turns_of)
+        for row in rows_of(model.name, model.num_layers, settings.num_streams, turns_of)
     ]
-    num_bad = sum(result.num_failed + result.num_differing for result in results)
+    num_bad = sum(row["num_failed"] + row["num_differing"] for row in rows)
     return Findings(
-        content={"pair": pair.name, "results": results},
-        tables=[ResultTable("all models at the same time; medians over windows", COLUMNS, as_plain(results))],
+        content={"pair": pair.name, "results": rows},
+        tables=[ResultTable("all models at the same time; medians over windows", COLUMNS, rows)],
         notes=[f"{num_bad} requests failed or said something else than plain decoding (expected 0)"],
         checkpoints=pair.checkpoints,
         exit_code=1 if num_bad else 0,
@@ -145,30 +123,33 @@ async def measure_windows(
     return turns
 
 
-def results_of(
-    model: str, num_layers: int, num_streams: int, turns: Sequence[dict[Speculation, Window]]
-) -> list[TargetResult]:
-    rows: list[TargetResult] = []
+def rows_of(model: str, num_layers: int, num_streams: int, turns: Sequence[dict[Speculation, Window]]) -> list[Row]:
+    """One base model under each setting, while the others were under the same.
+
+    `vs_plain` is the median of per-turn ratios to `off`. Of every task that `off` was given in the same turn, as many
+    tokens as both came to are compared; `num_differing` counts the tasks in which some differed.
+    """
+    rows: list[Row] = []
     for found in summarize(num_streams, [list(turn.values()) for turn in turns]):
-        speculation = Speculation(found.speculation)
+        speculation = Speculation(found["speculation"])
         pairs = [(turn[speculation], turn[Speculation.OFF]) for turn in turns if speculation is not Speculation.OFF]
         ratios = [throughput(window) / max(throughput(plain), 1e-9) for window, plain in pairs]
         compared = [_compare(plain, window) for window, plain in pairs]
         rows.append(
-            TargetResult(
-                model,
-                num_layers,
-                found.speculation,
-                found.tokens_per_s,
-                found.tokens_per_s_by_window,
-                statistics.median(ratios) if ratios else None,
-                tuple(ratios),
-                found.mean_acceptance_length,
-                found.draft_share,
-                sum(num_tokens for num_tokens, _ in compared),
-                sum(num_differing for _, num_differing in compared),
-                found.num_failed,
-            )
+            {
+                "model": model,
+                "num_layers": num_layers,
+                "speculation": found["speculation"],
+                "tokens_per_s": found["tokens_per_s"],
+                "tokens_per_s_by_turn": found["tokens_per_s_by_window"],
+                "vs_plain": statistics.median(ratios) if ratios else None,
+                "vs_plain_by_turn": ratios,
+                "mean_acceptance_length": found["mean_acceptance_length"],
+                "draft_share": found["draft_share"],
+                "num_compared_tokens": sum(num_tokens for num_tokens, _ in compared),
+                "num_differing": sum(num_differing for _, num_differing in compared),
+                "num_failed": found["num_failed"],
+            }
         )
     return rows
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from bench.harness.benchmark import as_plain
 from bench.harness.tables import Column, Row
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 
@@ -22,31 +19,15 @@ GAIN_COLUMNS = (
 _FUSED = frozenset((DraftSources.MODEL | TEXT_SOURCES).names)
 
 
-@dataclass(frozen=True)
-class LengthGain:
-    """Mean acceptance lengths on a task. `temperature` None: as many tokens of every temperature of the run."""
-
-    task: str
-    node_budget: int
-    temperature: float | None
-    fused: float
-    best_single: float
-    best_source: str
-
-    @property
-    def ratio(self) -> float:
-        """Fused against the best single source."""
-        return self.fused / self.best_single
-
-
-def length_gains(rows: Iterable[Row]) -> list[LengthGain]:
-    """By task, budget and temperature, and over temperatures where there are several; nothing for what lacks a fused
-    row, or a single source that drafted. Over temperatures the best source is the one that is best over all of them."""
+def length_gains(rows: Iterable[Row]) -> list[Row]:
+    """Mean acceptance lengths by task, budget and temperature, and over temperatures (None) where there are several;
+    nothing for what lacks a fused row, or a single source that drafted. Over temperatures every one counts as many
+    tokens, and the best source is the one that is best over all of them."""
     lengths: dict[tuple[str, int], dict[frozenset[str], dict[float, float]]] = {}
     for row in rows:
         by_set = lengths.setdefault((row["task"], row["node_budget"]), {})
         by_set.setdefault(frozenset(row["sources"]), {})[row["temperature"]] = row["mean_acceptance_length"]
-    gains: list[LengthGain] = []
+    gains: list[Row] = []
     for (task, node_budget), by_set in sorted(lengths.items()):
         temperatures = sorted({temperature for of_set in by_set.values() for temperature in of_set})
         choices: list[tuple[float | None, Sequence[float]]] = [(one, [one]) for one in temperatures]
@@ -62,10 +43,6 @@ def length_gains(rows: Iterable[Row]) -> list[LengthGain]:
             singles = {next(iter(sources)): mean for sources, mean in means.items() if len(sources) == 1}
             if _FUSED in means and any(singles.values()):
                 best = max(singles, key=lambda name: singles[name])
-                gains.append(LengthGain(task, node_budget, temperature, means[_FUSED], singles[best], best))
+                lengths_of = {"fused": means[_FUSED], "best_single": singles[best], "best_source": best}
+                gains.append({"task": task, "node_budget": node_budget, "temperature": temperature, **lengths_of})
     return gains
-
-
-def gain_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """As a table has them."""
-    return [as_plain(gain) for gain in length_gains(rows)]

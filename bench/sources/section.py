@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.harness.provenance import provenance_lines
 from bench.harness.tables import markdown_table
-from bench.sources.lengths import GAIN_COLUMNS, gain_rows
+from bench.sources.lengths import GAIN_COLUMNS, length_gains
 from bench.sources.sources import COLUMNS
 
 _ASKED = {
@@ -28,7 +28,7 @@ def sources_section(name: str, report: Mapping[str, Any]) -> str:
         f"{_ASKED[settings.get('ask', 'where-it-pays')]}\n",
         markdown_table(COLUMNS, order) + "\n",
     ]
-    if gains := gain_rows(rows):
+    if gains := length_gains(rows):
         lines.append("Tokens a round of model, retrieval and n-grams fused, and of the best of them alone:\n")
         lines.append(markdown_table(GAIN_COLUMNS, gains) + "\n")
     return "\n".join(lines)

@@ -21,10 +21,10 @@ from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
 from bench.harness.prompts import prompts_in_turn
 from bench.harness.streams import Task
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import one_by_one, progress_on, rotated
 from bench.sources.datastore import ensure_datastore
-from bench.sources.lengths import GAIN_COLUMNS, gain_rows
+from bench.sources.lengths import GAIN_COLUMNS, length_gains
 from easyspec.cli.processes import DRAFTER
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import ALL_SOURCES, SINGLE_SOURCES, TEXT_SOURCES, DraftSources, parse_sources
@@ -89,37 +89,20 @@ class Measured:
     sample: Sample
 
 
-@dataclass(frozen=True)
-class SourcesResult:
-    """One row. Lengths are over all rounds with a tree; speeds are medians over prompts."""
-
-    task: str
-    sources: list[str]
-    node_budget: int
-    temperature: float
-    mean_acceptance_length: float
-    draft_ms_per_round: float
-    tokens_per_s: float
-    speedup_vs_plain: float
-    accepted_by_source: dict[str, int]
-    num_differing_completions: int
-
-
 async def measure(settings: SourcesSettings, console: Console) -> Findings:
     """Start the services and ask; a completion that differs from plain decoding's makes the run fail."""
     pair = PAIRS[settings.pair]
-    results = summarize_sources(await _complete_all(pair, settings, console))
-    rows = as_plain(results)
-    num_differing = sum(result.num_differing_completions for result in results)
+    rows = summarize_sources(await _complete_all(pair, settings, console))
+    num_differing = sum(row["num_differing_completions"] for row in rows)
     sets = ["+".join(sources.names) for sources in settings.source_sets()]
     tables = [ResultTable("lengths of rounds, and medians over prompts", COLUMNS, rows)]
-    if gains := gain_rows(rows):
+    if gains := length_gains(rows):
         tables.append(ResultTable("tokens a round, fused and of the best single source", GAIN_COLUMNS, gains))
     return Findings(
         content={
             "pair": pair.name,
             "settings": {**as_plain(settings), "source_sets": sets, "num_levels": _NUM_LEVELS, "width": _WIDTH},
-            "results": results,
+            "results": rows,
         },
         tables=tables,
         notes=[f"{num_differing} completions differ from plain decoding (expected 0)"],
@@ -140,8 +123,9 @@ def source_sets() -> list[DraftSources]:
     return [*sets, early, early | DraftSources.MODEL, early | TEXT_SOURCES, ALL_SOURCES]
 
 
-def summarize_sources(measured: Sequence[Measured]) -> list[SourcesResult]:
-    """One row per task, set of sources, node budget and temperature, in the order in which they were measured."""
+def summarize_sources(measured: Sequence[Measured]) -> list[Row]:
+    """One row per task, set of sources, node budget and temperature, in the order in which they were measured. Lengths
+    are over all rounds with a tree; speeds are medians over prompts."""
     plain = {
         (one.task_name, one.sample.temperature, one.sample.prompt_index): one.sample
         for one in measured
@@ -152,14 +136,14 @@ def summarize_sources(measured: Sequence[Measured]) -> list[SourcesResult]:
         if one.sample.mode.layer_plan is not None:
             key = (one.task_name, one.sample.mode.sources, one.node_budget, one.sample.temperature)
             groups.setdefault(key, []).append(one.sample)
-    return [_result(key, samples, plain) for key, samples in groups.items()]
+    return [_row(key, samples, plain) for key, samples in groups.items()]
 
 
-def _result(
+def _row(
     key: tuple[str, DraftSources, int, float],
     samples: Sequence[Sample],
     plain: Mapping[tuple[str, float, int], Sample],
-) -> SourcesResult:
+) -> Row:
     task_name, sources, node_budget, temperature = key
     drafted = [item for sample in samples for item in sample.rounds if item.num_draft_tokens]
     steady = [item for sample in samples for item in sample.steady_rounds]
@@ -170,20 +154,20 @@ def _result(
     for sample in samples:
         accepted.update({source.names[0]: count for source, count in sample.counts.num_accepted_by_source if source})
     num_accepted = sum(item.num_accepted for item in drafted)
-    return SourcesResult(
-        task=task_name,
-        sources=list(sources.names),
-        node_budget=node_budget,
-        temperature=temperature,
-        mean_acceptance_length=1 + num_accepted / len(drafted) if drafted else 0.0,
-        draft_ms_per_round=statistics.fmean(item.draft_ns / 1e6 for item in steady) if steady else 0.0,
-        tokens_per_s=statistics.median(speeds),
-        speedup_vs_plain=statistics.median(ratios),
-        accepted_by_source=dict(accepted),
-        num_differing_completions=sum(
+    return {
+        "task": task_name,
+        "sources": list(sources.names),
+        "node_budget": node_budget,
+        "temperature": temperature,
+        "mean_acceptance_length": 1 + num_accepted / len(drafted) if drafted else 0.0,
+        "draft_ms_per_round": statistics.fmean(item.draft_ns / 1e6 for item in steady) if steady else 0.0,
+        "tokens_per_s": statistics.median(speeds),
+        "speedup_vs_plain": statistics.median(ratios),
+        "accepted_by_source": dict(accepted),
+        "num_differing_completions": sum(
             sample.token_ids != other.token_ids for sample, other in zip(samples, references, strict=True)
         ),
-    )
+    }
 
 
 def interleaved(prompts: Sequence[tuple[str, str]], settings: SourcesSettings) -> Iterator[Planned]:

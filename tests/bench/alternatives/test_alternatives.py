@@ -12,7 +12,6 @@ from bench.alternatives.alternatives import AlternativesSettings, EasyspecServic
 from bench.alternatives.summary import COLUMNS, alternatives_section, summarize_alternatives
 from bench.alternatives.timed_completion import Answer, DecodePhase, Maker, TimedCompletion
 from bench.alternatives.transformers import TransformersGeneration
-from bench.harness.benchmark import as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.streams import Speculation, Task
 from bench.harness.tables import ResultTable
@@ -115,15 +114,18 @@ def test_speeds_are_compared_prompt_by_prompt_and_tokens_with_the_same_programs_
             *(completion(OURS, index, 0.5, token=6) for index in range(3)),
         ]
     )
-    figures = {(one.program, one.way): (one.tokens_per_s, one.vs_transformers, one.num_as_plain) for one in results}
+    figures = {
+        (one["program"], one["way"]): (one["tokens_per_s"], one["vs_transformers"], one["num_as_plain"])
+        for one in results
+    }
     assert figures == {
         ("transformers", "plain"): (5.0, 1.0, 3),
         ("transformers", "assisted"): (5.0, 1.0, 1),
         ("easyspec", "plain"): (10.0, 2.0, 3),
         ("easyspec", "speculating"): (20.0, 4.0, 3),
     }
-    assert [one.decode_tokens_per_s for one in results] == [None, None, 16.0, 32.0]
-    ResultTable("", COLUMNS, as_plain(results)).print(Console(width=120))
+    assert [one["decode_tokens_per_s"] for one in results] == [None, None, 16.0, 32.0]
+    ResultTable("", COLUMNS, results).print(Console(width=120))
     assert "4.00" in capsys.readouterr().out
 
 
@@ -137,9 +139,9 @@ def test_the_best_other_is_the_fastest_way_of_any_other_program(capsys: pytest.C
             *(completion(OURS, index, 0.5) for index in range(3)),
         ]
     )
-    figures = {one.program: (one.vs_transformers, one.vs_best_other, one.num_as_plain) for one in results}
+    figures = {one["program"]: (one["vs_transformers"], one["vs_best_other"], one["num_as_plain"]) for one in results}
     assert figures == {"llama.cpp": (None, 0.5, 3), "other": (None, 1.0, None), "easyspec": (None, 2.0, None)}
-    ResultTable("", COLUMNS, as_plain(results)).print(Console(width=120))
+    ResultTable("", COLUMNS, results).print(Console(width=120))
     assert "-" in capsys.readouterr().out
 
 
@@ -157,7 +159,7 @@ def test_the_section_names_versions_and_every_row() -> None:
             "transformers": "5.23.0",
             "servers": ["llama.cpp/draft"],
             "settings": {"num_prompts": 1, "max_tokens": 10, "seed": 7},
-            "results": [dataclasses.asdict(one) for one in results],
+            "results": results,
         },
     )
     assert "transformers 5.23.0" in section

@@ -9,7 +9,6 @@ from rich.console import Console
 from bench.decode.decode import COLUMNS
 from bench.decode.samples import PLAIN, select_modes
 from bench.decode.summary import summarize
-from bench.harness.benchmark import as_plain
 from bench.harness.tables import Column, ResultTable
 from tests.bench.decode.samples import drafted_sample, plain_sample
 
@@ -18,7 +17,7 @@ TOKENS = tuple(range(7))
 
 def test_a_narrow_terminal_cuts_no_figure_off() -> None:
     mode = select_modes(["n4-sequential-uncalibrated"])[1]
-    rows = as_plain(summarize([plain_sample(PLAIN, 0, 0.1, TOKENS), drafted_sample(mode, 0, 0.1, TOKENS)]))
+    rows = summarize([plain_sample(PLAIN, 0, 0.1, TOKENS), drafted_sample(mode, 0, 0.1, TOKENS)])
     output = io.StringIO()
     ResultTable("decoding", COLUMNS, rows).print(Console(file=output, width=40))
     text = output.getvalue()

@@ -43,7 +43,7 @@ def test_the_floor_counts_what_must_be_read(tmp_path: Path) -> None:
     # 3 layers, key and value of 2 heads of 16, in sessions of 20 tokens and 4 more.
     bench.prepare()
     found = bench.measure(sequential_plan(3), "sequential", num_sessions=2, num_rows=4, speed=1e3)
-    assert found.floor_ms == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 24)
+    assert found["floor_ms"] == 4 * (linears + 3 * 2 * 2 * 16 * 2 * 24)
 
 
 def test_full_shapes_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from bench.decode.samples import PLAIN, Mode, Sample
 from bench.harness.streams import Counts, Round
 from bench.harness.tasks import TASK_NAMES, source_tasks
-from bench.sources.lengths import LengthGain, length_gains
+from bench.sources.lengths import length_gains
 from bench.sources.section import sources_section
 from bench.sources.sources import Measured, SourcesSettings, interleaved, source_sets, summarize_sources
 from easyspec.speculation.parameters import LayerPlanRequest
@@ -31,17 +31,17 @@ def test_a_row_is_made_of_rounds() -> None:
     plain = sample(PLAIN, tuple(round_of(0, float(second), 0) for second in range(1, 5)))
     fused = sample(FUSED, (round_of(0, 1.0, 0), round_of(3, 1.5), round_of(1, 2.0)))
     (result,) = summarize_sources([Measured("code", 0, plain), Measured("code", 8, fused)])
-    assert (result.task, result.sources, result.node_budget) == (
+    assert (result["task"], result["sources"], result["node_budget"]) == (
         "code",
         ["model", "retrieval", "ngram", "early_exit"],
         8,
     )
-    assert result.mean_acceptance_length == 3.0  # (3 + 1) / 2 rounds with a tree, and the bonus token
-    assert result.draft_ms_per_round == pytest.approx(2.0)
-    assert result.tokens_per_s == pytest.approx(6.0)
-    assert result.speedup_vs_plain == pytest.approx(6.0)
-    assert result.accepted_by_source == {"model": 3, "ngram": 1}
-    assert result.num_differing_completions == 0
+    assert result["mean_acceptance_length"] == 3.0  # (3 + 1) / 2 rounds with a tree, and the bonus token
+    assert result["draft_ms_per_round"] == pytest.approx(2.0)
+    assert result["tokens_per_s"] == pytest.approx(6.0)
+    assert result["speedup_vs_plain"] == pytest.approx(6.0)
+    assert result["accepted_by_source"] == {"model": 3, "ngram": 1}
+    assert result["num_differing_completions"] == 0
 
 
 def test_a_completion_that_differs_is_counted() -> None:
@@ -49,7 +49,7 @@ def test_a_completion_that_differs_is_counted() -> None:
     (result,) = summarize_sources(
         [Measured("copy", 0, sample(PLAIN, rounds)), Measured("copy", 8, sample(FUSED, rounds, (1, 3)))]
     )
-    assert result.num_differing_completions == 1
+    assert result["num_differing_completions"] == 1
 
 
 def test_every_set_meets_every_budget_beside_plain_decoding() -> None:
@@ -91,12 +91,12 @@ def test_fused_lengths_are_held_against_the_best_single_source() -> None:
         *(row("model+retrieval+ngram", temperature, length) for temperature, length in ((0.0, 8.0), (0.8, 3.3))),
     ]
     greedy, sampled, pooled = length_gains(rows)
-    assert greedy == LengthGain("copy", 8, 0.0, 8.0, 6.0, "ngram")
-    assert sampled == LengthGain("copy", 8, 0.8, 3.3, 3.0, "model")
+    assert tuple(greedy.values()) == ("copy", 8, 0.0, 8.0, 6.0, "ngram")
+    assert tuple(sampled.values()) == ("copy", 8, 0.8, 3.3, 3.0, "model")
     # 24 tokens greedily and 24 sampled: 6 + 8 rounds of the model, 4 + 16 of n-grams.
-    assert (pooled.temperature, pooled.best_source) == (None, "model")
-    assert pooled.best_single == pytest.approx(48 / 14)
-    assert pooled.ratio == pytest.approx((48 / (3 + 24 / 3.3)) / (48 / 14))
+    assert (pooled["temperature"], pooled["best_source"]) == (None, "model")
+    assert pooled["best_single"] == pytest.approx(48 / 14)
+    assert pooled["fused"] / pooled["best_single"] == pytest.approx((48 / (3 + 24 / 3.3)) / (48 / 14))
     assert length_gains(rows[:4]) == length_gains(rows[4:]) == []
     assert length_gains([row("model", 0.0, 0.0), row("model+retrieval+ngram", 0.0, 2.0)]) == [], "never drafted"
 
@@ -113,7 +113,7 @@ def test_the_report_has_a_table_a_task() -> None:
         "date": "2026-01-01",
         "pair": "bundled",
         "settings": {"num_prompts": 1, "max_tokens": 4, "seed": 1},
-        "results": [vars(result) for result in results],
+        "results": results,
     }
     section = sources_section("sources-bundled.json", report)
     assert "| copy | model+retrieval+ngram+early_exit | 8 |" in section
