@@ -16,20 +16,19 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from bench.decode.samples import Mode, Sample
+from bench.decode.samples import Mode, Planned, Sample, complete_each
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, start_services
 from bench.harness.tables import Column, ResultTable
-from bench.harness.tasks import TASK_NAMES, source_tasks
-from bench.harness.turns import one_by_one, progress_on
+from bench.harness.tasks import TASK_NAMES, source_prompts
+from bench.harness.turns import progress_on
 from easyspec.cli.processes import DRAFTER, VERIFIER
 from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 
 _BUDGET = TreeBudget(num_levels=5, width=4, num_nodes=16)
 _MODE = Mode("model", LayerPlanRequest())
-_WARM_UP_TOKENS = 24
 _COLUMNS = (
     Column("cores", "cores"),
     Column("guesses", "num_guesses"),
@@ -91,38 +90,32 @@ async def _complete_all(
     """Completions by temperature, and whether they drafted ahead."""
     one_thread = ("--num-threads", "1") if own_cores else ()
     flags = {VERIFIER: one_thread, DRAFTER: (*one_thread, "--draft-ahead", str(num_guesses))}
-    tasks = [task for name in TASK_NAMES for task in source_tasks(name, settings.num_prompts, settings.seed)]
+    prompts = [prompt for name in TASK_NAMES for prompt in source_prompts(name, settings.num_prompts, settings.seed)]
     planned = [
-        (index, dataclasses.replace(task, draft_ahead=is_ahead))
-        for index, each in enumerate(tasks)
+        Planned(_MODE, index, dataclasses.replace(task, draft_ahead=is_ahead))
+        for index, prompt in enumerate(prompts)
         for temperature in settings.temperatures
-        for task in [_MODE.task(each.prompt, settings.max_tokens, temperature, settings.seed + index, _BUDGET)]
+        for task in [_MODE.task(prompt, settings.max_tokens, temperature, settings.seed + index, _BUDGET)]
         for is_ahead in ((False, True) if index % 2 else (True, False))
     ]
     samples: dict[tuple[float, bool], list[Sample]] = defaultdict(list)
-    async with (
-        start_services(PAIRS[settings.pair], flags) as stack,
-        GatewayClient(stack.gateway_address) as client,
-    ):
+    services = start_services(PAIRS[settings.pair], flags)
+    async with services as stack, GatewayClient(stack.gateway_address) as client:
         for index, process in enumerate(stack.processes):
             for thread in map(int, os.listdir(f"/proc/{process.pid}/task")):
                 if own_cores:
                     os.sched_setaffinity(thread, {index % 2})
                 if settings.realtime:
                     os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(settings.realtime))
-        for _, task in planned[: 2 * len(settings.temperatures)]:
-            await client.complete(dataclasses.replace(task, max_tokens=_WARM_UP_TOKENS))
+
+        def say(each: Planned) -> str:
+            way = "ahead" if each.task.draft_ahead else "turns"
+            return f"{num_guesses} guesses, prompt {each.prompt_index + 1}, {way}"
+
         with progress_on(console) as progress:
-            streams = await one_by_one(
-                planned,
-                lambda each: (
-                    f"{num_guesses} guesses, prompt {each[0] + 1}, {'ahead' if each[1].draft_ahead else 'turns'}"
-                ),
-                lambda each: client.complete(each[1], each[0]),
-                progress,
-            )
-    for stream in streams:
-        samples[stream.task.temperature, stream.task.draft_ahead].append(Sample.of_stream(_MODE, stream))
+            found = await complete_each(client, planned, 2 * len(settings.temperatures), say, progress)
+    for each, sample in zip(planned, found, strict=True):
+        samples[sample.temperature, each.task.draft_ahead].append(sample)
     return samples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -10,21 +9,19 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.decode.samples import Mode, Sample, select_modes
+from bench.decode.samples import Mode, Planned, Sample, complete_each, select_modes
 from bench.decode.summary import summarize
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient, describe_model
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, start_services
 from bench.harness.provenance import provenance_lines
-from bench.harness.streams import Task
 from bench.harness.tables import Column, ResultTable, markdown_table
-from bench.harness.turns import one_by_one, progress_on, rotated
+from bench.harness.turns import progress_on, rotated
 from easyspec.errors import ConfigurationError
 from easyspec.rpc.convert import budget_from_pb
 from easyspec.speculation.parameters import TreeBudget
 
-_WARM_UP_TOKENS = 24
 COLUMNS = (
     Column("mode", "mode"),
     Column("T", "temperature", "g"),
@@ -69,15 +66,6 @@ class DecodeSettings:
     def chosen_modes(self) -> tuple[Mode, ...]:
         """Plain first; raises ConfigurationError."""
         return select_modes(self.modes.split(","))
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A completion to be measured."""
-
-    mode: Mode
-    prompt_index: int
-    task: Task
 
 
 async def measure(settings: DecodeSettings, console: Console) -> Findings:
@@ -129,17 +117,11 @@ async def complete_all(
     client: GatewayClient, prompts: Sequence[str], modes: Sequence[Mode], settings: DecodeSettings, progress: Progress
 ) -> list[Sample]:
     """Complete every prompt in every mode, one request at a time, after a short unmeasured one per mode."""
-
-    async def complete(planned: Planned) -> Sample:
-        return Sample.of_stream(planned.mode, await client.complete(planned.task, planned.prompt_index))
-
-    planned = list(interleaved(prompts, modes, settings))
-    for each in planned[: len(modes)]:
-        await client.complete(dataclasses.replace(each.task, max_tokens=_WARM_UP_TOKENS))
-    return await one_by_one(
-        planned,
+    return await complete_each(
+        client,
+        list(interleaved(prompts, modes, settings)),
+        len(modes),
         lambda each: f"prompt {each.prompt_index + 1}, T = {each.task.temperature}, {each.mode.name}",
-        complete,
         progress,
     )
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from rich.progress import Progress
+
+from bench.harness.clients import GatewayClient
 from bench.harness.streams import Counts, Round, Speculation, Stream, Task
+from bench.harness.turns import one_by_one
 from easyspec.errors import ConfigurationError
 from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, TreeBudget
 from easyspec.speculation.sources import DraftSources
 
 LAYER_PARALLEL_SIZES = (2, 3, 4, 6)
+_WARM_UP_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,19 @@ def select_modes(patterns: Sequence[str]) -> tuple[Mode, ...]:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A completion to be measured; `kind` is the prompt's, where there are several."""
+
+    mode: Mode
+    prompt_index: int
+    task: Task
+    kind: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt in one mode; levels count from the first below the root."""
+    """One completion of one prompt in one mode; levels count from the first below the root. `node_budget` is 0 where
+    none was asked for."""
 
     mode: Mode
     temperature: float
@@ -74,24 +91,23 @@ class Sample:
     rounds: tuple[Round, ...]
     counts: Counts
     time_to_first_token_s: float
+    kind: str = ""
+    node_budget: int = 0
 
     @classmethod
-    def of_stream(cls, mode: Mode, stream: Stream) -> Self:
-        """Of a completed stream, whose index is the prompt's."""
+    def of_stream(cls, planned: Planned, stream: Stream) -> Self:
+        """Of a completed stream."""
         return cls(
-            mode=mode,
-            temperature=stream.task.temperature,
-            prompt_index=stream.index,
+            mode=planned.mode,
+            temperature=planned.task.temperature,
+            prompt_index=planned.prompt_index,
             token_ids=tuple(stream.token_ids),
             rounds=tuple(item for item in stream.rounds if item.num_tokens),
             counts=stream.counts,
             time_to_first_token_s=stream.time_to_first_token_s or 0.0,
+            kind=planned.kind,
+            node_budget=planned.task.budget.num_nodes if planned.task.budget else 0,
         )
-
-    @property
-    def decode_rounds(self) -> tuple[Round, ...]:
-        """All rounds but the first, in which the verifier reads the prompt."""
-        return self.rounds[1:]
 
     @property
     def steady_rounds(self) -> tuple[Round, ...]:
@@ -107,5 +123,22 @@ class Sample:
         """
         if len(self.rounds) < 2:
             return None
-        num_tokens = sum(item.num_tokens for item in self.decode_rounds)
+        num_tokens = sum(item.num_tokens for item in self.rounds[1:])
         return num_tokens / (self.rounds[-1].at_s - self.rounds[0].at_s)
+
+
+async def complete_each(
+    client: GatewayClient,
+    planned: Sequence[Planned],
+    num_warm_ups: int,
+    say: Callable[[Planned], str],
+    progress: Progress,
+) -> list[Sample]:
+    """One request at a time, after short unmeasured ones of the first `num_warm_ups`."""
+
+    async def complete(each: Planned) -> Sample:
+        return Sample.of_stream(each, await client.complete(each.task))
+
+    for each in planned[:num_warm_ups]:
+        await client.complete(dataclasses.replace(each.task, max_tokens=_WARM_UP_TOKENS))
+    return await one_by_one(planned, say, complete, progress)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from types import TracebackType
-from typing import Self
+from contextlib import AbstractAsyncContextManager
 
 import grpc
 
@@ -24,8 +23,8 @@ _INFO_TIMEOUT_S = 10.0
 _ROUND_FIELDS = {field.name for field in dataclasses.fields(Round)}
 
 
-class GatewayClient:
-    """Async context manager; make it inside the event loop that uses it. `timeout_s` is each request's deadline.
+class GatewayClient(AbstractAsyncContextManager["GatewayClient"]):
+    """Make it inside the event loop that uses it. `timeout_s` is each request's deadline.
 
     `model` empty asks the gateway's first one.
     """
@@ -36,12 +35,7 @@ class GatewayClient:
         self._timeout_s = timeout_s
         self._model = model
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
 
     async def info(self, *, needs_drafter: bool = False) -> pb.GetServerInfoResponse:
@@ -55,9 +49,9 @@ class GatewayClient:
             raise UnavailableError(f"the drafter is {state}; a decode benchmark needs it READY")
         return info
 
-    async def complete(self, task: Task, index: int = 0) -> Stream:
+    async def complete(self, task: Task) -> Stream:
         """The whole completion; raises EasyspecError if it fails."""
-        stream = Stream(task, index)
+        stream = Stream(task, 0)
         await self.run(stream)
         if stream.error is not None:
             raise stream.error

@@ -7,9 +7,8 @@ import random
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Protocol
 
-from bench.harness.tasks import TASK_NAMES, source_tasks
+from bench.harness.tasks import TASK_NAMES, source_prompts
 from easyspec.errors import ConfigurationError
 from gateway.text.conversation import ChatTurn, Conversation
 from gateway.text.tokenizer import Tokenizer
@@ -19,36 +18,24 @@ from models.heldout import held_out_prompts
 _POOL_SIZE = 256
 
 
-class PairPrompts(Protocol):
-    """Prompts that follow from a seed, none of which the pair was trained on; `kinds` are those of `of_kind`."""
-
-    kinds: Sequence[str]
-
-    def of_kind(self, kind: str, num_prompts: int, seed: int) -> list[str]:
-        """Prompts of one kind; raises ValueError if there are fewer."""
-        ...
-
-    def some(self, num_prompts: int, seed: int, max_chars: int) -> list[str]:
-        """Prompts of at most `max_chars` characters, a template's aside; raises ValueError if there are fewer."""
-        ...
-
-    def pool(self, seed: int, max_chars: int) -> list[str]:
-        """As many as a load test should draw from."""
-        ...
-
-
 class HeldOutText:
-    """Python's own source and documentation, for the pairs that were trained on the rest of it."""
+    """Python's own source and documentation, for the pairs that were trained on the rest of it.
+
+    Prompts follow from a seed; `kinds` are those of `of_kind`.
+    """
 
     kinds: Sequence[str] = TASK_NAMES
 
     def of_kind(self, kind: str, num_prompts: int, seed: int) -> list[str]:
-        return [task.prompt for task in source_tasks(kind, num_prompts, seed)]
+        """Prompts of one kind; raises ValueError if there are fewer."""
+        return source_prompts(kind, num_prompts, seed)
 
     def some(self, num_prompts: int, seed: int, max_chars: int) -> list[str]:
+        """Prompts of at most `max_chars` characters, a template's aside; raises ValueError if there are fewer."""
         return held_out_prompts(num_prompts, seed, max_chars)
 
     def pool(self, seed: int, max_chars: int) -> list[str]:
+        """As many as a load test should draw from."""
         return held_out_prompts(_POOL_SIZE, seed, max_chars)
 
 
@@ -56,7 +43,7 @@ HELD_OUT_TEXT = HeldOutText()
 
 
 class Questions:
-    """The questions of `models/evaluation_prompts.json`, for an instruct model by its own template.
+    """The questions of `models/evaluation_prompts.json`, for an instruct model by its own template, likewise.
 
     A model without a template is asked the bare question.
     """
@@ -90,6 +77,9 @@ class Questions:
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self._model)
+
+
+PairPrompts = HeldOutText | Questions
 
 
 def prompts_in_turn(source: PairPrompts, num_prompts: int, seed: int) -> list[tuple[str, str]]:

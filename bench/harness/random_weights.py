@@ -1,31 +1,34 @@
-"""Checkpoints that need no download: a model's shape with random weights, made on the device itself."""
+"""Models that need no download: a shape with random weights, made on the device itself, and rows for their passes."""
 
 from __future__ import annotations
 
 import json
 import zlib
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
+import numpy as np
 import torch
 
+from easyspec.model.config import load_config
+from easyspec.model.decoder import Decoder
+from easyspec.model.row_layout import Segment
 from easyspec.model.stored_blocks import StoredBlocks
+from easyspec.ops.executor import Executor
 from easyspec.planner.shape import ModelShape
 
 # Small enough that activations stay finite through any number of layers.
 _STD = 0.02
 
 
-class RandomWeights:
+class RandomWeights(AbstractContextManager["RandomWeights"]):
     """A TensorSource: every tensor is normal, made when it is asked for, and the same for the same name."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __enter__(self) -> RandomWeights:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def tensor(
@@ -63,3 +66,17 @@ def write_config(folder: Path, shape: ModelShape, dtype: str, max_model_len: int
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config | others), encoding="utf-8")
     return folder
+
+
+def random_decoder(folder: Path, executor: Executor, **options: Any) -> Decoder:
+    """A decoder of the configuration in `folder`."""
+    return Decoder(
+        folder, load_config(folder), executor, open_tensors=lambda _: RandomWeights(executor.device), **options
+    )
+
+
+def chain(num_rows: int, num_context_tokens: int) -> Segment:
+    """Rows one after the other behind so many tokens, whatever these were, in the first slots of a pool."""
+    positions = range(num_context_tokens, num_context_tokens + num_rows)
+    visible = [position + 1 for position in positions]  # as many as the slot's number
+    return Segment([*range(num_rows)], positions, visible, visible, np.arange(1, positions.stop + 1, dtype=np.int64))

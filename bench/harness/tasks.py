@@ -11,7 +11,6 @@ import functools
 import random
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from models.heldout import held_out_prompts, held_out_texts
 
@@ -23,22 +22,14 @@ _CODE_PROMPT_CHARS = 600
 _COPIED_SHARE = 0.35
 
 
-@dataclass(frozen=True)
-class SourceTask:
-    """One prompt; `name` is the kind of task."""
-
-    name: str
-    prompt: str
-
-
-def source_tasks(name: str, num_prompts: int, seed: int) -> list[SourceTask]:
+def source_prompts(name: str, num_prompts: int, seed: int) -> list[str]:
     """`num_prompts` tasks of one kind; raises ValueError if there are fewer."""
     if name == "code":
-        return [SourceTask(name, prompt) for prompt in held_out_prompts(num_prompts, seed, _CODE_PROMPT_CHARS)]
+        return held_out_prompts(num_prompts, seed, _CODE_PROMPT_CHARS)
     prompts = _prompts(name)
     if num_prompts > len(prompts):
         raise ValueError(f"num_prompts must be at most {len(prompts)} for {name}, not {num_prompts}")
-    return [SourceTask(name, prompt) for prompt in random.Random(seed).sample(prompts, num_prompts)]
+    return random.Random(seed).sample(prompts, num_prompts)
 
 
 @functools.cache

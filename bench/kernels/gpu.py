@@ -21,11 +21,9 @@ from rich.console import Console
 
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
-from bench.harness.random_weights import RandomWeights, write_config
+from bench.harness.random_weights import random_decoder, write_config
 from bench.harness.tables import Column, ResultTable, Row
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import load_config
-from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory, SessionSlots
 from easyspec.model.row_layout import Segment, lay_out
 from easyspec.model.row_probe import is_row_invariant
@@ -129,9 +127,8 @@ class Bench:
 
     def __init__(self, shape: ModelShape, shapes: Shapes, device: Device, folder: Path) -> None:
         self._shape, self._shapes, self._device = shape, shapes, device
-        config = load_config(write_config(folder, shape, shapes.dtype, shapes.max_model_len))
-        executor = ReferenceExecutor(device.device)
-        self.decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(device.device))
+        write_config(folder, shape, shapes.dtype, shapes.max_model_len)
+        self.decoder = random_decoder(folder, ReferenceExecutor(device.device))
         self._pool = self.decoder.new_pool(shapes.num_kv_slots)
         self._memory = KvMemory(self._pool, shares_prefixes=False)
         self._sessions: list[SessionSlots] = []

@@ -15,19 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
-from bench.harness.random_weights import RandomWeights, write_config
+from bench.harness.random_weights import chain, random_decoder, write_config
 from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
 from easyspec.errors import ConfigurationError
-from easyspec.model.config import load_config
-from easyspec.model.decoder import Decoder
-from easyspec.model.row_layout import RowLayout, Segment, lay_out
+from easyspec.model.row_layout import lay_out
 from easyspec.model.weight_reader import WeightFormat
 from easyspec.ops.kv_pool import KVPool
 from easyspec.ops.native import NativeExecutor
@@ -91,13 +88,6 @@ def timing(
     return {**cell, "median_ms": median_ms, "gb_per_s": num_bytes / median_ms / 1e6}
 
 
-def rows_behind(context: int, num_rows: int) -> RowLayout:
-    slots = np.arange(1, context + num_rows + 1)
-    positions = range(context, context + num_rows)
-    visible = [position + 1 for position in positions]
-    return lay_out([Segment([7] * num_rows, positions, slots[context:].tolist(), visible, slots)])
-
-
 def weight_in(format_name: str, num_outputs: int, num_inputs: int) -> Weight:
     values = torch.randn(num_outputs, num_inputs)
     if format_name.startswith("int"):
@@ -122,7 +112,7 @@ def product_timings(
         program.add(Product(buffers[num_inputs], target, weight))
     compiled, pool = executor.compile(program), KVPool(1, 1, 16, 0, torch.float32, _CPU)
     for num_rows in rows:
-        run = partial(compiled.run, rows_behind(0, num_rows).rows, pool)
+        run = partial(compiled.run, lay_out([chain(num_rows, 0)]).rows, pool)
         yield timing("products", format_name, 0, num_rows, num_bytes, run, num_repeats)
 
 
@@ -140,7 +130,7 @@ def attention_timings(
     compiled = executor.compile(program)
     num_bytes = context * KVPool.slot_bytes(shape.num_layers, heads.num_kv_heads, heads.head_dim, torch.bfloat16)
     for num_rows in rows:
-        run = partial(compiled.run, rows_behind(context, num_rows).rows, pool)
+        run = partial(compiled.run, lay_out([chain(num_rows, context)]).rows, pool)
         yield timing("attention", "bfloat16", context, num_rows, num_bytes, run, num_repeats)
 
 
@@ -158,14 +148,13 @@ def pass_timings(
     most_slots = max(contexts) + max(rows)
     with tempfile.TemporaryDirectory() as name:
         folder = write_config(Path(name), shape, "bfloat16" if is_rounded else format_name, most_slots)
-        config = load_config(folder)
-        decoder = Decoder(folder, config, executor, weights=weights, open_tensors=lambda _: RandomWeights(_CPU))
+        decoder = random_decoder(folder, executor, weights=weights)
     pool = decoder.new_pool(most_slots)
     for context in contexts:
         for num_rows in rows:
 
             def run(context: int = context, num_rows: int = num_rows) -> object:
-                return decoder.forward(rows_behind(context, num_rows), pool, logit_rows=range(num_rows))
+                return decoder.forward(lay_out([chain(num_rows, context)]), pool, logit_rows=range(num_rows))
 
             yield timing("pass", format_name, context, num_rows, decoder.num_weight_bytes, run, num_repeats)
 

@@ -6,9 +6,8 @@ round of them by itself, in this process: no services, no times.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,24 +17,18 @@ from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS
 from bench.harness.tables import Column, ResultTable, Row
+from bench.sources.recording import Recorded, record_outputs
 from drafter_service.config import DrafterSettings
 from drafter_service.model.drafting import ModelDrafting
-from drafter_service.model.state import ModelState
 from drafter_service.request import DraftRequest
 from easyspec.errors import ConfigurationError
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import sequential_plan
 from easyspec.speculation.growing_tree import num_followed
-from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
-from easyspec.speculation.token_tree import EMPTY_TREE, TokenTree
 from gateway.text.conversation import ChatTurn, Conversation
 from gateway.text.tokenizer import Tokenizer
 from models.evaluation_prompts import EVALUATION_KINDS, chosen_prompts
-from verifier_service.config import VerifierSettings
-from verifier_service.engine import VerifierEngine
-
-_NUM_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -53,16 +46,6 @@ class AcceptanceSettings:
     width: Annotated[int, flag("Nodes of a level that are expanded.", minimum=1)] = 4
     nodes: Annotated[int, flag("Nodes of a tree.", minimum=1)] = 16
     seed: Annotated[int, flag("Order of the prompts.")] = 7
-
-
-@dataclass
-class Answer:
-    """What the base says to a prompt of some kind."""
-
-    kind: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParameters
-    output: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -106,8 +89,15 @@ async def measure(settings: AcceptanceSettings, console: Console) -> Findings:
     base, draft = settings.base or pair.base, settings.draft or pair.draft
     if draft is None:
         raise ConfigurationError(f"the pair {pair.name!r} has no draft model here; name one with --draft")
-    answers = _prompts(base, settings)
-    await answer_all(answers, base, settings.max_tokens)
+    tokenizer = Tokenizer.load(base)
+    answers = [
+        Recorded(kind, tuple(tokenizer.prompt_of(conversation).token_ids), SamplingParameters(index, t))
+        for kind in settings.kinds
+        for index, prompt in enumerate(chosen_prompts(kind, settings.num_prompts, settings.seed))
+        for conversation in [Conversation((ChatTurn("user", prompt),))]
+        for t in settings.temperatures
+    ]
+    await record_outputs(answers, base, StopConditions(settings.max_tokens))
     budget = TreeBudget(settings.levels, settings.width, settings.nodes)
     found = draft_answers(answers, draft, budget)
     rows = [found["all", t].row("all", t) for t in settings.temperatures]
@@ -116,7 +106,7 @@ async def measure(settings: AcceptanceSettings, console: Console) -> Findings:
     return Findings({"results": rows}, [ResultTable("", columns, rows)], checkpoints=[base, draft])
 
 
-def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) -> dict[tuple[str, float], Acceptance]:
+def draft_answers(answers: Sequence[Recorded], draft: Path, budget: TreeBudget) -> dict[tuple[str, float], Acceptance]:
     """Draft every round of the answers, by kind (and all kinds together) and temperature."""
     settings = DrafterSettings(model=str(draft))
     loaded = load_model(settings, is_auto_8bit=True)
@@ -128,11 +118,16 @@ def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) ->
         state = drafting.open(request, [*answer.prompt])
         sums = [
             found.setdefault((kind, answer.sampling.temperature), Acceptance(budget.num_levels))
-            for kind in (answer.kind, "all")
+            for kind in (answer.task_name, "all")
         ]
         position, new = 1, answer.output[:1]
         while position < len(answer.output):
-            tree = _drafted(drafting, state, new, budget)
+            state.token_ids.extend(new)
+            drafting.begin(state, budget, token_s=None)
+            while not state.is_done:
+                drafting.step([state])
+            tree = state.growing.scored().pruned(budget.num_nodes).tree
+            state.timings = None
             num_accepted = num_followed(tree, answer.output[position:])
             for acceptance in sums:
                 acceptance.add(num_accepted, len(answer.output) - position)
@@ -140,49 +135,6 @@ def draft_answers(answers: Sequence[Answer], draft: Path, budget: TreeBudget) ->
             position += len(new)
         state.close()
     return found
-
-
-def _drafted(drafting: ModelDrafting, state: ModelState, new: Sequence[int], budget: TreeBudget) -> TokenTree:
-    """The next tree, after a verdict's `new` tokens."""
-    state.token_ids.extend(new)
-    drafting.begin(state, budget, token_s=None)
-    while not state.is_done:
-        drafting.step([state])
-    tree = state.growing.scored().pruned(budget.num_nodes).tree
-    state.timings = None
-    return tree
-
-
-def _prompts(base: Path, settings: AcceptanceSettings) -> list[Answer]:
-    tokenizer = Tokenizer.load(base)
-    return [
-        Answer(
-            kind,
-            tuple(tokenizer.prompt_of(Conversation((ChatTurn("user", prompt),))).token_ids),
-            SamplingParameters(index, t),
-        )
-        for kind in settings.kinds
-        for index, prompt in enumerate(chosen_prompts(kind, settings.num_prompts, settings.seed))
-        for t in settings.temperatures
-    ]
-
-
-async def answer_all(answers: Sequence[Answer], base: Path, max_tokens: int) -> None:
-    verifier = VerifierEngine(VerifierSettings(model=str(base)))
-    await verifier.start()
-
-    async def answer_one(answer: Answer) -> None:
-        session_id = await verifier.open(OpenVerification(answer.prompt, answer.sampling, StopConditions(max_tokens)))
-        reason = None
-        while reason is None:
-            verdict, _ = await verifier.verify(session_id, len(answer.prompt) + len(answer.output), EMPTY_TREE)
-            answer.output += verdict.token_ids
-            reason = verdict.finish_reason
-        verifier.close(session_id)
-
-    for begin in range(0, len(answers), _NUM_AT_ONCE):
-        await asyncio.gather(*(answer_one(answer) for answer in answers[begin : begin + _NUM_AT_ONCE]))
-    await verifier.stop()
 
 
 BENCHMARK = Benchmark("python -m bench.acceptance", __doc__, AcceptanceSettings, measure, is_markdown=True)

@@ -21,12 +21,10 @@ from rich.console import Console
 
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
-from bench.harness.random_weights import RandomWeights, write_config
+from bench.harness.random_weights import random_decoder, write_config
 from bench.harness.tables import Column, ResultTable, Row
 from easyspec.engine.shell import CloseTask
 from easyspec.free_memory import settle_memory
-from easyspec.model.config import load_config
-from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
 from easyspec.ops.executor import choose_executor
 from easyspec.ops.native_library import load
@@ -90,10 +88,7 @@ class Stopwatch:
 
 def new_verifier(folder: Path, num_slots: int, max_sessions: int) -> Verifier:
     """A verifier of a model of one layer, which takes texts of any length."""
-    config = load_config(folder, "float32", None)
-    cpu = torch.device("cpu")
-    executor = choose_executor("native", cpu, num_threads=1)
-    decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(cpu))
+    decoder = random_decoder(folder, choose_executor("native", torch.device("cpu"), num_threads=1))
     memory = KvMemory(decoder.new_pool(num_slots), shares_prefixes=True)
     limits = SchedulerLimits(
         max_batch_rows=max(512, 10 * max_sessions),

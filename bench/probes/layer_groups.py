@@ -18,19 +18,16 @@ from rich.console import Console
 
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
-from bench.harness.random_weights import RandomWeights, write_config
+from bench.harness.random_weights import random_decoder, write_config
 from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
 from drafter_service.model.plan_choice import time_plans
-from easyspec.model.config import load_config
-from easyspec.model.decoder import Decoder
 from easyspec.model.kv_cache import KvMemory
 from easyspec.ops.executor import choose_executor
 from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
 from easyspec.planner.shape import ModelShape
 from easyspec.speculation.parameters import MlpPlacement
 
-_CPU = torch.device("cpu")
 _HEAD_DIM, _VOCAB = 64, 8192
 _NUM_SLOTS = 256
 _GROUP_SIZES = (2, 4)
@@ -66,9 +63,8 @@ def plans_of(num_layers: int) -> list[LayerPlan]:
 def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> Row:
     """A draft's exact step in milliseconds, and how many times as fast each plan's is, by its name and group size; its
     weights are in bfloat16, as drafts ship."""
-    config = load_config(write_config(folder, shape_of(width, num_layers), "bfloat16", 512))
-    executor = choose_executor("native", _CPU, num_threads=num_threads)
-    decoder = Decoder(folder, config, executor, open_tensors=lambda _: RandomWeights(_CPU))
+    write_config(folder, shape_of(width, num_layers), "bfloat16", 512)
+    decoder = random_decoder(folder, choose_executor("native", torch.device("cpu"), num_threads=num_threads))
     memory = KvMemory(decoder.new_pool(_NUM_SLOTS), shares_prefixes=False)
     with torch.inference_mode():
         exact_ms, *fuzzy_ms = time_plans(decoder, memory, [sequential_plan(num_layers), *plans_of(num_layers)])

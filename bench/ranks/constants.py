@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.ranks.models import CPU, NUM_SLOTS, TINY, chain, decoder_pass, open_decoder, typical
+from bench.harness.random_weights import chain
+from bench.ranks.models import CPU, NUM_SLOTS, TINY, decoder_pass, open_decoder, typical
 from easyspec.model.row_layout import lay_out
 from easyspec.ops.executor import choose_executor
 from easyspec.ops.kv_pool import KVPool

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from bench.harness.random_weights import RandomWeights, write_config
-from easyspec.model.config import load_config
+from bench.harness.random_weights import chain, random_decoder, write_config
 from easyspec.model.decoder import Decoder
-from easyspec.model.row_layout import Segment, lay_out
+from easyspec.model.row_layout import lay_out
 from easyspec.ops.executor import choose_executor
 from easyspec.ops.kv_pool import KVPool
 from easyspec.parallel.layer_groups import LayerPlan
@@ -36,19 +34,8 @@ def open_decoder(
     folder: Path, shape: ModelShape, ranks: Ranks = SINGLE_RANK, placement: RankPlacement = RankPlacement.TENSOR
 ) -> Decoder:
     """This rank's part of a float32 model of this shape; `folder` is for its configuration."""
-    config = load_config(write_config(folder, shape, "float32", NUM_SLOTS))
-    executor = choose_executor("auto", CPU, num_threads=1)
-    return Decoder(
-        folder, config, executor, ranks=ranks, placement=placement, open_tensors=lambda _: RandomWeights(CPU)
-    )
-
-
-def chain(num_rows: int, context_tokens: int) -> Segment:
-    """Rows one after the other behind `context_tokens`, whatever these were."""
-    positions = range(context_tokens, context_tokens + num_rows)
-    by_position = np.arange(1, NUM_SLOTS, dtype=np.int64)
-    visible = [position + 1 for position in positions]
-    return Segment([*range(num_rows)], positions, visible, visible, by_position)
+    write_config(folder, shape, "float32", NUM_SLOTS)
+    return random_decoder(folder, choose_executor("auto", CPU, num_threads=1), ranks=ranks, placement=placement)
 
 
 def decoder_pass(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.harness.tasks import TASK_NAMES, source_tasks
+from bench.harness.prompts import HELD_OUT_TEXT, prompts_in_turn
 from bench.sources.datastore import ensure_datastore
 from drafter_service.config import DrafterSettings
 from drafter_service.model.drafting import ModelDrafting
@@ -22,10 +22,9 @@ from easyspec.datastore.ngram_table import NgramTable
 from easyspec.datastore.suffix_index import SuffixIndex
 from easyspec.model.loading import load_model
 from easyspec.parallel.layer_groups import paper_plan
-from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import MlpPlacement, SamplingParameters, StopConditions, TreeBudget
-from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree, TokenTree
+from easyspec.speculation.token_tree import EMPTY_TREE, ScoredTree
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.text.tokenizer import Tokenizer
 from verifier_service.config import VerifierSettings
@@ -54,39 +53,29 @@ class Recorded:
 
 async def record(num_prompts: int, seed: int, temperatures: Sequence[float], max_tokens: int) -> list[Recorded]:
     """Every prompt of every kind at every temperature; kinds take turns. With the bundled pair."""
-    recorded = _tasks(num_prompts, seed, temperatures)
-    await _record_outputs(recorded, max_tokens)
+    tokenizer = Tokenizer.load(DEFAULT_BASE)
+    recorded = [
+        Recorded(kind, tuple(tokenizer.encode(prompt)), SamplingParameters(seed + index, temperature))
+        for index, (kind, prompt) in enumerate(prompts_in_turn(HELD_OUT_TEXT, num_prompts, seed))
+        for temperature in temperatures
+    ]
+    await record_outputs(recorded, DEFAULT_BASE, StopConditions(max_tokens, ignore_eos=True))
     _record_model_trees(recorded)
     return recorded
 
 
-def num_output_tokens(tree: TokenTree, truth: Sequence[int]) -> int:
-    """How many tokens of what is left of an output a round yields."""
-    return min(num_followed(tree, truth) + 1, len(truth))
-
-
-def _tasks(num_prompts: int, seed: int, temperatures: Sequence[float]) -> list[Recorded]:
-    """Every prompt at every temperature; kinds take turns."""
-    tokenizer = Tokenizer.load(DEFAULT_BASE)
-    by_name = [source_tasks(name, num_prompts, seed) for name in TASK_NAMES]
-    tasks = [task for group in zip(*by_name, strict=True) for task in group]
-    return [
-        Recorded(task.name, tuple(tokenizer.encode(task.prompt)), SamplingParameters(seed + index, temperature))
-        for index, task in enumerate(tasks)
-        for temperature in temperatures
-    ]
-
-
-async def _record_outputs(recorded: Sequence[Recorded], max_tokens: int) -> None:
-    verifier = VerifierEngine(VerifierSettings(model=str(DEFAULT_BASE)))
+async def record_outputs(recorded: Sequence[Recorded], base: Path, stop: StopConditions) -> None:
+    """What the base model says to each prompt."""
+    verifier = VerifierEngine(VerifierSettings(model=str(base)))
     await verifier.start()
 
     async def record_one(one: Recorded) -> None:
-        stop = StopConditions(max_tokens, ignore_eos=True)
         session_id = await verifier.open(OpenVerification(one.prompt, one.sampling, stop))
-        while len(one.output) < max_tokens:
+        reason = None
+        while reason is None:
             verdict, _ = await verifier.verify(session_id, len(one.prompt) + len(one.output), EMPTY_TREE)
             one.output += verdict.token_ids
+            reason = verdict.finish_reason
         verifier.close(session_id)
 
     for begin in range(0, len(recorded), _NUM_AT_ONCE):

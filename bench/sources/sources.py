@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 import statistics
@@ -14,15 +13,14 @@ from typing import Annotated, ClassVar
 
 from rich.console import Console
 
-from bench.decode.samples import PLAIN, Mode, Sample
+from bench.decode.samples import PLAIN, Mode, Planned, Sample, complete_each
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
 from bench.harness.prompts import prompts_in_turn
-from bench.harness.streams import Task
 from bench.harness.tables import Column, ResultTable, Row
-from bench.harness.turns import one_by_one, progress_on, rotated
+from bench.harness.turns import progress_on, rotated
 from bench.sources.datastore import ensure_datastore
 from bench.sources.lengths import GAIN_COLUMNS, length_gains
 from easyspec.cli.processes import DRAFTER
@@ -30,7 +28,7 @@ from easyspec.speculation.parameters import LayerPlanRequest, TreeBudget
 from easyspec.speculation.sources import ALL_SOURCES, SINGLE_SOURCES, TEXT_SOURCES, DraftSources, parse_sources
 
 _NUM_LEVELS, _WIDTH = 5, 4
-_WARM_UP_TOKENS, _NUM_WARM_UPS = 16, 8
+_NUM_WARM_UPS = 8
 COLUMNS = (
     Column("task", "task"),
     Column("sources", lambda row: "+".join(row["sources"])),
@@ -69,26 +67,6 @@ class SourcesSettings:
         return [parse_sources(names.split(",")) for names in self.sources] or source_sets()
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A completion to be measured: of which kind, with how many nodes a tree."""
-
-    task_name: str
-    prompt_index: int
-    node_budget: int
-    mode: Mode
-    task: Task
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One completion: of which task, with how many nodes a tree."""
-
-    task_name: str
-    node_budget: int
-    sample: Sample
-
-
 async def measure(settings: SourcesSettings, console: Console) -> Findings:
     """Start the services and ask; a completion that differs from plain decoding's makes the run fail."""
     pair = PAIRS[settings.pair]
@@ -123,20 +101,17 @@ def source_sets() -> list[DraftSources]:
     return [*sets, early, early | DraftSources.MODEL, early | TEXT_SOURCES, ALL_SOURCES]
 
 
-def summarize_sources(measured: Sequence[Measured]) -> list[Row]:
+def summarize_sources(samples: Sequence[Sample]) -> list[Row]:
     """One row per task, set of sources, node budget and temperature, in the order in which they were measured. Lengths
     are over all rounds with a tree; speeds are medians over prompts."""
-    plain = {
-        (one.task_name, one.sample.temperature, one.sample.prompt_index): one.sample
-        for one in measured
-        if one.sample.mode.layer_plan is None
-    }
+    plain: dict[tuple[str, float, int], Sample] = {}
     groups: dict[tuple[str, DraftSources, int, float], list[Sample]] = {}
-    for one in measured:
-        if one.sample.mode.layer_plan is not None:
-            key = (one.task_name, one.sample.mode.sources, one.node_budget, one.sample.temperature)
-            groups.setdefault(key, []).append(one.sample)
-    return [_row(key, samples, plain) for key, samples in groups.items()]
+    for one in samples:
+        if one.mode.layer_plan is None:
+            plain[one.kind, one.temperature, one.prompt_index] = one
+        else:
+            groups.setdefault((one.kind, one.mode.sources, one.node_budget, one.temperature), []).append(one)
+    return [_row(key, own, plain) for key, own in groups.items()]
 
 
 def _row(
@@ -179,31 +154,22 @@ def interleaved(prompts: Sequence[tuple[str, str]], settings: SourcesSettings) -
             for mode, num_nodes in ways:
                 budget = TreeBudget(_NUM_LEVELS, _WIDTH, num_nodes) if num_nodes else None
                 task = mode.task(prompt, settings.max_tokens, temperature, settings.seed + index, budget)
-                yield Planned(kind, index, num_nodes, mode, task)
+                yield Planned(mode, index, task, kind)
 
 
-async def _complete_all(pair: ModelPair, settings: SourcesSettings, console: Console) -> list[Measured]:
+async def _complete_all(pair: ModelPair, settings: SourcesSettings, console: Console) -> list[Sample]:
     pair.check()
     planned = list(interleaved(prompts_in_turn(pair.prompts, settings.num_prompts, settings.seed), settings))
     console.print("preparing the index (made once)")
     flags = {DRAFTER: (*ensure_datastore(pair.base), "--ask", settings.ask)}
+
+    def say(each: Planned) -> str:
+        num_nodes = each.task.budget.num_nodes if each.task.budget else 0
+        return f"{each.kind}, T = {each.task.temperature:g}, {each.mode.name}, {num_nodes} nodes"
+
     async with start_services(pair, flags) as stack, GatewayClient(stack.gateway_address) as client:
-
-        async def complete(each: Planned) -> Measured:
-            sample = Sample.of_stream(each.mode, await client.complete(each.task, each.prompt_index))
-            return Measured(each.task_name, each.node_budget, sample)
-
-        for each in planned[:_NUM_WARM_UPS]:
-            await client.complete(dataclasses.replace(each.task, max_tokens=_WARM_UP_TOKENS))
         with progress_on(console) as progress:
-            return await one_by_one(
-                planned,
-                lambda each: (
-                    f"{each.task_name}, T = {each.task.temperature:g}, {each.mode.name}, {each.node_budget} nodes"
-                ),
-                complete,
-                progress,
-            )
+            return await complete_each(client, planned, _NUM_WARM_UPS, say, progress)
 
 
 BENCHMARK = Benchmark("easyspec bench sources", __doc__, SourcesSettings, measure)

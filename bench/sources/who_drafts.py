@@ -20,7 +20,7 @@ from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.tables import Column, ResultTable
 from bench.harness.tasks import TASK_NAMES
-from bench.sources.recording import NUM_LEVELS, WIDTH, Recorded, num_output_tokens, record, text_resources
+from bench.sources.recording import NUM_LEVELS, WIDTH, Recorded, record, text_resources
 from drafter_service.fusion.acceptance_estimate import Judge
 from drafter_service.fusion.rounds import Rounds
 from drafter_service.guesser import Guesser, PathGuesser, Stated
@@ -31,6 +31,7 @@ from drafter_service.text.guessers import TextDrafting, TextResources
 from drafter_service.worth import RoundChoices
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.parallel.layer_groups import LayerPlan
+from easyspec.speculation.growing_tree import num_followed
 from easyspec.speculation.parameters import TreeBudget
 from easyspec.speculation.sources import TEXT_SOURCES, DraftSources
 from easyspec.speculation.token_tree import ScoredTree
@@ -82,12 +83,7 @@ class Clock:
     def __init__(self) -> None:
         self.now_ns = 0
 
-    def read_ns(self) -> int:
-        """The made-up time."""
-        return self.now_ns
-
     def advance(self, milliseconds: float) -> None:
-        """Let time pass."""
         self.now_ns += int(milliseconds * 1e6)
 
 
@@ -168,7 +164,7 @@ def run(
 ) -> dict[tuple[str, float], Outcome]:
     """Draft all recorded completions, one after the other, with a drafter that begins knowing nothing."""
     clock, learned = Clock(), Learned()
-    rounds = Rounds(asks_all_sources=asks_all_sources, clock_ns=clock.read_ns)
+    rounds = Rounds(asks_all_sources=asks_all_sources, clock_ns=lambda: clock.now_ns)
     outcomes: dict[tuple[str, float], Outcome] = defaultdict(Outcome)
     budget = TreeBudget(NUM_LEVELS, WIDTH, num_nodes)
     for number, one in enumerate(recorded):
@@ -178,36 +174,23 @@ def run(
         if request.asks_text:
             session.text = text = _TimedText(resources, sources, one.sampling, session.token_ids)
             text.clock, text.durations = clock, durations
-        _decode(one, session, rounds, clock, budget, durations, outcomes[one.kind])
+        state, outcome = _RecordedState(), outcomes[one.kind]
+        session.model = cast("ModelState", state) if request.asks_model else None
+        begun_ns, position, num_new = clock.now_ns, 0, 1
+        while position + num_new < len(one.output):
+            session.token_ids += one.output[position : position + num_new]
+            position += num_new
+            if rounds.begin(session, num_new, budget, num_sharing=1).has_model:
+                clock.advance(durations.model)
+                state.tree = one.model_trees[position - 1]
+                outcome.num_model_rounds += 1
+            tree, _ = rounds.finish(session)
+            num_new = min(num_followed(tree, one.output[position:]) + 1, len(one.output) - position)
+            clock.advance(durations.rest)
+            outcome.num_rounds += 1
+            outcome.num_tokens += num_new
+        outcome.milliseconds += (clock.now_ns - begun_ns) / 1e6
     return outcomes
-
-
-def _decode(
-    one: Recorded,
-    session: Session,
-    rounds: Rounds,
-    clock: Clock,
-    budget: TreeBudget,
-    durations: Durations,
-    outcome: Outcome,
-) -> None:
-    state = _RecordedState()
-    session.model = cast("ModelState", state) if session.request.asks_model else None
-    begun_ns, position, num_new = clock.now_ns, 0, 1
-    while position + num_new < len(one.output):
-        session.token_ids += one.output[position : position + num_new]
-        position += num_new
-        round_ = rounds.begin(session, num_new, budget, num_sharing=1)
-        if round_.has_model:
-            clock.advance(durations.model)
-            state.tree = one.model_trees[position - 1]
-            outcome.num_model_rounds += 1
-        tree, _ = rounds.finish(session)
-        num_new = num_output_tokens(tree, one.output[position:])
-        clock.advance(durations.rest)
-        outcome.num_rounds += 1
-        outcome.num_tokens += num_new
-    outcome.milliseconds += (clock.now_ns - begun_ns) / 1e6
 
 
 async def measure(settings: WhoDraftsSettings, console: Console) -> Findings:

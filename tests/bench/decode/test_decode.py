@@ -59,7 +59,7 @@ async def test_a_sample_is_what_the_stream_said() -> None:
     async with serve_scripted_gateway(ROUNDS) as (_, address), GatewayClient(address, 10.0) as client:
         planned = list(interleaved(["a"], MODES, SETTINGS))[1]
         stream = await client.complete(planned.task)
-    sample = Sample.of_stream(planned.mode, stream)
+    sample = Sample.of_stream(planned, stream)
     assert sample.token_ids == (1, 2, 3, 4, 5, 6)
     assert [item.num_tokens for item in sample.rounds] == [1, 3, 2]
     assert sample.rounds[1].draft_ns == 3_000_000

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.probes.acceptance import Acceptance, Answer, answer_all, draft_answers
-from easyspec.speculation.parameters import SamplingParameters, TreeBudget
+from bench.probes.acceptance import Acceptance, draft_answers
+from bench.sources.recording import Recorded, record_outputs
+from easyspec.speculation.parameters import SamplingParameters, StopConditions, TreeBudget
 from tests.fakes.checkpoints import write_checkpoint
 
 # Enough nodes that none is pruned.
@@ -22,8 +23,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_base_guesses_its_own_answers(base: Path, temperature: float) -> None:
-    answer = Answer("chat", (5, 6, 7), SamplingParameters(3, temperature))
-    asyncio.run(answer_all([answer], base, max_tokens=21))
+    answer = Recorded("chat", (5, 6, 7), SamplingParameters(3, temperature))
+    asyncio.run(record_outputs([answer], base, StopConditions(21)))
     assert len(answer.output) == 21
     found = draft_answers([answer], base, BUDGET)["chat", temperature]
     assert found.num_accepted == found.num_reached == [5, 5, 5]
@@ -32,8 +33,8 @@ def test_a_base_guesses_its_own_answers(base: Path, temperature: float) -> None:
 
 def test_another_model_guesses_less(base: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path, has_tokenizer=True, seed=1)
-    answer = Answer("chat", (5, 6, 7), SamplingParameters(3, 0.0))
-    asyncio.run(answer_all([answer], base, max_tokens=21))
+    answer = Recorded("chat", (5, 6, 7), SamplingParameters(3, 0.0))
+    asyncio.run(record_outputs([answer], base, StopConditions(21)))
     found = draft_answers([answer], other, BUDGET)["chat", 0.0]
     assert found.num_tokens == 20
     assert found.num_rounds > 10

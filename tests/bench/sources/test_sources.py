@@ -6,10 +6,10 @@ import pytest
 
 from bench.decode.samples import PLAIN, Mode, Sample
 from bench.harness.streams import Counts, Round
-from bench.harness.tasks import TASK_NAMES, source_tasks
+from bench.harness.tasks import TASK_NAMES, source_prompts
 from bench.sources.lengths import length_gains
 from bench.sources.section import sources_section
-from bench.sources.sources import Measured, SourcesSettings, interleaved, source_sets, summarize_sources
+from bench.sources.sources import SourcesSettings, interleaved, source_sets, summarize_sources
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.speculation.sources import ALL_SOURCES, DraftSources
 from models.heldout import held_out_texts
@@ -19,18 +19,19 @@ def round_of(num_accepted: int, at_s: float, num_draft_tokens: int = 8) -> Round
     return Round(at_s, num_accepted + 1, num_accepted, num_draft_tokens, num_draft_levels=3, draft_ns=2_000_000)
 
 
-def sample(mode: Mode, rounds: tuple[Round, ...], token_ids: tuple[int, ...] = (1, 2)) -> Sample:
+def sample(mode: Mode, kind: str, rounds: tuple[Round, ...], token_ids: tuple[int, ...] = (1, 2)) -> Sample:
     by_source = ((DraftSources.MODEL, 3), (DraftSources.NGRAM, 1))
-    return Sample(mode, 0.0, 0, token_ids, rounds, Counts(num_accepted_by_source=by_source), 0.1)
+    counts, node_budget = Counts(num_accepted_by_source=by_source), 0 if mode is PLAIN else 8
+    return Sample(mode, 0.0, 0, token_ids, rounds, counts, 0.1, kind, node_budget)
 
 
 FUSED = Mode("all", LayerPlanRequest(), ALL_SOURCES)
 
 
 def test_a_row_is_made_of_rounds() -> None:
-    plain = sample(PLAIN, tuple(round_of(0, float(second), 0) for second in range(1, 5)))
-    fused = sample(FUSED, (round_of(0, 1.0, 0), round_of(3, 1.5), round_of(1, 2.0)))
-    (result,) = summarize_sources([Measured("code", 0, plain), Measured("code", 8, fused)])
+    plain = sample(PLAIN, "code", tuple(round_of(0, float(second), 0) for second in range(1, 5)))
+    fused = sample(FUSED, "code", (round_of(0, 1.0, 0), round_of(3, 1.5), round_of(1, 2.0)))
+    (result,) = summarize_sources([plain, fused])
     assert (result["task"], result["sources"], result["node_budget"]) == (
         "code",
         ["model", "retrieval", "ngram", "early_exit"],
@@ -46,9 +47,7 @@ def test_a_row_is_made_of_rounds() -> None:
 
 def test_a_completion_that_differs_is_counted() -> None:
     rounds = (round_of(0, 1.0), round_of(0, 2.0))
-    (result,) = summarize_sources(
-        [Measured("copy", 0, sample(PLAIN, rounds)), Measured("copy", 8, sample(FUSED, rounds, (1, 3)))]
-    )
+    (result,) = summarize_sources([sample(PLAIN, "copy", rounds), sample(FUSED, "copy", rounds, (1, 3))])
     assert result["num_differing_completions"] == 1
 
 
@@ -64,12 +63,12 @@ def test_every_set_meets_every_budget_beside_plain_decoding() -> None:
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_tasks_are_held_out_text_and_the_same_every_time(name: str) -> None:
-    tasks = source_tasks(name, 8, seed=3)
-    assert tasks == source_tasks(name, 8, seed=3)
-    assert len({task.prompt for task in tasks}) == 8
+    prompts = source_prompts(name, 8, seed=3)
+    assert prompts == source_prompts(name, 8, seed=3)
+    assert len(set(prompts)) == 8
     everything = "\n".join(held_out_texts().values())
-    for task in tasks:
-        words = task.prompt.split()
+    for prompt in prompts:
+        words = prompt.split()
         assert sum(word in everything for word in words) > 0.9 * len(words)
 
 
@@ -103,9 +102,7 @@ def test_fused_lengths_are_held_against_the_best_single_source() -> None:
 
 def test_the_report_has_a_table_a_task() -> None:
     rounds = (round_of(0, 1.0), round_of(2, 1.5))
-    results = summarize_sources(
-        [Measured("copy", 0, sample(PLAIN, rounds)), Measured("copy", 8, sample(FUSED, rounds))]
-    )
+    results = summarize_sources([sample(PLAIN, "copy", rounds), sample(FUSED, "copy", rounds)])
     report = {
         "command": "easyspec bench sources",
         "machine": {"cpu": "c", "cores": 2, "memory_gib": 4, "torch": "2", "python": "3"},
