@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
@@ -13,19 +14,24 @@ from rich.console import Console
 from bench.alternatives.alternatives import AlternativesSettings, both_ways, complete_all
 from bench.alternatives.summary import OURS
 from bench.alternatives.timed_completion import Maker, TimedCompletion
-from bench.alternatives.verifier_memory import verifier_memory
-from bench.harness.benchmark import Benchmark, Findings, as_plain
+from bench.chaos.limits import footprint
+from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import EXECUTOR, ModelPair, executor_flags, start_services
 from bench.harness.prompts import Questions
 from bench.harness.tables import Column, ResultTable, Row
 from bench.harness.turns import progress_on
+from easyspec.checkpoint.location import weight_bytes
 from easyspec.cli.clients import verifier_info
 from easyspec.cli.models import choose_models
 from easyspec.cli.up import say
+from easyspec.errors import UnavailableError
+from easyspec.model.config import load_config
+from easyspec.ops.kv_pool import KVPool
 
 _ALL = "all"
+_MIB = 2**20
 _COLUMNS = (
     Column("task", "task"),
     Column("T", "temperature", "g"),
@@ -71,17 +77,17 @@ async def measure(settings: ModelSettings, console: Console) -> Findings:
             completions = await complete_all(both_ways(client), asked, progress, pair.prompts)
         kv = (await verifier_info(stack.verifier.address)).kv
         memory = verifier_memory(stack.verifier.pid, pair.base, kv.num_used_slots + kv.num_cached_slots)
+    note = (
+        f"memory of the verifier: {memory['resident_mib']:.0f} MiB of its own, {memory['rest_mib']:.0f} more than "
+        f"weights ({memory['weights_mib']:.0f} MiB) and KV ({memory['kv_mib']:.0f} MiB)"
+    )
     rows = summarize_model(completions)
     num_differing = sum(row["num_differing"] for row in rows if row["task"] == _ALL)
     title = f"{pair.name}: tokens/s of decoding, medians over prompts"
     return Findings(
-        content={
-            "model": pair.name,
-            "verifier_memory": {**as_plain(memory), "rest_mib": memory.rest_mib},
-            "results": rows,
-        },
+        content={"model": pair.name, "verifier_memory": memory, "results": rows},
         tables=[ResultTable(title, _COLUMNS, rows)],
-        notes=[str(memory), f"{num_differing} completions differ from plain decoding (expected 0)"],
+        notes=[note, f"{num_differing} completions differ from plain decoding (expected 0)"],
         checkpoints=pair.checkpoints,
         exit_code=1 if num_differing else 0,
     )
@@ -119,6 +125,19 @@ def summarize_model(completions: Sequence[TimedCompletion]) -> list[Row]:
 def _speed(one: TimedCompletion) -> float:
     """Tokens a second of decoding; of the whole completion where all tokens came at once."""
     return one.decode_tokens_per_s or one.tokens_per_s
+
+
+def verifier_memory(pid: int, model: Path, num_kv_tokens: int) -> dict[str, float]:
+    """MiB of a process that serves `model` and has used so many slots of its KV pool: its own resident memory (pages of
+    mapped files, which are shared, left out), the size of its weights' files, keys and values, and what is beside
+    these: the interpreter, libraries, buffers. UnavailableError if it has gone."""
+    found = footprint(pid)
+    if found is None:
+        raise UnavailableError("the verifier has ended")
+    config = load_config(model)
+    slot_bytes = KVPool.slot_bytes(config.num_layers, config.num_kv_heads, config.head_dim, config.dtype)
+    resident, weights, kv = found.memory_mib, weight_bytes(model) / _MIB, num_kv_tokens * slot_bytes / _MIB
+    return {"resident_mib": resident, "weights_mib": weights, "kv_mib": kv, "rest_mib": resident - weights - kv}
 
 
 BENCHMARK = Benchmark("easyspec bench", __doc__, ModelSettings, measure)

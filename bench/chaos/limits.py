@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +21,9 @@ class Footprint:
 
 def footprint(pid: int) -> Footprint | None:
     """None if the process has gone."""
-    folder = Path(f"/proc/{pid}")
     try:
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        num_descriptors = len([*(folder / "fd").iterdir()])
-        return Footprint(round(_kib(status["RssAnon"]) / 1024, 1), num_descriptors, int(status["Threads"]))
+        status, num_descriptors = process_status(pid), len(os.listdir(f"/proc/{pid}/fd"))
+        return Footprint(round(status["RssAnon"] / 1024, 1), num_descriptors, status["Threads"])
     except (OSError, KeyError):
         return None
 
@@ -32,9 +31,7 @@ def footprint(pid: int) -> Footprint | None:
 @contextlib.contextmanager
 def full_memory(pid: int, spare_bytes: int) -> Iterator[None]:
     """The process gets no more than `spare_bytes` of address space beyond what it has."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    size_bytes = 1024 * next(_kib(line.split(":")[1]) for line in status.splitlines() if line.startswith("VmSize"))
-    with _soft_limit(pid, resource.RLIMIT_AS, size_bytes + spare_bytes):
+    with _soft_limit(pid, resource.RLIMIT_AS, 1024 * process_status(pid)["VmSize"] + spare_bytes):
         yield
 
 
@@ -56,5 +53,7 @@ def _soft_limit(pid: int, kind: int, value: int) -> Iterator[None]:
             resource.prlimit(pid, kind, (soft, hard))
 
 
-def _kib(text: str) -> int:
-    return int(text.split()[0])
+def process_status(pid: int) -> dict[str, int]:
+    """The numbers of /proc/PID/status by name; sizes are in KiB."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {name.rstrip(":"): int(values[0]) for name, *values in lines if values and values[0].isdigit()}

@@ -50,20 +50,12 @@ class ModelPair:
 
 PAIRS = {
     "bundled": ModelPair("bundled", DEFAULT_BASE, DEFAULT_DRAFT, "make train-models"),
-    "smollm2": ModelPair(
-        "smollm2",
-        SMOLLM2.path,
-        None,
-        "easyspec fetch smollm2",
-        Questions(SMOLLM2.path),
-    ),
+    "smollm2": ModelPair("smollm2", SMOLLM2.path, None, "easyspec fetch smollm2", Questions(SMOLLM2.path)),
     "bench": ModelPair("bench", _WIDENED / "base", DEFAULT_DRAFT, "make bench-pair"),
     # Drafting a tree takes about as long as a pass of the base.
     "even": ModelPair("even", _WIDENED / "base", _WIDENED / "draft", "make bench-pair"),
 }
 PAIR = flag("Models to measure: smollm2 needs `easyspec fetch smollm2`, bench, even `make bench-pair`.", choices=PAIRS)
-
-
 EXECUTOR = flag("What computes both models; native-8bit rounds inputs as llama.cpp does.", choices=EXECUTORS)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.harness.random_weights import chain
-from bench.ranks.models import CPU, NUM_SLOTS, TINY, decoder_pass, open_decoder, typical
+from bench.ranks.passes import CPU, TINY, load, typical
 from easyspec.model.row_layout import lay_out
 from easyspec.ops.executor import choose_executor
 from easyspec.ops.kv_pool import KVPool
@@ -65,8 +65,8 @@ def measure_constants(ranks: Ranks, folder: Path) -> Constants:
         large = max(gather_us)
         latency_us = statistics.median(us for num_bytes, us in gather_us.items() if num_bytes <= _SMALL_PART_BYTES)
         link = 1e6 * (ranks.size - 1) * large / max(gather_us[large] - latency_us, 1e-3)
-    tiny = open_decoder(folder / TINY.name, TINY)  # arithmetic takes no time: what remains is the cost of operations
-    tiny_pass = partial(decoder_pass, tiny, tiny.new_pool(NUM_SLOTS), num_rows=4, context_tokens=64)
+    # Arithmetic takes no time: what remains is the cost of operations.
+    tiny_pass = partial(load(folder, TINY).run, num_rows=4, context_tokens=64)
     return Constants(
         num_ranks=ranks.size,
         memory_bytes_per_s=weight_bytes / few_rows_s,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bench.harness.tables import Row
 from bench.ranks.constants import ATTENTION_OPERATIONS, MLP_OPERATIONS, Constants
-from bench.ranks.models import BASE, DRAFT
-from bench.ranks.passes import CALIBRATED_ROWS, WORKLOAD, RoundTimes
+from bench.ranks.passes import BASE, CALIBRATED_ROWS, DRAFT, WORKLOAD
 from easyspec.planner.costs import CostModel, Load
 from easyspec.planner.hardware import Device, Stack
 from easyspec.planner.planner import draft_pass_us
@@ -39,7 +38,7 @@ def cost_model(constants: Constants) -> CostModel:
     return CostModel(device, stack)
 
 
-def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) -> Iterator[Row]:
+def round_rows(constants: Constants, scheme: DraftScheme, measured_ms: Mapping[str, float]) -> Iterator[Row]:
     """Estimates of a round's parts beside the measurement, milliseconds; a ratio above 1: the model is too slow."""
     costs, w = cost_model(constants), WORKLOAD
     calibrate, level = Load(CALIBRATED_ROWS, w.context_tokens), Load(w.tree_width, w.context_tokens)
@@ -48,12 +47,8 @@ def round_rows(constants: Constants, scheme: DraftScheme, measured: RoundTimes) 
     verify = Load(w.num_nodes + 1, w.context_tokens)
     verify_ms = costs.tensor_parallel_us(BASE, verify, constants.num_ranks) / 1e3
     round_ms = calibrate_ms + (w.num_levels - 1) * fuzzy_ms + verify_ms
-    figures = {
-        "calibrate": (calibrate_ms, measured.calibrate_ms),
-        "step": (fuzzy_ms, measured.fuzzy_step_ms),
-        "verify": (verify_ms, measured.verify_ms),
-        "round": (round_ms, measured.round_ms),
-    }
-    for figure, (model_ms, measured_ms) in figures.items():
-        times = {"model_ms": model_ms, "measured_ms": measured_ms, "ratio": model_ms / measured_ms}
+    figures = {"calibrate": calibrate_ms, "step": fuzzy_ms, "verify": verify_ms, "round": round_ms}
+    for figure, model_ms in figures.items():
+        measured = measured_ms[figure]
+        times = {"model_ms": model_ms, "measured_ms": measured, "ratio": model_ms / measured}
         yield {"num_ranks": constants.num_ranks, "scheme": scheme.name, "figure": figure, **times}

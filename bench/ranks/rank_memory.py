@@ -8,6 +8,7 @@ group: at most while it loaded, and when it was ready to run. Pages of the check
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Annotated
 import torch
 from rich.console import Console
 
+from bench.chaos.limits import process_status
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.flags import flag
 from bench.harness.machine import REPOSITORY
@@ -98,18 +100,13 @@ def _measure_own(folder: Path) -> dict[str, int]:
     ranks.sum(torch.ones(1))
     executor = choose_executor("auto", _CPU, num_threads=1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_bytes("VmRSS")
+    before = process_status(os.getpid())["VmRSS"]
     decoder = Decoder(folder, config, executor, ranks=ranks)
-    peak = _status_bytes("VmHWM")
-    ready = _status_bytes("VmRSS")
-    assert decoder.num_weight_bytes <= ready, "weights are in memory"
+    status = process_status(os.getpid())
+    peak, ready = 1024 * (status["VmHWM"] - before), 1024 * (status["VmRSS"] - before)
+    assert decoder.num_weight_bytes <= 1024 * status["VmRSS"], "weights are in memory"
     leave_group()
-    return {"rank": ranks.rank, "peak_bytes": peak - before, "ready_bytes": ready - before}
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return {"rank": ranks.rank, "peak_bytes": peak, "ready_bytes": ready}
 
 
 def _mib(sizes: Iterable[int]) -> str:

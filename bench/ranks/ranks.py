@@ -42,7 +42,7 @@ class RankSettings:
 
 
 def measure(settings: RankSettings, console: Console) -> Findings:
-    watch = OtherLoad()
+    before = _cpu_seconds()
     groups: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for size in settings.ranks:
@@ -51,7 +51,8 @@ def measure(settings: RankSettings, console: Console) -> Findings:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
             subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=_TIMEOUT_S)
             groups.append(json.loads((Path(name) / "result.json").read_text(encoding="utf-8")))
-    share = watch.share()
+    busy, total, own = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
+    share = max(0.0, busy - own) / max(total, 1e-9)
     rows = [row for group in groups for row in group["rows"]]
     return Findings(
         {"num_rounds": settings.rounds, "others_cpu_share": share, "groups": groups},
@@ -63,24 +64,12 @@ def measure(settings: RankSettings, console: Console) -> Findings:
     )
 
 
-class OtherLoad:
-    """Which share of the machine's CPU time is taken by processes that are not this one or its ended children."""
-
-    def __init__(self) -> None:
-        self._started = self._times()
-
-    def share(self) -> float:
-        busy, total, own = (now - then for now, then in zip(self._times(), self._started, strict=True))
-        return max(0.0, busy - own) / max(total, 1e-9)
-
-    @staticmethod
-    def _times() -> tuple[float, float, float]:
-        with open("/proc/stat", encoding="ascii") as stat:
-            ticks = [int(field) for field in stat.readline().split()[1:9]]
-        ticks_per_s = os.sysconf("SC_CLK_TCK")
-        idle = ticks[3] + ticks[4]
-        own = sum(os.times()[:4])
-        return (sum(ticks) - idle) / ticks_per_s, sum(ticks) / ticks_per_s, own
+def _cpu_seconds() -> tuple[float, float, float]:
+    """CPU time so far: that the machine was busy, all, and that this process and its ended children took."""
+    with open("/proc/stat", encoding="ascii") as stat:
+        seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in stat.readline().split()[1:9]]
+    idle = seconds[3] + seconds[4]
+    return sum(seconds) - idle, sum(seconds), sum(os.times()[:4])
 
 
 BENCHMARK = Benchmark("python -m bench ranks", __doc__, RankSettings, measure)

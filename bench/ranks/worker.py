@@ -13,8 +13,7 @@ import torch
 from bench.harness.tables import Row
 from bench.ranks.constants import Constants, measure_constants
 from bench.ranks.estimates import round_rows
-from bench.ranks.models import BASE, CPU, DRAFT
-from bench.ranks.passes import load, measure_rounds
+from bench.ranks.passes import BASE, CPU, DRAFT, load, measure_rounds
 from easyspec.parallel.rank_placement import RankPlacement
 from easyspec.parallel.ranks import Ranks, join_group, leave_group
 from easyspec.planner.scheme import draft_schemes

@@ -20,7 +20,7 @@ from bench.ranks import section as ranks_section
 from bench.report import headlines, text
 from bench.serving.serve import serve_section
 from bench.serving.targets import targets_section
-from bench.sources.section import sources_section
+from bench.sources.sources import sources_section
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from rich.console import Console
 
@@ -19,7 +19,8 @@ from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
 from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
 from bench.harness.prompts import prompts_in_turn
-from bench.harness.tables import Column, ResultTable, Row
+from bench.harness.provenance import provenance_lines
+from bench.harness.tables import Column, ResultTable, Row, markdown_table
 from bench.harness.turns import progress_on, rotated
 from bench.sources.datastore import ensure_datastore
 from bench.sources.lengths import GAIN_COLUMNS, length_gains
@@ -29,6 +30,10 @@ from easyspec.speculation.sources import ALL_SOURCES, SINGLE_SOURCES, TEXT_SOURC
 
 _NUM_LEVELS, _WIDTH = 5, 4
 _NUM_WARM_UPS = 8
+_ASKED = {
+    "where-it-pays": "the drafter asks the sources that pay in each round",
+    "always": "all sources of a request are asked in every round (`--ask always`)",
+}
 COLUMNS = (
     Column("task", "task"),
     Column("sources", lambda row: "+".join(row["sources"])),
@@ -170,6 +175,24 @@ async def _complete_all(pair: ModelPair, settings: SourcesSettings, console: Con
     async with start_services(pair, flags) as stack, GatewayClient(stack.gateway_address) as client:
         with progress_on(console) as progress:
             return await complete_each(client, planned, _NUM_WARM_UPS, say, progress)
+
+
+def sources_section(name: str, report: Mapping[str, Any]) -> str:
+    """One run as Markdown."""
+    settings, rows = report["settings"], report["results"]
+    order = sorted(rows, key=lambda row: (row["task"], row["temperature"], row["node_budget"], len(row["sources"])))
+    lines = [
+        f"## Sources of guesses, the {report['pair']} pair ({name})\n",
+        *provenance_lines(report),
+        f"* {settings['num_prompts']} held-out prompts of each kind, {settings['max_tokens']} tokens each, "
+        f"seed {settings['seed']}; the index and n-gram table are of the models' training text; "
+        f"{_ASKED[settings.get('ask', 'where-it-pays')]}\n",
+        markdown_table(COLUMNS, order) + "\n",
+    ]
+    if gains := length_gains(rows):
+        lines.append("Tokens a round of model, retrieval and n-grams fused, and of the best of them alone:\n")
+        lines.append(markdown_table(GAIN_COLUMNS, gains) + "\n")
+    return "\n".join(lines)
 
 
 BENCHMARK = Benchmark("easyspec bench sources", __doc__, SourcesSettings, measure)

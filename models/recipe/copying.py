@@ -31,17 +31,7 @@ _SHUFFLED_SHARE = 0.5
 _NUM_WAITING = 64
 _NUM_ENCODED = 1_000  # at once
 _MIN_SAID_TWICE = 24
-_NEW_NAMES: Sequence[str] = (
-    "{}_checked",
-    "{}_again",
-    "new_{}",
-    "safe_{}",
-    "my_{}",
-    "{}2",
-    "{}_impl",
-    "old_{}",
-    "{}_once",
-)
+_NEW_NAMES = ("{}_checked", "{}_again", "new_{}", "safe_{}", "my_{}", "{}2", "{}_impl", "old_{}", "{}_once")
 _REPEAT_REMARKS: Sequence[str] = ("# Again, unchanged.", "# The same once more.", "# A copy of the above.")
 _RENAME_REMARKS: Sequence[str] = (
     "# The same function under another name.",
@@ -61,24 +51,9 @@ _RENAME_REQUESTS: Sequence[str] = (
 )
 _BARE_REMARKS: Sequence[str] = ("# Without the docstring.", "# The same code, uncommented.")
 _BARE_REQUESTS: Sequence[str] = ("Remove the docstring:", "Rewrite this function without its docstring.")
-_QUOTE_REMARKS: Sequence[str] = (
-    "To quote the above:",
-    "Once more:",
-    "As it says:",
-    "Quoted in full:",
-    "In its own words:",
-)
-_QUOTE_REQUESTS: Sequence[str] = (
-    "Quote this text.",
-    "Repeat the following:",
-    "What does this document say?",
-    "Cite this passage:",
-)
-_FIRST_REQUESTS: Sequence[str] = (
-    "What does this say first?",
-    "Quote the first sentence.",
-    "Answer from this document in a sentence.",
-)
+_QUOTE_REMARKS = ("To quote the above:", "Once more:", "As it says:", "Quoted in full:", "In its own words:")
+_QUOTE_REQUESTS = ("Quote this text.", "Repeat the following:", "What does this document say?", "Cite this passage:")
+_FIRST_REQUESTS = ("What does this say first?", "Quote the first sentence.", "Answer from this document in a sentence.")
 
 
 @dataclass(frozen=True)

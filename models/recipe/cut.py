@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM
 
 from models.recipe.copying import Stream
-from models.recipe.distil import learn
+from models.recipe.distil import layer_states, learn
 from models.recipe.llama import TOKENIZER_FILES
 from models.recipe.own_text import write_own_text
 from models.recipe.settings import CutSettings, RecipeSettings
@@ -69,32 +69,19 @@ def kept_layers(base: LlamaForCausalLM, windows: Tensor, num_layers: int) -> lis
 
     One layer goes at a time: the one without which KL(base || cut), a mean over windows [B, T], is smallest.
     """
-    head = base.lm_head.weight
-    wanted = log_softmax(_run(base, list(range(len(base.model.layers))), windows)[-1] @ head.t(), dim=-1)
+    head, norm = base.lm_head.weight, base.model.norm
     kept = list(range(len(base.model.layers)))
+    entrances = layer_states(base, kept, base.model.embed_tokens(windows))
+    wanted = log_softmax(norm(entrances[-1]) @ head.t(), dim=-1)
     while len(kept) > num_layers:
-        entrances = _run(base, kept, windows)
         harms = []
         for place in range(len(kept)):
-            states = _run(base, kept[place + 1 :], windows, entrances[place])[-1]
-            found = log_softmax(states @ head.t(), dim=-1)
+            last = layer_states(base, kept[place + 1 :], entrances[place])[-1]
+            found = log_softmax(norm(last) @ head.t(), dim=-1)
             harms.append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
         del kept[harms.index(min(harms))]
+        entrances = layer_states(base, kept, entrances[0])
     return kept
-
-
-def _run(base: LlamaForCausalLM, layers: Sequence[int], windows: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
-    """Return the state at the entrance of each of `layers`, and the normalised state after the last, [B, T, H]."""
-    decoder = base.model
-    if hidden is None:
-        hidden = decoder.embed_tokens(windows)
-    position_ids = torch.arange(windows.shape[1])[None]
-    position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
-    states = []
-    for layer in layers:
-        states.append(hidden)
-        hidden = decoder.layers[layer](hidden, position_embeddings=position_embeddings, position_ids=position_ids)
-    return [*states, decoder.norm(hidden)]
 
 
 def without_layers(base: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:

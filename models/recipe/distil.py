@@ -6,7 +6,7 @@ Dimensions: B rows, T tokens, H hidden size, V vocabulary, E exits.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -48,10 +48,18 @@ def learn(
     """Train `draft` in place on what `base` says, as `settings.distil` has it, and compile both."""
     compile_layers(draft)
     compile_layers(base)
-    batches = DistilBatches(settings, base, own)
+    batches, optim = DistilBatches(settings, base, own), settings.distil.optim
     exit_loss = torch.compile(mean_exit_loss, dynamic=False)
-    trainer = Trainer(name, draft, settings.distil.optim, settings, partial(save_pair_member, draft, tokenizer))
-    return trainer.run(lambda step, progress: distil_losses(draft, base, batches, exit_loss, settings, step))
+
+    def losses(step: int, progress: float) -> Iterator[Tensor]:
+        for batch in batches.of_step(step):
+            share = batch.hidden.shape[:2].numel() / optim.tokens_per_step
+            exits = exit_hidden(draft, batch.token_ids[:, :-1], settings.distil.exit_layers)
+            with torch.no_grad():
+                base_logits = base.lm_head(batch.hidden.flatten(0, 1))  # [B * T, V]
+            yield exit_loss([hidden.flatten(0, 1) for hidden in exits], draft.lm_head.weight, base_logits) * share
+
+    return Trainer(name, draft, optim, settings, partial(save_pair_member, draft, tokenizer)).run(losses)
 
 
 class DistilBatches:
@@ -96,16 +104,19 @@ def base_hidden(base: LlamaForCausalLM, token_ids: Tensor) -> Tensor:
 
 def exit_hidden(model: LlamaForCausalLM, token_ids: Tensor, exit_layers: tuple[int, ...]) -> list[Tensor]:
     """Return for each exit the normalised hidden states [B, T, H] after that many layers."""
-    decoder = model.model
-    hidden = decoder.embed_tokens(token_ids)
-    position_ids = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
-    exits = []
-    for depth, layer in enumerate(decoder.layers, start=1):
-        hidden = layer(hidden, position_embeddings=position_embeddings, position_ids=position_ids)
-        if depth in exit_layers:
-            exits.append(decoder.norm(hidden))
-    return exits
+    states = layer_states(model, range(len(model.model.layers)), model.model.embed_tokens(token_ids))
+    return [model.model.norm(states[depth]) for depth in exit_layers]
+
+
+def layer_states(model: LlamaForCausalLM, layers: Sequence[int], hidden: Tensor) -> list[Tensor]:
+    """Return `hidden` [B, T, H], then the state after each of `layers`."""
+    position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    position_embeddings = model.model.rotary_emb(hidden, position_ids=position_ids)
+    states = [hidden]
+    for layer in layers:
+        run = model.model.layers[layer]
+        states.append(run(states[-1], position_embeddings=position_embeddings, position_ids=position_ids))
+    return states
 
 
 def mean_exit_loss(exits: list[Tensor], head: Tensor, base_logits: Tensor) -> Tensor:
@@ -127,22 +138,3 @@ def inherit_embedding(draft: LlamaForCausalLM, base: LlamaForCausalLM) -> None:
     _, _, directions = torch.linalg.svd(embedding, full_matrices=False)
     with torch.no_grad():
         draft.lm_head.weight.copy_(embedding @ directions[: draft.config.hidden_size].t())
-
-
-def distil_losses(
-    draft: LlamaForCausalLM,
-    base: LlamaForCausalLM,
-    batches: DistilBatches,
-    exit_loss: Callable[[list[Tensor], Tensor, Tensor], Tensor],
-    settings: RecipeSettings,
-    step: int,
-) -> Iterator[Tensor]:
-    """Yield the losses of one step's micro-batches, each weighted by its share of the step."""
-    optim = settings.distil.optim
-    for batch in batches.of_step(step):
-        share = batch.hidden.shape[:2].numel() / optim.tokens_per_step
-        exits = exit_hidden(draft, batch.token_ids[:, :-1], settings.distil.exit_layers)
-        with torch.no_grad():
-            base_logits = base.lm_head(batch.hidden.flatten(0, 1))  # [B * T, V]
-        rows = [hidden.flatten(0, 1) for hidden in exits]
-        yield exit_loss(rows, draft.lm_head.weight, base_logits) * share

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from models.heldout import held_out_texts
-from models.recipe.copying import Stream
 from models.recipe.distil import base_hidden, exit_hidden
 from models.recipe.llama import load_model
 from models.recipe.own_text import continue_text, prompts_of
@@ -68,7 +67,7 @@ def evaluate_pair(
     Of the held-out modules all windows of 512 tokens count, or `max_windows` of them, evenly spread.
     """
     pair = Pair(load_model(base, "cpu"), load_model(draft, "cpu"), exit_layers)
-    stream = held_out_stream(load_tokenizer(base))
+    stream = encode_documents(load_tokenizer(base), list(held_out_texts().values()))
     num_windows = (len(stream) - 1) // _WINDOW
     starts = [index * _WINDOW for index in range(num_windows)]
     windows = torch.tensor([stream[start : start + _WINDOW + 1].tolist() for start in starts])
@@ -80,11 +79,6 @@ def evaluate_pair(
         own = continue_text(pair.base, prompts, _NEW_TOKENS, torch.full((_NUM_PROMPTS,), temperature), _SEED)
         figures[name] = text_figures(pair, own.token_ids, _PROMPT_TOKENS - 1)
     return figures
-
-
-def held_out_stream(tokenizer: PreTrainedTokenizerFast) -> Stream:
-    """Return the held-out modules as token ids, each ended by the separator."""
-    return encode_documents(tokenizer, list(held_out_texts().values()))
 
 
 @torch.inference_mode()

@@ -62,10 +62,7 @@ def save_pair_member(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 def publish_member(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    extra_config: Mapping[str, Any],
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, extra_config: Mapping[str, Any]
 ) -> None:
     """Replace `folder` by the model with weights stored as bfloat16; `model` is left as it is.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,19 +18,6 @@ from models.recipe.smollm2.settings import DraftSettings
 from models.recipe.smollm2.training import Draft
 
 FILE_NAME = "draft.gguf"
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _KINDS = {4: GGMLQuantizationType.Q4_1, 8: GGMLQuantizationType.Q8_0}
 
 
@@ -39,26 +25,30 @@ def publish(draft: Draft, base: Path, settings: DraftSettings, folder: Path) -> 
     """Write `folder`/draft.gguf, taking what is not trained from the base's GGUF file; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    metadata = dict(read_header(base).metadata)
+    metadata = {key: value for key, value in read_header(base).metadata.items() if value != []}  # it takes none empty
     architecture = str(metadata.pop("general.architecture"))
     metadata["general.name"] = f"Draft of {metadata['general.name']}"
     metadata[f"{architecture}.block_count"] = len(settings.base_layers)
     metadata[DRAFT_VOCABULARY] = draft.named.tolist()
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        _add(writer, key, value)
+        kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(settings.base_layers))
     config = draft.model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in draft.model.named_parameters():
         values, num_heads = parameter.detach(), heads.get(name.split(".")[-2])
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        assert gguf_name is not None, "a Llama's parameter"
         if num_heads is not None:
             # Of queries and keys llama.cpp turns neighbouring rows against each other, Hugging Face i and i + D / 2.
             values = values.view(num_heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
         if values.dim() == 1:
-            writer.add_tensor(_gguf_name(name), values.numpy())
+            writer.add_tensor(gguf_name, values.numpy())
             continue
         bits = settings.table_bits if name == "model.embed_tokens.weight" else settings.layer_bits
-        writer.add_tensor(_gguf_name(name), blocks_of(quantise(values, bits)), raw_dtype=_KINDS[bits])
+        writer.add_tensor(gguf_name, blocks_of(quantise(values, bits)), raw_dtype=_KINDS[bits])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,24 +72,3 @@ def blocks_of(weight: QuantisedWeight) -> NDArray[np.uint8]:
 
 def _half_bytes(values: Tensor) -> Tensor:
     return values.half()[..., None].view(torch.uint8)  # [O, groups, 2]
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("model.layers."):
-        return f"{_NAMES[stem]}.{kind}"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_NAMES[part]}.{kind}"
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, list | tuple):
-        writer.add_array(key, list(value))
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_string(key, str(value))

@@ -13,12 +13,11 @@ from bench.harness.machine import REPOSITORY
 from bench.ranks import ranks, section
 from bench.ranks.constants import Constants
 from bench.ranks.estimates import cost_model, round_rows
-from bench.ranks.models import DRAFT
-from bench.ranks.passes import RoundTimes
+from bench.ranks.passes import DRAFT
 from easyspec.planner.scheme import draft_schemes
 
 CONSTANTS = Constants(2, 10e9, 50e9, 8.0, 300.0, 1e9, 500.0, {64: 300.0, 524_288: 824.3})
-MEASURED = RoundTimes(calibrate_ms=20.0, fuzzy_step_ms=10.0, verify_ms=60.0, round_ms=120.0)
+MEASURED = {"calibrate": 20.0, "step": 10.0, "verify": 60.0, "round": 120.0}
 
 
 def report_of(num_ranks: int = 2) -> dict[str, Any]:

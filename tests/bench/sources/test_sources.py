@@ -8,8 +8,7 @@ from bench.decode.samples import PLAIN, Mode, Sample
 from bench.harness.streams import Counts, Round
 from bench.harness.tasks import TASK_NAMES, source_prompts
 from bench.sources.lengths import length_gains
-from bench.sources.section import sources_section
-from bench.sources.sources import SourcesSettings, interleaved, source_sets, summarize_sources
+from bench.sources.sources import SourcesSettings, interleaved, source_sets, sources_section, summarize_sources
 from easyspec.speculation.parameters import LayerPlanRequest
 from easyspec.speculation.sources import ALL_SOURCES, DraftSources
 from models.heldout import held_out_texts
