@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> None:
 
 def train(settings: RecipeSettings) -> None:
     """Make `<out>/base`, let it go on with copying, and make `<out>/draft` from the base that ships, rounding included.
-
-    Stages of the base that an earlier, interrupted run has finished in this work folder are left out.
-    """
+    Stages of the base that an earlier, interrupted run has finished in this work folder are left out."""
     if _is_due(settings, "base"):
         _publish(settings, "base", "base", *pretrain(settings))
     base = load_model(settings.out / "base", settings.device)

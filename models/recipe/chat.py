@@ -58,11 +58,8 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def chat_documents(name: str, text: str, settings: CorpusSettings) -> Iterator[tuple[str, str]]:
-    """Yield (name, ChatML text) for each documented definition of one source file.
-
-    `name` seeds the choice of template, so a file's examples do not depend on other files.
-    Yields nothing for a file that does not parse.
-    """
+    """Yield (name, ChatML text) for each documented definition of one source file. `name` seeds the choice of template,
+    so a file's examples do not depend on other files. Yields nothing for a file that does not parse."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -100,7 +97,6 @@ def _turn(
 
 
 def source_of(node: Definition, lines: list[str]) -> str:
-    """The definition's source, from the lines of its file."""
     return textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).strip()
 
 

@@ -69,9 +69,7 @@ def copying_stream(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], corpus: Stream, settings: CopyingSettings
 ) -> Stream:
     """Return blocks of `settings.block_tokens` token ids, end to end, about `settings.share` of them and `corpus`.
-
-    Equal arguments give equal blocks. Raises ValueError if the documents hold no function to copy.
-    """
+    Equal arguments give equal blocks. Raises ValueError if the documents hold no function to copy."""
     choose = random.Random(settings.seed)
     num_blocks = round(len(corpus) * settings.share / (1 - settings.share) / settings.block_tokens)
     originals = [original for document in documents for original in _originals(document, settings)]

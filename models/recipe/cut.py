@@ -65,10 +65,8 @@ def calibration_windows(stream: Stream, settings: CutSettings) -> Tensor:
 
 @torch.inference_mode()
 def kept_layers(base: LlamaForCausalLM, windows: Tensor, num_layers: int) -> list[int]:
-    """Return the ascending indices of the `num_layers` layers that stay.
-
-    One layer goes at a time: the one without which KL(base || cut), a mean over windows [B, T], is smallest.
-    """
+    """Return the ascending indices of the `num_layers` layers that stay. One layer goes at a time: the one without
+    which KL(base || cut), a mean over windows [B, T], is smallest."""
     head, norm = base.lm_head.weight, base.model.norm
     kept = list(range(len(base.model.layers)))
     entrances = layer_states(base, kept, base.model.embed_tokens(windows))

@@ -120,10 +120,8 @@ def layer_states(model: LlamaForCausalLM, layers: Sequence[int], hidden: Tensor)
 
 
 def mean_exit_loss(exits: list[Tensor], head: Tensor, base_logits: Tensor) -> Tensor:
-    """Return the mean over exits of KL(base || draft) in nats.
-
-    `exits` are [rows, H], `head` [V, H], `base_logits` [rows, V].
-    """
+    """Return the mean over exits of KL(base || draft) in nats. `exits` are [rows, H], `head` [V, H], `base_logits`
+    [rows, V]."""
     base_logprobs = log_softmax(base_logits, dim=-1)
     base_probs = base_logprobs.exp()
     divergences = [

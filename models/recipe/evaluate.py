@@ -50,51 +50,42 @@ class TextFigures:
     exits: dict[str, ExitFigures]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Base and draft in float32, and the layers after which the draft can stop."""
-
-    base: LlamaForCausalLM
-    draft: LlamaForCausalLM
-    exit_layers: tuple[int, ...]
-
-
 def evaluate_pair(
-    base: Path, draft: Path, exit_layers: tuple[int, ...], max_windows: int | None = None
+    base_folder: Path, draft_folder: Path, exit_layers: tuple[int, ...], max_windows: int | None = None
 ) -> dict[str, TextFigures]:
-    """Return the figures of the models in two folders on three kinds of text.
-
-    Of the held-out modules all windows of 512 tokens count, or `max_windows` of them, evenly spread.
-    """
-    pair = Pair(load_model(base, "cpu"), load_model(draft, "cpu"), exit_layers)
-    stream = encode_documents(load_tokenizer(base), list(held_out_texts().values()))
+    """Return the figures of the models in two folders on three kinds of text. Of the held-out modules all windows of
+    512 tokens count, or `max_windows` of them, evenly spread."""
+    base, draft = load_model(base_folder, "cpu"), load_model(draft_folder, "cpu")
+    stream = encode_documents(load_tokenizer(base_folder), list(held_out_texts().values()))
     num_windows = (len(stream) - 1) // _WINDOW
     starts = [index * _WINDOW for index in range(num_windows)]
     windows = torch.tensor([stream[start : start + _WINDOW + 1].tolist() for start in starts])
     if max_windows is not None:
         windows = windows[:: max(1, -(-len(windows) // max_windows))]
-    figures = {"held_out": text_figures(pair, windows, 0)}
+    figures = {"held_out": text_figures(base, draft, exit_layers, windows, 0)}
     for name, temperature in (("own_greedy", 0.0), ("own_temperature_0.8", 0.8)):
         prompts = prompts_of(stream, _NUM_PROMPTS, _PROMPT_TOKENS, _SEED)
-        own = continue_text(pair.base, prompts, _NEW_TOKENS, torch.full((_NUM_PROMPTS,), temperature), _SEED)
-        figures[name] = text_figures(pair, own.token_ids, _PROMPT_TOKENS - 1)
+        own = continue_text(base, prompts, _NEW_TOKENS, torch.full((_NUM_PROMPTS,), temperature), _SEED)
+        figures[name] = text_figures(base, draft, exit_layers, own.token_ids, _PROMPT_TOKENS - 1)
     return figures
 
 
 @torch.inference_mode()
-def text_figures(pair: Pair, windows: Tensor, first: int) -> TextFigures:
+def text_figures(
+    base: LlamaForCausalLM, draft: LlamaForCausalLM, exit_layers: tuple[int, ...], windows: Tensor, first: int
+) -> TextFigures:
     """Return the means over the predictions made at positions `first`.. of windows [B, T + 1]."""
     sums: dict[str, Tensor] = {}
     base_sum = torch.zeros(())
     for rows in windows.split(_ROWS_AT_ONCE):
         targets = rows[:, first + 1 :].flatten()
-        hidden = base_hidden(pair.base, rows[:, :-1])[:, first:]
-        base_logprobs = log_softmax(pair.base.lm_head(hidden.flatten(0, 1)), dim=-1)
+        hidden = base_hidden(base, rows[:, :-1])[:, first:]
+        base_logprobs = log_softmax(base.lm_head(hidden.flatten(0, 1)), dim=-1)
         base_probs = base_logprobs.exp()
         base_sum += cross_entropy(base_logprobs, targets, reduction="sum")
-        exits = exit_hidden(pair.draft, rows[:, :-1], pair.exit_layers)
-        for layer, states in zip(pair.exit_layers, exits, strict=True):
-            draft_logprobs = log_softmax(pair.draft.lm_head(states[:, first:].flatten(0, 1)), dim=-1)
+        exits = exit_hidden(draft, rows[:, :-1], exit_layers)
+        for layer, states in zip(exit_layers, exits, strict=True):
+            draft_logprobs = log_softmax(draft.lm_head(states[:, first:].flatten(0, 1)), dim=-1)
             found = (  # of ExitFigures' fields, in their order
                 cross_entropy(draft_logprobs, targets, reduction="sum"),
                 (base_probs * (base_logprobs - draft_logprobs)).sum(),
@@ -115,10 +106,8 @@ def text_figures(pair: Pair, windows: Tensor, first: int) -> TextFigures:
 
 
 def repeated_share(rows: Iterable[list[int]]) -> float:
-    """Return the share of tokens that end an 8-token run already seen in their own row.
-
-    Agreement on loops is cheap, so greedy figures are to be read beside this one.
-    """
+    """Return the share of tokens that end an 8-token run already seen in their own row. Agreement on loops is cheap, so
+    greedy figures are to be read beside this one."""
     num_repeated = num_all = 0
     for row in rows:
         seen: set[tuple[int, ...]] = set()

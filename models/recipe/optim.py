@@ -79,9 +79,8 @@ def optimizers_for(model: nn.Module, settings: OptimSettings) -> list[torch.opti
 def schedule_progress(step: int, seconds: float, settings: OptimSettings) -> float:
     """Return how much of the run is over before this step, 1 or more at its end: the share of
     its steps or of its time, whichever is larger."""
-    if settings.max_seconds is None:
-        return step / settings.num_steps
-    return max(step / settings.num_steps, seconds / settings.max_seconds)
+    share_of_time = 0.0 if settings.max_seconds is None else seconds / settings.max_seconds
+    return max(step / settings.num_steps, share_of_time)
 
 
 def lr_factor(step: int, progress: float, settings: OptimSettings) -> float:

@@ -60,11 +60,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 def continue_text(
     model: LlamaForCausalLM, prompts: Tensor, new_tokens: int, temperatures: Tensor, seed: int
 ) -> OwnText:
-    """Continue prompts [B, T] by exactly `new_tokens`, past separators.
-
-    A temperature of 0 means greedy; others sample. `temperatures` is [B]. Deterministic in
-    (model, arguments) on one machine.
-    """
+    """Continue prompts [B, T] by exactly `new_tokens`, past separators. A temperature of 0 means greedy; others sample.
+    `temperatures` is [B]. Deterministic in (model, arguments) on one machine."""
     noise = torch.Generator(device=prompts.device).manual_seed(seed)
     capacity = prompts.shape[1] + new_tokens
     cache = Cache(layers=[PreallocatedLayer(capacity) for _ in model.model.layers])

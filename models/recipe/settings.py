@@ -52,11 +52,10 @@ class CopyingSettings:
 class OptimSettings:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms.
 
-    The learning rate warms up over `num_warmup_steps`, stays, and falls linearly to zero over the
-    last `decay_share` of the run. The run is over after `num_steps` or `max_seconds`, whichever
-    comes first, and the fall is timed to it: exact reruns give steps only, a machine that others
-    use too gets a budget. Attention over long windows is the dearest part on a CPU, so windows
-    have `short_tokens` first and `long_tokens` for the last `long_share` of the run.
+    The learning rate warms up over `num_warmup_steps`, stays, and falls linearly to zero over the last `decay_share` of
+    the run. The run is over after `num_steps` or `max_seconds`, whichever comes first, and the fall is timed to it:
+    exact reruns give steps only, a machine that others use too gets a budget. Attention over long windows is the
+    dearest part on a CPU, so windows have `short_tokens` first and `long_tokens` for the last `long_share` of the run.
     """
 
     num_steps: int

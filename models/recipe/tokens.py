@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -27,10 +27,8 @@ def ensure_tokenizer(settings: RecipeSettings) -> PreTrainedTokenizerFast:
 
 
 def pass_stream(settings: RecipeSettings, pass_index: int) -> Stream:
-    """Return one pass of the corpus as token ids, documents ended by the separator; cached.
-
-    With `settings.copying` exercises come after it, in blocks that begin where windows begin.
-    """
+    """Return one pass of the corpus as token ids, documents ended by the separator; cached. With `settings.copying`
+    exercises come after it, in blocks that begin where windows begin."""
     copying = settings.copying
     path = settings.work / f"pass-{pass_index}{'' if copying is None else '-copying'}.npy"
     if not path.exists():
@@ -55,15 +53,12 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> St
 
 
 class WindowSampler:
-    """Every window of a pass once, in seeded order, then the next pass; window size may change.
-
-    A batch depends on its step and window size alone, so a resumed run sees the same batches.
-    """
+    """Every window of a pass once, in seeded order, then the next pass; window size may change. A batch depends on its
+    step and window size alone, so a resumed run sees the same batches."""
 
     def __init__(self, settings: RecipeSettings, optim: OptimSettings) -> None:
-        self._settings = settings
         self._optim = optim
-        self._streams: dict[int, Stream] = {}
+        self._stream = functools.cache(functools.partial(pass_stream, settings))
         self._orders: dict[tuple[int, int], list[int]] = {}
 
     def batch(self, step: int, progress: float) -> Tensor:
@@ -83,11 +78,6 @@ class WindowSampler:
         tokens = self._stream(pass_index)[start : start + window + 1]
         return torch.from_numpy(tokens.astype(np.int64))  # [T + 1]
 
-    def _stream(self, pass_index: int) -> Stream:
-        if pass_index not in self._streams:
-            self._streams[pass_index] = pass_stream(self._settings, pass_index)
-        return self._streams[pass_index]
-
     def _order(self, pass_index: int, window: int) -> list[int]:
         """Return the start windows in seeded order of 512-token blocks, so that the short and
         the long part of a run walk the same blocks and do not repeat each other's text."""
@@ -104,10 +94,3 @@ class WindowSampler:
 def window_tokens(progress: float, optim: OptimSettings) -> int:
     """Return the window length: short first, long for the last share of the run."""
     return optim.long_tokens if progress >= 1 - optim.long_share else optim.short_tokens
-
-
-def micro_batches(windows: Tensor, optim: OptimSettings) -> Iterator[tuple[Tensor, float]]:
-    """Yield (rows, share of all rows), as many rows at once as stay near the caches."""
-    rows = max(1, optim.micro_batch_tokens // (windows.shape[1] - 1))
-    for part in windows.split(rows):
-        yield part, len(part) / len(windows)

@@ -27,10 +27,8 @@ class Effort:
 
 
 class Trainer:
-    """Runs a schedule to its end with Muon and AdamW, resuming from `<work>/<name>.pt` where that exists.
-
-    `publish` is called with `<work>/<name>-latest` every `publish_seconds`.
-    """
+    """Runs a schedule to its end with Muon and AdamW, resuming from `<work>/<name>.pt` where that exists. `publish` is
+    called with `<work>/<name>-latest` every `publish_seconds`."""
 
     def __init__(
         self,
@@ -51,11 +49,8 @@ class Trainer:
         self._reported: float | None = None
 
     def run(self, losses_of: Callable[[int, float], Iterator[Tensor]]) -> Effort:
-        """Train until progress is 1.
-
-        `losses_of(step, progress)` yields the micro-batches' losses one at a time, each already
-        weighted by its share of the step, so that their gradients add up to the step's.
-        """
+        """Train until progress is 1. `losses_of(step, progress)` yields the micro-batches' losses one at a time, each
+        already weighted by its share of the step, so that their gradients add up to the step's."""
         step, seconds_before = self._resume()
         start = saved = published = logged = time.monotonic()
         losses: list[float] = []

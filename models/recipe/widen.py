@@ -1,11 +1,10 @@
 """A larger checkpoint that computes the same function, to measure a realistic cost.
 
-The residual stream gets `factor` times as many dimensions and the new ones stay zero: embeddings
-are padded with zeros and no block writes to them. Heads, KV heads and MLP units are multiplied
-too; the new ones compute on random weights and their outputs meet zero columns. The mean square
-of a padded vector is 1 / factor of the original's, so norm weights are divided by sqrt(factor)
-and epsilons by factor. Added layers write nothing at all. Every weight is read and multiplied as
-in a real model of that shape, and the logits stay what they were up to floating-point order.
+The residual stream gets `factor` times as many dimensions and the new ones stay zero: embeddings are padded with zeros
+and no block writes to them. Heads, KV heads and MLP units are multiplied too; the new ones compute on random weights
+and their outputs meet zero columns. The mean square of a padded vector is 1 / factor of the original's, so norm weights
+are divided by sqrt(factor) and epsilons by factor. Added layers write nothing at all. Every weight is read and
+multiplied as in a real model of that shape, and the logits stay what they were up to floating-point order.
 """
 
 from __future__ import annotations

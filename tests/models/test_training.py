@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from models.recipe.distil import DistilBatches, exit_hidden, inherit_embedding, mean_exit_loss
-from models.recipe.evaluate import Pair, repeated_share, text_figures
+from models.recipe.evaluate import repeated_share, text_figures
 from models.recipe.llama import build_llama
 from models.recipe.optim import lr_factor, orthogonalise, schedule_progress
 from models.recipe.own_text import OwnText, continue_text
@@ -123,7 +123,7 @@ def test_a_model_agrees_with_itself() -> None:
         for param in model.parameters():
             param.mul_(8)
     windows = torch.arange(3 * 11).reshape(3, 11) % 40
-    figures = text_figures(Pair(model, model, (2, 3)), windows, 4)
+    figures = text_figures(model, model, (2, 3), windows, 4)
     last = figures.exits["3"]
     assert figures.num_tokens == 3 * 6
     assert last.loss == pytest.approx(figures.base_loss, abs=1e-3)

@@ -26,6 +26,7 @@ from models.recipe.smollm2.writing import write_shards
 
 
 def main(arguments: list[str]) -> None:
+    """Write texts, or make `<out>/draft.gguf` of the shards that are there."""
     options = _parser().parse_args(arguments)
     base = options.base or fetch_model(SMOLLM2, print)
     settings = Smollm2Settings(base=base, out=options.out, work=options.work)
@@ -36,11 +37,6 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     optim = replace(OPTIM, num_steps=options.steps, max_seconds=options.minutes and options.minutes * 60)
     settings = replace(settings, start=options.start, optim=optim, num_shards=options.shards)
-    train_and_publish(settings)
-
-
-def train_and_publish(settings: Smollm2Settings) -> None:
-    """Make `<out>/draft.gguf` of the shards that are there, resuming an interrupted run."""
     tokenizer = load_tokenizer(settings.base)
     prompts = [tokenizer(p).input_ids for kind in EVALUATION_KINDS for p in evaluation_prompts()[kind]]
     texts = without_runs_of(read_texts(settings.work / "texts", range(settings.num_shards)), prompts)

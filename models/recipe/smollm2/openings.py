@@ -63,7 +63,6 @@ class Openings:
         self._user_header = whole[: whole.rindex("|", 0, whole.rindex("<|im_end|>"))]
 
     def draw(self, choose: random.Random) -> Opening:
-        """The next one of a seeded sequence."""
         settings, kind = self._settings, choose.random()
         if kind < settings.continuation_share:
             text = choose.choice(self._material[0])
