@@ -39,9 +39,7 @@ COMMANDS = {
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command that `arguments` begin with, or measure the model that they do; without any, list the commands.
-
-    Raises EasyspecError.
-    """
+    Raises EasyspecError."""
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h"):
         print("Usage: easyspec bench MODEL [FLAGS] or NAME [FLAGS]; with --help, its flags.\n")

@@ -25,7 +25,7 @@ from bench.alternatives.transformers import TransformersGeneration
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
-from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, ModelPair, executor_flags, start_services
+from bench.harness.pairs import EXECUTOR, PAIR, PAIRS, executor_flags, start_services
 from bench.harness.prompts import HELD_OUT_TEXT, PairPrompts, prompts_in_turn
 from bench.harness.streams import Speculation, Task
 from bench.harness.tables import ResultTable
@@ -38,8 +38,6 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class AlternativesSettings:
-    """One run; prompts and noise follow from `seed`."""
-
     QUICK: ClassVar = {"num_prompts": 2, "max_tokens": 48}
 
     pair: Annotated[str, PAIR] = "bundled"
@@ -72,8 +70,6 @@ class Alternative(Protocol):
 
 @dataclass(frozen=True)
 class Planned:
-    """A completion to be measured."""
-
     maker: Maker
     kind: str
     prompt_index: int
@@ -106,7 +102,17 @@ async def measure(settings: AlternativesSettings, console: Console) -> Findings:
     import transformers
 
     pair = PAIRS[settings.pair]
-    rows = summarize_alternatives(await _complete_all(pair, settings, console))
+    pair.check()
+    others: list[Alternative] = []
+    if not settings.no_transformers:
+        others += await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
+    encode = partial(load_tokenizer(pair.base).encode, add_special_tokens=False)
+    others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
+    services = start_services(pair, executor_flags(settings.executor))
+    async with services as stack, GatewayClient(stack.gateway_address, _TIMEOUT_S) as client:
+        with progress_on(console) as progress:
+            completions = await complete_all([*others, *both_ways(client)], settings, progress, pair.prompts)
+    rows = summarize_alternatives(completions)
     ours = [row for row in rows if row["program"] == OURS]
     num_differing = sum(row["num_completions"] - (row["num_as_plain"] or 0) for row in ours)
     title = "tokens/s of whole completions, reading the prompt included, and of decoding alone; medians over prompts"
@@ -127,10 +133,8 @@ async def measure(settings: AlternativesSettings, console: Console) -> Findings:
 def interleaved(
     makers: Sequence[Maker], settings: AlternativesSettings, source: PairPrompts = HELD_OUT_TEXT
 ) -> Iterator[Planned]:
-    """Every prompt by every maker before the next prompt; which maker is first rotates.
-
-    Raises ConfigurationError if there are too few prompts.
-    """
+    """Every prompt by every maker before the next prompt; which maker is first rotates. Raises ConfigurationError if
+    there are too few prompts."""
     num_kinds = len(source.kinds)
     for number, (kind, prompt) in enumerate(prompts_in_turn(source, settings.num_prompts, settings.seed)):
         index = number // num_kinds
@@ -161,19 +165,6 @@ async def complete_all(
     return await one_by_one(
         planned, lambda each: f"{each.kind}, T = {each.task.temperature:g}, {each.maker}", complete, progress
     )
-
-
-async def _complete_all(pair: ModelPair, settings: AlternativesSettings, console: Console) -> list[TimedCompletion]:
-    pair.check()
-    others: list[Alternative] = []
-    if not settings.no_transformers:
-        others += await asyncio.to_thread(TransformersGeneration.all_ways, pair.base, pair.draft)
-    encode = partial(load_tokenizer(pair.base).encode, add_special_tokens=False)
-    others += [ServerGeneration.named(server, encode, _TIMEOUT_S) for server in settings.servers]
-    services = start_services(pair, executor_flags(settings.executor))
-    async with services as stack, GatewayClient(stack.gateway_address, _TIMEOUT_S) as client:
-        with progress_on(console) as progress:
-            return await complete_all([*others, *both_ways(client)], settings, progress, pair.prompts)
 
 
 BENCHMARK = Benchmark("easyspec bench alternatives", __doc__, AlternativesSettings, measure)

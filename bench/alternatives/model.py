@@ -44,8 +44,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One run; questions and noise follow from `seed`."""
-
     QUICK: ClassVar = {"num_prompts": 1, "max_tokens": 48}
 
     model: Annotated[

@@ -43,8 +43,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class PrefillSettings:
-    """One run."""
-
     QUICK: ClassVar = {"num_prompts": 2, "prompt_tokens": (256,)}
 
     pair: Annotated[str, PAIR] = "bundled"
@@ -153,13 +151,13 @@ def prefill_section(name: str, report: Mapping[str, Any]) -> str:
             "median of ratios to the fastest server at each prompt: 2.00 is half of its time.\n",
             *provenance_lines(report),
             f"* {report['settings']['num_prompts']} prompts of each length\n",
-            markdown_table(COLUMNS, report["results"]) + "\n",
+            prefill_headline(report) + "\n",
         ]
     )
 
 
-def prefill_headline(report: Mapping[str, Any]) -> ResultTable:
-    return ResultTable("", COLUMNS, report["results"])
+def prefill_headline(report: Mapping[str, Any]) -> str:
+    return markdown_table(COLUMNS, report["results"])
 
 
 BENCHMARK = Benchmark("easyspec bench prefill", __doc__, PrefillSettings, measure)

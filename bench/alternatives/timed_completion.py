@@ -10,8 +10,6 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Maker:
-    """A program and the way it decodes."""
-
     program: str
     way: str = PLAIN
 

@@ -31,10 +31,8 @@ class TransformersGeneration:
 
     @classmethod
     def all_ways(cls, base: Path, draft: Path | None) -> list[Self]:
-        """All of them, sharing the loaded models; without a draft model nothing assists.
-
-        Weights keep the checkpoint's type, as easyspec's do; those of a GGUF file it can only compute in bfloat16.
-        """
+        """All of them, sharing the loaded models; without a draft model nothing assists. Weights keep the checkpoint's
+        type, as easyspec's do; those of a GGUF file it can only compute in bfloat16."""
         tokenizer = load_tokenizer(base)
         model = _model(base)
         assisted = [] if draft is None else [cls(Maker(PROGRAM, "assisted"), model, tokenizer, _model(draft))]

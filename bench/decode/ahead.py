@@ -42,8 +42,6 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class AheadSettings:
-    """One run; prompts and noise follow from `seed`."""
-
     pair: Annotated[str, PAIR] = "bundled"
     guesses: Annotated[tuple[int, ...], flag("Verdicts guessed a round.")] = (1, 3, 6)
     temperatures: Annotated[tuple[float, ...], flag("One or several.", "--temperature")] = (0.0, 0.8)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from rich.console import Console
-from rich.progress import Progress
 
-from bench.decode.samples import Mode, Planned, Sample, complete_each, select_modes
+from bench.decode.samples import Mode, Planned, complete_each, select_modes
 from bench.decode.summary import summarize
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient, describe_model
@@ -44,8 +43,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """One run; prompts and noise follow from `seed`."""
-
     QUICK: ClassVar = {"modes": "sequential,n4-*", "num_prompts": 3, "max_tokens": 48}
 
     pair: Annotated[str, PAIR] = "bundled"
@@ -63,14 +60,10 @@ class DecodeSettings:
     def tree_budget(self) -> TreeBudget | None:
         return TreeBudget(*self.budget) if self.budget else None
 
-    def chosen_modes(self) -> tuple[Mode, ...]:
-        """Plain first; raises ConfigurationError."""
-        return select_modes(self.modes.split(","))
-
 
 async def measure(settings: DecodeSettings, console: Console) -> Findings:
     """Start the services and ask; a completion that differs from plain decoding's makes the run fail."""
-    pair, modes = PAIRS[settings.pair], settings.chosen_modes()
+    pair, modes = PAIRS[settings.pair], select_modes(settings.modes.split(","))
     pair.check()
     try:
         prompts = pair.prompts.some(settings.num_prompts, settings.seed, settings.max_prompt_chars)
@@ -80,8 +73,9 @@ async def measure(settings: DecodeSettings, console: Console) -> Findings:
         info = await client.info(needs_drafter=True)
         models = {"base": describe_model(info.models[0]), "draft": describe_model(info.draft_model)}
         console.print("\n".join(f"{role}: {model}" for role, model in models.items()))
+        planned = list(interleaved(prompts, modes, settings))
         with progress_on(console) as progress:
-            samples = await complete_all(client, prompts, modes, settings, progress)
+            samples = await complete_each(client, planned, len(modes), _say, progress)
     results = summarize(samples)
     budget = settings.tree_budget or budget_from_pb(info.default_budget)
     num_failures = sum(row["num_drafter_failures"] for row in results)
@@ -113,17 +107,8 @@ def interleaved(prompts: Sequence[str], modes: Sequence[Mode], settings: DecodeS
                 yield Planned(mode, index, task)
 
 
-async def complete_all(
-    client: GatewayClient, prompts: Sequence[str], modes: Sequence[Mode], settings: DecodeSettings, progress: Progress
-) -> list[Sample]:
-    """Complete every prompt in every mode, one request at a time, after a short unmeasured one per mode."""
-    return await complete_each(
-        client,
-        list(interleaved(prompts, modes, settings)),
-        len(modes),
-        lambda each: f"prompt {each.prompt_index + 1}, T = {each.task.temperature}, {each.mode.name}",
-        progress,
-    )
+def _say(each: Planned) -> str:
+    return f"prompt {each.prompt_index + 1}, T = {each.task.temperature}, {each.mode.name}"
 
 
 def decode_section(name: str, report: Mapping[str, Any]) -> str:

@@ -57,10 +57,8 @@ def all_modes() -> tuple[Mode, ...]:
 
 
 def select_modes(patterns: Sequence[str]) -> tuple[Mode, ...]:
-    """Return the modes whose name matches a shell pattern; plain always comes first.
-
-    Raises ConfigurationError for a pattern that matches nothing.
-    """
+    """Return the modes whose name matches a shell pattern; plain always comes first. Raises ConfigurationError for a
+    pattern that matches nothing."""
     names = [mode.name for mode in all_modes()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -96,7 +94,6 @@ class Sample:
 
     @classmethod
     def of_stream(cls, planned: Planned, stream: Stream) -> Self:
-        """Of a completed stream."""
         return cls(
             mode=planned.mode,
             temperature=planned.task.temperature,

@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.harness.flags import parse_settings
 from bench.harness.machine import REPOSITORY
 from bench.harness.provenance import provenance, provenance_lines
-from bench.harness.tables import ResultTable
+from bench.harness.tables import ResultTable, markdown_table
 from easyspec.cli.signals import run_until_signal
 
 S = TypeVar("S")
@@ -24,10 +24,8 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Findings:
-    """What a run found: `content` goes into the result file, tables and notes to the reader.
-
-    `checkpoints` are the measured models. Without tables the whole result is printed.
-    """
+    """What a run found: `content` goes into the result file, tables and notes to the reader. `checkpoints` are the
+    measured models. Without tables the whole result is printed."""
 
     content: Mapping[str, Any]
     tables: Sequence[ResultTable] = ()
@@ -47,10 +45,8 @@ class Benchmark(Generic[S]):
     is_markdown: bool = False
 
     def main(self, argv: Sequence[str]) -> int:
-        """Measure as `argv` says; returns the exit code, or 128 + the number of a signal that came.
-
-        Raises EasyspecError if the services do not come up or fail, SystemExit for bad flags.
-        """
+        """Measure as `argv` says; returns the exit code, or 128 + the number of a signal that came. Raises
+        EasyspecError if the services do not come up or fail, SystemExit for bad flags."""
         settings, path = parse_settings(self.settings, self.command, self.about, argv)
         console = Console()
         outcome = self.measure(settings, console)
@@ -75,7 +71,7 @@ class Benchmark(Generic[S]):
         elif self.is_markdown:
             print("\n".join(provenance_lines(report)))
             for table in outcome.tables:
-                print(f"\n{table.title}\n\n{table.markdown()}")
+                print(f"\n{table.title}\n\n{markdown_table(table.columns, table.rows)}")
         else:
             for table in outcome.tables:
                 table.print(console)

@@ -24,10 +24,8 @@ _ROUND_FIELDS = {field.name for field in dataclasses.fields(Round)}
 
 
 class GatewayClient(AbstractAsyncContextManager["GatewayClient"]):
-    """Make it inside the event loop that uses it. `timeout_s` is each request's deadline.
-
-    `model` empty asks the gateway's first one.
-    """
+    """Make it inside the event loop that uses it. `timeout_s` is each request's deadline. `model` empty asks the
+    gateway's first one."""
 
     def __init__(self, address: str, timeout_s: float = 600.0, model: str = "") -> None:
         self._channel = open_channel(address)

@@ -38,9 +38,7 @@ def _one_of(choices: Collection[str]) -> Callable[[str], str]:
 
 def parse_settings(settings: type[S], command: str, about: str, argv: Sequence[str]) -> tuple[S, Path | None]:
     """The settings that `argv` asks for, and the result file; raises SystemExit after --help and for what is wrong.
-
-    Where the class has a mapping QUICK, `--quick` replaces the defaults that it names.
-    """
+    Where the class has a mapping QUICK, `--quick` replaces the defaults that it names."""
     quick: Mapping[str, Any] = getattr(settings, "QUICK", {})
     found: list[dict[str, Any]] = []
 

@@ -16,10 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def describe_machine() -> dict[str, str | int]:
-    """What a reader needs to compare two measurements.
-
-    `cores` are those this process may use, `executor` is the fastest that runs here.
-    """
+    """What a reader needs to compare two measurements. `cores` are those this process may use, `executor` is the
+    fastest that runs here."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

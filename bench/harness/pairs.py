@@ -23,10 +23,8 @@ _WIDENED = REPOSITORY / ".bench"
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A base and a draft checkpoint, and what they are asked; `remedy` says how to come by a missing one.
-
-    Without a draft model the guesses come from the text. `also` are further bases by name, behind the same drafter.
-    """
+    """A base and a draft checkpoint, and what they are asked; `remedy` says how to come by a missing one. Without a
+    draft model the guesses come from the text. `also` are further bases by name, behind the same drafter."""
 
     name: str
     base: Path

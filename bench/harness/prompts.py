@@ -19,10 +19,8 @@ _POOL_SIZE = 256
 
 
 class HeldOutText:
-    """Python's own source and documentation, for the pairs that were trained on the rest of it.
-
-    Prompts follow from a seed; `kinds` are those of `of_kind`.
-    """
+    """Python's own source and documentation, for the pairs that were trained on the rest of it. Prompts follow from a
+    seed; `kinds` are those of `of_kind`."""
 
     kinds: Sequence[str] = TASK_NAMES
 
@@ -43,10 +41,8 @@ HELD_OUT_TEXT = HeldOutText()
 
 
 class Questions:
-    """The questions of `models/evaluation_prompts.json`, for an instruct model by its own template, likewise.
-
-    A model without a template is asked the bare question.
-    """
+    """The questions of `models/evaluation_prompts.json`, for an instruct model by its own template, likewise. A model
+    without a template is asked the bare question."""
 
     kinds: Sequence[str] = EVALUATION_KINDS
 
@@ -83,10 +79,8 @@ PairPrompts = HeldOutText | Questions
 
 
 def prompts_in_turn(source: PairPrompts, num_prompts: int, seed: int) -> list[tuple[str, str]]:
-    """Kind and text of so many prompts of every kind; raises ConfigurationError if there are fewer.
-
-    The kinds take turns, so that what a drafter learns does not favour the last one.
-    """
+    """Kind and text of so many prompts of every kind; raises ConfigurationError if there are fewer. The kinds take
+    turns, so that what a drafter learns does not favour the last one."""
     try:
         by_kind = [source.of_kind(kind, num_prompts, seed) for kind in source.kinds]
     except ValueError as error:

@@ -20,9 +20,7 @@ _BLOCK_BYTES = 1 << 22
 
 def provenance(checkpoints: Sequence[Path]) -> dict[str, Any]:
     """The fields `machine`, `commit`, `date` and `weights` of a result file, the last a digest by checkpoint folder.
-
-    Without `checkpoints` the services were running before, and their weights are not known.
-    """
+    Without `checkpoints` the services were running before, and their weights are not known."""
     return {
         "machine": describe_machine(),
         "commit": current_commit(),

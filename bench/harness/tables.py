@@ -16,10 +16,8 @@ _MIN_WIDTH = 120
 
 @dataclass(frozen=True)
 class Column:
-    """A heading and what stands below it: the field `key` of a row, or what `key` makes of the row, in a format.
-
-    A column that `is_detail` is for files and pages, for which terminals have no room.
-    """
+    """A heading and what stands below it: the field `key` of a row, or what `key` makes of the row, in a format. A
+    column that `is_detail` is for files and pages, for which terminals have no room."""
 
     heading: str
     key: str | Callable[[Row], Any]
@@ -49,9 +47,6 @@ class ResultTable:
         for row in self.rows:
             table.add_row(*(column.cell(row) for column in columns))
         Console(file=console.file, width=max(console.width, _MIN_WIDTH)).print(table)
-
-    def markdown(self) -> str:
-        return markdown_table(self.columns, self.rows)
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -10,7 +10,6 @@ import ast
 import functools
 import random
 import textwrap
-from collections.abc import Iterator
 
 from models.heldout import held_out_prompts, held_out_texts
 
@@ -38,11 +37,14 @@ def _prompts(name: str) -> list[str]:
     document and the beginning of a quotation from it."""
     found: set[str] = set()
     for text in held_out_texts().values():
-        docstrings = [docstring for docstring in _docstrings(text) if len(docstring) >= _MIN_DOCSTRING_CHARS]
+        nodes = [*ast.walk(ast.parse(text))]
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        found_in = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+        docstrings = [docstring for docstring in found_in if len(docstring) >= _MIN_DOCSTRING_CHARS]
         if name == "prose":
             found.update(docstring[: docstring.rindex(" ", 0, len(docstring) // 2)] for docstring in docstrings)
             continue
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes:
             if isinstance(node, ast.FunctionDef):
                 source = textwrap.dedent(ast.get_source_segment(text, node, padded=True) or "").strip()
                 if _FUNCTION_CHARS[0] <= len(source) <= _FUNCTION_CHARS[1]:
@@ -57,11 +59,3 @@ def _beginning(text: str) -> str:
     """The first part of a text, up to the end of a word."""
     end = int(len(text) * _COPIED_SHARE)
     return text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))].rstrip()
-
-
-def _docstrings(text: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring is not None:
-                yield docstring

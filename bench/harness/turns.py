@@ -19,7 +19,6 @@ def rotated(ways: Sequence[T], turn: int) -> list[T]:
 
 
 def progress_on(console: Console) -> Progress:
-    """A bar with times, as a context manager."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
 
@@ -27,7 +26,6 @@ def progress_on(console: Console) -> Progress:
 async def one_by_one(
     planned: Sequence[T], say: Callable[[T], str], complete: Callable[[T], Awaitable[R]], progress: Progress
 ) -> list[R]:
-    """Complete each of `planned` before the next."""
     bar = progress.add_task("", total=len(planned))
     found = []
     for each in planned:

@@ -181,12 +181,14 @@ class Bench:
 
 
 @torch.inference_mode()
-def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
-    """Everything, as it stands in the result file.
-
-    Verifier passes by rows of one session, and by sessions of a plain row each; then steps of a level's width of the
-    draft: sequential, and the fuzzy plans of the same model.
-    """
+def measure(settings: GpuSettings, console: Console) -> Findings:
+    """Verifier passes by rows of one session, and by sessions of a plain row each; then steps of a level's width of the
+    draft: sequential, and the fuzzy plans of the same model. ConfigurationError where there is no GPU for the full
+    shapes."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not settings.tiny:
+        raise ConfigurationError("torch finds no GPU; --tiny runs small shapes on the CPU")
+    shapes, device = TINY if settings.tiny else Shapes(), Device(torch.device("cuda" if has_gpu else "cpu"))
     speed = device.copy_bytes_per_s(shapes.num_copied_bytes, shapes.num_repeats)
     num_layers, size = shapes.draft.num_layers, shapes.layer_parallel_size
     plans = {
@@ -204,24 +206,13 @@ def measure_on(shapes: Shapes, device: Device) -> dict[str, Any]:
         bench.prepare()
         for count in shapes.num_sessions:
             results += [bench.measure(plan, name, count, shapes.draft_width, speed) for name, plan in plans.items()]
-    return {
-        "device": device.describe(),
-        "copy_gb_per_s": round(speed / 1e9, 1),
-        "row_invariant": is_invariant,
-        "settings": shapes,
-        "results": results,
-    }
-
-
-def measure(settings: GpuSettings, console: Console) -> Findings:
-    """ConfigurationError where there is no GPU for the full shapes."""
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu and not settings.tiny:
-        raise ConfigurationError("torch finds no GPU; --tiny runs small shapes on the CPU")
-    found = measure_on(TINY if settings.tiny else Shapes(), Device(torch.device("cuda" if has_gpu else "cpu")))
-    title = f"{found['device']['name']}, a copy moves {found['copy_gb_per_s']} GB/s"
-    note = f"every form of the base model's passes has the same bits: {found['row_invariant']}"
-    return Findings(found, [ResultTable(title, _COLUMNS, found["results"])], [note])
+    about, speed_gb = device.describe(), round(speed / 1e9, 1)
+    measured = {"device": about, "copy_gb_per_s": speed_gb, "row_invariant": is_invariant}
+    return Findings(
+        {**measured, "settings": shapes, "results": results},
+        [ResultTable(f"{about['name']}, a copy moves {speed_gb} GB/s", _COLUMNS, results)],
+        [f"every form of the base model's passes has the same bits: {is_invariant}"],
+    )
 
 
 BENCHMARK = Benchmark("python -m bench.gpu", __doc__, GpuSettings, measure)

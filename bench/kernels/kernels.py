@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,11 +95,9 @@ def weight_in(format_name: str, num_outputs: int, num_inputs: int) -> Weight:
     return DenseWeight(values.to(getattr(torch, format_name)))
 
 
-def product_timings(
-    executor: NativeExecutor, shape: ModelShape, format_name: str, rows: Sequence[int], num_repeats: int
-) -> Iterator[Row]:
+def product_timings(executor: NativeExecutor, settings: KernelSettings, format_name: str) -> Iterator[Row]:
     """All products of a pass but for the head's."""
-    program = ProgramWriter()
+    shape, program = SHAPES[settings.shape], ProgramWriter()
     heads, hidden = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim), shape.hidden_size
     sizes = [(heads.qkv_width, hidden), (hidden, heads.num_heads * heads.head_dim)]
     sizes += [(shape.intermediate_size, hidden)] * 2 + [(hidden, shape.intermediate_size)]
@@ -111,17 +109,16 @@ def product_timings(
         target = program.buffer(num_outputs) if num_outputs == num_inputs else buffers[num_outputs]
         program.add(Product(buffers[num_inputs], target, weight))
     compiled, pool = executor.compile(program), KVPool(1, 1, 16, 0, torch.float32, _CPU)
-    for num_rows in rows:
+    for num_rows in settings.rows:
         run = partial(compiled.run, lay_out([chain(num_rows, 0)]).rows, pool)
-        yield timing("products", format_name, 0, num_rows, num_bytes, run, num_repeats)
+        yield timing("products", format_name, 0, num_rows, num_bytes, run, settings.repeats)
 
 
-def attention_timings(
-    executor: NativeExecutor, shape: ModelShape, context: int, rows: Sequence[int], num_repeats: int
-) -> Iterator[Row]:
+def attention_timings(executor: NativeExecutor, settings: KernelSettings, context: int) -> Iterator[Row]:
     """Attention of all layers over keys and values in bfloat16."""
+    shape = SHAPES[settings.shape]
     heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    most_slots = context + max(rows)
+    most_slots = context + max(settings.rows)
     pool = KVPool(shape.num_layers, heads.num_kv_heads, heads.head_dim, most_slots, torch.bfloat16, _CPU)
     program = ProgramWriter()
     qkv, attended = program.buffer(heads.qkv_width), program.buffer(heads.num_heads * heads.head_dim)
@@ -129,34 +126,27 @@ def attention_timings(
         program.add(Attend(qkv, attended, layer, heads))
     compiled = executor.compile(program)
     num_bytes = context * KVPool.slot_bytes(shape.num_layers, heads.num_kv_heads, heads.head_dim, torch.bfloat16)
-    for num_rows in rows:
+    for num_rows in settings.rows:
         run = partial(compiled.run, lay_out([chain(num_rows, context)]).rows, pool)
-        yield timing("attention", "bfloat16", context, num_rows, num_bytes, run, num_repeats)
+        yield timing("attention", "bfloat16", context, num_rows, num_bytes, run, settings.repeats)
 
 
-def pass_timings(
-    executor: NativeExecutor,
-    shape: ModelShape,
-    format_name: str,
-    contexts: Sequence[int],
-    rows: Sequence[int],
-    num_repeats: int,
-) -> Iterator[Row]:
+def pass_timings(executor: NativeExecutor, settings: KernelSettings, format_name: str) -> Iterator[Row]:
     """Whole passes: laying out, all layers, and logits of every row."""
     is_rounded = format_name.startswith("int")
     weights = WeightFormat(format_name) if is_rounded else WeightFormat.AUTO
-    most_slots = max(contexts) + max(rows)
+    most_slots = max(settings.contexts) + max(settings.rows)
     with tempfile.TemporaryDirectory() as name:
-        folder = write_config(Path(name), shape, "bfloat16" if is_rounded else format_name, most_slots)
+        folder = write_config(Path(name), SHAPES[settings.shape], "bfloat16" if is_rounded else format_name, most_slots)
         decoder = random_decoder(folder, executor, weights=weights)
     pool = decoder.new_pool(most_slots)
-    for context in contexts:
-        for num_rows in rows:
+    for context in settings.contexts:
+        for num_rows in settings.rows:
 
             def run(context: int = context, num_rows: int = num_rows) -> object:
                 return decoder.forward(lay_out([chain(num_rows, context)]), pool, logit_rows=range(num_rows))
 
-            yield timing("pass", format_name, context, num_rows, decoder.num_weight_bytes, run, num_repeats)
+            yield timing("pass", format_name, context, num_rows, decoder.num_weight_bytes, run, settings.repeats)
 
 
 @torch.inference_mode()
@@ -166,7 +156,6 @@ def measure(settings: KernelSettings, console: Console) -> Findings:
         raise ConfigurationError(f"bench.kernels needs the native executor: {problem}")
     path = CodePath[settings.code_path.upper()] if settings.code_path else None
     executor = NativeExecutor(settings.threads, path, has_byte_inputs=settings.byte_inputs)
-    shape, rows, num_repeats = SHAPES[settings.shape], settings.rows, settings.repeats
     timings: list[Row] = []
     with progress_on(console) as progress:
         bar = progress.add_task("", total=2 * len(settings.formats) + len(settings.contexts))
@@ -177,12 +166,11 @@ def measure(settings: KernelSettings, console: Console) -> Findings:
             progress.advance(bar)
 
         for format_name in settings.formats:
-            note(product_timings(executor, shape, format_name, rows, num_repeats), f"products, {format_name}")
+            note(product_timings(executor, settings, format_name), f"products, {format_name}")
         for context in settings.contexts:
-            note(attention_timings(executor, shape, context, rows, num_repeats), f"attention, {context} tokens")
+            note(attention_timings(executor, settings, context), f"attention, {context} tokens")
         for format_name in settings.formats:
-            found = pass_timings(executor, shape, format_name, settings.contexts, rows, num_repeats)
-            note(found, f"passes, {format_name}")
+            note(pass_timings(executor, settings, format_name), f"passes, {format_name}")
     title = f"{executor.name}, {settings.threads} threads, {settings.shape}"
     return Findings(
         {"executor": executor.name, "num_threads": settings.threads, "results": timings},

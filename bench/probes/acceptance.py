@@ -33,8 +33,6 @@ from models.evaluation_prompts import EVALUATION_KINDS, chosen_prompts
 
 @dataclass(frozen=True)
 class AcceptanceSettings:
-    """One run: the models, what they are asked, and the size of trees."""
-
     pair: Annotated[str, PAIR] = "smollm2"
     base: Annotated[Path | None, flag("Another base model than the pair's.")] = None
     draft: Annotated[Path | None, flag("Another draft model than the pair's.")] = None

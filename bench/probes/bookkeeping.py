@@ -54,36 +54,30 @@ class BookkeepingSettings:
     steps: Annotated[int, flag("Steps to time.", minimum=2)] = 100
 
 
-class Stopwatch:
-    """Processor time of this thread outside the library."""
+@contextmanager
+def outside_library() -> Iterator[Callable[[], int]]:
+    """Gives a clock: processor time of this thread outside the library, in nanoseconds."""
+    inside_ns = 0
 
-    def __init__(self) -> None:
-        self._inside_ns = 0
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note what calls of the library take."""
-        library = load()  # the same for all
-        originals = {name: getattr(library, name) for name in ("easyspec_program_run", "easyspec_choose")}
-        for name, function in originals.items():
-            setattr(library, name, self._timed(function))
-        try:
-            yield
-        finally:
-            for name, function in originals.items():
-                setattr(library, name, function)
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
+            nonlocal inside_ns
             started_ns = time.thread_time_ns()
             result = function(*arguments)
-            self._inside_ns += time.thread_time_ns() - started_ns
+            inside_ns += time.thread_time_ns() - started_ns
             return result
 
         return call
 
-    def now_ns(self) -> int:
-        return time.thread_time_ns() - self._inside_ns
+    library = load()  # the same for all
+    originals = {name: getattr(library, name) for name in ("easyspec_program_run", "easyspec_choose")}
+    for name, function in originals.items():
+        setattr(library, name, timed(function))
+    try:
+        yield lambda: time.thread_time_ns() - inside_ns
+    finally:
+        for name, function in originals.items():
+            setattr(library, name, function)
 
 
 def new_verifier(folder: Path, num_slots: int, max_sessions: int) -> Verifier:
@@ -115,16 +109,15 @@ def _prompts(num_prompts: int, num_tokens: int) -> list[list[int]]:
 
 def time_reading(folder: Path, num_tokens: int) -> Row:
     """Read one prompt that shares nothing with another."""
-    watch = Stopwatch()
     (prompt,) = _prompts(1, num_tokens)
-    with watch.watching():
+    with outside_library() as now_ns:
         verifier = new_verifier(folder, num_tokens + 64, 1)
-        started_ns = watch.now_ns()
+        started_ns = now_ns()
         task = VerifyTask(_opened(verifier, prompt), num_tokens, EMPTY_TREE)
         verifier.accept(task)
         while not task.future.done():
             verifier.step()
-        seconds = (watch.now_ns() - started_ns) / 1e9
+        seconds = (now_ns() - started_ns) / 1e9
     task.future.result()
     us_a_token = round(1e6 * seconds / num_tokens, 2)
     return {"num_tokens": num_tokens, "seconds": round(seconds, 4), "us_a_token": us_a_token}
@@ -132,13 +125,12 @@ def time_reading(folder: Path, num_tokens: int) -> Row:
 
 def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int) -> Row:
     """Let sessions decode with trees of seven nodes, all in one pass; what is timed begins when all have read."""
-    watch = Stopwatch()
-    with watch.watching():
+    with outside_library() as now_ns:
         verifier = new_verifier(folder, num_sessions * (num_tokens + 1024), num_sessions)
         lengths = {_opened(verifier, prompt): num_tokens for prompt in _prompts(num_sessions, num_tokens)}
-        _round(verifier, lengths, EMPTY_TREE, watch)
+        _round(verifier, lengths, EMPTY_TREE, now_ns)
         settle_memory()  # as a service does
-        times_ms = [_round(verifier, lengths, _TREE, watch) for _ in range(num_steps)]
+        times_ms = [_round(verifier, lengths, _TREE, now_ns) for _ in range(num_steps)]
         for session_id in lengths:
             verifier.accept(CloseTask(session_id))
     return {
@@ -150,15 +142,15 @@ def time_steps(folder: Path, num_sessions: int, num_tokens: int, num_steps: int)
     }
 
 
-def _round(verifier: Verifier, lengths: dict[int, int], tree: TokenTree, watch: Stopwatch) -> float:
+def _round(verifier: Verifier, lengths: dict[int, int], tree: TokenTree, now_ns: Callable[[], int]) -> float:
     """A verdict for each; milliseconds from taking the trees up to the last verdict."""
-    started_ns = watch.now_ns()
+    started_ns = now_ns()
     tasks = {session_id: VerifyTask(session_id, length, tree) for session_id, length in lengths.items()}
     for task in tasks.values():
         verifier.accept(task)
     while not all(task.future.done() for task in tasks.values()):
         verifier.step()
-    elapsed_ms = (watch.now_ns() - started_ns) / 1e6
+    elapsed_ms = (now_ns() - started_ns) / 1e6
     for session_id, task in tasks.items():
         verdict, _ = task.future.result()
         lengths[session_id] += len(verdict.token_ids)

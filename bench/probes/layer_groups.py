@@ -24,7 +24,7 @@ from bench.harness.turns import progress_on
 from drafter_service.model.plan_choice import time_plans
 from easyspec.model.kv_cache import KvMemory
 from easyspec.ops.executor import choose_executor
-from easyspec.parallel.layer_groups import LayerPlan, paper_plan, sequential_plan
+from easyspec.parallel.layer_groups import paper_plan, sequential_plan
 from easyspec.planner.shape import ModelShape
 from easyspec.speculation.parameters import MlpPlacement
 
@@ -55,19 +55,15 @@ def shape_of(width: int, num_layers: int) -> ModelShape:
     return ModelShape("draft", num_layers, width, num_heads, num_heads, _HEAD_DIM, intermediate, _VOCAB)
 
 
-def plans_of(num_layers: int) -> list[LayerPlan]:
-    """The plans to time beside the exact one, in the order of their names."""
-    return [paper_plan(num_layers, size, mlp) for mlp, size in itertools.product(MlpPlacement, _GROUP_SIZES)]
-
-
 def time_draft(folder: Path, width: int, num_layers: int, num_threads: int) -> Row:
     """A draft's exact step in milliseconds, and how many times as fast each plan's is, by its name and group size; its
     weights are in bfloat16, as drafts ship."""
     write_config(folder, shape_of(width, num_layers), "bfloat16", 512)
     decoder = random_decoder(folder, choose_executor("native", torch.device("cpu"), num_threads=num_threads))
     memory = KvMemory(decoder.new_pool(_NUM_SLOTS), shares_prefixes=False)
+    plans = [paper_plan(num_layers, size, mlp) for mlp, size in itertools.product(MlpPlacement, _GROUP_SIZES)]
     with torch.inference_mode():
-        exact_ms, *fuzzy_ms = time_plans(decoder, memory, [sequential_plan(num_layers), *plans_of(num_layers)])
+        exact_ms, *fuzzy_ms = time_plans(decoder, memory, [sequential_plan(num_layers), *plans])
     speed_ups = {name: round(exact_ms / each_ms, 3) for name, each_ms in zip(_NAMES, fuzzy_ms, strict=True)}
     found = {"exact_ms": round(exact_ms, 4), "speed_ups": speed_ups}
     return {"width": width, "num_layers": num_layers, "num_threads": num_threads, **found}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.harness.tables import Column, ResultTable, Row
+from bench.harness.tables import Column, Row, markdown_table
 from bench.serving import targets
 
 Report = Mapping[str, Any]
 
 
-def alternatives_headline(report: Report) -> ResultTable:
+def alternatives_headline(report: Report) -> str:
     columns = (
         Column("task", "task"),
         Column("T", "temperature", "g"),
@@ -22,10 +22,10 @@ def alternatives_headline(report: Report) -> ResultTable:
         Column("as plain", lambda row: f"{row['num_as_plain']} of {row['num_completions']}"),
     )
     rows = [row for row in report["results"] if (row["program"], row["way"]) == ("easyspec", "speculating")]
-    return ResultTable("", columns, rows)
+    return markdown_table(columns, rows)
 
 
-def decode_headline(report: Report) -> ResultTable:
+def decode_headline(report: Report) -> str:
     """The fastest mode at each temperature, beside plain decoding."""
     columns = (
         Column("T", "temperature", "g"),
@@ -39,10 +39,10 @@ def decode_headline(report: Report) -> ResultTable:
         {**max(same, key=lambda row: row["tokens_per_s"]), "plain": same[0]["tokens_per_s"]}
         for same in _grouped(report["results"], "temperature")
     ]
-    return ResultTable("", columns, rows)
+    return markdown_table(columns, rows)
 
 
-def serve_headline(report: Report) -> ResultTable:
+def serve_headline(report: Report) -> str:
     settings = ("off", "on", "auto")
     columns = (
         Column("streams", "concurrency"),
@@ -54,10 +54,10 @@ def serve_headline(report: Report) -> ResultTable:
         {**same[-1], **{row["speculation"]: row["tokens_per_s"] for row in same}}
         for same in _grouped(report["results"], "concurrency")
     ]
-    return ResultTable("", columns, rows)
+    return markdown_table(columns, rows)
 
 
-def sources_headline(report: Report) -> ResultTable:
+def sources_headline(report: Report) -> str:
     """The fastest set by task and temperature, beside model, retrieval and n-grams fused."""
     fused = {"model", "retrieval", "ngram"}
     columns = (
@@ -77,12 +77,12 @@ def sources_headline(report: Report) -> ResultTable:
         )
         row = {"fused": all_three.get("tokens_per_s"), "fused_x": all_three.get("speedup_vs_plain")}
         rows.append({**best, **row})
-    return ResultTable("", columns, rows)
+    return markdown_table(columns, rows)
 
 
-def targets_headline(report: Report) -> ResultTable:
+def targets_headline(report: Report) -> str:
     columns = [column for column in targets.COLUMNS if column.heading not in ("x plain by turn", "compared")]
-    return ResultTable("", columns, report["results"])
+    return markdown_table(columns, report["results"])
 
 
 def _grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:

@@ -15,7 +15,6 @@ from bench.alternatives.summary import alternatives_section
 from bench.decode.decode import decode_section
 from bench.harness.benchmark import Benchmark, Findings
 from bench.harness.machine import REPOSITORY
-from bench.harness.tables import ResultTable
 from bench.ranks import section as ranks_section
 from bench.report import headlines, text
 from bench.serving.serve import serve_section
@@ -32,7 +31,7 @@ class Kind:
     title: str
     prefixes: tuple[str, ...]
     section: Callable[[str, Mapping[str, Any]], str]
-    headline: Callable[[Mapping[str, Any]], ResultTable]
+    headline: Callable[[Mapping[str, Any]], str]
     head: str = ""
 
 
@@ -92,7 +91,7 @@ def overview(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 f"The {pair} pair{way}, commit {report['commit']}, {report['date']} "
                 f"([all rows]({RESULTS.name}/{Path(name).stem}.md)):\n"
             )
-            parts.append(kind.headline(report).markdown() + "\n")
+            parts.append(kind.headline(report) + "\n")
     return "\n".join([*parts, text.SERVERS] if reports else [*parts, "No results yet: `make bench` makes some.\n"])
 
 

@@ -61,10 +61,8 @@ class LoadGenerator:
         first_index: int,
         together: asyncio.Barrier | None = None,
     ) -> Window:
-        """One window of the tasks from `first_index` on; every request is over when it returns.
-
-        Windows that are to be measured at the same time share a barrier, and begin and end `together`.
-        """
+        """One window of the tasks from `first_index` on; every request is over when it returns. Windows that are to be
+        measured at the same time share a barrier, and begin and end `together`."""
         window = Window(speculation)
         indices = itertools.count(first_index)
 

@@ -45,11 +45,6 @@ class Recorded:
     output: list[int] = field(default_factory=list)
     model_trees: list[ScoredTree] = field(default_factory=list)
 
-    @property
-    def kind(self) -> tuple[str, float]:
-        """The kind of task: its name and temperature."""
-        return self.task_name, self.sampling.temperature
-
 
 async def record(num_prompts: int, seed: int, temperatures: Sequence[float], max_tokens: int) -> list[Recorded]:
     """Every prompt of every kind at every temperature; kinds take turns. With the bundled pair."""

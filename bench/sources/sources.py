@@ -17,7 +17,7 @@ from bench.decode.samples import PLAIN, Mode, Planned, Sample, complete_each
 from bench.harness.benchmark import Benchmark, Findings, as_plain
 from bench.harness.clients import GatewayClient
 from bench.harness.flags import flag
-from bench.harness.pairs import PAIR, PAIRS, ModelPair, start_services
+from bench.harness.pairs import PAIR, PAIRS, start_services
 from bench.harness.prompts import prompts_in_turn
 from bench.harness.provenance import provenance_lines
 from bench.harness.tables import Column, ResultTable, Row, markdown_table
@@ -48,8 +48,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class SourcesSettings:
-    """One run; tasks and noise follow from `seed`."""
-
     QUICK: ClassVar = {"node_budgets": (16,), "num_prompts": 2, "max_tokens": 48}
 
     pair: Annotated[str, PAIR] = "bundled"
@@ -75,7 +73,13 @@ class SourcesSettings:
 async def measure(settings: SourcesSettings, console: Console) -> Findings:
     """Start the services and ask; a completion that differs from plain decoding's makes the run fail."""
     pair = PAIRS[settings.pair]
-    rows = summarize_sources(await _complete_all(pair, settings, console))
+    pair.check()
+    planned = list(interleaved(prompts_in_turn(pair.prompts, settings.num_prompts, settings.seed), settings))
+    console.print("preparing the index (made once)")
+    flags = {DRAFTER: (*ensure_datastore(pair.base), "--ask", settings.ask)}
+    async with start_services(pair, flags) as stack, GatewayClient(stack.gateway_address) as client:
+        with progress_on(console) as progress:
+            rows = summarize_sources(await complete_each(client, planned, _NUM_WARM_UPS, _say, progress))
     num_differing = sum(row["num_differing_completions"] for row in rows)
     sets = ["+".join(sources.names) for sources in settings.source_sets()]
     tables = [ResultTable("lengths of rounds, and medians over prompts", COLUMNS, rows)]
@@ -162,23 +166,12 @@ def interleaved(prompts: Sequence[tuple[str, str]], settings: SourcesSettings) -
                 yield Planned(mode, index, task, kind)
 
 
-async def _complete_all(pair: ModelPair, settings: SourcesSettings, console: Console) -> list[Sample]:
-    pair.check()
-    planned = list(interleaved(prompts_in_turn(pair.prompts, settings.num_prompts, settings.seed), settings))
-    console.print("preparing the index (made once)")
-    flags = {DRAFTER: (*ensure_datastore(pair.base), "--ask", settings.ask)}
-
-    def say(each: Planned) -> str:
-        num_nodes = each.task.budget.num_nodes if each.task.budget else 0
-        return f"{each.kind}, T = {each.task.temperature:g}, {each.mode.name}, {num_nodes} nodes"
-
-    async with start_services(pair, flags) as stack, GatewayClient(stack.gateway_address) as client:
-        with progress_on(console) as progress:
-            return await complete_each(client, planned, _NUM_WARM_UPS, say, progress)
+def _say(each: Planned) -> str:
+    num_nodes = each.task.budget.num_nodes if each.task.budget else 0
+    return f"{each.kind}, T = {each.task.temperature:g}, {each.mode.name}, {num_nodes} nodes"
 
 
 def sources_section(name: str, report: Mapping[str, Any]) -> str:
-    """One run as Markdown."""
     settings, rows = report["settings"], report["results"]
     order = sorted(rows, key=lambda row: (row["task"], row["temperature"], row["node_budget"], len(row["sources"])))
     lines = [

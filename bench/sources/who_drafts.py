@@ -50,8 +50,6 @@ _UNUSED_PLAN = LayerPlan(groups=(range(1),))
 
 @dataclass(frozen=True)
 class WhoDraftsSettings:
-    """One run: what the parts of a round take, and what is recorded, by `seed`."""
-
     round_ms: Annotated[
         tuple[str, ...], flag("REST,MODEL: a round without drafting, and the draft model's tree.", "--round-ms")
     ] = ("2.5,3.5", "8,3", "30,14", "150,14")
@@ -145,7 +143,6 @@ class Outcome:
 
     @property
     def tokens_per_s(self) -> float:
-        """Speed on the made-up clock."""
         return 1e3 * self.num_tokens / self.milliseconds
 
     def __str__(self) -> str:
@@ -174,7 +171,7 @@ def run(
         if request.asks_text:
             session.text = text = _TimedText(resources, sources, one.sampling, session.token_ids)
             text.clock, text.durations = clock, durations
-        state, outcome = _RecordedState(), outcomes[one.kind]
+        state, outcome = _RecordedState(), outcomes[one.task_name, one.sampling.temperature]
         session.model = cast("ModelState", state) if request.asks_model else None
         begun_ns, position, num_new = clock.now_ns, 0, 1
         while position + num_new < len(one.output):

@@ -60,4 +60,4 @@ def test_the_page_has_a_row_for_everyone() -> None:
     page = prefill_section("prefill-bundled.json", report)
     assert "| easyspec, plain | 512 | 500.0 | 1024 | 1.00 |" in page
     assert "| other, plain | 512 | 500.0 | 1024 | 1.00 |" in page
-    assert len(prefill_headline(report).rows) == 2
+    assert prefill_headline(report) in page

@@ -10,8 +10,8 @@ import pytest
 from rich.progress import Progress
 
 from bench.decode import decode
-from bench.decode.decode import DecodeSettings, complete_all, decode_section, interleaved
-from bench.decode.samples import Sample, select_modes
+from bench.decode.decode import DecodeSettings, decode_section, interleaved
+from bench.decode.samples import Sample, complete_each, select_modes
 from bench.harness.clients import GatewayClient
 from bench.harness.pairs import ModelPair
 from easyspec.errors import ConfigurationError, UnavailableError
@@ -35,7 +35,7 @@ def test_every_mode_sees_a_prompt_before_the_next_and_orders_rotate() -> None:
 async def test_requests_carry_mode_plan_budget_and_seed() -> None:
     async with serve_scripted_gateway(ROUNDS) as (gateway, address), GatewayClient(address, 10.0) as client:
         with Progress(disable=True) as progress:
-            samples = await complete_all(client, ["a", "b"], MODES, SETTINGS, progress)
+            samples = await complete_each(client, list(interleaved(["a", "b"], MODES, SETTINGS)), 3, str, progress)
     assert len(samples) == 2 * 2 * 3
     warm_up, measured = gateway.requests[:3], gateway.requests[3:]
     assert [request.stop.max_tokens for request in warm_up] == [24] * 3

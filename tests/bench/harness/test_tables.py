@@ -9,7 +9,7 @@ from rich.console import Console
 from bench.decode.decode import COLUMNS
 from bench.decode.samples import PLAIN, select_modes
 from bench.decode.summary import summarize
-from bench.harness.tables import Column, ResultTable
+from bench.harness.tables import Column, ResultTable, markdown_table
 from tests.bench.decode.samples import drafted_sample, plain_sample
 
 TOKENS = tuple(range(7))
@@ -29,5 +29,4 @@ def test_a_narrow_terminal_cuts_no_figure_off() -> None:
 
 def test_markdown_has_every_column_and_a_dash_for_what_is_unknown() -> None:
     columns = [Column("a", "a"), Column("half", lambda row: row["b"] / 2, ".1f"), Column("c", "c", is_detail=True)]
-    table = ResultTable("", columns, [{"a": "x", "b": 3}])
-    assert table.markdown() == "| a | half | c |\n|---|---:|---:|\n| x | 1.5 | - |"
+    assert markdown_table(columns, [{"a": "x", "b": 3}]) == "| a | half | c |\n|---|---:|---:|\n| x | 1.5 | - |"

@@ -48,7 +48,7 @@ def copied() -> Recorded:
 
 
 def test_time_passes_as_it_is_said_to(novel: Recorded) -> None:
-    outcome = run([novel], TextResources(), MODEL, 16, DURATIONS)[novel.kind]
+    outcome = run([novel], TextResources(), MODEL, 16, DURATIONS)["prose", 0.0]
     assert outcome.num_tokens == 40
     assert outcome.num_rounds == outcome.num_model_rounds == 10
     assert outcome.milliseconds == pytest.approx(10 * (14 + 22))
