@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.chaos.answers import Answer, Verdict
 from bench.chaos.clients import Held, Kind, answers, gateway_at, kinds, undisturbed
-from bench.chaos.faults import Injector
+from bench.chaos.faults import inject_faults
 from bench.chaos.limits import footprint
 from bench.chaos.stack import ChaosStack
 from bench.harness.benchmark import Benchmark, Findings
@@ -46,12 +46,11 @@ class ChaosSettings:
 @dataclass
 class Report:
     """What was done, and what clients saw of it. `leftovers` are sessions and slots that no request holds any more;
-    `memory_mib` is each process's own before and after, as far as it is the same process.
-    """
+    `memory_mib` is each process's own before and after, as far as it is the same process."""
 
     seed: int
     duration_s: float = 0.0
-    faults: dict[str, int] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     improper_errors: list[str] = field(default_factory=list)
@@ -104,8 +103,7 @@ async def _run_on(stack: ChaosStack, stub: Any, settings: ChaosSettings, report:
     wanted = kinds(settings.tokens)
     whole = await undisturbed(stub, wanted)
     before, started_s = _memory_mib(stack), time.monotonic()
-    injector = Injector(stack, settings.faults, settings.pause_s, report.seed)
-    injecting = asyncio.create_task(injector.run())
+    injecting = asyncio.create_task(inject_faults(stack, settings.faults, settings.pause_s, report.seed, report.faults))
 
     async def client(name: str) -> None:
         async for asked in answers(lambda: nullcontext(stub), wanted, whole, name, is_over=injecting.done):
@@ -116,9 +114,11 @@ async def _run_on(stack: ChaosStack, stub: Any, settings: ChaosSettings, report:
     clients = [asyncio.create_task(client(f"{report.seed}-{number}")) for number in range(settings.clients)]
     await asyncio.wait((injecting,), timeout=settings.seconds)
     injecting.cancel()
-    await asyncio.gather(injecting, return_exceptions=True)
+    (outcome,) = await asyncio.gather(injecting, return_exceptions=True)
     await asyncio.gather(*clients)
-    report.faults, report.duration_s = dict(injector.counts), time.monotonic() - started_s
+    if isinstance(outcome, Exception):
+        raise outcome
+    report.duration_s = time.monotonic() - started_s
     report.leftovers = await leftovers(stack)
     after = _memory_mib(stack)
     report.memory_mib = {name: (before[pid, name], mib) for (pid, name), mib in after.items() if (pid, name) in before}

@@ -113,8 +113,6 @@ async def ask(stub: Any, kind: Kind, request_id: str = "") -> Answer:
 
 
 class Asked(NamedTuple):
-    """One request and what came of it."""
-
     kind: Kind
     answer: Answer
     verdict: Verdict

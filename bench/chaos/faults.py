@@ -20,8 +20,6 @@ _MOST_SPARE_BYTES = 16 << 20
 
 
 class FaultKind(enum.Enum):
-    """What is done to one replica."""
-
     KILL = "SIGKILL"
     STOP = "SIGSTOP"
     CUT = "connections cut"
@@ -31,51 +29,35 @@ class FaultKind(enum.Enum):
     DISK = "disk full"
 
 
-class Injector:
-    """Injects `num_faults`, `pause_s` seconds apart on average, and waits for a healthy victim where there is none."""
+async def inject_faults(stack: ChaosStack, num_faults: int, pause_s: float, seed: int, counts: Counter[str]) -> None:
+    """Inject so many, `pause_s` seconds apart on average, each as soon as there is a healthy victim; return when the
+    last is over. `counts` grows by what is done to which role."""
+    choose = random.Random(seed)
+    async with asyncio.TaskGroup() as under_way:
+        for _ in range(num_faults):
+            await asyncio.sleep(choose.uniform(0, 2 * pause_s))
+            kind = choose.choice([*FaultKind])
+            seconds, degree = choose.uniform(0.2, _LONGEST_S), choose.random()
+            victim = await _victim(stack, choose)
+            counts[f"{kind.value} of a {victim.role}"] += 1
+            under_way.create_task(_inject(victim, kind, seconds, degree))
 
-    def __init__(self, stack: ChaosStack, num_faults: int, pause_s: float, seed: int) -> None:
-        self._stack = stack
-        self._num_faults = num_faults
-        self._pause_s = pause_s
-        self._random = random.Random(seed)
-        self._under_way: set[asyncio.Task[None]] = set()
-        self.counts: Counter[str] = Counter()
 
-    async def run(self) -> None:
-        """Return when the last fault is over."""
-        try:
-            for _ in range(self._num_faults):
-                await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
-                kind = self._random.choice([*FaultKind])
-                seconds, degree = self._random.uniform(0.2, _LONGEST_S), self._random.random()
-                victim = await self._victim()
-                self.counts[f"{kind.value} of a {victim.role}"] += 1
-                task = asyncio.create_task(_inject(victim, kind, seconds, degree))
-                self._under_way.add(task)
-                task.add_done_callback(self._under_way.discard)
-            await asyncio.gather(*self._under_way)
-        finally:
-            for task in self._under_way:
-                task.cancel()
-            await asyncio.gather(*self._under_way, return_exceptions=True)
-
-    async def _victim(self) -> Replica:
-        while True:
-            replicas = self._stack.replicas
-            healthy = [each for each in replicas if await self._stack.is_healthy(each)]
-            verifiers = [each for each in healthy if each.role == VERIFIER]
-            allowed = [each for each in healthy if each.role != VERIFIER or len(verifiers) > 1]
-            if allowed:
-                return self._random.choice(allowed)
-            await asyncio.sleep(_POLL_S)
+async def _victim(stack: ChaosStack, choose: random.Random) -> Replica:
+    while True:
+        healthy = [each for each in stack.replicas if await stack.is_healthy(each)]
+        verifiers = [each for each in healthy if each.role == VERIFIER]
+        if allowed := [each for each in healthy if each.role != VERIFIER or len(verifiers) > 1]:
+            return choose.choice(allowed)
+        await asyncio.sleep(_POLL_S)
 
 
 async def _inject(victim: Replica, kind: FaultKind, seconds: float, degree: float) -> None:
     """Do it for `seconds`; `degree`, 0 to 1, is how bad a delay or a limit is."""
     victim.num_faults += 1
     try:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError), contextlib.ExitStack() as ends:  # it has ended
+        has_ended = contextlib.suppress(ProcessLookupError, FileNotFoundError, KeyError)
+        with has_ended, contextlib.ExitStack() as ends:
             if kind is FaultKind.KILL:
                 victim.send(signal.SIGKILL)
             elif kind is FaultKind.CUT:

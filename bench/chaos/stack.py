@@ -45,10 +45,8 @@ class Replica:
 
 
 class ChaosStack:
-    """Started by `async with`, which returns when all serve; whatever was started is stopped again.
-
-    Each process logs to a file of its own in the folder `logs`.
-    """
+    """Started by `async with`, which returns when all serve; whatever was started is stopped again. Each process logs
+    to a file of its own in the folder `logs`."""
 
     def __init__(self, base: Path, draft: Path, engine_flags: tuple[str, ...], logs: Path) -> None:
         self._logs = logs
