@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from bench.harness.tables import Row
-from bench.ranks.constants import Constants, measure_constants
+from bench.ranks.constants import measure_constants
 from bench.ranks.estimates import round_rows
 from bench.ranks.passes import BASE, CPU, DRAFT, load, measure_rounds
 from easyspec.parallel.rank_placement import RankPlacement
-from easyspec.parallel.ranks import Ranks, join_group, leave_group
+from easyspec.parallel.ranks import join_group, leave_group
 from easyspec.planner.scheme import draft_schemes
 
 _LAYER_PARALLEL_SIZES = (1, 4)
@@ -28,30 +27,25 @@ def work(folder: Path, num_rounds: int) -> None:
     ranks = join_group(CPU)
     own = folder / f"rank-{ranks.rank}"
     constants = measure_constants(ranks, own)
-    rows = list(_rounds(own, ranks, constants, num_rounds))
+    base = load(own, BASE, ranks)
+    rows: list[Row] = []
+    for placement in RankPlacement:
+        schemes = [
+            scheme
+            for scheme in draft_schemes(DRAFT, ranks.size)
+            if (scheme.num_ranks, scheme.placement) == (ranks.size, placement.value)
+            and scheme.layer_parallel_size in _LAYER_PARALLEL_SIZES
+        ]
+        if not schemes:
+            continue
+        draft = load(own, DRAFT, ranks, placement)
+        for scheme in schemes:
+            if (measured_ms := measure_rounds(base, draft, scheme, ranks, num_rounds)) is not None:
+                rows += round_rows(constants, scheme, measured_ms)
     if ranks.rank == 0:
         group = {"constants": asdict(constants), "rows": rows}
         (folder / "result.json").write_text(json.dumps(group), encoding="utf-8")
     leave_group()
-
-
-def _rounds(folder: Path, ranks: Ranks, constants: Constants, num_rounds: int) -> Iterator[Row]:
-    """On rank 0 estimates and measurements of every scheme."""
-    schemes = [
-        scheme
-        for scheme in draft_schemes(DRAFT, ranks.size)
-        if scheme.num_ranks == ranks.size and scheme.layer_parallel_size in _LAYER_PARALLEL_SIZES
-    ]
-    base = load(folder, BASE, ranks)
-    for placement in RankPlacement:
-        placed = [scheme for scheme in schemes if scheme.placement == placement.value]
-        if not placed:
-            continue
-        draft = load(folder, DRAFT, ranks, placement)
-        for scheme in placed:
-            measured = measure_rounds(base, draft, scheme, ranks, num_rounds)
-            if measured is not None:
-                yield from round_rows(constants, scheme, measured)
 
 
 if __name__ == "__main__":
