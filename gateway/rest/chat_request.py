@@ -21,7 +21,7 @@ from gateway.rest.fields import (
     json_text,
     known_kinds,
 )
-from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
+from gateway.rest.generation_fields import ChoicesFields
 from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
 
@@ -293,7 +293,7 @@ def _effort(is_wanted: bool) -> str:
     return "high" if is_wanted else "none"
 
 
-class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
+class ChatRequest(ConversationFields, ChoicesFields):
     """Body of `/v1/chat/completions`."""
 
     max_completion_tokens: Count | None = Field(None, description="Most output tokens. Unset: what fits the context.")
@@ -317,10 +317,6 @@ class ChatRequest(ConversationFields, PromptLogprobsFields, GenerationFields):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs", self.top_logprobs, "only together with logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        return self.prompt_logprobs
 
     @property
     def most_tokens(self) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request
@@ -12,19 +12,16 @@ from pydantic import BeforeValidator, Field, Strict
 from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import MAX_TOP_LOGPROBS
-from gateway.generation.choices import merged
+from easyspec.speculation.parameters import MAX_TOP_LOGPROBS, FinishReason
 from gateway.messages.chunk import GenerationChunk
-from gateway.messages.progress import Progress
 from gateway.messages.request import TokenIds
-from gateway.rest.answering import Generated, answered
+from gateway.rest.answering import ChoicesAnswer, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
-from gateway.rest.generation_fields import GenerationFields, PromptLogprobsFields
+from gateway.rest.generation_fields import ChoicesFields
 from gateway.rest.json_route import JsonRoute
-from gateway.rest.logprobs import LogprobFormat, TokenEntry
-from gateway.rest.reply import EventWriter, ReplyHead, Tally, schema_fields, trace_fields
-from gateway.rest.sse import DONE, openai_last_words
+from gateway.rest.logprobs import TokenEntry
+from gateway.rest.reply import end_fields, trace_fields
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -35,7 +32,7 @@ Prompts: TypeAlias = Annotated[ListOf[_PromptT], Field(max_length=MAX_PROMPTS)]
 DEFAULT_MAX_TOKENS = 16
 
 
-class CompletionRequest(PromptLogprobsFields, GenerationFields):
+class CompletionRequest(ChoicesFields):
     """Body of `/v1/completions`."""
 
     prompt: Text | Prompts[Text] | ListOf[TokenId] | Prompts[ListOf[TokenId]] = Field(
@@ -68,10 +65,6 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
         return self.logprobs
 
     @property
-    def num_prompt_logprobs(self) -> int | None:
-        return self.prompt_logprobs
-
-    @property
     def echoes(self) -> bool:
         return bool(self.echo)
 
@@ -81,9 +74,7 @@ class CompletionRequest(PromptLogprobsFields, GenerationFields):
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
 
     def check(self) -> None:
-        """Raise InvalidRequestError for what can be told without a model."""
-        self.check_stream_options()
-        self.check_prompt_logprobs(self.stream)
+        super().check()
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError("prompt", f"{len(self.prompts)} prompts", f"1 to {MAX_PROMPTS}")
         if self.best_of not in (None, 0, self.num_choices):
@@ -99,95 +90,40 @@ async def create_completion(body: CompletionRequest, caller: InCaller, request: 
     return await answered(body, request, _Answer(body, caller.for_model(body.model)))
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What a round adds to one choice."""
-
-    text: str
-    entries: Sequence[TokenEntry]
-    finish_reason: str | None
-    trace: dict[str, Any] | None = None
-    schema_fields: dict[str, Any] = field(default_factory=dict)
-
-
-class _Answer:
-    """The answer to one request. Choices are numbered through all prompts."""
-
-    failed = staticmethod(openai_last_words)
+class _Answer(ChoicesAnswer):
+    id_prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
 
     def __init__(self, body: CompletionRequest, caller: Caller) -> None:
-        self._body = body
-        self._generated = Generated(body, caller)
-        self._head = ReplyHead.new("cmpl", "text_completion", caller.model.name)
-        self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
-        self._prompt_format = LogprobFormat(caller.generator.tokenizer, body.num_prompt_logprobs)
-        self._num_choices = len(body.prompts) * body.num_choices
-        self._tracks = (
-            body.logprob_tracks(caller.generator.tokenizer, self._num_choices) if body.logprobs is not None else []
-        )
-        self._awaits_prompt = [body.echoes or body.num_prompt_logprobs is not None] * self._num_choices
-        self._prompt_fields: list[dict[str, Any]] = [{} for _ in range(self._num_choices)]
-        self._tally = Tally(body.reported(self._generated.sampling))
-        self.progress = [Progress() for _ in body.prompts]
+        super().__init__(body, caller, body.prompts, body.most_tokens)
+        if body.max_tokens == 0:
+            self._chunks = _prompts_alone(self._chunks)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """SSE events, one a round and choice."""
-        writer = EventWriter(self._head, self._body.includes_usage)
-        async with aclosing(self._pieces()) as pieces:
-            async for index, piece in pieces:
-                logprobs = self._format.completion(piece.entries) if piece.entries else None
-                usage = self._tally.usage_so_far if self._body.tells_usage_so_far else None
-                choice = _choice(index, piece.text, logprobs, piece.finish_reason) | piece.schema_fields
-                yield writer.choice(choice, piece.trace, usage)
-        if self._body.includes_usage:
-            yield writer.usage(self._tally.usage, self._tally.metrics)
-        yield DONE
+    def deltas(
+        self, index: int, chunk: GenerationChunk, entries: Sequence[TokenEntry]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+        yield _choice(index, [chunk], self._format.completion(entries) if entries else None), trace_fields(chunk)
 
-    async def collected(self) -> dict[str, Any]:
-        pieces_of: list[list[_Piece]] = [[] for _ in range(self._num_choices)]
-        async with aclosing(self._pieces()) as pieces:
-            async for index, piece in pieces:
-                pieces_of[index].append(piece)
-        choices = []
-        for index, pieces_of_one in enumerate(pieces_of):
-            text = "".join(piece.text for piece in pieces_of_one)
-            entries = [entry for piece in pieces_of_one for entry in piece.entries]
-            logprobs = self._format.completion(entries) if self._tracks else None
-            last = pieces_of_one[-1]
-            choice = _choice(index, text, logprobs, last.finish_reason)
-            choices.append(choice | last.schema_fields | self._prompt_fields[index])
-        return self._head.body(choices=choices, usage=self._tally.usage, metrics=self._tally.metrics)
-
-    async def _pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
-        sources = [
-            self._generated.chunks(prompt, self._body.most_tokens, progress)
-            for prompt, progress in zip(self._body.prompts, self.progress, strict=True)
-        ]
-        async with aclosing(merged(sources)) as tagged:
-            async for prompt_index, chunk in tagged:
-                index = prompt_index * self._body.num_choices + chunk.choice_index
-                num_output_tokens = 0 if self._awaits_prompt[index] else len(chunk.token_ids)
-                self._tally.round(prompt_index, self.progress[prompt_index].num_prompt_tokens, num_output_tokens)
-                if chunk.completion is not None:
-                    self._tally.add(prompt_index, chunk.completion)
-                yield index, self._piece(index, chunk)
-
-    def _piece(self, index: int, chunk: GenerationChunk) -> _Piece:
-        track = self._tracks[index] if self._tracks else None
-        reason = chunk.completion.finish_reason.value if chunk.completion is not None else None
-        if self._awaits_prompt[index]:
-            self._awaits_prompt[index] = False
-            if self._body.num_prompt_logprobs is not None:
-                self._prompt_fields[index] = {"prompt_logprobs": self._prompt_format.prompt(chunk)}
-            entries = track.push_prompt(chunk) if track is not None and self._body.echoes else ()
-            return _Piece(chunk.text, entries, reason)
-        if self._body.max_tokens == 0:  # one token was decoded because none cannot be
-            self._tally.drop_output(len(chunk.token_ids))
-            return _Piece("", (), "length")
-        entries = track.push(chunk) if track is not None else ()
-        checked = schema_fields(chunk.completion) if chunk.completion is not None else {}
-        return _Piece(chunk.text, entries, reason, trace_fields(chunk), checked)
+    def choice(self, index: int, chunks: Sequence[GenerationChunk], entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        logprobs = self._format.completion(entries) if self._tracks else None
+        return _choice(index, chunks, logprobs) | self.prompt_fields(index)
 
 
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(index: int, chunks: Sequence[GenerationChunk], logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    text = "".join(chunk.text for chunk in chunks)
+    return {"index": index, "text": text, "logprobs": logprobs, **end_fields(chunks[-1].completion)}
+
+
+async def _prompts_alone(
+    chunks: AsyncGenerator[tuple[int, GenerationChunk], None],
+) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+    """The same without the token that was decoded because none cannot be."""
+    async with aclosing(chunks):
+        async for index, chunk in chunks:
+            completion = chunk.completion
+            if completion is not None:
+                completion = replace(
+                    completion, finish_reason=FinishReason.LENGTH, num_output_tokens=0, schema_check=None
+                )
+                chunk = replace(chunk, text="", token_ids=(), logprobs=(), trace=None, completion=completion)
+            yield index, chunk

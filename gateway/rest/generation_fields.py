@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Strict
 
 from easyspec.checkpoint.generation import SamplingDefaults
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParameters, StopConditions, TreeBudget
+from easyspec.speculation.parameters import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParameters, StopConditions
 from gateway.messages.request import GenerationRequest, SpeculationWish, TokenIds
 from gateway.rest.backend import Caller
 from gateway.rest.fields import (
@@ -31,6 +31,7 @@ from gateway.rest.structured import StructuredFields
 from gateway.text.conversation import Conversation
 from gateway.text.tokenizer import Tokenizer
 
+Prompt: TypeAlias = str | TokenIds | Conversation
 # JavaScript clients hold integers up to here exactly, and are told the seed.
 _SEED_BITS = 53
 
@@ -41,24 +42,6 @@ class StreamOptions(RestModel):
     include_usage: Boolean | None = Field(None, description="A last chunk with the usage, and no choices.")
     continuous_usage_stats: Boolean | None = Field(None, description="The usage so far in every chunk.")
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: chunks are not padded.")
-
-    @property
-    def asks_for_something(self) -> bool:
-        return bool(self.include_usage or self.continuous_usage_stats)
-
-
-class PromptLogprobsFields(RestModel):
-    """What vLLM's clients ask about the prompt."""
-
-    prompt_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
-        None,
-        description="Log-probabilities of the prompt's tokens, and this many of the likeliest, 0 to 20; no streams.",
-    )
-
-    def check_prompt_logprobs(self, is_streamed: bool | None) -> None:
-        """Raise InvalidRequestError if they are asked for in a stream."""
-        if self.prompt_logprobs is not None and is_streamed:
-            raise InvalidRequestError("prompt_logprobs", self.prompt_logprobs, "unset in a stream")
 
 
 class GenerationFields(StructuredFields):
@@ -125,7 +108,7 @@ class GenerationFields(StructuredFields):
 
     @property
     def num_choices(self) -> int:
-        return 1 if self.n is None else self.n
+        return self.n or 1
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -157,29 +140,26 @@ class GenerationFields(StructuredFields):
         return tuple(text for text in texts if text)
 
     def logprob_tracks(self, tokenizer: Tokenizer, num_choices: int) -> list[LogprobTrack]:
-        """One for each choice."""
+        """One for each choice; none without log-probabilities."""
+        if self.num_top_logprobs is None:
+            return []
         has_stops, includes_stop = bool(self.stop_strings), bool(self.include_stop_str_in_output)
         return [LogprobTrack(tokenizer, has_stops, includes_stop) for _ in range(num_choices)]
 
-    def check_stream_options(self) -> None:
-        """Raise InvalidRequestError if they are set for an answer that is not streamed."""
-        if self.stream_options is not None and self.stream_options.asks_for_something and not self.stream:
-            raise InvalidRequestError("stream_options", "set", "only together with stream")
-
     def generation(
-        self,
-        caller: Caller,
-        prompt: str | TokenIds | Conversation,
-        sampling: SamplingParameters,
-        max_tokens: int | None,
+        self, caller: Caller, prompt: Prompt, sampling: SamplingParameters, max_tokens: int | None
     ) -> GenerationRequest:
         """The request as the gateway has it, for one prompt."""
+        budget = caller.generator.default_budget
+        wish = self.speculation.wish(budget) if self.speculation is not None else SpeculationWish()
         return GenerationRequest(
             prompt=prompt,
             sampling=sampling,
-            stop=self.stop_conditions(max_tokens),
+            stop=StopConditions(
+                max_tokens, frozenset(self.stop_token_ids or ()), bool(self.ignore_eos), self.min_tokens or 0
+            ),
             stop_strings=self.stop_strings,
-            speculation=self.speculation_wish(caller.generator.default_budget),
+            speculation=wish,
             model=self.model or "",
             request_id=caller.request_id,
             client=caller.client,
@@ -189,11 +169,6 @@ class GenerationFields(StructuredFields):
             echo=self.echoes,
             includes_stop=bool(self.include_stop_str_in_output),
             is_strict=self.is_strict,
-        )
-
-    def stop_conditions(self, max_tokens: int | None) -> StopConditions:
-        return StopConditions(
-            max_tokens, frozenset(self.stop_token_ids or ()), bool(self.ignore_eos), self.min_tokens or 0
         )
 
     def sampling(self, defaults: SamplingDefaults) -> SamplingParameters:
@@ -214,5 +189,23 @@ class GenerationFields(StructuredFields):
         """As `sampling`, with the seed that the request gave."""
         return sampling if self.seed is None else replace(sampling, seed=self.seed)
 
-    def speculation_wish(self, default_budget: TreeBudget) -> SpeculationWish:
-        return self.speculation.wish(default_budget) if self.speculation is not None else SpeculationWish()
+
+class ChoicesFields(GenerationFields):
+    """What requests have in common whose answers are choices."""
+
+    prompt_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None,
+        description="Log-probabilities of the prompt's tokens, and this many of the likeliest, 0 to 20; no streams.",
+    )
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for what can be told without a model."""
+        options = self.stream_options
+        if options is not None and (options.include_usage or options.continuous_usage_stats) and not self.stream:
+            raise InvalidRequestError("stream_options", "set", "only together with stream")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs", self.prompt_logprobs, "unset in a stream")

@@ -10,16 +10,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from easyspec.speculation.parameters import FinishReason, SamplingParameters
-from gateway.messages.chunk import Completion, GenerationChunk
-from gateway.messages.progress import Progress
-from gateway.rest.answering import Generated, NamedEventsAnswer, answered
-from gateway.rest.backend import InCaller
+from easyspec.speculation.parameters import FinishReason
+from gateway.messages.chunk import GenerationChunk
+from gateway.rest.answering import NamedEventsAnswer, answered
+from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import Failure
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.messages_request import MessagesFields, MessagesRequest
-from gateway.rest.reply import Tally, schema_fields
-from gateway.rest.sse import named_event
+from gateway.rest.reply import schema_fields
+from gateway.rest.sse import event
 from gateway.rest.tokenize import NUM_CONTEXTS
 from gateway.text.tool_parser import Thought, ToolCallDelta
 
@@ -31,11 +30,7 @@ _STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens
 @router.post("/v1/messages")
 async def create_message(body: MessagesRequest, caller: InCaller, request: Request) -> Response:
     """Answer a conversation."""
-    caller = caller.for_model(body.model)
-    generated, progress = Generated(body, caller), Progress()
-    writer = _MessageWriter(caller.model.name, body.reported(generated.sampling), progress)
-    chunks = generated.chunks(body.conversation(), body.max_tokens, progress)
-    return await answered(body, request, NamedEventsAnswer(writer, chunks, progress))
+    return await answered(body, request, _Answer(body, caller.for_model(body.model)))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -48,19 +43,11 @@ async def count_tokens(body: MessagesFields, caller: InCaller) -> dict[str, int]
     return {"input_tokens": len(token_ids)}
 
 
-class _MessageWriter:
-    """Turns chunks into the events of a message. At any time one block of its content is open, or none."""
-
-    def __init__(self, model: str, sampling: SamplingParameters, progress: Progress) -> None:
-        self._model = model
-        self._progress = progress
+class _Answer(NamedEventsAnswer):
+    def __init__(self, body: MessagesRequest, caller: Caller) -> None:
+        super().__init__(body, caller, body.conversation(), body.max_tokens)
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._tally = Tally(sampling)
-        self._content: list[dict[str, Any]] = []
-        self._open: dict[str, Any] | None = None
         self._arguments = ""  # of the open call
-        self._has_begun = False
-        self._completion: Completion | None = None
 
     def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
         if not self._has_begun:
@@ -69,12 +56,12 @@ class _MessageWriter:
         for part in chunk.parts:
             if isinstance(part, ToolCallDelta):
                 yield from self._called(part)
+            elif isinstance(part, Thought):
+                yield from self._extended("thinking", part.text)
             else:
-                kind, text = ("thinking", part.text) if isinstance(part, Thought) else ("text", part)
-                yield from self._opened(kind)
-                yield self._extended(kind, text)
+                yield from self._extended("text", part)
         if chunk.completion is not None:
-            if not self._content:
+            if not self._output:
                 yield from self._opened("text")
             yield from self._closed()
             self._tally.add(0, chunk.completion)
@@ -92,7 +79,7 @@ class _MessageWriter:
             yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def failed(self, failure: Failure) -> bytes:
-        return named_event("error", failure.anthropic_body)
+        return event(failure.anthropic_body, "error")
 
     def reply(self) -> dict[str, Any]:
         completion, stop_reason = self._completion, None
@@ -104,7 +91,7 @@ class _MessageWriter:
             "type": "message",
             "role": "assistant",
             "model": self._model,
-            "content": list(self._content),
+            "content": list(self._output),
             "stop_reason": stop_reason,
             "stop_sequence": completion.matched_stop_string if completion is not None else None,
             "usage": self._usage(),
@@ -115,7 +102,7 @@ class _MessageWriter:
 
     def _usage(self) -> dict[str, Any]:
         usage, num_cached = self._tally.usage, self._tally.num_cached_tokens
-        num_prompt_tokens = usage["prompt_tokens"] or self._progress.num_prompt_tokens
+        num_prompt_tokens = usage["prompt_tokens"] or self.progress[0].num_prompt_tokens
         return {
             "input_tokens": num_prompt_tokens - num_cached,  # Anthropic counts what was cached apart
             "cache_read_input_tokens": num_cached,
@@ -130,15 +117,14 @@ class _MessageWriter:
         yield from self._closed()
         empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}.get(kind, {})
         block = {"type": kind, **empty, **fields}
-        self._content.append(block)
+        self._output.append(block)
         self._open, self._arguments = block, ""
-        yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": dict(block)}
+        yield {"type": "content_block_start", "index": len(self._output) - 1, "content_block": dict(block)}
 
-    def _extended(self, kind: str, text: str) -> dict[str, Any]:
-        block = self._open
-        assert block is not None, "opened before"
-        block[kind] += text
-        return self._delta({"type": f"{kind}_delta", kind: text})
+    def _extended(self, kind: str, text: str) -> Iterator[dict[str, Any]]:
+        yield from self._opened(kind)
+        self._output[-1][kind] += text
+        yield self._delta({"type": f"{kind}_delta", kind: text})
 
     def _closed(self) -> Iterator[dict[str, Any]]:
         """No open block."""
@@ -151,7 +137,7 @@ class _MessageWriter:
             except (ValueError, RecursionError):  # it was cut off
                 value = None
             block["input"] = value if isinstance(value, dict) else {}
-        yield {"type": "content_block_stop", "index": len(self._content) - 1}
+        yield {"type": "content_block_stop", "index": len(self._output) - 1}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
+        return {"type": "content_block_delta", "index": len(self._output) - 1, "delta": delta}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from easyspec import __version__
@@ -14,31 +13,24 @@ from gateway.messages.chunk import Completion, GenerationChunk
 from gateway.rest.errors import json_bytes
 
 _SHOWN_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SYSTEM_FINGERPRINT = f"easyspec-{__version__}"
 
 
-@dataclass(frozen=True)
-class ReplyHead:
+def reply_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
     """The fields that every chunk of a reply repeats."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-
-    @classmethod
-    def new(cls, prefix: str, kind: str, model: str) -> ReplyHead:
-        return cls(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), model)
-
-    def body(self, **fields: Any) -> dict[str, Any]:
-        return {**vars(self), "system_fingerprint": SYSTEM_FINGERPRINT, **fields}
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"easyspec-{__version__}",
+    }
 
 
 class EventWriter:
     """Builds the SSE events of one reply. Only the choice differs between chunks: the rest is encoded once."""
 
-    def __init__(self, head: ReplyHead, includes_usage: bool) -> None:
-        self._before = b"data: " + json_bytes(head.body())[:-1] + b',"choices":['
+    def __init__(self, head: dict[str, Any], includes_usage: bool) -> None:
+        self._before = b"data: " + json_bytes(head)[:-1] + b',"choices":['
         self._after = (b'],"usage":null}' if includes_usage else b"]}") + b"\n\n"
 
     def choice(
@@ -62,6 +54,13 @@ def schema_fields(completion: Completion) -> dict[str, Any]:
         return {}
     told = {"unenforced": check.keywords, "valid": check.is_valid, "reason": check.reason or None}
     return {"schema_check": told}
+
+
+def end_fields(completion: Completion | None) -> dict[str, Any]:
+    """Why a choice ended, if it has."""
+    if completion is None:
+        return {"finish_reason": None}
+    return {"finish_reason": completion.finish_reason.value, **schema_fields(completion)}
 
 
 def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
@@ -94,7 +93,6 @@ class Tally:
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_cached_tokens: dict[int, int] = {}
-        self._num_dropped_tokens = 0
         self._num_tokens_so_far = 0
 
     def add(self, prompt_index: int, completion: Completion) -> None:
@@ -112,7 +110,7 @@ class Tally:
     @property
     def usage_so_far(self) -> dict[str, Any]:
         """The usage of a stream that goes on."""
-        return _usage(sum(self._num_prompt_tokens.values()), self._num_tokens_so_far - self._num_dropped_tokens)
+        return _usage(sum(self._num_prompt_tokens.values()), self._num_tokens_so_far)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -122,14 +120,10 @@ class Tally:
     def num_reasoning_tokens(self) -> int:
         return sum(completion.num_reasoning_tokens for completion in self._completions)
 
-    def drop_output(self, num_tokens: int) -> None:
-        """Do not count that many output tokens, which the client does not get to see."""
-        self._num_dropped_tokens += num_tokens
-
     @property
     def usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(self._num_prompt_tokens.values())
-        num_output_tokens = sum(c.num_output_tokens for c in self._completions) - self._num_dropped_tokens
+        num_output_tokens = sum(completion.num_output_tokens for completion in self._completions)
         return {
             **_usage(num_prompt_tokens, num_output_tokens),
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from easyspec.speculation.parameters import FinishReason, SamplingParameters
+from easyspec.speculation.parameters import FinishReason
 from gateway.messages.chunk import Completion, GenerationChunk
-from gateway.messages.progress import Progress
-from gateway.rest.answering import Generated, NamedEventsAnswer, answered
+from gateway.rest.answering import NamedEventsAnswer, answered
 from gateway.rest.backend import Caller, InCaller
 from gateway.rest.errors import Failure
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import LogprobFormat
 from gateway.rest.recent_items import RecentItems
-from gateway.rest.reply import Tally, schema_fields
+from gateway.rest.reply import schema_fields
 from gateway.rest.responses_request import ResponsesRequest
-from gateway.rest.sse import named_event
+from gateway.rest.sse import event
 from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
@@ -31,58 +30,39 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/responses")
 async def create_response(body: ResponsesRequest, caller: InCaller, request: Request) -> Response:
     """Answer an input."""
-    caller = caller.for_model(body.model)
-    generated, progress = Generated(body, caller), Progress()
     recent: RecentItems = request.app.state.recent_items
-    remember = partial(recent.remember, caller.client) if body.store is not False else None
-    writer = _ResponseWriter(body, caller, generated.sampling, remember)
-    conversation = body.prompt_conversation(partial(recent.find, caller.client))
-    chunks = generated.chunks(conversation, body.max_output_tokens, progress)
-    return await answered(body, request, NamedEventsAnswer(writer, chunks, progress))
+    return await answered(body, request, _Answer(body, caller.for_model(body.model), recent))
 
 
-class _ResponseWriter:
-    """Turns chunks into the events of a response. At any time one item of its output is open, or none. `remember` is
-    called with all items in the end."""
+class _Answer(NamedEventsAnswer):
+    """Its items are kept in `recent` in the end."""
 
-    def __init__(
-        self,
-        body: ResponsesRequest,
-        caller: Caller,
-        sampling: SamplingParameters,
-        remember: Callable[[list[dict[str, Any]]], None] | None,
-    ) -> None:
+    def __init__(self, body: ResponsesRequest, caller: Caller, recent: RecentItems) -> None:
+        conversation = body.prompt_conversation(partial(recent.find, caller.client))
+        super().__init__(body, caller, conversation, body.max_output_tokens)
         self._body = body
-        self._remember = remember
-        self._model = caller.model.name
+        self._remember = partial(recent.remember, caller.client)
         self._id = _new_id("resp")
         self._created_s = int(time.time())
-        self._tally = Tally(body.reported(sampling))
         self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
-        tokenizer = caller.generator.tokenizer
-        self._track = body.logprob_tracks(tokenizer, 1)[0] if body.num_top_logprobs is not None else None
+        self._tracks = body.logprob_tracks(caller.generator.tokenizer, 1)
         self._logprobs: list[Any] = []  # of text that is held back
-        self._output: list[dict[str, Any]] = []
-        self._open: dict[str, Any] | None = None
         self._num_events = 0
-        self._completion: Completion | None = None
 
     def push(self, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
         if self._num_events == 0:
             yield self._event("response.created", response=self.reply())
             yield self._event("response.in_progress", response=self.reply())
-        entries = self._track.push(chunk) if self._track is not None else ()
-        self._logprobs += self._format.chat(entries)["content"] if entries else []
+        for track in self._tracks:
+            self._logprobs += self._format.chat(track.push(chunk))["content"]
         for part in chunk.parts:
-            if isinstance(part, Thought):
-                yield from self._opened("reasoning")
-                yield from self._extended("response.reasoning_text", part.text)
-            elif isinstance(part, str):
-                yield from self._opened("message")
-                yield from self._extended("response.output_text", part, self._logprobs)
-                self._logprobs = []
-            else:
+            if isinstance(part, ToolCallDelta):
                 yield from self._called(part)
+            elif isinstance(part, Thought):
+                yield from self._extended("reasoning", part.text)
+            else:
+                yield from self._extended("message", part, logprobs=self._logprobs)
+                self._logprobs = []
         if chunk.parts:
             self._logprobs = []  # of what was thought or called
         if chunk.completion is not None:
@@ -92,11 +72,9 @@ class _ResponseWriter:
         if call.id is not None:
             yield from self._closed("completed")
             yield from self._opened("function_call", call_id=call.id, name=call.name, arguments="")
-        item = self._open
-        assert item is not None, "a call's first piece carries its id"
-        item["arguments"] += call.arguments
         if call.arguments:
-            yield self._event("response.function_call_arguments.delta", **self._place(item, None), delta=call.arguments)
+            self._output[-1]["arguments"] += call.arguments
+            yield self._event("response.function_call_arguments.delta", **self._place(), delta=call.arguments)
 
     def _ended(self, completion: Completion) -> Iterator[dict[str, Any]]:
         is_cut = completion.finish_reason is FinishReason.LENGTH
@@ -105,7 +83,7 @@ class _ResponseWriter:
         yield from self._closed("incomplete" if is_cut else "completed")
         self._tally.add(0, completion)
         self._completion = completion
-        if self._remember is not None:
+        if self._body.store is not False:
             self._remember(self._output)
         kind = "response.incomplete" if is_cut else "response.completed"
         yield self._event(kind, response=self.reply())
@@ -115,7 +93,7 @@ class _ResponseWriter:
         error = {"code": "server_error" if failure.status >= 500 else failure.code, "message": failure.message}
         response = self.reply() | {"status": "failed", "error": error}
         events = [self._event("error", **told), self._event("response.failed", response=response)]
-        return b"".join(named_event(event["type"], event) for event in events)
+        return b"".join(event(each, each["type"]) for each in events)
 
     def reply(self) -> dict[str, Any]:
         body, completion = self._body, self._completion
@@ -166,17 +144,16 @@ class _ResponseWriter:
         if kind in _NEW_PARTS:
             item["content"] = [dict(_NEW_PARTS[kind])]
             part = dict(_NEW_PARTS[kind])
-            yield self._event("response.content_part.added", **self._place(item), part=part)
+            yield self._event("response.content_part.added", **self._place(content_index=0), part=part)
 
-    def _extended(self, kind: str, text: str, logprobs: list[Any] | None = None) -> Iterator[dict[str, Any]]:
-        item = self._open
-        assert item is not None, "opened before"
-        (part,) = item["content"]
+    def _extended(self, kind: str, text: str, **logprobs: list[Any]) -> Iterator[dict[str, Any]]:
+        yield from self._opened(kind)
+        (part,) = self._output[-1]["content"]
         part["text"] += text
-        extra = {} if logprobs is None else {"logprobs": logprobs}
-        if logprobs:
-            part["logprobs"] = [*part["logprobs"], *logprobs]
-        yield self._event(f"{kind}.delta", **self._place(item), delta=text, **extra)
+        for name, added in logprobs.items():
+            part[name] = [*part[name], *added]
+        name = f"response.{part['type']}.delta"
+        yield self._event(name, **self._place(content_index=0), delta=text, **logprobs)
 
     def _closed(self, status: str) -> Iterator[dict[str, Any]]:
         """No open item."""
@@ -186,19 +163,16 @@ class _ResponseWriter:
         item["status"] = status
         if item["type"] == "function_call":
             told = {"arguments": item["arguments"], "name": item["name"]}
-            yield self._event("response.function_call_arguments.done", **self._place(item, None), **told)
+            yield self._event("response.function_call_arguments.done", **self._place(), **told)
         else:
             (part,) = item["content"]
-            is_message = item["type"] == "message"
-            extra = {"logprobs": part["logprobs"]} if is_message else {}
-            kind = "response.output_text.done" if is_message else "response.reasoning_text.done"
-            yield self._event(kind, **self._place(item), text=part["text"], **extra)
-            yield self._event("response.content_part.done", **self._place(item), part=part)
+            told = {name: part[name] for name in ("text", "logprobs") if name in part}
+            yield self._event(f"response.{part['type']}.done", **self._place(content_index=0), **told)
+            yield self._event("response.content_part.done", **self._place(content_index=0), part=part)
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
-    def _place(self, item: dict[str, Any], content_index: int | None = 0) -> dict[str, Any]:
-        place = {"item_id": item["id"], "output_index": len(self._output) - 1}
-        return place if content_index is None else place | {"content_index": content_index}
+    def _place(self, **within: int) -> dict[str, Any]:
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, **within}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._num_events += 1
@@ -218,10 +192,7 @@ def _new_id(prefix: str) -> str:
 
 def _echoed(body: ResponsesRequest) -> dict[str, Any]:
     """What a response repeats of its request, with our defaults."""
-    given = body.model_dump(by_alias=True, exclude_none=True, include=_ECHOED)
-    tools = [{"strict": False, "description": None, **tool} for tool in given.pop("tools", [])]
-    form = given.pop("text", {})
-    return {
+    defaults: dict[str, Any] = {
         "instructions": None,
         "max_output_tokens": None,
         "metadata": {},
@@ -234,21 +205,10 @@ def _echoed(body: ResponsesRequest) -> dict[str, Any]:
         "top_logprobs": 0,
         "truncation": "disabled",
         "user": None,
-        **given,
-        "tools": tools,
-        "text": {"format": {"type": "text"}, **form},
+        "tools": [],
+        "text": {},
     }
-
-
-_ECHOED = {
-    *(
-        "instructions",
-        "max_output_tokens",
-        "metadata",
-        "parallel_tool_calls",
-        "reasoning",
-        "service_tier",
-        "temperature",
-    ),
-    *("tool_choice", "top_p", "top_logprobs", "truncation", "user", "tools", "text"),
-}
+    told = defaults | body.model_dump(by_alias=True, exclude_none=True, include=set(defaults))
+    told["tools"] = [{"strict": False, "description": None, **tool} for tool in told["tools"]]
+    told["text"] = {"format": {"type": "text"}, **told["text"]}
+    return told

@@ -30,14 +30,10 @@ LastWords: TypeAlias = Callable[[Failure], bytes]
 _log = structlog.get_logger(__name__)
 
 
-def named_event(name: str, value: object) -> bytes:
-    """One event with a name that carries `value` as JSON."""
-    return b"event: " + name.encode() + b"\ndata: " + json_bytes(value) + b"\n\n"
-
-
-def event(value: object) -> bytes:
-    """One event that carries `value` as JSON."""
-    return b"data: " + json_bytes(value) + b"\n\n"
+def event(value: object, name: str = "") -> bytes:
+    """One event that carries `value` as JSON, and may have a name."""
+    heading = f"event: {name}\n".encode() if name else b""
+    return heading + b"data: " + json_bytes(value) + b"\n\n"
 
 
 class EventStream(Response):
@@ -145,7 +141,3 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT])
 
 def _failure(error: Exception) -> Failure:
     return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))
-
-
-def openai_last_words(failure: Failure) -> bytes:
-    return event(failure.body) + DONE
