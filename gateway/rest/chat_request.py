@@ -16,10 +16,10 @@ from gateway.rest.fields import (
     ListOf,
     RestModel,
     Text,
-    Unsupported,
     WrittenText,
     json_text,
     known_kinds,
+    unsupported,
 )
 from gateway.rest.generation_fields import ChoicesFields
 from gateway.rest.unknown_fields import ignores_unknown
@@ -116,9 +116,9 @@ class Message(RestModel):
     status: Any = Field(None, description="Accepted; has no effect.")
     is_error: Any = Field(None, description="Accepted; has no effect.")
     provider_specific_fields: Any = Field(None, description="Accepted; has no effect.")
-    audio: Unsupported = None
-    partial: Unsupported = None
-    prefix: Unsupported = None
+    audio: Annotated[None, unsupported("this is a text model")] = None
+    partial: Annotated[None, unsupported("use continue_final_message")] = None
+    prefix: Annotated[None, unsupported("use continue_final_message")] = None
 
     @classmethod
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
@@ -303,14 +303,14 @@ class ChatRequest(ConversationFields, ChoicesFields):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: Boolean | None = Field(None, description="False: at most one call.")
     modalities: ListOf[Literal["text"]] | None = Field(None, description="Only text.")
-    audio: Unsupported = None
-    function_call: Unsupported = None
-    functions: Unsupported = None
-    moderation: Unsupported = None
-    prediction: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    verbosity: Unsupported = None
-    web_search_options: Unsupported = None
+    audio: Annotated[None, unsupported("this is a text model")] = None
+    function_call: Annotated[None, unsupported("use tool_choice")] = None
+    functions: Annotated[None, unsupported("use tools")] = None
+    moderation: Annotated[None, unsupported("there is no moderation here")] = None
+    prediction: Annotated[None, unsupported("the drafter predicts; no hint is needed")] = None
+    prompt_cache_options: Annotated[None, unsupported("there is no cache that a client could steer")] = None
+    verbosity: Annotated[None, unsupported("the model has no such switch")] = None
+    web_search_options: Annotated[None, unsupported("there is no web search")] = None
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -17,7 +17,7 @@ from gateway.messages.chunk import GenerationChunk
 from gateway.messages.request import TokenIds
 from gateway.rest.answering import ChoicesAnswer, answered
 from gateway.rest.backend import Caller, InCaller
-from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, Unsupported
+from gateway.rest.fields import Boolean, Count, Integer, ListOf, Text, TokenId, unsupported
 from gateway.rest.generation_fields import ChoicesFields
 from gateway.rest.json_route import JsonRoute
 from gateway.rest.logprobs import TokenEntry
@@ -45,7 +45,7 @@ class CompletionRequest(ChoicesFields):
     ] = Field(None, description="Log-probabilities, and this many of the likeliest, 0 to 20; false: none.")
     echo: Boolean | None = Field(None, description="Begin the text with the prompt.")
     best_of: Integer | None = Field(None, description="Only the same as n: all choices are returned.")
-    suffix: Unsupported = None
+    suffix: Annotated[None, unsupported("the model cannot fill in the middle")] = None
 
     @property
     def param_names(self) -> Mapping[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -42,47 +41,16 @@ Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 ListOf: TypeAlias = Annotated[list[_ItemT], Field(fail_fast=True)]
 TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 
-UNSUPPORTED: Mapping[str, str] = MappingProxyType(
-    {
-        "audio": "this is a text model",
-        "access_programs": "there are none here",
-        "background_options": "every request is answered while its client waits",
-        "context_management": "the client says what the model is shown",
-        "image": "these are text models",
-        "background": "every request is answered while its client waits",
-        "conversation": "nothing is stored: send all messages",
-        "max_tool_calls": "calls are made by the client",
-        "previous_response_id": "nothing is stored: send all items of the conversation",
-        "prompt": "there are no stored prompts",
-        "bad_words": "use logit_bias",
-        "allowed_token_ids": "use logit_bias or a grammar",
-        "function_call": "use tool_choice",
-        "functions": "use tools",
-        "length_penalty": "there is no beam search",
-        "moderation": "there is no moderation here",
-        "prediction": "the drafter predicts; no hint is needed",
-        "prompt_cache_options": "there is no cache that a client could steer",
-        "prompt_logprobs": "use /v1/chat/completions or /v1/completions",
-        "structural_tag": "use tools",
-        "suffix": "the model cannot fill in the middle",
-        "truncate_prompt_tokens": "a prompt that is too long is refused, never cut",
-        "partial": "use continue_final_message",
-        "prefix": "use continue_final_message",
-        "use_beam_search": "there is no beam search",
-        "verbosity": "the model has no such switch",
-        "web_search_options": "there is no web search",
-    }
-)
 
+def unsupported(why: str) -> BeforeValidator:
+    """Refuses a field of OpenAI's or vLLM's, unless it asks for nothing or the gateway is set to ignore it."""
 
-def _refuse(value: object, info: ValidationInfo) -> None:
-    name = info.field_name or ""
-    if not (asks_for_nothing(name, value) or ignored(name)):
-        why = UNSUPPORTED[name]
-        raise PydanticCustomError("unsupported_parameter", "this field is not supported: {why}", {"why": why})
+    def refuse(value: object, info: ValidationInfo) -> None:
+        name = info.field_name or ""
+        if not (asks_for_nothing(name, value) or ignored(name)):
+            raise PydanticCustomError("unsupported_parameter", "this field is not supported: {why}", {"why": why})
 
-
-Unsupported: TypeAlias = Annotated[None, BeforeValidator(_refuse)]
+    return BeforeValidator(refuse)
 
 
 def known_kinds(kinds: Any, message: str) -> Callable[[object], object]:

@@ -24,7 +24,7 @@ from gateway.rest.fields import (
     SpeculationFields,
     Text,
     TokenId,
-    Unsupported,
+    unsupported,
 )
 from gateway.rest.logprobs import LogprobTrack
 from gateway.rest.structured import StructuredFields
@@ -95,11 +95,11 @@ class GenerationFields(StructuredFields):
     prompt_cache_retention: Text | None = Field(None, description="Accepted; has no effect.")
     safety_identifier: Text | None = Field(None, description="Accepted; has no effect.")
     skip_special_tokens: Literal[True] | None = Field(None, description="Only true: special tokens are not text.")
-    allowed_token_ids: Unsupported = None
-    bad_words: Unsupported = None
-    length_penalty: Unsupported = None
-    truncate_prompt_tokens: Unsupported = None
-    use_beam_search: Unsupported = None
+    allowed_token_ids: Annotated[None, unsupported("use logit_bias or a grammar")] = None
+    bad_words: Annotated[None, unsupported("use logit_bias")] = None
+    length_penalty: Annotated[None, unsupported("there is no beam search")] = None
+    truncate_prompt_tokens: Annotated[None, unsupported("a prompt that is too long is refused, never cut")] = None
+    use_beam_search: Annotated[None, unsupported("there is no beam search")] = None
 
     @property
     def param_names(self) -> Mapping[str, str]:

@@ -17,9 +17,9 @@ from gateway.rest.fields import (
     Integer,
     RestModel,
     Text,
-    Unsupported,
     WrittenText,
     known_kinds,
+    unsupported,
     without_kinds,
 )
 from gateway.rest.generation_fields import GenerationFields
@@ -122,7 +122,7 @@ class MessagesFields(GenerationFields):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Handed to the model's chat template.")
     output_config: OutputConfig | None = Field(None, description="`format`: a JSON Schema of the answer.")
     output_format: OutputFormat | None = Field(None, description="The older place of `output_config.format`.")
-    prompt_logprobs: Unsupported = None
+    prompt_logprobs: Annotated[None, unsupported("use /v1/chat/completions or /v1/completions")] = None
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:

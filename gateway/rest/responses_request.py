@@ -16,9 +16,9 @@ from gateway.rest.fields import (
     Integer,
     RestModel,
     Text,
-    Unsupported,
     WrittenText,
     known_kinds,
+    unsupported,
     without_kinds,
 )
 from gateway.rest.generation_fields import GenerationFields
@@ -164,18 +164,18 @@ class ResponsesRequest(GenerationFields):
     top_logprobs: Integer | None = Field(None, description="This many of the likeliest at each token, 0 to 20.")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="Accepted; nothing is ever cut.")
     client_metadata: Any = Field(None, description="Accepted; has no effect.")
-    access_programs: Unsupported = None
-    background: Unsupported = None
-    background_options: Unsupported = None
-    context_management: Unsupported = None
-    conversation: Unsupported = None
-    image: Unsupported = None
-    max_tool_calls: Unsupported = None
-    moderation: Unsupported = None
-    previous_response_id: Unsupported = None
-    prompt: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    prompt_logprobs: Unsupported = None
+    access_programs: Annotated[None, unsupported("there are none here")] = None
+    background: Annotated[None, unsupported("every request is answered while its client waits")] = None
+    background_options: Annotated[None, unsupported("every request is answered while its client waits")] = None
+    context_management: Annotated[None, unsupported("the client says what the model is shown")] = None
+    conversation: Annotated[None, unsupported("nothing is stored: send all messages")] = None
+    image: Annotated[None, unsupported("these are text models")] = None
+    max_tool_calls: Annotated[None, unsupported("calls are made by the client")] = None
+    moderation: Annotated[None, unsupported("there is no moderation here")] = None
+    previous_response_id: Annotated[None, unsupported("nothing is stored: send all items of the conversation")] = None
+    prompt: Annotated[None, unsupported("there are no stored prompts")] = None
+    prompt_cache_options: Annotated[None, unsupported("there is no cache that a client could steer")] = None
+    prompt_logprobs: Annotated[None, unsupported("use /v1/chat/completions or /v1/completions")] = None
 
     @property
     def num_top_logprobs(self) -> int | None:

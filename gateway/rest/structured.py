@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
-from gateway.rest.fields import Boolean, ListOf, RestModel, Text, Unsupported
+from gateway.rest.fields import Boolean, ListOf, RestModel, Text, unsupported
 
 _ANY_OBJECT = '{"type": "object"}'
 _REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
@@ -40,7 +40,7 @@ class StructuredOutputs(RestModel):
     choice: ListOf[Text] | None = Field(None, min_length=1, max_length=1024)
     grammar: Text | None = None
     json_object: Boolean | None = None
-    structural_tag: Unsupported = None
+    structural_tag: Annotated[None, unsupported("use tools")] = None
 
     def grammars(self) -> list[tuple[str, Grammar | None]]:
         return [
