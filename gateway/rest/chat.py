@@ -33,7 +33,7 @@ class _Answer(ChoicesAnswer):
     chunk_kind = "chat.completion.chunk"
 
     def __init__(self, body: ChatRequest, caller: Caller) -> None:
-        super().__init__(body, caller, [body.prompt()], body.most_tokens)
+        super().__init__(body, caller, [body.conversation()], body.most_tokens)
         self._begun: set[int] = set()
 
     def deltas(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -30,13 +30,13 @@ MAX_PARTS = 4096
 MAX_TOOLS = 1024
 
 _PartKind = Literal["text", "refusal", "input_text", "output_text", "thinking", "reasoning", "redacted_thinking"]
-_THOUGHTS = frozenset({"thinking", "reasoning", "redacted_thinking"})
-_ASSISTANTS_KINDS = (*_THOUGHTS, "refusal", "output_text")
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 
 class TextPart(RestModel):
     """A part of a message's content."""
 
+    replayed: ClassVar = {"type": (*_THOUGHTS, "refusal", "output_text")}
     type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     refusal: Text | None = Field(None, description="Of a part of type refusal.")
@@ -45,23 +45,15 @@ class TextPart(RestModel):
     prompt_cache_breakpoint: Any = Field(None, description="Accepted; has no effect.")
     citations: Any = Field(None, description="Accepted; has no effect.")
 
-    @classmethod
-    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
-        return values.get("type") in _ASSISTANTS_KINDS
-
     @property
     def is_thought(self) -> bool:
         return self.type in _THOUGHTS
 
     @property
-    def _own(self) -> str | None:
-        if self.type == "refusal":
-            return self.refusal
-        return self.thinking if self.is_thought and self.thinking is not None else self.text
-
-    @property
     def shown(self) -> str:
-        return self._own or ""
+        if self.type == "refusal":
+            return self.refusal or ""
+        return (self.thinking if self.is_thought and self.thinking is not None else self.text) or ""
 
 
 class CalledFunction(RestModel):
@@ -101,6 +93,7 @@ class MessageToolCall(RestModel):
 class Message(RestModel):
     """One message of the conversation."""
 
+    replayed: ClassVar = {"role": ("assistant",)}
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[ListOf[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Text | None = None
@@ -119,10 +112,6 @@ class Message(RestModel):
     audio: Annotated[None, unsupported("this is a text model")] = None
     partial: Annotated[None, unsupported("use continue_final_message")] = None
     prefix: Annotated[None, unsupported("use continue_final_message")] = None
-
-    @classmethod
-    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
-        return values.get("role") == "assistant"
 
     @model_validator(mode="before")
     @classmethod
@@ -169,20 +158,25 @@ class Message(RestModel):
 ToolName: TypeAlias = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-def schema_text(parameters: dict[str, Any] | None) -> str:
-    """A tool's schema as `ToolDefinition.parameters`."""
-    return json.dumps(parameters, ensure_ascii=False) if parameters is not None else ""
-
-
-class FunctionDefinition(RestModel):
-    """A function that can be called."""
+class FunctionFields(RestModel):
+    """What is told of a function in any API."""
 
     name: ToolName
     description: Text | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     strict: Boolean | None = Field(
         None, description="True: refuse to force calls whose schema cannot be enforced whole."
     )
+
+    def definition_by(self, schema: dict[str, Any] | None) -> ToolDefinition:
+        """The plain form; `schema` is the JSON Schema of the arguments."""
+        parameters = json.dumps(schema, ensure_ascii=False) if schema is not None else ""
+        return ToolDefinition(self.name, self.description or "", parameters, bool(self.strict))
+
+
+class FunctionDefinition(FunctionFields):
+    """A function that can be called."""
+
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
 
@@ -192,11 +186,6 @@ class ChatTool(RestModel):
     type: Literal["function"]
     function: FunctionDefinition
     cache_control: Any = Field(None, description="Accepted; has no effect.")
-
-    def definition(self) -> ToolDefinition:
-        function = self.function
-        schema = schema_text(function.parameters)
-        return ToolDefinition(function.name, function.description or "", schema, bool(function.strict))
 
 
 class ChosenFunction(RestModel):
@@ -224,6 +213,22 @@ class AllowedToolsChoice(RestModel):
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
+
+
+def chosen_tools(
+    definitions: tuple[ToolDefinition, ...],
+    is_parallel: bool | None,
+    mode: str | None = None,
+    name: str | None = None,
+    allowed: frozenset[str] | None = None,
+) -> Tools | None:
+    """What may be called by a `tool_choice`: by a mode, of all functions or those `allowed`, or one of that name."""
+    if definitions:
+        how = ToolMode(mode or "auto") if name is None else ToolMode.NAMED
+        return Tools(definitions, how, name or "", is_parallel is not False, allowed)
+    if name is not None or mode == "required":
+        raise InvalidRequestError("tool_choice", "set", "only together with tools")
+    return None
 
 
 class ThinkingSwitch(RestModel):
@@ -265,22 +270,23 @@ class ConversationFields(RestModel):
             return "reasoning", _effort(self.reasoning.enabled)
         return "reasoning", self.reasoning.effort if self.reasoning is not None else None
 
-    def conversation(
-        self,
-        mode: ToolMode = ToolMode.AUTO,
-        name: str = "",
-        is_parallel: bool = True,
-        allowed: frozenset[str] | None = None,
-    ) -> Conversation:
+    @property
+    def definitions(self) -> tuple[ToolDefinition, ...]:
+        return tuple(tool.function.definition_by(tool.function.parameters) for tool in self.tools or ())
+
+    @property
+    def usable_tools(self) -> Tools | None:
+        return Tools(self.definitions) if self.tools else None
+
+    def conversation(self) -> Conversation:
         """The plain form; InvalidRequestError for what types cannot tell."""
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError("continue_final_message", True, "false together with add_generation_prompt")
         turns = tuple(message.turn(f"messages[{index}]") for index, message in enumerate(self.messages))
-        definitions = tuple(tool.definition() for tool in self.tools or ())
         switches = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return Conversation(
             turns,
-            Tools(definitions, mode, name, is_parallel, allowed) if definitions else None,
+            self.usable_tools,
             opens_answer=self.add_generation_prompt is not False,
             continues_last_turn=bool(self.continue_final_message),
             template_arguments=switches | (self.chat_template_kwargs or {}),
@@ -335,17 +341,12 @@ class ChatRequest(ConversationFields, ChoicesFields):
             "reasoning_effort": self.effort[0],
         }
 
-    def prompt(self) -> Conversation:
-        choice, allowed = self.tool_choice, None
+    @property
+    def usable_tools(self) -> Tools | None:
+        choice, definitions, is_parallel = self.tool_choice, self.definitions, self.parallel_tool_calls
+        if isinstance(choice, NamedToolChoice):
+            return chosen_tools(definitions, is_parallel, name=choice.function.name)
         if isinstance(choice, AllowedToolsChoice):
             allowed = frozenset(each.function.name for each in choice.allowed_tools.tools)
-            choice = choice.allowed_tools.mode
-        is_named = isinstance(choice, NamedToolChoice)
-        if not self.tools and (is_named or choice == "required"):
-            raise InvalidRequestError("tool_choice", "set", "only together with tools")
-        return self.conversation(
-            ToolMode.NAMED if is_named else ToolMode(choice or "auto"),
-            choice.function.name if isinstance(choice, NamedToolChoice) else "",
-            self.parallel_tool_calls is not False,
-            allowed,
-        )
+            return chosen_tools(definitions, is_parallel, choice.allowed_tools.mode, allowed=allowed)
+        return chosen_tools(definitions, is_parallel, choice)

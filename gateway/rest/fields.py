@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     AllowInfNan,
@@ -105,6 +105,8 @@ class RestModel(BaseModel):
     set to ignore them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    # By field, the values that tell of an object that a server wrote and a client sends back.
+    replayed: ClassVar[Mapping[str, Collection[str]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +124,7 @@ class RestModel(BaseModel):
     @classmethod
     def is_replayed(cls, values: Mapping[str, Any]) -> bool:
         """Whether a server wrote this object and a client sends it back: fields it does not know ask for nothing."""
-        return False
+        return any(values.get(name) in told for name, told in cls.replayed.items())
 
 
 @cache

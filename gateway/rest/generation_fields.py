@@ -180,7 +180,7 @@ class GenerationFields(StructuredFields):
         seed = secrets.randbits(_SEED_BITS) if self.seed is None else self.seed
         return SamplingParameters(
             seed=seed & MAX_SEED if seed < 0 else seed,  # negative ones count from the other end
-            grammar=self.grammar(),
+            grammar=self.given_grammar()[1],
             logit_bias={int(token_id): bias for token_id, bias in sorted((self.logit_bias or {}).items())},
             **(defaults.given | given),
         )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import Grammar, GrammarKind
-from gateway.rest.chat_request import MAX_MESSAGES, ToolName, schema_text
+from easyspec.speculation.parameters import Grammar
+from gateway.rest.chat_request import MAX_MESSAGES, FunctionFields
 from gateway.rest.fields import (
     Boolean,
     Count,
@@ -23,8 +22,9 @@ from gateway.rest.fields import (
     without_kinds,
 )
 from gateway.rest.generation_fields import GenerationFields
+from gateway.rest.structured import json_grammar
 from gateway.rest.unknown_fields import ignores_unknown
-from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolMode, Tools
 
 _BlockKind = Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
 _ToolKind = Literal["custom"]
@@ -40,6 +40,7 @@ _LEFT_OUT = frozenset(
 class ContentBlock(RestModel):
     """A block of a message's content."""
 
+    replayed: ClassVar = {"type": ("tool_use", "thinking", "redacted_thinking")}
     type: Annotated[_BlockKind, BeforeValidator(known_kinds(_BlockKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     thinking: Text | None = None
@@ -53,10 +54,6 @@ class ContentBlock(RestModel):
     citations: Any = Field(None, description="Accepted; has no effect.")
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
-    @classmethod
-    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
-        return values.get("type") in ("tool_use", "thinking", "redacted_thinking")
-
 
 class AnthropicMessage(RestModel):
     """One message of the conversation."""
@@ -65,17 +62,14 @@ class AnthropicMessage(RestModel):
     content: Annotated[Text | list[ContentBlock], without_kinds(_LEFT_OUT)]
 
 
-class AnthropicTool(RestModel):
+class AnthropicTool(FunctionFields):
     """A function that can be called."""
 
     type: Annotated[
         _ToolKind | None,
         BeforeValidator(known_kinds(_ToolKind, "a tool of type {kind} is not supported: describe your own")),
     ] = None
-    name: ToolName
-    description: Text | None = None
     input_schema: dict[str, Any]
-    strict: Boolean | None = None
     cache_control: Any = Field(None, description="Accepted; has no effect.")
     input_examples: Any = Field(None, description="Accepted; has no effect.")
     eager_input_streaming: Any = Field(None, description="Accepted; has no effect.")
@@ -126,16 +120,9 @@ class MessagesFields(GenerationFields):
     cache_control: Any = Field(None, description="Accepted; has no effect.")
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
-        config = self.output_config
-        forms = {
-            "output_config.format": config.format if config is not None else None,
-            "output_format": self.output_format,
-        }
-        own = [
-            (name, Grammar(GrammarKind.JSON_SCHEMA, json.dumps(form.schema_, ensure_ascii=False)))
-            for name, form in forms.items()
-            if form is not None
-        ]
+        newer = self.output_config.format if self.output_config is not None else None
+        forms = (("output_config.format", newer), ("output_format", self.output_format))
+        own = [(name, json_grammar(form.schema_)) for name, form in forms if form is not None]
         return [*own, *super().found_grammars()]
 
     @property
@@ -173,10 +160,7 @@ class MessagesFields(GenerationFields):
             return None
         if (choice.type == "tool") != (choice.name is not None):
             raise InvalidRequestError("tool_choice.name", choice.name, "set with type tool, and only then")
-        definitions = tuple(
-            ToolDefinition(tool.name, tool.description or "", schema_text(tool.input_schema), bool(tool.strict))
-            for tool in self.tools
-        )
+        definitions = tuple(tool.definition_by(tool.input_schema) for tool in self.tools)
         return Tools(definitions, _MODES[choice.type], choice.name or "", not choice.disable_parallel_tool_use)
 
 

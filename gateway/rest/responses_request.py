@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
-from gateway.rest.chat_request import ToolName, schema_text
+from gateway.rest.chat_request import FunctionFields, chosen_tools
 from gateway.rest.fields import (
     Boolean,
     Count,
@@ -22,9 +22,9 @@ from gateway.rest.fields import (
     without_kinds,
 )
 from gateway.rest.generation_fields import GenerationFields
-from gateway.rest.structured import JsonSchemaFormat, ResponseFormat, grammar_of_format
+from gateway.rest.structured import JsonSchemaFormat, grammar_of_format
 from gateway.rest.unknown_fields import ignores_unknown
-from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolDefinition, ToolMode, Tools
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, Tools
 
 MAX_ITEMS = 4096
 # The item of an id, as it was given out.
@@ -39,21 +39,17 @@ _LEFT_OUT = frozenset(
         "compaction",
     }
 )
-_ASSISTANTS_KINDS = ("output_text", "refusal", "reasoning_text", "summary_text")
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
 
 
 class ContentPart(RestModel):
     """A part of an item's content."""
 
+    replayed: ClassVar = {"type": ("output_text", "refusal", "reasoning_text", "summary_text")}
     type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
     text: Text | None = None
     refusal: Text | None = None
     prompt_cache_breakpoint: Any = Field(None, description="Accepted; has no effect.")
-
-    @classmethod
-    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
-        return values.get("type") in _ASSISTANTS_KINDS
 
     @property
     def shown(self) -> str:
@@ -64,6 +60,7 @@ class InputItem(RestModel):
     """A message, a call of a function, its output, or what was thought before. Custom tools are taken for functions
     whose arguments are their input."""
 
+    replayed: ClassVar = {"role": ("assistant",), "type": ("function_call", "reasoning")}
     type: Annotated[_ItemKind, BeforeValidator(known_kinds(_ItemKind, "an item of type {kind} is not supported"))] = (
         "message"
     )
@@ -88,22 +85,15 @@ class InputItem(RestModel):
             return {**values, "type": "function_call", "arguments": values.get("input")}
         return {**values, "type": "function_call_output"} if kind == "custom_tool_call_output" else values
 
-    @classmethod
-    def is_replayed(cls, values: Mapping[str, Any]) -> bool:
-        return values.get("role") == "assistant" or values.get("type") in ("function_call", "reasoning")
 
-
-class ResponseTool(RestModel):
+class ResponseTool(FunctionFields):
     """A function that can be called."""
 
     type: Annotated[
         Literal["function"],
         BeforeValidator(known_kinds(Literal["function"], "a tool of type {kind} is not supported: use functions")),
     ]
-    name: ToolName
-    description: Text | None = None
     parameters: dict[str, Any] | None = None
-    strict: Boolean | None = None
 
 
 class ChosenTool(RestModel):
@@ -125,11 +115,6 @@ class TextFormat(JsonSchemaFormat):
     """`text.format`: what `response_format` is in chat completions."""
 
     type: Literal["text", "json_object", "json_schema"]
-
-    @property
-    def response_format(self) -> ResponseFormat:
-        schema = {"schema": self.schema_, "strict": self.strict} if self.type == "json_schema" else None
-        return ResponseFormat.model_validate({"type": self.type, "json_schema": schema})
 
 
 class TextFields(RestModel):
@@ -200,7 +185,7 @@ class ResponsesRequest(GenerationFields):
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
         form = self.text.format if self.text is not None else None
-        own = grammar_of_format(form.response_format) if form is not None else None
+        own = grammar_of_format(form.type, form) if form is not None else None
         return [("text.format", own), *super().found_grammars()]
 
     def prompt_conversation(self, find: FindItem) -> Conversation:
@@ -218,20 +203,14 @@ class ResponsesRequest(GenerationFields):
         )
 
     def _tools(self) -> Tools | None:
-        choice, allowed = self.tool_choice, None
+        choice, is_parallel = self.tool_choice, self.parallel_tool_calls
+        definitions = tuple(tool.definition_by(tool.parameters) for tool in self.tools or ())
+        if isinstance(choice, ChosenTool):
+            return chosen_tools(definitions, is_parallel, name=choice.name)
         if isinstance(choice, AllowedToolsChoice):
-            allowed, choice = frozenset(each.name for each in choice.tools), choice.mode
-        name = choice.name if isinstance(choice, ChosenTool) else ""
-        mode = ToolMode.NAMED if isinstance(choice, ChosenTool) else ToolMode(choice or "auto")
-        if not self.tools:
-            if name or choice == "required":
-                raise InvalidRequestError("tool_choice", "set", "only together with tools")
-            return None
-        definitions = tuple(
-            ToolDefinition(tool.name, tool.description or "", schema_text(tool.parameters), bool(tool.strict))
-            for tool in self.tools
-        )
-        return Tools(definitions, mode, name, self.parallel_tool_calls is not False, allowed)
+            allowed = frozenset(each.name for each in choice.tools)
+            return chosen_tools(definitions, is_parallel, choice.mode, allowed=allowed)
+        return chosen_tools(definitions, is_parallel, choice)
 
 
 def _resolved(items: list[InputItem], find: FindItem) -> list[InputItem]:
@@ -255,11 +234,19 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
     thought = ""
     said: list[str] = []
     calls: list[ToolCall] = []
-    for index, item in enumerate(items):
-        is_own = item.type in ("reasoning", "function_call") or item.role == "assistant"
-        if not is_own and (thought or said or calls):
+
+    def ended() -> Iterator[ChatTurn]:
+        nonlocal thought
+        if thought or said or calls:
             yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
-            thought, said, calls = "", [], []
+        thought = ""
+        said.clear()
+        calls.clear()
+
+    for index, item in enumerate(items):
+        is_said = item.type == "message" and item.role == "assistant"
+        if (is_said and calls) or not (is_said or item.type in ("reasoning", "function_call")):
+            yield from ended()
         if item.type == "reasoning":
             thought = _shown(item.content or item.summary)
         elif item.type == "function_call":
@@ -272,18 +259,14 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
                     f"input[{index}].call_id", item.call_id, "the id of the call that is answered"
                 )
             yield ChatTurn("tool", _shown(item.output), tool_call_id=item.call_id)
-        elif item.role == "assistant":
-            if calls:
-                yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
-                thought, said, calls = "", [], []
+        elif is_said:
             said.append(_shown(item.content))
         elif item.role is None or item.content is None:
             missing = "role" if item.role is None else "content"
             raise InvalidRequestError(f"input[{index}].{missing}", None, "set in a message")
         else:
             yield ChatTurn(item.role, _shown(item.content))
-    if thought or said or calls:
-        yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
+    yield from ended()
 
 
 def _shown(content: str | list[ContentPart] | None) -> str:

@@ -44,8 +44,8 @@ class StructuredOutputs(RestModel):
 
     def grammars(self) -> list[tuple[str, Grammar | None]]:
         return [
-            ("structured_outputs.json", _json(self.json_)),
-            ("structured_outputs.json_object", _json(_ANY_OBJECT if self.json_object else None)),
+            ("structured_outputs.json", json_grammar(self.json_)),
+            ("structured_outputs.json_object", json_grammar(_ANY_OBJECT if self.json_object else None)),
             ("structured_outputs.regex", _text(GrammarKind.REGEX, self.regex)),
             ("structured_outputs.choice", _choice(self.choice)),
             ("structured_outputs.grammar", _text(GrammarKind.LARK, self.grammar)),
@@ -62,10 +62,6 @@ class StructuredFields(RestModel):
     guided_choice: ListOf[Text] | None = Field(None, min_length=1, max_length=1024, description="One of these texts.")
     guided_grammar: Text | None = Field(None, description="llguidance's dialect of Lark.")
 
-    def grammar(self) -> Grammar | None:
-        """What the output must match; InvalidRequestError if several things are asked for."""
-        return self._given_grammar()[1]
-
     @property
     def is_strict(self) -> bool:
         """Whether every keyword of the schema must be enforced."""
@@ -75,37 +71,40 @@ class StructuredFields(RestModel):
     @property
     def grammar_field(self) -> str:
         """The field that says what the output must match; "" if none does."""
-        return self._given_grammar()[0]
+        return self.given_grammar()[0]
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
         """What every field that can say so says about the form of the output."""
+        form = self.response_format
         return [
-            ("response_format", grammar_of_format(self.response_format)),
+            ("response_format", grammar_of_format(form.type, form.json_schema) if form is not None else None),
             *(self.structured_outputs.grammars() if self.structured_outputs is not None else []),
-            ("guided_json", _json(self.guided_json)),
+            ("guided_json", json_grammar(self.guided_json)),
             ("guided_regex", _text(GrammarKind.REGEX, self.guided_regex)),
             ("guided_choice", _choice(self.guided_choice)),
             ("guided_grammar", _text(GrammarKind.LARK, self.guided_grammar)),
         ]
 
-    def _given_grammar(self) -> tuple[str, Grammar | None]:
+    def given_grammar(self) -> tuple[str, Grammar | None]:
+        """The field that says what the output must match, and what it must; InvalidRequestError if several do."""
         given = [(name, grammar) for name, grammar in self.found_grammars() if grammar is not None]
         if len(given) > 1:
             raise InvalidRequestError(given[1][0], "set", f"unset together with {given[0][0]}")
         return given[0] if given else ("", None)
 
 
-def grammar_of_format(form: ResponseFormat | None) -> Grammar | None:
-    if form is None or form.type == "text":
+def grammar_of_format(kind: str, form: JsonSchemaFormat | None) -> Grammar | None:
+    """`form` goes with the kind json_schema."""
+    if kind == "text":
         return None
-    if form.type == "json_object":
-        return _json(_ANY_OBJECT)
-    if form.json_schema is None:
+    if kind == "json_object":
+        return json_grammar(_ANY_OBJECT)
+    if form is None:
         raise InvalidRequestError("response_format.json_schema", None, "an object with a schema")
-    return _json(_ANY_OBJECT if form.json_schema.schema_ is None else form.json_schema.schema_)
+    return json_grammar(_ANY_OBJECT if form.schema_ is None else form.schema_)
 
 
-def _json(schema: dict[str, Any] | str | None) -> Grammar | None:
+def json_grammar(schema: dict[str, Any] | str | None) -> Grammar | None:
     if schema is None:
         return None
     text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
