@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import (
-    AllowInfNan,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from easyspec.speculation.parameters import (
-    LayerPlanRequest,
-    MlpPlacement,
-    TreeBudget,
-)
+from easyspec.speculation.parameters import LayerPlanRequest, MlpPlacement, TreeBudget
 from easyspec.speculation.sources import parse_sources
 from gateway.messages.request import SpeculationMode, SpeculationWish
 from gateway.rest.unknown_fields import asks_for_nothing, ignored, without_unknown
@@ -153,25 +141,15 @@ class SpeculationFields(RestModel):
     trace: Boolean | None = Field(None, description="Tell in each streamed chunk what was guessed: its `easyspec`.")
 
     def wish(self, default_budget: TreeBudget) -> SpeculationWish:
-        has_budget = (self.max_levels, self.width, self.max_nodes) != (None, None, None)
-        budget = TreeBudget(
-            _given(self.max_levels, default_budget.num_levels),
-            _given(self.width, default_budget.width),
-            _given(self.max_nodes, default_budget.num_nodes),
-        )
+        sizes = {"num_levels": self.max_levels, "width": self.width, "num_nodes": self.max_nodes}
+        given = {name: size for name, size in sizes.items() if size is not None}
         return SpeculationWish(
             mode=SpeculationMode(self.mode or "auto"),
-            budget=budget if has_budget else None,
+            budget=replace(default_budget, **given) if given else None,
             layer_plan=LayerPlanRequest(
-                self.layer_parallel_size,
-                MlpPlacement(self.mlp) if self.mlp else None,
-                self.calibration is not False,
+                self.layer_parallel_size, MlpPlacement(self.mlp) if self.mlp else None, self.calibration is not False
             ),
             is_traced=bool(self.trace),
             sources=parse_sources(self.sources) if self.sources else None,
             draft_ahead=self.draft_ahead is not False,
         )
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value

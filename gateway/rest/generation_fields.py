@@ -58,8 +58,7 @@ class GenerationFields(StructuredFields):
         None, description="Same seed, same text. Unset: drawn, and reported in `metrics`."
     )
     temperature: Number | None = Field(
-        None,
-        description="0 is greedy; up to 100. Unset: the model's own (see `/v1/models`), else 1.",
+        None, description="0 is greedy; up to 100. Unset: the model's own (see `/v1/models`), else 1."
     )
     top_p: Number | None = Field(
         None, description="Keep this much probability, above 0 up to 1. Unset: the model's own, else 1."

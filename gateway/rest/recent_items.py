@@ -10,7 +10,6 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 _MAX_AGE_S = 3600.0
@@ -19,41 +18,30 @@ _MAX_BYTES = 32 * 1024 * 1024
 _ENTRY_BYTES = 500
 
 
-@dataclass(frozen=True)
-class _Entry:
-    text: str
-    end_s: float
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.text) + _ENTRY_BYTES
-
-
 class RecentItems:
     """Items by their client and id; the oldest go first when they are too many. `clock` counts seconds."""
 
     def __init__(self, max_bytes: int = _MAX_BYTES, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes = max_bytes
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        # An item's text, and when it is forgotten.
+        self._entries: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
         self._num_bytes = 0
 
     def remember(self, client: str, items: Iterable[Mapping[str, Any]]) -> None:
         for item in items:
-            entry = _Entry(json.dumps(item), self._clock() + _MAX_AGE_S)
-            self._entries[client, item["id"]] = entry
-            self._num_bytes += entry.num_bytes
+            text = json.dumps(item)
+            self._entries[client, item["id"]] = text, self._clock() + _MAX_AGE_S
+            self._num_bytes += len(text) + _ENTRY_BYTES
         while self._entries:
-            oldest = next(iter(self._entries.values()))
-            if self._num_bytes <= self._max_bytes and oldest.end_s > self._clock():
+            text, end_s = next(iter(self._entries.values()))
+            if self._num_bytes <= self._max_bytes and end_s > self._clock():
                 break
             self._entries.popitem(last=False)
-            self._num_bytes -= oldest.num_bytes
+            self._num_bytes -= len(text) + _ENTRY_BYTES
 
     def find(self, client: str, item_id: str) -> dict[str, Any] | None:
         """The item; None if `client` was given none of that id, or it is not kept any more."""
-        entry = self._entries.get((client, item_id))
-        if entry is None or entry.end_s <= self._clock():
-            return None
-        item: dict[str, Any] = json.loads(entry.text)
+        text, end_s = self._entries.get((client, item_id), ("", 0.0))
+        item: dict[str, Any] | None = json.loads(text) if text and end_s > self._clock() else None
         return item
