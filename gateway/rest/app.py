@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import structlog
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -63,14 +62,9 @@ def create_app(backend: Backend, gate: Gate) -> ASGIApp:
     OPEN_ROUTERS ask for no key, everything else does. Requests wait behind `gate`, but for those in
     `boundary.ALWAYS_OPEN`.
     """
-    open_routers = list(OPEN_ROUTERS)
     settings = backend.settings
-    if settings.http_metrics:
-        open_routers.append(metrics_router(backend.metrics.render))
-    routes = create_routes(backend, open_routers)
-    routes.state.observer = backend.metrics
-    routes.state.ignores_unknown = settings.unknown_fields == "ignore"
-    app = RestBoundary(routes, gate, Door(backend, open_routers), backend)
+    open_routers = (*OPEN_ROUTERS, metrics_router) if settings.http_metrics else OPEN_ROUTERS
+    app = RestBoundary(create_routes(backend, open_routers), gate, Door(backend, open_routers), backend)
     if not settings.cors_origins:
         return app
     origins = [origin.strip() for origin in settings.cors_origins.split(",")]
@@ -101,13 +95,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return _unrouted(request, error)
     is_malformed = isinstance(error, RequestValidationError)
-    observer = getattr(request.app.state, "observer", None)  # not there where only the routes' document is wanted
-    if observer is not None:
-        observer.refused(mapping_of(InvalidRequestError("", None, "") if is_malformed else error).reason)
+    reason = mapping_of(InvalidRequestError("", None, "") if is_malformed else error).reason
+    request.app.state.backend.metrics.refused(reason)
     if isinstance(error, RequestValidationError):
         return failure_of_validation(error.errors()).response_to(path)
-    request_id = str(structlog.contextvars.get_contextvars().get("request_id", ""))
-    return failure_of(error, request_id).response_to(path)
+    return failure_of(error).response_to(path)
 
 
 def _unrouted(request: Request, refusal: HTTPException) -> Response:

@@ -6,18 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Protocol
 
-import structlog
 from fastapi import Depends, Request
 
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
 from gateway.generation.generator import Generator
 from gateway.generation.served_models import ServedModels
+from gateway.rest.errors import request_id
 from gateway.service.config import GatewaySettings
 from gateway.telemetry.metrics import GatewayMetrics
+from gateway.text.conversation import Conversation
 
 # As gRPC clients set a deadline: seconds after which the answer is of no use any more.
 TIMEOUT_HEADER = "x-request-timeout"
+_NUM_CONTEXTS = 16
 
 
 class Backend(Protocol):
@@ -55,6 +57,11 @@ class Caller:
             raise UnavailableError("the verifier has not answered yet")
         return info
 
+    async def encoded(self, prompt: str | Conversation) -> tuple[int, ...]:
+        """Token ids, also of texts that do not fit the context: how much to cut is a good question."""
+        self.generator.check_size(prompt)
+        return await self.generator.encode(prompt, _NUM_CONTEXTS * self.model.max_model_len)
+
     def for_model(self, name: str | None) -> Caller:
         """The same, with the model that the request names; raises UnknownModelError."""
         return replace(self, generator=self.models.of(name or ""))
@@ -75,7 +82,7 @@ def caller_of(request: Request) -> Caller:
     return Caller(
         models=backend.models,
         generator=backend.models.first,
-        request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
+        request_id=request_id(),
         client=getattr(request.state, "client", peer),
         timeout_s=timeout_s,
         started_s=request.app.state.started_s,

@@ -70,14 +70,14 @@ class RestBoundary:
             answer.status = answer.status or CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
             # Only draining cancels a request as a whole, and this is the end of it anyway.
-            await answer.fail(failure_of(UnavailableError(DRAINING), request_id), scope, receive)
+            await answer.fail(failure_of(UnavailableError(DRAINING)), scope, receive)
         except RefusalError as error:
             await answer.fail(error.failure, scope, receive, error.is_closing)
         except Exception as error:
             if not isinstance(error, EasyspecError):
                 _log.exception("http_bug", path=_route(scope))
             self._observer.refused(mapping_of(error).reason)
-            await answer.fail(failure_of(error, request_id), scope, receive)
+            await answer.fail(failure_of(error), scope, receive)
         finally:
             duration_ms = (time.monotonic_ns() - started_ns) / 1e6
             route, method, status = _route(scope), scope["method"], answer.status or CLIENT_CLOSED_REQUEST

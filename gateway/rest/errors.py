@@ -7,9 +7,9 @@ import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeVar
 
+import structlog
 from fastapi.responses import Response
 
 from easyspec.errors import InvalidRequestError
@@ -19,51 +19,41 @@ from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint
 CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
 _ItemT = TypeVar("_ItemT")
-_TYPES: Mapping[int, str] = MappingProxyType({429: "rate_limit_error", 500: "server_error", 503: "server_error"})
-_ANTHROPIC_TYPES: Mapping[int, str] = MappingProxyType(
-    {
-        401: "authentication_error",
-        404: "not_found_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-        503: "overloaded_error",
-        504: "timeout_error",
-    }
-)
-_CODES: Mapping[str, str] = MappingProxyType(
-    {
-        "INVALID_REQUEST": "invalid_value",
-        "UNSUPPORTED_FIELD": "unsupported_parameter",
-        "PROMPT_TOO_LONG": "context_length_exceeded",
-        "REQUEST_TOO_LARGE": "request_too_large",
-        "UNAUTHENTICATED": "invalid_api_key",
-        "UNKNOWN_MODEL": "model_not_found",
-        "CAPACITY": "rate_limit_exceeded",
-        "UNAVAILABLE": "service_unavailable",
-        "DEADLINE": "timeout",
-        "BROKEN_MODEL": "broken_model",
-        "INTERNAL": "internal_error",
-    }
-)
+_TYPES: Mapping[int, str] = {429: "rate_limit_error"}
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_CODES: Mapping[str, str] = {
+    "INVALID_REQUEST": "invalid_value",
+    "UNSUPPORTED_FIELD": "unsupported_parameter",
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+    "REQUEST_TOO_LARGE": "request_too_large",
+    "UNAUTHENTICATED": "invalid_api_key",
+    "UNKNOWN_MODEL": "model_not_found",
+    "CAPACITY": "rate_limit_exceeded",
+    "UNAVAILABLE": "service_unavailable",
+    "DEADLINE": "timeout",
+    "BROKEN_MODEL": "broken_model",
+    "INTERNAL": "internal_error",
+}
 # What a pydantic error type means to a client; everything else is a value that is not allowed.
-_VALIDATION_CODES: Mapping[str, str] = MappingProxyType(
-    {
-        "missing": "missing_required_parameter",
-        "extra_forbidden": "unknown_parameter",
-        "unsupported_parameter": "unsupported_parameter",
-        "json_invalid": "invalid_json",
-    }
-)
+_VALIDATION_CODES: Mapping[str, str] = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
 # Problems within an object of the right kind, where a union could also have been something else.
 _INSIDE = frozenset({"extra_forbidden", "missing", "literal_error"})
 # What pydantic puts into the path of a problem to tell the types of a union apart.
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "none", "constrained-str", "constrained-int"})
 # How the gateway's own names of fields read on this wire, by prefix; the first that fits counts.
 _PARAMS = (
-    ("sampling.grammar.json_schema", "response_format"),
-    ("sampling.grammar.regex", "guided_regex"),
-    ("sampling.grammar.lark", "guided_grammar"),
-    ("sampling.grammar", "response_format"),
     ("sampling.logit_bias token id", "logit_bias"),
     ("sampling.", ""),
     ("stop.", ""),
@@ -72,10 +62,7 @@ _PARAMS = (
     ("prompt.text", "prompt"),
     ("prompt.token_ids", "prompt"),
     ("prompt_token_ids", "prompt"),
-    ("speculation.budget.num_levels", "speculation.max_levels"),
-    ("speculation.budget.num_nodes", "speculation.max_nodes"),
     ("speculation.layer_plan.", "speculation."),
-    ("layer_plan.", "speculation."),
     ("budget.num_levels", "speculation.max_levels"),
     ("budget.num_nodes", "speculation.max_nodes"),
     ("budget.", "speculation."),
@@ -100,16 +87,16 @@ class Failure:
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        message = self.message[:_MAX_MESSAGE_CHARS]
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": self._error(_TYPES, "server_error")}
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
         """The same as clients of `/v1/messages` expect it."""
-        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
-        error = {"type": kind, "message": self.message[:_MAX_MESSAGE_CHARS], "param": self.param, "code": self.code}
-        return {"type": "error", "error": error}
+        return {"type": "error", "error": self._error(_ANTHROPIC_TYPES, "api_error")}
+
+    def _error(self, types: Mapping[int, str], ours: str) -> dict[str, Any]:
+        kind = types.get(self.status, ours if self.status >= 500 else "invalid_request_error")
+        return {"message": self.message[:_MAX_MESSAGE_CHARS], "type": kind, "param": self.param, "code": self.code}
 
     def response_to(self, path: str) -> Response:
         """The error as clients of that path expect it."""
@@ -139,11 +126,16 @@ def json_bytes(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
 
 
-def failure_of(error: BaseException, request_id: str) -> Failure:
+def request_id() -> str:
+    """The id of the request that is being answered."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
+def failure_of(error: BaseException) -> Failure:
     """What a client learns of `error`; of a bug of ours nothing but the request id."""
     row = mapping_of(error)
     if row is INTERNAL:
-        return Failure(500, f"internal error; request id {request_id}", code="internal_error")
+        return Failure(500, f"internal error; request id {request_id()}", code="internal_error")
     code = _CODES.get(row.reason, row.reason.lower())
     if isinstance(error, InvalidRequestError):
         param = param_of(error.field)

@@ -17,8 +17,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
+from gateway.rest.backend import Backend
 from gateway.rest.errors import Failure, RefusalError
-from gateway.rest.unknown_fields import IgnoredFields, noting
+from gateway.rest.unknown_fields import note_ignored
 
 IGNORED_HEADER = "x-ignored-fields"
 _MAX_HEADER_CHARS = 1000
@@ -83,16 +84,17 @@ class JsonRoute(APIRoute):
         async def handle_json(request: Request) -> Response:
             if request.method == "POST" and (allowed := _unreadable(request.headers)):
                 raise RefusalError(Failure(415, allowed, code="invalid_content_type"))
-            ignored = IgnoredFields(getattr(request.app.state, "ignores_unknown", False))
-            with noting(ignored):
-                json_request = JsonRequest(request.scope, request.receive)
-                if model is not None:
-                    await json_request.read_large(model)
-                response = await handle(json_request)
-            if ignored.names:
-                tokens = (_NO_TOKEN.sub("_", name[:100]) for name in ignored.names)
+            backend: Backend = request.app.state.backend
+            ignored: dict[str, None] | None = {} if backend.settings.unknown_fields == "ignore" else None
+            note_ignored(ignored)
+            json_request = JsonRequest(request.scope, request.receive)
+            if model is not None:
+                await json_request.read_large(model)
+            response = await handle(json_request)
+            if ignored:
+                tokens = (_NO_TOKEN.sub("_", name[:100]) for name in ignored)
                 response.headers[IGNORED_HEADER] = ", ".join(tokens)[:_MAX_HEADER_CHARS]
-                request.app.state.observer.fields_ignored()
+                backend.metrics.fields_ignored()
             return response
 
         return handle_json

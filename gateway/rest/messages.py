@@ -19,7 +19,6 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.messages_request import MessagesFields, MessagesRequest
 from gateway.rest.reply import schema_fields
 from gateway.rest.sse import event
-from gateway.rest.tokenize import NUM_CONTEXTS
 from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
@@ -36,11 +35,7 @@ async def create_message(body: MessagesRequest, caller: InCaller, request: Reque
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: MessagesFields, caller: InCaller) -> dict[str, int]:
     """How many tokens a conversation is."""
-    caller = caller.for_model(body.model)
-    conversation = body.conversation()
-    caller.generator.check_size(conversation)
-    token_ids = await caller.generator.encode(conversation, NUM_CONTEXTS * caller.model.max_model_len)
-    return {"input_tokens": len(token_ids)}
+    return {"input_tokens": len(await caller.for_model(body.model).encoded(body.conversation()))}
 
 
 class _Answer(NamedEventsAnswer):

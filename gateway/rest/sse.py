@@ -67,13 +67,13 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if not writer.has_begun:
                 raise
-            await writer.send(self._last_words(_failure(UnavailableError(DRAINING))))
+            await writer.send(self._last_words(failure_of(UnavailableError(DRAINING))))
         except Exception as error:
             if not writer.has_begun:
                 raise
             if not isinstance(error, EasyspecError):
                 _log.exception("http_bug")
-            await writer.send(self._last_words(_failure(error)))
+            await writer.send(self._last_words(failure_of(error)))
         finally:
             company.cancel()
             await asyncio.gather(company, return_exceptions=True)
@@ -137,7 +137,3 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT])
         task.cancel()
         watch.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
-
-
-def _failure(error: Exception) -> Failure:
-    return failure_of(error, str(structlog.contextvars.get_contextvars().get("request_id", "")))

@@ -15,8 +15,6 @@ from gateway.rest.chat_request import MAX_MESSAGES, ConversationFields, Message
 from gateway.rest.fields import Boolean, ListOf, RestModel, Text, TokenId
 from gateway.rest.json_route import JsonRoute
 
-NUM_CONTEXTS = 16
-
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -43,10 +41,7 @@ async def tokenize(body: TokenizeRequest, caller: InCaller) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", body.prompt, "exactly one of prompt and messages")
     tokenizer = caller.generator.tokenizer
-    prompt = body.prompt if body.prompt is not None else body.conversation()
-    caller.generator.check_size(prompt)
-    # Also of texts that do not fit the context: how much to cut is a good question.
-    token_ids = await caller.generator.encode(prompt, NUM_CONTEXTS * caller.model.max_model_len)
+    token_ids = await caller.encoded(body.prompt if body.prompt is not None else body.conversation())
     reply = {"count": len(token_ids), "max_model_len": caller.model.max_model_len, "tokens": token_ids}
     if body.return_token_strs:
         reply["token_strs"] = [tokenizer.token_text(token_id) for token_id in token_ids]

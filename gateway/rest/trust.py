@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
@@ -15,6 +16,8 @@ from gateway.rest.backend import Backend
 from gateway.rest.errors import Failure, RefusalError
 
 _PORT = re.compile(r":[0-9]+$")
+
+metrics_router = APIRouter()
 
 
 class Door:
@@ -34,28 +37,23 @@ class Door:
         self._check_host(scope)
         if any(route.matches(scope)[0] is not Match.NONE for route in self._open_routes):
             return None
-        headers = dict(reversed(scope["headers"]))
-        header = headers.get(b"authorization")
-        if header is None and (key := headers.get(b"x-api-key")) is not None:  # as Anthropic's clients have it
-            header = b"Bearer " + key
-        return self._authenticate(header.decode("latin-1") if header is not None else None)
+        headers = Headers(scope=scope)
+        header = headers.get("authorization")
+        if header is None and (key := headers.get("x-api-key")) is not None:  # as Anthropic's clients have it
+            header = f"Bearer {key}"
+        return self._authenticate(header)
 
     def _check_host(self, scope: Scope) -> None:
         if self._hosts is None:
             return
-        for host in (value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"):
+        for host in map(str.lower, Headers(scope=scope).getlist("host")):
             name = host.rpartition(":")[0] if _PORT.search(host) else host
             if name not in self._hosts and not name.endswith(".localhost"):
                 message = f"{host[:200]} is not a name of this gateway; --http-hosts adds names"
                 raise RefusalError(Failure(403, message, code="foreign_host"))
 
 
-def metrics_router(render: Callable[[], bytes]) -> APIRouter:
-    """`/metrics`: counts and times, so it asks for no key."""
-    router = APIRouter()
-
-    @router.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        return Response(render(), headers={"content-type": CONTENT_TYPE})
-
-    return router
+@metrics_router.get("/metrics", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    """Counts and times, so it asks for no key."""
+    return Response(request.app.state.backend.metrics.render(), headers={"content-type": CONTENT_TYPE})

@@ -2,92 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
 # What other servers and clients document as the defaults of fields that mean nothing here; null, false, 0 and what is
 # empty ask for nothing in any field.
-_DEFAULTS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "add_generation_prompt": (True,),
-        "add_special_tokens": (True,),
-        "best_of": (1,),
-        "cache_prompt": (True,),
-        "chat_template_kwargs": ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}),
-        "detokenize": (True,),
-        "do_sample": (True,),
-        "early_stopping": (False,),
-        "format": ({"type": "text"},),
-        "function_call": ("none", "auto"),
-        "guided_decoding_backend": ("auto",),
-        "id_slot": (-1,),
-        "include_reasoning": (True,),
-        "length_penalty": (1,),
-        "logit_bias_type": ("tokens",),
-        "modalities": (["text"],),
-        "n_predict": (-1,),
-        "num_beams": (1,),
-        "num_return_sequences": (1,),
-        "parallel_tool_calls": (True,),
-        "penalty_last_n": (64,),
-        "reasoning": ({"effort": "none"}, {"enabled": False}),
-        "repeat_last_n": (64,),
-        "repeat_penalty": (1,),
-        "route": ("fallback",),
-        "safety_settings": ("default",),
-        "separate_reasoning": (True,),
-        "spaces_between_special_tokens": (True,),
-        "stream_reasoning": (True,),
-        "tfs_z": (1,),
-        "thinking": ({"type": "disabled"},),
-        "tool_choice": ("none", "auto"),
-        "truncate": (None,),
-        "truncate_prompt_tokens": (-1,),
-        "truncation": ("auto", "disabled"),
-        "typical_p": (1,),
-        "usage": ({"include": True}, {"include": False}),
-        "verbosity": ("medium",),
-    }
-)
+_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "cache_prompt": (True,),
+    "chat_template_kwargs": ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}),
+    "detokenize": (True,),
+    "do_sample": (True,),
+    "early_stopping": (False,),
+    "format": ({"type": "text"},),
+    "function_call": ("none", "auto"),
+    "guided_decoding_backend": ("auto",),
+    "id_slot": (-1,),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "logit_bias_type": ("tokens",),
+    "modalities": (["text"],),
+    "n_predict": (-1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "parallel_tool_calls": (True,),
+    "penalty_last_n": (64,),
+    "reasoning": ({"effort": "none"}, {"enabled": False}),
+    "repeat_last_n": (64,),
+    "repeat_penalty": (1,),
+    "route": ("fallback",),
+    "safety_settings": ("default",),
+    "separate_reasoning": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_reasoning": (True,),
+    "tfs_z": (1,),
+    "thinking": ({"type": "disabled"},),
+    "tool_choice": ("none", "auto"),
+    "truncate": (None,),
+    "truncate_prompt_tokens": (-1,),
+    "truncation": ("auto", "disabled"),
+    "typical_p": (1,),
+    "usage": ({"include": True}, {"include": False}),
+    "verbosity": ("medium",),
+}
 
 
-class IgnoredFields:
-    """Names of fields that a request had and nothing here knows. `are_ignored`: they do not count, but are told."""
-
-    def __init__(self, are_ignored: bool) -> None:
-        self.are_ignored = are_ignored
-        self.names: dict[str, None] = {}  # in the order of their coming
+# Names of the fields that are ignored of the request that is being read; None where they must be refused.
+_ignored: ContextVar[dict[str, None] | None] = ContextVar("ignored_fields", default=None)
 
 
-_ignored: ContextVar[IgnoredFields | None] = ContextVar("ignored_fields", default=None)
-
-
-@contextmanager
-def noting(fields: IgnoredFields) -> Iterator[None]:
-    """Around the reading of one request: what is ignored of it is put down in `fields`."""
-    token = _ignored.set(fields)
-    try:
-        yield
-    finally:
-        _ignored.reset(token)
+def note_ignored(names: dict[str, None] | None) -> None:
+    """Before a request is read, in its own task: what is ignored of it is put down in `names`; None: nothing is."""
+    _ignored.set(names)
 
 
 def ignores_unknown() -> bool:
     """Whether the request that is being read may have fields that are not known."""
-    fields = _ignored.get()
-    return fields is not None and fields.are_ignored
+    return _ignored.get() is not None
 
 
 def ignored(name: str) -> bool:
     """Put down that a field is ignored; False where it must be refused."""
-    fields = _ignored.get()
-    if fields is None or not fields.are_ignored:
-        return False
-    fields.names[name] = None
-    return True
+    names = _ignored.get()
+    if names is not None:
+        names[name] = None
+    return names is not None
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -82,7 +82,7 @@ def test_a_service_that_is_lost_says_when_to_come_again() -> None:
         assert isinstance(returned, errors.UnavailableError)
         assert returned.retry_after_s == hint_s
         assert has_retry_hint(received(error)) is (hint_s is not None)
-        headers = failure_of(error, "request-1").response_to("/v1/completions").headers
+        headers = failure_of(error).response_to("/v1/completions").headers
         assert headers.get("retry-after-ms") == (None if hint_s is None else str(round(hint_s * 1000)))
 
 
@@ -96,7 +96,7 @@ def test_a_lost_connection_does_not_tell_where_to() -> None:
     assert status.code is grpc.StatusCode.UNAVAILABLE
     assert status.details == "the connection to a service was lost"
     assert b"10.0.0.7" not in status.trailing_metadata[0][1]
-    assert "10.0.0.7" not in failure_of(lost, "request-1").message
+    assert "10.0.0.7" not in failure_of(lost).message
 
 
 def test_a_bug_tells_the_client_nothing_but_the_request_id() -> None:
