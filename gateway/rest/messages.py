@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from gateway.rest.json_route import JsonRoute
 from gateway.rest.messages_request import MessagesFields, MessagesRequest
 from gateway.rest.reply import schema_fields
 from gateway.rest.sse import event
+from gateway.text.conversation import parsed_json
 from gateway.text.tool_parser import Thought, ToolCallDelta
 
 router = APIRouter(route_class=JsonRoute)
@@ -127,11 +127,8 @@ class _Answer(NamedEventsAnswer):
         if block is None:
             return
         if block["type"] == "tool_use":
-            try:
-                value = json.loads(self._arguments)
-            except (ValueError, RecursionError):  # it was cut off
-                value = None
-            block["input"] = value if isinstance(value, dict) else {}
+            value = parsed_json(self._arguments)
+            block["input"] = value if isinstance(value, dict) else {}  # it was cut off
         yield {"type": "content_block_stop", "index": len(self._output) - 1}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:

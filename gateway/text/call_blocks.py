@@ -9,79 +9,59 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gateway.text.tool_parser import CallObject, CallParser, ParsedText, Part, ToolCallDelta
+from gateway.text.tool_parser import CallObject, CallParser, Part
 
 # (name, arguments as JSON) of each call of a block; None if it holds anything else.
 ReadBlock: TypeAlias = Callable[[str], "list[tuple[str, str]] | None"]
 
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*(?:</tool_call>)?", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 _MISTRAL_CALL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]+\s*)?(?:\[ARGS\])?\s*(?=\{)")
 _PYTHONIC_BEGINNING = re.compile(r"\[\s*([A-Za-z_][\w.]*\s*(\(.*)?)?", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Where calls stand: between `opening` and `closing`. Without a closing mark `ends` says where one is over: the
-    number of characters of a block that is complete, None if it is not yet."""
-
-    opening: str
-    closing: str = ""
-    ends: Callable[[str], int | None] = lambda text: None
-
-
 class BlockCallParser(CallParser):
-    """Calls in blocks, each of which is read when it is complete."""
+    """Calls in blocks, each of which is read when it is complete.
+
+    `opening` stands before a block; `ends` tells the number of characters of one that is complete, None if it is not
+    yet.
+    """
 
     def __init__(
-        self, block: Block, read: ReadBlock, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]
+        self,
+        opening: str,
+        ends: Callable[[str], int | None],
+        read: ReadBlock,
+        names: frozenset[str],
+        max_calls: int | None,
+        new_id: Callable[[], str],
     ) -> None:
         super().__init__(names, max_calls, new_id)
-        self._block = block
+        self._opening = opening
+        self._ends = ends
         self._read = read
         self._framing: str | None = None  # what stands before the open block's text, if one is open
 
     def step(self, taken: list[Part]) -> bool:
         if self._framing is None:
-            self._framing = self._speak(self._block.opening, taken)
+            self._framing = self._speak(self._opening, taken)
             return self._framing is not None
-        closing = self._block.closing
-        if closing:
-            body, mark, rest = self._pending.partition(closing)
-            if not mark:
-                return False
-        else:
-            end = self._block.ends(self._pending)
-            if end is None:
-                return False
-            body, mark, rest = self._pending[:end], "", self._pending[end:]
-        self._pending = rest
-        self._finish_block(body, mark, taken)
+        end = self._ends(self._pending)
+        if end is None:
+            return False
+        block, self._pending = self._pending[:end], self._pending[end:]
+        self._take_calls(self._read(block), self._framing + block, taken)
+        self._framing = None
         return True
 
-    def flush(self) -> ParsedText:
-        """The rest, when nothing more comes: a block may do without its closing mark."""
-        taken: list[Part] = []
+    def finish(self, taken: list[Part]) -> None:
+        """A block may do without its closing mark."""
         if self._framing is not None:
-            self._finish_block(self._pending, "", taken)
+            self._take_calls(self._read(self._pending), self._framing + self._pending, taken)
         elif self._pending.strip() or not self.num_calls:
             taken.append(self._pending)
-        self._pending = ""
-        return ParsedText(tuple(taken))
-
-    def _finish_block(self, body: str, mark: str, taken: list[Part]) -> None:
-        framing, self._framing = self._framing or "", None
-        found = self._read(body)
-        if not found or not all(name in self._names for name, _ in found):
-            taken.append(f"{framing}{body}{mark}")
-            return
-        for name, arguments in found:
-            if not self.is_finished:
-                taken.append(ToolCallDelta(self.num_calls, arguments, self._new_id(), name))
-                self.num_calls += 1
 
 
 class PythonicCallParser(CallParser):
@@ -104,16 +84,9 @@ class PythonicCallParser(CallParser):
             self._pending = ""
         return False
 
-    def flush(self) -> ParsedText:
-        text, self._pending = self._pending, ""
-        found = None if self._is_speech else pythonic_calls(self._unmarked(text).removesuffix("<|python_end|>"))
-        if not found or not all(name in self._names for name, _ in found):
-            return ParsedText((text,))
-        found = found[: self._max_calls]
-        self.num_calls = len(found)
-        return ParsedText(
-            tuple(ToolCallDelta(i, arguments, self._new_id(), name) for i, (name, arguments) in enumerate(found))
-        )
+    def finish(self, taken: list[Part]) -> None:
+        text = self._unmarked(self._pending).removesuffix("<|python_end|>")
+        self._take_calls(None if self._is_speech else pythonic_calls(text), self._pending, taken)
 
     def _unmarked(self, text: str) -> str:
         text = text.strip()
@@ -138,6 +111,12 @@ def xml_calls(tools: Mapping[str, Mapping[str, Any]]) -> ReadBlock:
         return [(name, json.dumps(arguments, ensure_ascii=False))]
 
     return read
+
+
+def xml_end(text: str) -> int | None:
+    """Where a block after <tool_call> is over: behind its closing mark."""
+    before, mark, _ = text.partition("</tool_call>")
+    return len(before + mark) if mark else None
 
 
 def _typed(value: str, schema: Any) -> Any:

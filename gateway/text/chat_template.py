@@ -5,15 +5,13 @@ A template is a program of its model's makers. What it knows is read from its so
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from easyspec.errors import InvalidRequestError, UnsupportedFieldError
-from gateway.text.conversation import ChatTurn, Conversation, ToolCall
+from gateway.text.conversation import ChatTurn, Conversation, ToolCall, parsed_json
 from gateway.text.hidden_texts import HiddenTexts
 from gateway.text.template_process import TemplateLimitError, template_process
 
@@ -24,7 +22,7 @@ _RENDER_ARGUMENTS = frozenset(
     | {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
 # What the library does anyway, and what templates without such a switch do.
-_NEUTRAL_ARGUMENTS: Mapping[str, Any] = MappingProxyType({"add_generation_prompt": True, "enable_thinking": True})
+_NEUTRAL_ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True, "enable_thinking": True}
 # Where models keep what they thought before they answered.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _SILENT_EFFORTS = frozenset({"none", "minimal"})
@@ -210,10 +208,7 @@ def _as_object(call: ToolCall, hidden: HiddenTexts) -> Any:
     """The object that a call's arguments are; a text that is none stays as it is."""
     if not call.arguments.strip():
         return {}
-    try:
-        value = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        value = None
+    value = parsed_json(call.arguments)
     return hidden.hide_in(value) if isinstance(value, dict) else hidden.raw(call.arguments)
 
 

@@ -47,9 +47,14 @@ class ToolDefinition:
     is_strict: bool = False
 
     @property
+    def told(self) -> dict[str, Any]:
+        """As models are told of it."""
+        return {"name": self.name, "description": self.description, "parameters": self.schema}
+
+    @property
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of the arguments; InvalidRequestError if it is none."""
-        schema = _parsed(self.parameters) if self.parameters else {"type": "object", "properties": {}}
+        schema = parsed_json(self.parameters) if self.parameters else {"type": "object", "properties": {}}
         if not isinstance(schema, dict):
             raise InvalidRequestError(f"tools[{self.name}].parameters", self.parameters, "a JSON Schema object")
         return schema
@@ -80,11 +85,6 @@ class Tools:
         return self.mode in (ToolMode.REQUIRED, ToolMode.NAMED)
 
     @property
-    def shown_definitions(self) -> tuple[ToolDefinition, ...]:
-        """The tools that the model is told of: all or none, so that a choice does not change the prompt."""
-        return () if self.mode is ToolMode.NONE else self.definitions
-
-    @property
     def callable_definitions(self) -> tuple[ToolDefinition, ...]:
         """The tools that this request may call."""
         if self.mode is ToolMode.NONE:
@@ -100,7 +100,7 @@ class Tools:
         for index, tool in enumerate(self.definitions):
             if not tool.name or len(tool.name) > 64 or names.index(tool.name) != index:
                 raise InvalidRequestError(f"tools[{index}].name", tool.name, "1 to 64 characters, each name once")
-            if not isinstance(_parsed(tool.parameters or "{}"), dict):
+            if not isinstance(parsed_json(tool.parameters or "{}"), dict):
                 raise InvalidRequestError(f"tools[{index}].parameters", tool.parameters, "a JSON Schema object")
         chosen = {self.name} if self.mode is ToolMode.NAMED else self.allowed or set(names)
         if unknown := sorted(chosen - set(names)):
@@ -125,8 +125,9 @@ class Conversation:
     ignores_unknown: bool = False
 
     @property
-    def shows_tools(self) -> bool:
-        return self.tools is not None and bool(self.tools.shown_definitions)
+    def shown_tools(self) -> tuple[ToolDefinition, ...]:
+        """The tools that the model is told of: all or none, so that a choice does not change the prompt."""
+        return () if self.tools is None or self.tools.mode is ToolMode.NONE else self.tools.definitions
 
     @property
     def forces_tools(self) -> bool:
@@ -135,8 +136,7 @@ class Conversation:
     @property
     def num_chars(self) -> int:
         """Characters that the template is handed."""
-        tools = self.tools.shown_definitions if self.tools is not None else ()
-        num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in tools)
+        num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in self.shown_tools)
         calls = (call for turn in self.turns for call in turn.tool_calls)
         num_said_chars = sum(len(turn.content) + len(turn.reasoning) for turn in self.turns)
         return num_tool_chars + num_said_chars + sum(len(call.arguments) for call in calls)
@@ -158,17 +158,10 @@ class Conversation:
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """The tools in the form that Hugging Face chat templates expect; None if there are none."""
-        definitions = self.tools.shown_definitions if self.tools is not None else ()
-        return [
-            {
-                "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.schema},
-            }
-            for tool in definitions
-        ] or None
+        return [{"type": "function", "function": tool.told} for tool in self.shown_tools] or None
 
 
-def _parsed(text: str) -> Any:
+def parsed_json(text: str) -> Any:
     """The JSON value, or None where there is none."""
     try:
         return json.loads(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gateway.text.tool_parser import CallParser, ParsedText, Part, Thought, ToolCallDelta, overlap
+from gateway.text.tool_parser import CallParser, Part, Thought, ToolCallDelta, overlap
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
@@ -39,14 +39,11 @@ class HarmonyParser(CallParser):
             taken.append(ToolCallDelta(self.num_calls, "", self._new_id(), self._name))
         return True
 
-    def flush(self) -> ParsedText:
-        rest, self._pending = self._pending, ""
-        taken: list[Part] = []
+    def finish(self, taken: list[Part]) -> None:
         if self._header is None:
-            self._give_out(rest, taken)
-        elif not (self._header + rest).startswith((CHANNEL, START)):
-            taken.append(self._header + rest)
-        return ParsedText(tuple(taken))
+            self._give_out(self._pending, taken)
+        elif not (self._header + self._pending).startswith((CHANNEL, START)):
+            taken.append(self._header + self._pending)
 
     def _announce(self) -> bool:
         """A header up to its message; True if that begins. An answer without a header is said."""

@@ -42,11 +42,10 @@ def checked(output: str, schema: UnenforcedSchema) -> SchemaCheck:
         found = jsonschema.validators.validator_for(content, default=jsonschema.Draft202012Validator)
         kind = jsonschema.validators.extend(found, _WITH_SAFE_PATTERNS)
         error = jsonschema.exceptions.best_match(kind(content, registry=Registry()).iter_errors(json.loads(output)))
+        reason = "" if error is None else str(error.message)
     except Exception as failure:  # of many types, where the schema is none or the output no JSON
-        return SchemaCheck(schema.keywords, False, f"it cannot be checked: {failure}"[:_MAX_REASON_CHARS])
-    if error is None:
-        return SchemaCheck(schema.keywords, True)
-    return SchemaCheck(schema.keywords, False, error.message[:_MAX_REASON_CHARS])
+        reason = f"it cannot be checked: {failure}"
+    return SchemaCheck(schema.keywords, not reason, reason[:_MAX_REASON_CHARS])
 
 
 def _pattern(_validator: Any, pattern: Any, instance: Any, _schema: Any) -> Iterator[Any]:

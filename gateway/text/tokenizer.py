@@ -90,9 +90,10 @@ class Tokenizer:
     def prompt_of(self, conversation: Conversation, max_tokens: int | None = None) -> ChatPrompt:
         """A conversation as the model gets it; raises InvalidRequestError. `max_tokens` is as in `encode`."""
         conversation.check()
-        template = self.templates.select(conversation.shows_tools)
+        shows_tools = bool(conversation.shown_tools)
+        template = self.templates.select(shows_tools)
         if not template.knows_tools:
-            if conversation.shows_tools and not (self._chat.describes_tools or conversation.forces_tools):
+            if shows_tools and not (self._chat.describes_tools or conversation.forces_tools):
                 allowed = "none: the model's chat template knows none, and they are not described otherwise here"
                 raise InvalidRequestError("tools", "set", allowed)
             conversation = with_described_tools(conversation, template, self._chat.describes_tools)

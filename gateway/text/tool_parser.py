@@ -11,7 +11,7 @@ import enum
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -107,8 +107,25 @@ class CallParser(ABC):
         """Move what is certain from `_pending` to `taken`; True if there may be more."""
 
     @abstractmethod
+    def finish(self, taken: list[Part]) -> None:
+        """Move the rest to `taken`, when nothing more comes."""
+
     def flush(self) -> ParsedText:
         """The rest, when nothing more comes."""
+        taken: list[Part] = []
+        self.finish(taken)
+        self._pending = ""
+        return ParsedText(tuple(taken))
+
+    def _take_calls(self, found: Sequence[tuple[str, str]] | None, text: str, taken: list[Part]) -> None:
+        """Complete calls, as names and arguments; where they are none, the text that they were read from."""
+        if not found or not all(name in self._names for name, _ in found):
+            taken.append(text)
+            return
+        for name, arguments in found:
+            if not self.is_finished:
+                taken.append(ToolCallDelta(self.num_calls, arguments, self._new_id(), name))
+                self.num_calls += 1
 
     def _speak(self, opening: str, taken: list[Part]) -> str | None:
         """Speech up to an opening mark; returns the mark, with the white space before it, once it was found."""
@@ -168,8 +185,8 @@ class ToolCallParser(CallParser):
         self._state, self._has_calls, self._framing = _State.FRAME, False, framing
         return True
 
-    def flush(self) -> ParsedText:
-        """The rest, when nothing more comes: a call that was given out stays as it is, anything else was speech."""
+    def finish(self, taken: list[Part]) -> None:
+        """A call that was given out stays as it is, anything else was speech."""
         rest = self._pending
         if self._state is _State.CALL:
             # In an answer that is calls alone, a further one that was cut off is not speech.
@@ -177,10 +194,8 @@ class ToolCallParser(CallParser):
             rest = "" if is_hidden else self._framing + self._call.raw
         elif self._state is _State.FRAME:
             rest = "" if self._has_calls else self._framing + rest
-        if self.num_calls and not rest.strip():
-            rest = ""
-        self._pending = ""
-        return ParsedText((rest,))
+        if rest.strip() or not self.num_calls:
+            taken.append(rest)
 
     def _seek_call(self, taken: list[Part]) -> bool:
         """In a frame: the next call, the closing mark, or something that does not belong there."""

@@ -25,13 +25,8 @@ def with_described_tools(conversation: Conversation, template: ChatTemplate, is_
     left out unless `is_described`.
     """
     turns = [*conversation.turns] if template.uses("tool_calls") else [*_told(conversation.turns)]
-    tools = conversation.tools
-    if is_described and tools is not None and tools.shown_definitions:
-        shown = [
-            {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-            for tool in tools.shown_definitions
-        ]
-        lines = "\n".join(json.dumps(one, ensure_ascii=False) for one in shown)
+    if is_described and conversation.shown_tools:
+        lines = "\n".join(json.dumps(tool.told, ensure_ascii=False) for tool in conversation.shown_tools)
         description, first = f"{_ABOUT}{lines}\n\n{_HOW}", turns[0]
         if template.takes_system and first.role not in ("system", "developer"):
             turns.insert(0, ChatTurn("system", description))

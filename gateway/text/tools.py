@@ -8,21 +8,13 @@ import secrets
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar, GrammarKind
 from easyspec.speculation.schema_references import with_plain_references
 from easyspec.speculation.schemas import JSON_WHITE_SPACE
-from gateway.text.call_blocks import (
-    Block,
-    BlockCallParser,
-    PythonicCallParser,
-    mistral_calls,
-    mistral_end,
-    xml_calls,
-)
+from gateway.text.call_blocks import BlockCallParser, PythonicCallParser, mistral_calls, mistral_end, xml_calls, xml_end
 from gateway.text.conversation import Tools
 from gateway.text.harmony import MARKS as HARMONY_MARKS
 from gateway.text.harmony import HarmonyParser
@@ -44,27 +36,21 @@ class ToolDialect(enum.Enum):
     NONE = "none"  # not at all: only forced calls are found
 
 
-_FRAMES: Mapping[ToolDialect, Frame] = MappingProxyType(
-    {
-        ToolDialect.HERMES: Frame("<tool_call>", "</tool_call>"),
-        ToolDialect.LLAMA3_JSON: Frame(prefix="<|python_tag|>"),
-        ToolDialect.MISTRAL: Frame("[TOOL_CALLS]", "]"),
-    }
-)
+_FRAMES: Mapping[ToolDialect, Frame] = {
+    ToolDialect.HERMES: Frame("<tool_call>", "</tool_call>"),
+    ToolDialect.LLAMA3_JSON: Frame(prefix="<|python_tag|>"),
+    ToolDialect.MISTRAL: Frame("[TOOL_CALLS]", "]"),
+}
 _FORCED = Frame(closing="]")
-_MARKS: Mapping[ToolDialect, tuple[str, ...]] = MappingProxyType(
-    {
-        ToolDialect.HARMONY: HARMONY_MARKS,
-        ToolDialect.MISTRAL_ARGS: ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
-        ToolDialect.QWEN3_CODER: ("<tool_call>", "</tool_call>"),
-        ToolDialect.PYTHONIC: ("<|python_start|>", "<|python_end|>", "<|python_tag|>"),
-    }
-)
+_MARKS: Mapping[ToolDialect, tuple[str, ...]] = {
+    ToolDialect.HARMONY: HARMONY_MARKS,
+    ToolDialect.MISTRAL_ARGS: ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    ToolDialect.QWEN3_CODER: ("<tool_call>", "</tool_call>"),
+    ToolDialect.PYTHONIC: ("<|python_start|>", "<|python_end|>", "<|python_tag|>"),
+}
 _MARKED_FIRST = (ToolDialect.HERMES, ToolDialect.QWEN3_CODER, ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS)
 # Options of the grammar library: white space as models were trained on it, and none to get lost in.
-_COMPACT: Mapping[str, Any] = MappingProxyType(
-    {"whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": "}
-)
+_COMPACT = {"whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": "}
 
 
 # What a template has of each dialect, the more telling first.
@@ -105,17 +91,16 @@ def parser_for(tools: Tools | None, dialect: ToolDialect) -> CallParser | None:
         return HarmonyParser(names, most, _openai_id)
     if not names or (dialect is ToolDialect.NONE and not is_forced):
         return None
-    is_mistral = dialect in (ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS)
-    new_id = _mistral_id if is_mistral else _openai_id
+    new_id = _mistral_id if dialect in (ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS) else _openai_id
     if is_forced:
         return ToolCallParser(_FORCED, names, most, new_id)
     if dialect is ToolDialect.PYTHONIC:
         return PythonicCallParser(names, most, new_id)
     if dialect is ToolDialect.MISTRAL_ARGS:
-        return BlockCallParser(Block("[TOOL_CALLS]", ends=mistral_end), mistral_calls, names, most, new_id)
+        return BlockCallParser("[TOOL_CALLS]", mistral_end, mistral_calls, names, most, new_id)
     if dialect is ToolDialect.QWEN3_CODER:
         read = xml_calls({tool.name: tool.schema for tool in definitions})
-        return BlockCallParser(Block("<tool_call>", "</tool_call>"), read, names, most, new_id)
+        return BlockCallParser("<tool_call>", xml_end, read, names, most, new_id)
     return ToolCallParser(_FRAMES[dialect], names, most, new_id)
 
 
