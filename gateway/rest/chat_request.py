@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from gateway.rest.fields import (
@@ -37,7 +37,7 @@ class TextPart(RestModel):
     """A part of a message's content."""
 
     replayed: ClassVar = {"type": (*_THOUGHTS, "refusal", "output_text")}
-    type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
+    type: Annotated[_PartKind, known_kinds(_PartKind, "content of type {kind} is not supported")]
     text: Text | None = None
     refusal: Text | None = Field(None, description="Of a part of type refusal.")
     thinking: Text | None = Field(None, description="Of a part of type thinking.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
@@ -41,8 +41,8 @@ def unsupported(why: str) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
-def known_kinds(kinds: Any, message: str) -> Callable[[object], object]:
-    """A validator that refuses what is not among the literals `kinds` by its name: `message` has a place for it."""
+def known_kinds(kinds: Any, message: str) -> BeforeValidator:
+    """Refuses what is not among the literals `kinds` by its name: `message` has a place for it."""
     known = get_args(kinds)
 
     def check(kind: object) -> object:
@@ -50,7 +50,7 @@ def known_kinds(kinds: Any, message: str) -> Callable[[object], object]:
             raise PydanticCustomError("unsupported_parameter", message, {"kind": kind[:40]})
         return kind
 
-    return check
+    return BeforeValidator(check)
 
 
 def without_kinds(kinds: frozenset[str]) -> BeforeValidator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
@@ -41,7 +41,7 @@ class ContentBlock(RestModel):
     """A block of a message's content."""
 
     replayed: ClassVar = {"type": ("tool_use", "thinking", "redacted_thinking")}
-    type: Annotated[_BlockKind, BeforeValidator(known_kinds(_BlockKind, "content of type {kind} is not supported"))]
+    type: Annotated[_BlockKind, known_kinds(_BlockKind, "content of type {kind} is not supported")]
     text: Text | None = None
     thinking: Text | None = None
     id: Text | None = None
@@ -67,7 +67,7 @@ class AnthropicTool(FunctionFields):
 
     type: Annotated[
         _ToolKind | None,
-        BeforeValidator(known_kinds(_ToolKind, "a tool of type {kind} is not supported: describe your own")),
+        known_kinds(_ToolKind, "a tool of type {kind} is not supported: describe your own"),
     ] = None
     input_schema: dict[str, Any]
     cache_control: Any = Field(None, description="Accepted; has no effect.")

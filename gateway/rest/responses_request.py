@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import Grammar
@@ -46,7 +46,7 @@ class ContentPart(RestModel):
     """A part of an item's content."""
 
     replayed: ClassVar = {"type": ("output_text", "refusal", "reasoning_text", "summary_text")}
-    type: Annotated[_PartKind, BeforeValidator(known_kinds(_PartKind, "content of type {kind} is not supported"))]
+    type: Annotated[_PartKind, known_kinds(_PartKind, "content of type {kind} is not supported")]
     text: Text | None = None
     refusal: Text | None = None
     prompt_cache_breakpoint: Any = Field(None, description="Accepted; has no effect.")
@@ -61,9 +61,7 @@ class InputItem(RestModel):
     whose arguments are their input."""
 
     replayed: ClassVar = {"role": ("assistant",), "type": ("function_call", "reasoning")}
-    type: Annotated[_ItemKind, BeforeValidator(known_kinds(_ItemKind, "an item of type {kind} is not supported"))] = (
-        "message"
-    )
+    type: Annotated[_ItemKind, known_kinds(_ItemKind, "an item of type {kind} is not supported")] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Text | list[ContentPart] | None = None
     call_id: Text | None = None
@@ -91,7 +89,7 @@ class ResponseTool(FunctionFields):
 
     type: Annotated[
         Literal["function"],
-        BeforeValidator(known_kinds(Literal["function"], "a tool of type {kind} is not supported: use functions")),
+        known_kinds(Literal["function"], "a tool of type {kind} is not supported: use functions"),
     ]
     parameters: dict[str, Any] | None = None
 
