@@ -33,7 +33,7 @@ class Answer(ABC):
     ) -> None:
         generator, sampling = caller.generator, body.sampling(caller.generator.sampling_defaults)
         self._model = caller.model.name
-        self._tally = Tally(body.reported(sampling))
+        self._tally = Tally(sampling, sampling.seed if body.seed is None else body.seed)
         self.progress = [Progress() for _ in prompts]
         sources = []
         for prompt, progress in zip(prompts, self.progress, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Strict
@@ -183,10 +182,6 @@ class GenerationFields(StructuredFields):
             logit_bias={int(token_id): bias for token_id, bias in sorted((self.logit_bias or {}).items())},
             **(defaults.given | given),
         )
-
-    def reported(self, sampling: SamplingParameters) -> SamplingParameters:
-        """As `sampling`, with the seed that the request gave."""
-        return sampling if self.seed is None else replace(sampling, seed=self.seed)
 
 
 class ChoicesFields(GenerationFields):

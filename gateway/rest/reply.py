@@ -85,11 +85,12 @@ def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
 class Tally:
     """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
 
-    The seed of `sampling` is the first choice's.
+    `seed` is the first choice's, as the client gave it.
     """
 
-    def __init__(self, sampling: SamplingParameters) -> None:
+    def __init__(self, sampling: SamplingParameters, seed: int) -> None:
         self._sampling = sampling
+        self._seed = seed
         self._completions: list[Completion] = []
         self._num_prompt_tokens: dict[int, int] = {}
         self._num_cached_tokens: dict[int, int] = {}
@@ -134,7 +135,7 @@ class Tally:
     def metrics(self) -> dict[str, Any]:
         """An extension: how tokens were chosen, and vLLM's shape of what speculation did for all choices."""
         return {
-            "seed": self._sampling.seed,
+            "seed": self._seed,
             "sampling": {name: getattr(self._sampling, name) for name in _SHOWN_PARAMETERS},
             "speculative_decoding": _speculative_decoding(self._completions),
         }

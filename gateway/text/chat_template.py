@@ -30,16 +30,15 @@ _DEFAULT_EFFORT = "medium"  # some clients name what they would get anyway
 _DEFAULT_TEMPLATE, _TOOL_TEMPLATE = "default", "tool_use"
 _PROBE = "easyspecprobe"
 
-Render: TypeAlias = Callable[..., str]
 ArgumentForm: TypeAlias = Callable[[ToolCall, HiddenTexts], Any]
 
 
 class ChatTemplate:
-    """One template; `render` is the library's, which takes messages, tools and arguments."""
+    """One template, which is handed `special_tokens` by their names."""
 
-    def __init__(self, source: str, render: Render) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
-        self._render = render
+        self._special_tokens = special_tokens
         self._takes_parts: dict[str, bool] = {}
 
     @cached_property
@@ -74,7 +73,7 @@ class ChatTemplate:
         for form in (_as_object, _as_text, _as_only_argument):
             messages = [self._message(turn, form, hidden) for turn in conversation.turns]
             try:
-                return self._render(
+                return self._rendered(
                     messages,
                     tools=hidden.hide_in(conversation.template_tools()),
                     add_generation_prompt=conversation.opens_answer and not conversation.continues_last_turn,
@@ -141,9 +140,12 @@ class ChatTemplate:
             raise UnsupportedFieldError("reasoning_effort", effort, allowed)
         return arguments
 
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        return template_process().render(self.source, messages=messages, **{**self._special_tokens, **arguments})
+
     def _tried(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
-            return self._render(list(messages), tools=None, add_generation_prompt=False, continue_final_message=False)
+            return self._rendered(messages, tools=None, add_generation_prompt=False, continue_final_message=False)
         except Exception:  # whatever a template makes of a probe
             return ""
 
@@ -154,18 +156,8 @@ class ChatTemplates:
     def __init__(self, tokenizer: Any, replacement: str | None = None) -> None:
         own = tokenizer.chat_template if replacement is None else replacement
         sources = own if isinstance(own, Mapping) else {_DEFAULT_TEMPLATE: own or ""}
-
-        special_tokens = {
-            name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
-        }
-
-        def template(source: str) -> ChatTemplate:
-            def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
-                return template_process().render(source, messages=messages, **(special_tokens | arguments))
-
-            return ChatTemplate(source, render)
-
-        self._templates = {str(name): template(str(source)) for name, source in sources.items() if source}
+        tokens = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+        self._templates = {str(name): ChatTemplate(str(text), tokens) for name, text in sources.items() if text}
 
     def find(self, has_tools: bool) -> ChatTemplate | None:
         """The template for conversations with or without tools; None if there is none for them."""

@@ -15,13 +15,14 @@ from gateway.text.hidden_texts import HiddenTexts
 class ControlTokens:
     """The control tokens of one chat template: the tokenizer's special ones, and added ones that the template writes.
 
-    `backend` is the tokenizer as the library has it, `added` its added tokens: text -> whether it is special.
+    `backend` is the tokenizer as the library has it, `added` its added tokens.
     """
 
-    def __init__(self, backend: Any, added: Mapping[str, bool], template: str) -> None:
+    def __init__(self, backend: Any, added: Iterable[Any], template: str) -> None:
         self._backend = backend
-        self._special = [text for text, is_special in added.items() if is_special]
-        marks = [text for text in added if not added[text] and not text.isspace() and text in template]
+        is_special = {str(token.content): token.special for token in added if token.content}
+        self._special = [text for text in is_special if is_special[text]]
+        marks = [text for text in is_special if not is_special[text] and not text.isspace() and text in template]
         self._texts = [*self._special, *marks]
 
     def hidden_texts(self) -> HiddenTexts:
@@ -58,12 +59,6 @@ class ControlTokens:
             model["unk_token"] = names[model["unk_token"]]
         content["post_processor"] = None  # names special tokens, and is for texts without a template
         return names, type(self._backend).from_str(json.dumps(content))
-
-
-def added_tokens(tokens: Iterable[Any]) -> dict[str, bool]:
-    """The texts of added tokens, longest first, and whether each is special."""
-    found = {str(token.content): bool(token.special) for token in tokens if token.content}
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:

@@ -14,7 +14,7 @@ from easyspec.errors import InvalidRequestError, PromptTooLongError
 from easyspec.speculation.parameters import Thinking
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 from gateway.text.chat_template import ChatTemplates
-from gateway.text.control_tokens import ControlTokens, added_tokens
+from gateway.text.control_tokens import ControlTokens
 from gateway.text.conversation import ChatTurn, Conversation
 from gateway.text.hidden_texts import HiddenTexts
 from gateway.text.reasoning import marks_in, thinking_after
@@ -98,7 +98,7 @@ class Tokenizer:
                 raise InvalidRequestError("tools", "set", allowed)
             conversation = with_described_tools(conversation, template, self._chat.describes_tools)
         if template.source not in self._control_by_template:
-            added = added_tokens(self._tokenizer.added_tokens_decoder.values())
+            added = self._tokenizer.added_tokens_decoder.values()
             self._control_by_template[template.source] = ControlTokens(self._backend, added, template.source)
         control = self._control_by_template[template.source]
         hidden = control.hidden_texts() if self._chat.special_tokens_are_text else HiddenTexts(None, None)
