@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from gateway.generation.choices import merged
 from gateway.messages.chunk import Completion, GenerationChunk

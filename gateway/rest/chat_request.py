@@ -140,12 +140,10 @@ class Message(RestModel):
         is_assistant = self.role == "assistant"
         parts = self.content or ""
         thoughts = [] if isinstance(parts, str) else [part.shown for part in parts if part.is_thought]
-        calls = tuple(
-            ToolCall(call.id or "", call.function.name, call.function.arguments or "") for call in self.tool_calls or ()
-        )
-        if not calls and self.function_call is not None:
-            called = self.function_call
-            calls = (ToolCall(called.name, called.name, called.arguments or ""),)
+        called = [(call.id or "", call.function) for call in self.tool_calls or ()]
+        if not called and self.function_call is not None:
+            called = [(self.function_call.name, self.function_call)]
+        calls = tuple(ToolCall(call_id, function.name, function.arguments or "") for call_id, function in called)
         given = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
         reasoning = given if is_assistant else ""
         return ChatTurn(self.role, self._said(), calls, self.tool_call_id or "", self.name or "", reasoning)

@@ -7,9 +7,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field, Strict
-from starlette.responses import Response
 
 from easyspec.errors import InvalidRequestError
 from easyspec.speculation.parameters import MAX_TOP_LOGPROBS, FinishReason
@@ -54,10 +53,8 @@ class CompletionRequest(ChoicesFields):
     @property
     def prompts(self) -> list[str | TokenIds]:
         prompt: Any = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if prompt and isinstance(prompt[0], int):
-            return [TokenIds(tuple(prompt))]
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
         return [one if isinstance(one, str) else TokenIds(tuple(one)) for one in prompt]
 
     @property

@@ -10,9 +10,7 @@ import resource
 import time
 from typing import Any
 
-from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 # Real heads have less than 10 KiB; browsers with many cookies send up to 40.
 _MAX_HEAD_BYTES = 64 * 1024
@@ -44,15 +42,8 @@ class BoundedConnection(HttpToolsProtocol):
     If there are too many, the one that has been idle longest makes room, and if none is idle, the new one is refused.
     """
 
-    def __init__(
-        self,
-        max_connections: int,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, max_connections: int, **what_uvicorn_gives: Any) -> None:
+        super().__init__(**what_uvicorn_gives)
         self._max_connections = max_connections
         self._head_timer: asyncio.TimerHandle | None = None
         self._num_head_bytes = 0

@@ -28,18 +28,16 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+# Of the reasons that are called otherwise here.
 _CODES: Mapping[str, str] = {
     "INVALID_REQUEST": "invalid_value",
     "UNSUPPORTED_FIELD": "unsupported_parameter",
     "PROMPT_TOO_LONG": "context_length_exceeded",
-    "REQUEST_TOO_LARGE": "request_too_large",
     "UNAUTHENTICATED": "invalid_api_key",
     "UNKNOWN_MODEL": "model_not_found",
     "CAPACITY": "rate_limit_exceeded",
     "UNAVAILABLE": "service_unavailable",
     "DEADLINE": "timeout",
-    "BROKEN_MODEL": "broken_model",
-    "INTERNAL": "internal_error",
 }
 # What a pydantic error type means to a client; everything else is a value that is not allowed.
 _VALIDATION_CODES: Mapping[str, str] = {
@@ -102,11 +100,8 @@ class Failure:
         """The error as clients of that path expect it."""
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
-            # Whole seconds are the standard; OpenAI's clients read the other one first.
-            headers = {
-                "retry-after": str(max(1, math.ceil(self.retry_after_s))),
-                "retry-after-ms": str(max(1, round(self.retry_after_s * 1000))),
-            }
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers["retry-after-ms"] = str(max(1, round(self.retry_after_s * 1000)))  # OpenAI's clients read it first
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         body = self.anthropic_body if path.startswith("/v1/messages") else self.body

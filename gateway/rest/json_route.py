@@ -11,11 +11,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import pydantic_core
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from starlette.responses import Response
 
 from gateway.rest.backend import Backend
 from gateway.rest.errors import Failure, RefusalError

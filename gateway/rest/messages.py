@@ -6,8 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from fastapi import APIRouter, Request, Response
 
 from easyspec.speculation.parameters import FinishReason
 from gateway.messages.chunk import GenerationChunk
@@ -96,7 +95,8 @@ class _Answer(NamedEventsAnswer):
         return reply
 
     def _usage(self) -> dict[str, Any]:
-        usage, num_cached = self._tally.usage, self._tally.num_cached_tokens
+        usage = self._tally.usage
+        num_cached = usage["prompt_tokens_details"]["cached_tokens"]
         num_prompt_tokens = usage["prompt_tokens"] or self.progress[0].num_prompt_tokens
         return {
             "input_tokens": num_prompt_tokens - num_cached,  # Anthropic counts what was cached apart

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from importlib import resources
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 router = APIRouter()
 

@@ -114,21 +114,14 @@ class Tally:
         return _usage(sum(self._num_prompt_tokens.values()), self._num_tokens_so_far)
 
     @property
-    def num_cached_tokens(self) -> int:
-        return sum(self._num_cached_tokens.values())
-
-    @property
-    def num_reasoning_tokens(self) -> int:
-        return sum(completion.num_reasoning_tokens for completion in self._completions)
-
-    @property
     def usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(self._num_prompt_tokens.values())
         num_output_tokens = sum(completion.num_output_tokens for completion in self._completions)
+        num_reasoning_tokens = sum(completion.num_reasoning_tokens for completion in self._completions)
         return {
             **_usage(num_prompt_tokens, num_output_tokens),
-            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
+            "completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
         }
 
     @property

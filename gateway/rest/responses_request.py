@@ -39,6 +39,7 @@ _LEFT_OUT = frozenset(
         "compaction",
     }
 )
+_REFERABLE = "the id of an item that this gateway gave lately: set store to false, and send items themselves"
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
 
 
@@ -218,10 +219,7 @@ def _resolved(items: list[InputItem], find: FindItem) -> list[InputItem]:
         if item.type == "item_reference":
             known = find(item.id) if isinstance(item.id, str) else None
             if known is None:
-                allowed = (
-                    "the id of an item that this gateway gave lately: set store to false, and send items themselves"
-                )
-                raise InvalidRequestError(f"input[{index}].id", item.id, allowed)
+                raise InvalidRequestError(f"input[{index}].id", item.id, _REFERABLE)
             item = InputItem.model_validate(known)
         found.append(item)
     return found
@@ -242,6 +240,7 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
         calls.clear()
 
     for index, item in enumerate(items):
+        where = f"input[{index}]"
         is_said = item.type == "message" and item.role == "assistant"
         if (is_said and calls) or not (is_said or item.type in ("reasoning", "function_call")):
             yield from ended()
@@ -249,19 +248,17 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
             thought = _shown(item.content or item.summary)
         elif item.type == "function_call":
             if not item.name:
-                raise InvalidRequestError(f"input[{index}].name", item.name, "the name of the function")
+                raise InvalidRequestError(f"{where}.name", item.name, "the name of the function")
             calls.append(ToolCall(item.call_id or "", item.name, item.arguments or ""))
         elif item.type == "function_call_output":
             if not item.call_id:
-                raise InvalidRequestError(
-                    f"input[{index}].call_id", item.call_id, "the id of the call that is answered"
-                )
+                raise InvalidRequestError(f"{where}.call_id", item.call_id, "the id of the call that is answered")
             yield ChatTurn("tool", _shown(item.output), tool_call_id=item.call_id)
         elif is_said:
             said.append(_shown(item.content))
         elif item.role is None or item.content is None:
             missing = "role" if item.role is None else "content"
-            raise InvalidRequestError(f"input[{index}].{missing}", None, "set in a message")
+            raise InvalidRequestError(f"{where}.{missing}", None, "set in a message")
         else:
             yield ChatTurn(item.role, _shown(item.content))
     yield from ended()

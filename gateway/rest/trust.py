@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 

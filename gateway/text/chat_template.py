@@ -68,6 +68,7 @@ class ChatTemplate:
         Raises InvalidRequestError with the template's own words if it refuses.
         """
         arguments = self._arguments(conversation)
+        tools = [{"type": "function", "function": tool.told} for tool in conversation.shown_tools]
         failure: Exception | None = None
         # Most templates want a call's arguments as an object, some as text; text that is not an object may fit neither.
         for form in (_as_object, _as_text, _as_only_argument):
@@ -75,7 +76,7 @@ class ChatTemplate:
             try:
                 return self._rendered(
                     messages,
-                    tools=hidden.hide_in(conversation.template_tools()),
+                    tools=hidden.hide_in(tools) or None,
                     add_generation_prompt=conversation.opens_answer and not conversation.continues_last_turn,
                     continue_final_message=conversation.continues_last_turn,
                     **{name: hidden.hide_in(value) for name, value in arguments.items()},

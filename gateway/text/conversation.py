@@ -156,10 +156,6 @@ class Conversation:
         if self.tools is not None:
             self.tools.check()
 
-    def template_tools(self) -> list[dict[str, Any]] | None:
-        """The tools in the form that Hugging Face chat templates expect; None if there are none."""
-        return [{"type": "function", "function": tool.told} for tool in self.shown_tools] or None
-
 
 def parsed_json(text: str) -> Any:
     """The JSON value, or None where there is none."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_parser import overlap
-
-if TYPE_CHECKING:
-    from gateway.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 # A character takes at most four bytes, so at most three replacement characters at the end may still become one.

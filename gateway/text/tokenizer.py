@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,12 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._chat = chat
         self.templates = ChatTemplates(tokenizer, chat.template)
-        self._control_by_template: dict[str, ControlTokens] = {}
-        self._backend = tokenizer.backend_tokenizer
+        self._backend = backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._control_of = cache(lambda template: ControlTokens(backend, added.values(), template))
         self.fingerprint = fingerprint
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
-        self._added_texts: Mapping[int, str] = {
-            token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()
-        }
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_texts: Mapping[int, str] = {token_id: token.content for token_id, token in added.items()}
         decoder = json.loads(self._backend.to_str())["decoder"] or {}
         self._byte_of_char = _byte_of_char() if "ByteLevel" in json.dumps(decoder) else None
         self.end_of_turn_ids = self._end_of_turn_ids()
@@ -97,10 +95,7 @@ class Tokenizer:
                 allowed = "none: the model's chat template knows none, and they are not described otherwise here"
                 raise InvalidRequestError("tools", "set", allowed)
             conversation = with_described_tools(conversation, template, self._chat.describes_tools)
-        if template.source not in self._control_by_template:
-            added = self._tokenizer.added_tokens_decoder.values()
-            self._control_by_template[template.source] = ControlTokens(self._backend, added, template.source)
-        control = self._control_by_template[template.source]
+        control = self._control_of(template.source)
         hidden = control.hidden_texts() if self._chat.special_tokens_are_text else HiddenTexts(None, None)
         rendered = hidden.with_raws(template.render(conversation, hidden))
         text = hidden.with_tokens(rendered)
