@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
@@ -48,60 +48,49 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], *progress: Progress, last_words: LastWords) -> None:
-        self._last_words = last_words
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._progress = progress
+        self._last_words = last_words
+        self._lock = asyncio.Lock()  # events and comments go one at a time
+        self._has_begun = False
+        self._spoke_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(receive, self._send(send))
+        self._send = send
+        await while_connected(receive, self._send_all())
 
-    async def _send(self, send: Send) -> None:
-        writer = _EventSender(send, {"status": self.status_code, "headers": self.raw_headers})
-        company = asyncio.create_task(writer.keep_company(self._progress))
+    async def _send_all(self) -> None:
+        company = asyncio.create_task(self._keep_company())
         try:
             async with aclosing(self._events) as events:
                 async for body in events:
-                    await writer.send(body)
-        except asyncio.CancelledError:
-            if not writer.has_begun:
+                    await self._say(body)
+        except (Exception, asyncio.CancelledError) as error:
+            if not self._has_begun:
                 raise
-            await writer.send(self._last_words(failure_of(UnavailableError(DRAINING))))
-        except Exception as error:
-            if not writer.has_begun:
-                raise
-            if not isinstance(error, EasyspecError):
+            if not isinstance(error, EasyspecError | asyncio.CancelledError):
                 _log.exception("http_bug")
-            await writer.send(self._last_words(failure_of(error)))
+            told = UnavailableError(DRAINING) if isinstance(error, asyncio.CancelledError) else error
+            await self._say(self._last_words(failure_of(told)))
         finally:
             company.cancel()
             await asyncio.gather(company, return_exceptions=True)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-class _EventSender:
-    """The response of a stream: its status when it is due, then events and comments, one at a time."""
-
-    def __init__(self, send: Send, start: dict[str, Any]) -> None:
-        self._send = send
-        self._start = start
-        self._lock = asyncio.Lock()
-        self._spoke_s = 0.0
-        self.has_begun = False
-
-    async def send(self, body: bytes) -> None:
+    async def _say(self, body: bytes) -> None:
         async with self._lock:
             await self._begin()
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
             self._spoke_s = time.monotonic()
 
-    async def keep_company(self, progress: Sequence[Progress]) -> None:
+    async def _keep_company(self) -> None:
         """Send the status soon after all was admitted, and a comment wherever there is a long silence."""
-        for one in progress:
+        for one in self._progress:
             await one.wait_admitted()
         await asyncio.sleep(STATUS_GRACE_S)
-        for one in progress:
+        for one in self._progress:
             await one.wait_moving()
         # A chunk may be sent at the same time; the status goes first, and once.
         async with self._lock:
@@ -109,14 +98,15 @@ class _EventSender:
         while True:
             silence_s = time.monotonic() - self._spoke_s
             if silence_s >= COMMENT_INTERVAL_S:
-                await self.send(_COMMENT)
+                await self._say(_COMMENT)
             await asyncio.sleep(max(COMMENT_INTERVAL_S - silence_s, _LEAST_PAUSE_S))
 
     async def _begin(self) -> None:
-        if not self.has_begun:
-            self.has_begun = True
+        """The status, when it is due."""
+        if not self._has_begun:
+            self._has_begun = True
             self._spoke_s = time.monotonic()
-            await self._send({"type": "http.response.start", **self._start})
+            await self._send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _ResultT]) -> _ResultT:
