@@ -22,10 +22,8 @@ from gateway.text.conversation import Conversation
 
 
 class Answer(ABC):
-    """The answer to one request: exactly one of `events` and `collected` is asked for.
-
-    All prompts are sampled alike, `progress` has one entry for each; errors have the names that the client sent.
-    """
+    """The answer to one request: exactly one of `events` and `collected` is asked for. All prompts are sampled alike,
+    `progress` has one entry for each; errors have the names that the client sent."""
 
     def __init__(
         self, body: GenerationFields, caller: Caller, prompts: Sequence[Prompt], max_tokens: int | None

@@ -1,7 +1,5 @@
-"""The REST application: routers behind the boundary, errors in OpenAI's shape.
-
-To add routes, put a router into one of the two lists; those of the first ask for no API key.
-"""
+"""The REST application: routers behind the boundary, errors in OpenAI's shape. To add routes, put a router into one of
+the two lists; those of the first ask for no API key."""
 
 from __future__ import annotations
 
@@ -56,11 +54,7 @@ _NOT_SERVED = (
 
 
 def create_app(backend: Backend, gate: Gate) -> ASGIApp:
-    """The whole application as one ASGI callable.
-
-    OPEN_ROUTERS ask for no key, everything else does. Requests wait behind `gate`, but for those in
-    `boundary.ALWAYS_OPEN`.
-    """
+    """The whole application: OPEN_ROUTERS ask for no key, and all but `boundary.ALWAYS_OPEN` wait behind `gate`."""
     settings = backend.settings
     open_routers = (*OPEN_ROUTERS, metrics_router) if settings.http_metrics else OPEN_ROUTERS
     app = RestBoundary(create_routes(backend, open_routers), gate, Door(backend, open_routers), backend)

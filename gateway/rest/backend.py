@@ -37,10 +37,8 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Caller:
-    """One HTTP request on its way in: the models, the client's name, how long it may take, and since when we serve.
-
-    `generator` is the model that is asked: the first one, until `for_model` says otherwise.
-    """
+    """One HTTP request on its way in. `generator` is the model that is asked: the first one, until `for_model` says
+    otherwise; `started_s` is since when we serve."""
 
     models: ServedModels
     generator: Generator

@@ -1,7 +1,5 @@
-"""One HTTP connection: what it may cost before anything is known about its client.
-
-uvicorn bounds neither the head of a request nor the time it takes to come, nor how many connections there are.
-"""
+"""One HTTP connection: what it may cost before anything is known about its client. uvicorn bounds neither the head of a
+request nor the time it takes to come, nor how many connections there are."""
 
 from __future__ import annotations
 
@@ -37,10 +35,8 @@ def most_connections() -> int:
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's, with a limit on a head's bytes, its time, and the number of connections.
-
-    If there are too many, the one that has been idle longest makes room, and if none is idle, the new one is refused.
-    """
+    """uvicorn's, with a limit on a head's bytes, its time, and the number of connections. If there are too many, the
+    one that has been idle longest makes room, and if none is idle, the new one is refused."""
 
     def __init__(self, max_connections: int, **what_uvicorn_gives: Any) -> None:
         super().__init__(**what_uvicorn_gives)

@@ -1,8 +1,5 @@
-"""Items of recent answers of `/v1/responses`, so that clients may refer to them by id instead of sending them again.
-
-Some clients do so unless they are told that nothing is stored. Kept in this process alone, for a while, as far as
-there is room.
-"""
+"""Items of recent answers of `/v1/responses`, which some clients refer to by id instead of sending them again, unless
+they are told that nothing is stored. Kept in this process alone, for a while, as far as there is room."""
 
 from __future__ import annotations
 

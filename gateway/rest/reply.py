@@ -83,10 +83,8 @@ def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
 
 
 class Tally:
-    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices.
-
-    `seed` is the first choice's, as the client gave it.
-    """
+    """Counts the choices of a request as they end: a prompt once, whatever the number of its choices. `seed` is the
+    first choice's, as the client gave it."""
 
     def __init__(self, sampling: SamplingParameters, seed: int) -> None:
         self._sampling = sampling

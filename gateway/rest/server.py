@@ -36,10 +36,8 @@ class _EmbeddedServer(uvicorn.Server):
 
 
 class RestServer:
-    """`open` (everything is refused), `admit`, `drain`, `close`: in this order, in the gateway's event loop.
-
-    `port` is known once it is open.
-    """
+    """`open` (all is refused; `port` is known), `admit`, `drain`, `close`: in this order, in the gateway's event
+    loop."""
 
     def __init__(self, backend: Backend) -> None:
         self._address = backend.settings.http_address

@@ -1,7 +1,5 @@
-"""Tool calls that are not plain JSON objects: each is given out when it is complete.
-
-As with JSON calls, what looked like a call and turns out to be none is given back as speech.
-"""
+"""Tool calls that are not plain JSON objects: each is given out when it is complete. As with JSON calls, what looked
+like a call and turns out to be none is given back as speech."""
 
 from __future__ import annotations
 
@@ -23,11 +21,8 @@ _PYTHONIC_BEGINNING = re.compile(r"\[\s*([A-Za-z_][\w.]*\s*(\(.*)?)?", re.DOTALL
 
 
 class BlockCallParser(CallParser):
-    """Calls in blocks, each of which is read when it is complete.
-
-    `opening` stands before a block; `ends` tells the number of characters of one that is complete, None if it is not
-    yet.
-    """
+    """Calls in blocks, each of which is read when it is complete. `opening` stands before a block; `ends` tells the
+    length of one that is complete, None if it is not yet."""
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
-"""Chat templates: which one a conversation is rendered with, and in what form it takes the messages.
-
-A template is a program of its model's makers. What it knows is read from its source, or found by rendering a probe.
-"""
+"""Chat templates: which one a conversation is rendered with, and in what form it takes the messages. A template is a
+program of its model's makers. What it knows is read from its source, or found by rendering a probe."""
 
 from __future__ import annotations
 
@@ -63,10 +61,8 @@ class ChatTemplate:
         return self._takes_parts[role]
 
     def render(self, conversation: Conversation, hidden: HiddenTexts) -> str:
-        """The conversation as text; what `hidden` must not let through stands in it under another name.
-
-        Raises InvalidRequestError with the template's own words if it refuses.
-        """
+        """The conversation as text; what `hidden` must not let through stands in it under another name. Raises
+        InvalidRequestError with the template's own words if it refuses."""
         arguments = self._arguments(conversation)
         tools = [{"type": "function", "function": tool.told} for tool in conversation.shown_tools]
         failure: Exception | None = None
@@ -116,10 +112,8 @@ class ChatTemplate:
         return message
 
     def _arguments(self, conversation: Conversation) -> dict[str, Any]:
-        """What the template is handed beside messages and tools.
-
-        Raises InvalidRequestError for names it has no use for, unless they say what happens anyway.
-        """
+        """What the template is handed beside messages and tools. Raises InvalidRequestError for names it has no use
+        for, unless they say what happens anyway."""
         arguments = {}
         for name, value in conversation.template_arguments.items():
             if name not in _RENDER_ARGUMENTS and self.uses(name):

@@ -13,10 +13,8 @@ from gateway.text.hidden_texts import HiddenTexts
 
 
 class ControlTokens:
-    """The control tokens of one chat template: the tokenizer's special ones, and added ones that the template writes.
-
-    `backend` is the tokenizer as the library has it, `added` its added tokens.
-    """
+    """The control tokens of one chat template: the special ones among `added`, the added tokens of the tokenizer, and
+    those that the template writes. `backend` is the tokenizer as the library has it."""
 
     def __init__(self, backend: Any, added: Iterable[Any], template: str) -> None:
         self._backend = backend

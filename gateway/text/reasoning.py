@@ -36,10 +36,8 @@ def marks_in(chat_template: str) -> Marks | None:
 
 
 def thinking_after(prompt: str, begun_answer: str, marks: Marks | None) -> Thinking | None:
-    """What may come before the answer to a rendered prompt; None if there is no thinking, or it is over.
-
-    `begun_answer` is a last turn that the model goes on with, "" if it begins a new one.
-    """
+    """What may come before the answer to a rendered prompt; None if there is no thinking, or it is over. `begun_answer`
+    is a last turn that the model goes on with, "" if it begins a new one."""
     if marks is None:
         return None
     opening, closing, answer = marks

@@ -31,10 +31,8 @@ class TemplateProcess:
         self._process = LineProcess(("-m", "gateway.text.template_worker"), _PATIENCE_S, _START_S, {})
 
     def render(self, source: str, **arguments: Any) -> str:
-        """What the library's `render_jinja_template` makes of `messages` and other arguments by this template.
-
-        Raises TemplateLimitError, and ValueError with the template's own words.
-        """
+        """What the library's `render_jinja_template` makes of `messages` and other arguments by this template. Raises
+        TemplateLimitError, and ValueError with the template's own words."""
         line = json.dumps({**arguments, "chat_template": source}, default=str).encode() + b"\n"
         with self._lock:
             try:

@@ -78,10 +78,8 @@ class Tokenizer:
         return cls(load_tokenizer(path), fingerprint, path, chat)
 
     def encode(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
-        """Token ids of a prompt, with the special tokens this tokenizer adds by default.
-
-        With `max_tokens` a text that has many more raises PromptTooLongError before all of it is tokenized.
-        """
+        """Token ids of a prompt, with the special tokens this tokenizer adds by default. With `max_tokens` a text that
+        has many more raises PromptTooLongError before all of it is tokenized."""
         self._check_length(text, max_tokens)
         return tuple(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
 

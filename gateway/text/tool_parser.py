@@ -79,9 +79,7 @@ class ParsedText:
 
 class CallParser(ABC):
     """Finds calls in an answer that comes piece by piece. With `max_calls` it is over when so many are complete.
-
-    `names` are the functions that exist, `new_id` makes an id for a call. `num_calls` counts calls given out.
-    """
+    `names` are the functions that exist, `new_id` makes an id for a call. `num_calls` counts calls given out."""
 
     def __init__(self, names: frozenset[str], max_calls: int | None, new_id: Callable[[], str]) -> None:
         self._names = names

@@ -105,10 +105,8 @@ def parser_for(tools: Tools | None, dialect: ToolDialect) -> CallParser | None:
 
 
 def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
-    """What an answer must match that consists of calls and nothing else: one object, or a list of them.
-
-    Every function's own schema is put beside the others under `$defs`, and its references are led there.
-    """
+    """What an answer must match that consists of calls and nothing else: one object, or a list of them. Every
+    function's own schema is put beside the others under `$defs`, and its references are led there."""
     key = "parameters" if dialect is ToolDialect.LLAMA3_JSON else "arguments"
     functions = tools.callable_definitions
     try:
@@ -135,9 +133,7 @@ def forced_grammar(tools: Tools, dialect: ToolDialect) -> Grammar:
 
 def answer_or_calls(answer: Grammar, dialect: ToolDialect, in_lark: Callable[[str], str]) -> Grammar:
     """What an answer must match that is `answer`, a JSON Schema, or calls, which are as free as they are without one.
-
-    `in_lark` tells what a mark is called in a grammar. Of dialects whose calls may begin like an answer: the answer.
-    """
+    `in_lark` tells what a mark is called in a grammar. Of dialects whose calls may begin like an answer: the answer."""
     if dialect not in _MARKED_FIRST:
         return answer
     schema = json.loads(answer.text)
