@@ -332,7 +332,7 @@ class ChatRequest(ConversationFields, ChoicesFields):
     def param_names(self) -> Mapping[str, str]:
         most_tokens = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return {
-            "sampling.grammar": self.grammar_field or "tools",
+            **super().param_names,
             "stop.max_tokens": most_tokens,
             "prompt": "messages",
             "prompt_token_ids": "messages",

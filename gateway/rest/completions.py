@@ -48,7 +48,7 @@ class CompletionRequest(ChoicesFields):
 
     @property
     def param_names(self) -> Mapping[str, str]:
-        return {"sampling.grammar": self.grammar_field, "num_top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
+        return {**super().param_names, "num_top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
 
     @property
     def prompts(self) -> list[str | TokenIds]:

@@ -19,7 +19,6 @@ from easyspec.rpc.errors import INTERNAL, mapping_of, public_message, retry_hint
 CLIENT_CLOSED_REQUEST = 499
 _MAX_MESSAGE_CHARS = 600
 _ItemT = TypeVar("_ItemT")
-_TYPES: Mapping[int, str] = {429: "rate_limit_error"}
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     401: "authentication_error",
     404: "not_found_error",
@@ -85,7 +84,7 @@ class Failure:
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": self._error(_TYPES, "server_error")}
+        return {"error": self._error({429: "rate_limit_error"}, "server_error")}
 
     @property
     def anthropic_body(self) -> dict[str, Any]:

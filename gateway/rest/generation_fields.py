@@ -102,7 +102,7 @@ class GenerationFields(StructuredFields):
     @property
     def param_names(self) -> Mapping[str, str]:
         """What the gateway's own fields are called in this request."""
-        return {}
+        return {"sampling.grammar": self.given_grammar()[0] or "tools"}
 
     @property
     def num_choices(self) -> int:

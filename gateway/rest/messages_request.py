@@ -128,7 +128,7 @@ class MessagesFields(GenerationFields):
     @property
     def param_names(self) -> Mapping[str, str]:
         return {
-            "sampling.grammar": self.grammar_field or "tools",
+            **super().param_names,
             "stop_strings": "stop_sequences",
             "prompt": "messages",
             "prompt_token_ids": "messages",
@@ -188,11 +188,8 @@ def _turns(message: AnthropicMessage, where: str) -> Iterator[ChatTurn]:
             if not block.tool_use_id:
                 raise InvalidRequestError(f"{where}[{index}].tool_use_id", None, "the id of the call that is answered")
             yield ChatTurn("tool", _text(block.content), tool_call_id=block.tool_use_id)
-    calls = tuple(
-        ToolCall(block.id or "", block.name or "", block.input or "")
-        for block in message.content
-        if block.type == "tool_use"
-    )
+    called = [block for block in message.content if block.type == "tool_use"]
+    calls = tuple(ToolCall(block.id or "", block.name or "", block.input or "") for block in called)
     thoughts = [block.thinking or "" for block in message.content if block.type == "thinking"]
     said = _text(message.content)
     if said or calls or thoughts or not any(block.type == "tool_result" for block in message.content):

@@ -169,7 +169,7 @@ class ResponsesRequest(GenerationFields):
     @property
     def param_names(self) -> Mapping[str, str]:
         return {
-            "sampling.grammar": self.grammar_field or "tools",
+            **super().param_names,
             "stop.max_tokens": "max_output_tokens",
             "reasoning_effort": "reasoning.effort",
             "prompt": "input",

@@ -68,11 +68,6 @@ class StructuredFields(RestModel):
         form = self.response_format.json_schema if self.response_format is not None else None
         return form is not None and bool(form.strict)
 
-    @property
-    def grammar_field(self) -> str:
-        """The field that says what the output must match; "" if none does."""
-        return self.given_grammar()[0]
-
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
         """What every field that can say so says about the form of the output."""
         form = self.response_format

@@ -130,10 +130,6 @@ class Conversation:
         return () if self.tools is None or self.tools.mode is ToolMode.NONE else self.tools.definitions
 
     @property
-    def forces_tools(self) -> bool:
-        return self.tools is not None and self.tools.is_forced
-
-    @property
     def num_chars(self) -> int:
         """Characters that the template is handed."""
         num_tool_chars = sum(len(tool.description) + len(tool.parameters) for tool in self.shown_tools)

@@ -86,10 +86,10 @@ class Tokenizer:
     def prompt_of(self, conversation: Conversation, max_tokens: int | None = None) -> ChatPrompt:
         """A conversation as the model gets it; raises InvalidRequestError. `max_tokens` is as in `encode`."""
         conversation.check()
-        shows_tools = bool(conversation.shown_tools)
-        template = self.templates.select(shows_tools)
+        tools = conversation.tools if conversation.shown_tools else None
+        template = self.templates.select(tools is not None)
         if not template.knows_tools:
-            if shows_tools and not (self._chat.describes_tools or conversation.forces_tools):
+            if tools is not None and not (self._chat.describes_tools or tools.is_forced):
                 allowed = "none: the model's chat template knows none, and they are not described otherwise here"
                 raise InvalidRequestError("tools", "set", allowed)
             conversation = with_described_tools(conversation, template, self._chat.describes_tools)
