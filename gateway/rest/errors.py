@@ -162,11 +162,9 @@ async def with_names(chunks: AsyncGenerator[_ItemT, None], names: Mapping[str, s
 
 
 def failure_of_validation(problems: Sequence[Any]) -> Failure:
-    """The first thing that is wrong with a request body, as pydantic reports it.
-
-    Where a value may be of several types there is a problem for each of them: all are told, but a field that is
-    known and not supported is told alone, and of an object or a list that is no text, what is wrong inside it.
-    """
+    """The first thing that is wrong with a request body, as pydantic reports it. Where a value may be of several types
+    there is a problem for each of them: all are told, but a field that is known and not supported is told alone, and of
+    an object or a list that is no text, what is wrong inside it."""
     problem, place = problems[0], f"{_path(problems[0]['loc'])}["
     if str(problem["type"]).endswith("_type"):
         inside = (one for one in problems if one["type"] in _INSIDE and _path(one["loc"]).startswith(place))

@@ -64,11 +64,9 @@ def end_fields(completion: Completion | None) -> dict[str, Any]:
 
 
 def trace_fields(chunk: GenerationChunk) -> dict[str, Any] | None:
-    """`easyspec` of a streamed chunk: what was guessed in its round, what was right, and what it cost; None if
-    the request did not ask.
-
-    The token texts are those of `generation.proto`: of each token alone, so that joined they may differ from the text.
-    """
+    """`easyspec` of a streamed chunk: what was guessed in its round, what was right, and what it cost; None if the
+    request did not ask. The token texts are those of `generation.proto`: of each token alone, so that joined they may
+    differ from the text."""
     trace = chunk.trace
     if trace is None:
         return None

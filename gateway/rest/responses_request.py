@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.parameters import Grammar
 from gateway.rest.chat_request import FunctionFields, chosen_tools
 from gateway.rest.fields import (
     Boolean,
@@ -22,7 +21,7 @@ from gateway.rest.fields import (
     without_kinds,
 )
 from gateway.rest.generation_fields import GenerationFields
-from gateway.rest.structured import JsonSchemaFormat, grammar_of_format
+from gateway.rest.structured import JsonSchemaFormat
 from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, Tools
 
@@ -177,15 +176,9 @@ class ResponsesRequest(GenerationFields):
             "prompt_token_ids": "input",
         }
 
-    @property
-    def is_strict(self) -> bool:
+    def forms(self) -> list[tuple[str, str, JsonSchemaFormat | None]]:
         form = self.text.format if self.text is not None else None
-        return super().is_strict or (form is not None and bool(form.strict))
-
-    def found_grammars(self) -> list[tuple[str, Grammar | None]]:
-        form = self.text.format if self.text is not None else None
-        own = grammar_of_format(form.type, form) if form is not None else None
-        return [("text.format", own), *super().found_grammars()]
+        return [*([("text.format", form.type, form)] if form is not None else []), *super().forms()]
 
     def prompt_conversation(self, find: FindItem) -> Conversation:
         """The plain form; `find` knows what ids refer to. InvalidRequestError for what types cannot tell."""

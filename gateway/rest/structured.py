@@ -65,14 +65,17 @@ class StructuredFields(RestModel):
     @property
     def is_strict(self) -> bool:
         """Whether every keyword of the schema must be enforced."""
-        form = self.response_format.json_schema if self.response_format is not None else None
-        return form is not None and bool(form.strict)
+        return any(form is not None and form.strict for _, _, form in self.forms())
+
+    def forms(self) -> list[tuple[str, str, JsonSchemaFormat | None]]:
+        """The fields that are set of those with a type and, perhaps, a schema."""
+        form = self.response_format
+        return [("response_format", form.type, form.json_schema)] if form is not None else []
 
     def found_grammars(self) -> list[tuple[str, Grammar | None]]:
         """What every field that can say so says about the form of the output."""
-        form = self.response_format
         return [
-            ("response_format", grammar_of_format(form.type, form.json_schema) if form is not None else None),
+            *((name, grammar_of_format(kind, form)) for name, kind, form in self.forms()),
             *(self.structured_outputs.grammars() if self.structured_outputs is not None else []),
             ("guided_json", json_grammar(self.guided_json)),
             ("guided_regex", _text(GrammarKind.REGEX, self.guided_regex)),

@@ -20,11 +20,9 @@ metrics_router = APIRouter()
 
 
 class Door:
-    """Asks for a key before anything of a request is read, but for the routes of `open_routers`.
-
-    What is not open is closed: a route that is added later is behind the door. With `trusted_hosts`, nothing is open to
-    a page in a browser here whose name was led to this address: it calls this machine by another name.
-    """
+    """Asks for a key before anything of a request is read, but for the routes of `open_routers`. What is not open is
+    closed: a route that is added later is behind the door. With `trusted_hosts`, nothing is open to a page in a browser
+    here whose name was led to this address: it calls this machine by another name."""
 
     def __init__(self, backend: Backend, open_routers: Sequence[APIRouter]) -> None:
         self._hosts = backend.settings.trusted_hosts

@@ -37,11 +37,9 @@ class ControlTokens:
 
     @cached_property
     def _renamed(self) -> tuple[Mapping[str, str], Any]:
-        """New names for these tokens, and a copy of the tokenizer that knows them by these alone.
-
-        So one call reads the whole text, with the same tokens, merges and rules for blanks as without new names. Takes
-        a second with a large vocabulary; no client can know the names.
-        """
+        """New names for these tokens, and a copy of the tokenizer that knows them by these alone. So one call reads the
+        whole text, with the same tokens, merges and rules for blanks as without new names. Takes a second with a large
+        vocabulary; no client can know the names."""
         nonce = secrets.token_hex(8)
         names = {text: f"\uf8f2{nonce}:{index}\uf8f3" for index, text in enumerate(self._texts)}
         content = json.loads(self._backend.to_str())

@@ -22,20 +22,16 @@ class HiddenTexts:
         self._control = control
         self._special = special
         self._nonce = secrets.token_hex(4)
-        self._tokens: list[str] = []
+        self.tokens: list[str] = []
         self._raws: list[str] = []
-
-    @property
-    def has_tokens(self) -> bool:
-        return bool(self._tokens)
 
     def hide(self, text: str, of_assistant: bool = False) -> str:
         """The text, with names for what would be read as special tokens."""
         pattern = self._special if of_assistant else self._control
 
         def named(found: re.Match[str]) -> str:
-            self._tokens.append(found.group())
-            return f"{_BEGIN}{self._nonce}token{len(self._tokens) - 1}{_END}"
+            self.tokens.append(found.group())
+            return f"{_BEGIN}{self._nonce}token{len(self.tokens) - 1}{_END}"
 
         return text if pattern is None else pattern.sub(named, text)
 
@@ -63,4 +59,4 @@ class HiddenTexts:
     def with_tokens(self, rendered: str) -> str:
         """The rendered text with the texts of special tokens that were hidden."""
         name = re.compile(f"{_BEGIN}{self._nonce}token([0-9]+){_END}")
-        return name.sub(lambda found: self._tokens[int(found.group(1))], rendered)
+        return name.sub(lambda found: self.tokens[int(found.group(1))], rendered)

@@ -33,10 +33,8 @@ _METASPACE = "\u2581"
 @dataclass(frozen=True)
 class ChatOptions:
     """How conversations become prompts. `template` stands in for the checkpoint's own, None keeps that.
-
     `special_tokens_are_text` in what clients say; `describes_tools` to models whose template knows none;
-    `knows_reasoning` looks for marks of thinking in the template.
-    """
+    `knows_reasoning` looks for marks of thinking in the template."""
 
     template: str | None = None
     special_tokens_are_text: bool = True
@@ -103,7 +101,7 @@ class Tokenizer:
             marks = None
         begun_answer = conversation.turns[-1].content if conversation.continues_last_turn else ""
         thinking = thinking_after(rendered, begun_answer, marks)
-        if hidden.has_tokens:
+        if hidden.tokens:
             return ChatPrompt(control.encode(rendered, hidden), text, thinking)
         token_ids = self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return ChatPrompt(tuple(token_ids), rendered, thinking)

@@ -19,11 +19,9 @@ _HOW = (
 
 
 def with_described_tools(conversation: Conversation, template: ChatTemplate, is_described: bool) -> Conversation:
-    """The conversation without anything that `template`, which knows no tools, would lose.
-
-    The description goes to the system's message, or to the first one where the template takes none of the system; it is
-    left out unless `is_described`.
-    """
+    """The conversation without anything that `template`, which knows no tools, would lose. The description goes to the
+    system's message, or to the first one where the template takes none of the system; it is left out unless
+    `is_described`."""
     turns = [*conversation.turns] if template.uses("tool_calls") else [*_told(conversation.turns)]
     if is_described and conversation.shown_tools:
         lines = "\n".join(json.dumps(tool.told, ensure_ascii=False) for tool in conversation.shown_tools)
