@@ -25,12 +25,10 @@ class TokenEntry:
 
 
 class LogprobTrack:
-    """The entries of one choice, in step with its text: none is given out whose text is held back or cut off.
-
-    Tokens that lie in a matched stop string, and the token that ends the output, are not part of the text and have no
-    entry. `includes_stop` says that they are part of it. After an echoed prompt the last token has an entry in any
-    case: evaluation harnesses ask for one token and count on it.
-    """
+    """The entries of one choice, in step with its text: none is given out whose text is held back or cut off. Tokens
+    that lie in a matched stop string, and the token that ends the output, are not part of the text and have no entry.
+    `includes_stop` says that they are part of it. After an echoed prompt the last token has an entry in any case:
+    evaluation harnesses ask for one token and count on it."""
 
     def __init__(self, tokenizer: Tokenizer, has_stop_strings: bool, includes_stop: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -113,8 +111,7 @@ class LogprobFormat:
             if logprobs is None:
                 told.append(None)
                 continue
-            likeliest = enumerate(logprobs.top[: self._num_top], 1)
-            ranked = {one: (logprob, rank) for rank, (one, logprob) in likeliest}
+            ranked = {one: (logprob, rank) for rank, (one, logprob) in enumerate(logprobs.top[: self._num_top], 1)}
             told.append(
                 {
                     str(one): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._text(one)}

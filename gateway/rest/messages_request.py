@@ -27,7 +27,6 @@ from gateway.rest.unknown_fields import ignores_unknown
 from gateway.text.conversation import ChatTurn, Conversation, ToolCall, ToolMode, Tools
 
 _BlockKind = Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
-_ToolKind = Literal["custom"]
 # What tools of the service that wrote a history did there: no chat template has a place for it.
 _LEFT_OUT = frozenset(
     {
@@ -66,8 +65,8 @@ class AnthropicTool(FunctionFields):
     """A function that can be called."""
 
     type: Annotated[
-        _ToolKind | None,
-        known_kinds(_ToolKind, "a tool of type {kind} is not supported: describe your own"),
+        Literal["custom"] | None,
+        known_kinds(Literal["custom"], "a tool of type {kind} is not supported: describe your own"),
     ] = None
     input_schema: dict[str, Any]
     cache_control: Any = Field(None, description="Accepted; has no effect.")

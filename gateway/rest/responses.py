@@ -41,7 +41,7 @@ class _Answer(NamedEventsAnswer):
         super().__init__(body, caller, conversation, body.max_output_tokens)
         self._body = body
         self._remember = partial(recent.remember, caller.client)
-        self._id = _new_id("resp")
+        self._id = f"resp_{uuid.uuid4().hex}"
         self._created_s = int(time.time())
         self._format = LogprobFormat(caller.generator.tokenizer, body.num_top_logprobs)
         self._tracks = body.logprob_tracks(caller.generator.tokenizer, 1)
@@ -131,7 +131,8 @@ class _Answer(NamedEventsAnswer):
         if self._open is not None and self._open["type"] == kind:
             return
         yield from self._closed("completed")
-        item: dict[str, Any] = {"id": _new_id(_PREFIXES[kind]), "type": kind, "status": "in_progress", **fields}
+        item_id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
+        item: dict[str, Any] = {"id": item_id, "type": kind, "status": "in_progress", **fields}
         if kind == "message":
             item |= {"role": "assistant", "content": []}
         elif kind == "reasoning":
@@ -183,10 +184,6 @@ _NEW_PARTS: dict[str, dict[str, Any]] = {
     "message": {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
     "reasoning": {"type": "reasoning_text", "text": ""},
 }
-
-
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def _echoed(body: ResponsesRequest) -> dict[str, Any]:

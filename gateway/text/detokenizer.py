@@ -18,11 +18,9 @@ _CUT_TOKENS = range(2 * _MAX_UNDECIDED + 2, 4 * _MAX_UNDECIDED + 4)
 
 class TokenTextStream:
     """Turns tokens into text one by one; all texts joined are the decode of all tokens, special tokens left out but for
-    those in `visible_token_ids`.
-
-    Decoding a token alone is not enough: a character may span tokens, and some tokenizers drop the blank of a first
-    word. So a window is decoded that begins with the tokens already finished (prefix offset technique).
-    """
+    those in `visible_token_ids`. Decoding a token alone is not enough: a character may span tokens, and some tokenizers
+    drop the blank of a first word. So a window is decoded that begins with the tokens already finished (prefix offset
+    technique)."""
 
     def __init__(self, tokenizer: Tokenizer, visible_token_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
@@ -131,11 +129,8 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int], is_last: bool, has_stop_token: bool = False) -> DetokenizedRound:
         """Take a round's tokens; `is_last` flushes what was held back, `has_stop_token` says that the last one is a
-        stop token.
-
-        The token that completes a stop string is the last one that counts. Neither a stop string nor a stop token is
-        part of the text, unless stops are included.
-        """
+        stop token. The token that completes a stop string is the last one that counts. Neither a stop string nor a stop
+        token is part of the text, unless stops are included."""
         pieces = []
         num_hidden = 1 if has_stop_token and not self._includes_stop else 0
         for index, token_id in enumerate(token_ids[: len(token_ids) - num_hidden]):

@@ -11,12 +11,9 @@ _BEGIN, _END = "\uf8f0", "\uf8f1"
 
 
 class HiddenTexts:
-    """The hidden texts of one rendering.
-
-    `control` finds the special tokens and the marks that the template writes, `special` the special tokens alone, with
-    None for neither: what an assistant said may have marks of its own. Names are drawn anew each time, so that no
-    client can know them.
-    """
+    """The hidden texts of one rendering. `control` finds the special tokens and the marks that the template writes,
+    `special` the special tokens alone, with None for neither: what an assistant said may have marks of its own. Names
+    are drawn anew each time, so that no client can know them."""
 
     def __init__(self, control: re.Pattern[str] | None, special: re.Pattern[str] | None) -> None:
         self._control = control

@@ -1,8 +1,6 @@
-"""A process that renders chat templates within limits: they are programs of their checkpoints' makers.
-
-`python -m gateway.text.template_worker` reads conversations from its standard input and answers on its standard output,
-a line of JSON each: the text, or the error.
-"""
+"""A process that renders chat templates within limits: they are programs of their checkpoints' makers. `python -m
+gateway.text.template_worker` reads conversations from its standard input and answers on its standard output, a line of
+JSON each: the text, or the error."""
 
 from __future__ import annotations
 

@@ -41,7 +41,6 @@ _FRAMES: Mapping[ToolDialect, Frame] = {
     ToolDialect.LLAMA3_JSON: Frame(prefix="<|python_tag|>"),
     ToolDialect.MISTRAL: Frame("[TOOL_CALLS]", "]"),
 }
-_FORCED = Frame(closing="]")
 _MARKS: Mapping[ToolDialect, tuple[str, ...]] = {
     ToolDialect.HARMONY: HARMONY_MARKS,
     ToolDialect.MISTRAL_ARGS: ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
@@ -93,7 +92,7 @@ def parser_for(tools: Tools | None, dialect: ToolDialect) -> CallParser | None:
         return None
     new_id = _mistral_id if dialect in (ToolDialect.MISTRAL, ToolDialect.MISTRAL_ARGS) else _openai_id
     if is_forced:
-        return ToolCallParser(_FORCED, names, most, new_id)
+        return ToolCallParser(Frame(closing="]"), names, most, new_id)
     if dialect is ToolDialect.PYTHONIC:
         return PythonicCallParser(names, most, new_id)
     if dialect is ToolDialect.MISTRAL_ARGS:
