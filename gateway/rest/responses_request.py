@@ -220,15 +220,14 @@ def _resolved(items: list[InputItem], find: FindItem) -> list[InputItem]:
 
 def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
     """One turn of the assistant for each run of what it thought, said and called."""
-    thought = ""
+    thoughts: list[str] = []
     said: list[str] = []
     calls: list[ToolCall] = []
 
     def ended() -> Iterator[ChatTurn]:
-        nonlocal thought
-        if thought or said or calls:
-            yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning=thought)
-        thought = ""
+        if thoughts or said or calls:
+            yield ChatTurn("assistant", "\n".join(said), tuple(calls), reasoning="\n".join(thoughts))
+        thoughts.clear()
         said.clear()
         calls.clear()
 
@@ -238,7 +237,7 @@ def _turns(items: list[InputItem]) -> Iterator[ChatTurn]:
         if (is_said and calls) or not (is_said or item.type in ("reasoning", "function_call")):
             yield from ended()
         if item.type == "reasoning":
-            thought = _shown(item.content or item.summary)
+            thoughts += filter(None, [_shown(item.content or item.summary)])
         elif item.type == "function_call":
             if not item.name:
                 raise InvalidRequestError(f"{where}.name", item.name, "the name of the function")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gateway.rest.responses_request import ResponsesRequest
 from gateway.text.tokenizer import Tokenizer
 from tests.gateway.rest.conftest import Rest, answered, chat_body, completion_body, refused
 
@@ -262,3 +263,15 @@ async def test_usage_in_every_chunk(rest: Rest) -> None:
 )
 async def test_a_type_that_is_no_text_is_refused(rest: Rest, path: str, body: dict[str, Any]) -> None:
     assert (await rest.http.post(path, json=body)).status_code == 400
+
+
+async def test_all_that_was_thought_between_two_results_is_kept() -> None:
+    def thought(text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+    def call(name: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": name, "name": name, "arguments": "{}"}
+
+    items = [USER, thought("which?"), call("a"), thought(""), thought("both"), call("b")]
+    (_, turn) = ResponsesRequest.model_validate({"input": items}).prompt_conversation(lambda _: None).turns
+    assert (turn.reasoning, [each.name for each in turn.tool_calls]) == ("which?\nboth", ["a", "b"])
