@@ -23,7 +23,7 @@ GATEWAY_ROOMS = {
     "speculation": {"decode_loop"},
     "telemetry": {"messages"},
     "generation": _BELOW_GENERATION,
-    "rest": {"generation", "messages", "service", "telemetry", "text"},
+    "rest": {"generation", "messages", "telemetry", "text"},
     "service": {"doorway", "generation", "messages", "peers", "rest", "telemetry", "text"},
     "__main__": {"service"},
 }

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from fastapi import Depends, Request
 
 from easyspec.errors import InvalidRequestError, UnavailableError
 from easyspec.speculation.messages import ModelInfo
+from easyspec.tls import ServerTls
 from gateway.generation.generator import Generator
 from gateway.generation.served_models import ServedModels
 from gateway.rest.errors import request_id
-from gateway.service.config import GatewaySettings
 from gateway.telemetry.metrics import GatewayMetrics
 from gateway.text.conversation import Conversation
 
@@ -22,11 +22,30 @@ TIMEOUT_HEADER = "x-request-timeout"
 _NUM_CONTEXTS = 16
 
 
+class RestSettings(Protocol):
+    """What the gateway's settings say of REST."""
+
+    http_address: str
+    http_metrics: bool
+    cors_origins: str | None
+    unknown_fields: Literal["ignore", "refuse"]
+    max_request_bytes: int
+    request_timeout_s: float
+
+    @property
+    def trusted_hosts(self) -> frozenset[str] | None: ...
+
+    @property
+    def server_tls(self) -> ServerTls | None: ...
+
+
 class Backend(Protocol):
     """The gateway behind the REST shim; `models` is valid once requests are admitted."""
 
-    settings: GatewaySettings
     metrics: GatewayMetrics
+
+    @property
+    def settings(self) -> RestSettings: ...
 
     @property
     def models(self) -> ServedModels: ...
