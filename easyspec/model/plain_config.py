@@ -79,8 +79,10 @@ def _is_plain(fields: Mapping[str, Any]) -> bool:
 
 def _plain_rope(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """The parameters of ordinary rotary embeddings, None for others."""
+    if fields.get("rope_scaling") is not None:  # transformers heeds it before `rope_parameters`
+        return None
     stated = fields.get("rope_parameters")
-    if stated is None and fields.get("rope_scaling") is None:
+    if stated is None:
         stated = {"rope_type": "default", "rope_theta": fields.get("rope_theta")}
     if not isinstance(stated, dict) or stated.keys() != {"rope_type", "rope_theta"}:
         return None

@@ -397,6 +397,10 @@ def test_the_plainest_configurations_are_read_as_transformers_reads_them(
     [
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        },
         {"rope_theta": "left out"},
         {"num_key_value_heads": "left out"},
         {"eos_token_id": "left out"},
