@@ -36,11 +36,11 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "head_dim": (int, type(None)),
         "attention_bias": (bool,),
         "mlp_bias": (bool,),
-        "dtype": (str, type(None)),
-        "torch_dtype": (str, type(None)),
         "layer_types": (list, type(None)),
     }
 )
+# torch has other names for some of them: half, float.
+_DTYPES = ("float32", "bfloat16", "float16", None)
 _STATED = ("rms_norm_eps", "tie_word_embeddings", "eos_token_id", "hidden_act")
 
 
@@ -73,6 +73,7 @@ def _is_plain(fields: Mapping[str, Any]) -> bool:
         and all(type(fields[name]) in types for name, types in _TYPES.items() if name in fields)
         and fields["hidden_act"] == "silu"
         and not fields.get("use_sliding_window")
+        and all(fields.get(name) in _DTYPES for name in ("dtype", "torch_dtype"))
         and "auto_map" not in fields
     )
 
