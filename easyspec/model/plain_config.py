@@ -33,14 +33,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "tie_word_embeddings": (bool,),
         "eos_token_id": (int, list, type(None)),
         "hidden_act": (str,),
-        "head_dim": (int, type(None)),
         "attention_bias": (bool,),
         "mlp_bias": (bool,),
-        "layer_types": (list, type(None)),
+        "quantization_config": (dict, type(None)),
     }
 )
 # torch has other names for some of them: half, float.
 _DTYPES = ("float32", "bfloat16", "float16", None)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _STATED = ("rms_norm_eps", "tie_word_embeddings", "eos_token_id", "hidden_act")
 
 
@@ -58,7 +58,7 @@ def plain_json_config(fields: Mapping[str, Any]) -> Any | None:
     if defaults is None or rope is None or not _is_plain(fields):
         return None
     own = {
-        "head_dim": fields.get("head_dim", _HEAD_DIMS[fields["model_type"]]),
+        "head_dim": _head_dim(fields),
         "dtype": fields.get("dtype") or fields.get("torch_dtype"),
         "rope_parameters": rope,
     }
@@ -72,9 +72,33 @@ def _is_plain(fields: Mapping[str, Any]) -> bool:
         and all(name in fields for name in _STATED)
         and all(type(fields[name]) in types for name, types in _TYPES.items() if name in fields)
         and fields["hidden_act"] == "silu"
-        and not fields.get("use_sliding_window")
+        and fields.get("use_sliding_window", False) is False
         and all(fields.get(name) in _DTYPES for name in ("dtype", "torch_dtype"))
+        and _has_plain_heads(fields)
+        and _has_plain_layers(fields)
         and "auto_map" not in fields
+    )
+
+
+def _has_plain_heads(fields: Mapping[str, Any]) -> bool:
+    """Whether rotary embeddings can turn them: in pairs."""
+    head_dim = _head_dim(fields)
+    return type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0
+
+
+def _head_dim(fields: Mapping[str, Any]) -> Any:
+    default = _HEAD_DIMS[fields["model_type"]]
+    if default is None and fields.get("head_dim") is None:
+        return fields["hidden_size"] // fields["num_attention_heads"]
+    return fields.get("head_dim", default)
+
+
+def _has_plain_layers(fields: Mapping[str, Any]) -> bool:
+    types = fields.get("layer_types")
+    return types is None or (
+        isinstance(types, list)
+        and len(types) == fields["num_hidden_layers"]
+        and all(layer_type in _LAYER_TYPES for layer_type in types)
     )
 
 
