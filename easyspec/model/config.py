@@ -171,6 +171,8 @@ def _read_hf_config(folder: Path) -> Any:
 
 def _check_supported(folder: Path, hf: Any) -> None:
     """Raise ConfigurationError for a model of a supported type that this decoder would get wrong."""
+    if getattr(hf, "is_heterogeneous", False):
+        raise ConfigurationError(f"per_layer_config is set in {folder}; supported: layers of one shape")
     for field in _COUNTS:
         if getattr(hf, field) < 1:
             raise ConfigurationError(f"{field} is {getattr(hf, field)} in {folder}; allowed: at least 1")

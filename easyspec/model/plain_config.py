@@ -41,6 +41,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
 # torch has other names for some of them: half, float.
 _DTYPES = ("float32", "bfloat16", "float16", None)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+# With these, what matters is also said elsewhere.
+_ELSEWHERE = ("auto_map", "configuration_files", "per_layer_config")
 _STATED = ("rms_norm_eps", "tie_word_embeddings", "eos_token_id", "hidden_act")
 
 
@@ -76,7 +78,7 @@ def _is_plain(fields: Mapping[str, Any]) -> bool:
         and all(fields.get(name) in _DTYPES for name in ("dtype", "torch_dtype"))
         and _has_plain_heads(fields)
         and _has_plain_layers(fields)
-        and "auto_map" not in fields
+        and not any(name in fields for name in _ELSEWHERE)
     )
 
 

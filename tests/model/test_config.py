@@ -300,6 +300,7 @@ def test_impossible_values(tmp_path: Path, field: str, value: Any) -> None:
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0 in .*; allowed: at least 1"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .*; supported: silu"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3 in .*; allowed: divisors of num_attention_heads, 4"),
+        ({"per_layer_config": {"1": {"intermediate_size": 48}}}, "per_layer_config is set in .*; supported: layers of"),
         (
             {"quantization_config": {"quant_method": "quip"}},
             "quant_method is 'quip' in .*; supported: compressed-tensors, gptq, awq, fp8",
@@ -422,6 +423,8 @@ def test_the_plainest_configurations_are_read_as_transformers_reads_them(
         {"layer_types": [["full_attention"]] * 3},
         {"quantization_config": "fp8"},
         {"auto_map": {"AutoConfig": "configuration.Own"}},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"per_layer_config": {"1": {"intermediate_size": 48}}},
     ],
 )
 def test_what_is_not_plain_is_left_to_transformers(fields: dict[str, Any]) -> None:
