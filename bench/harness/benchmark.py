@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 
 from bench.harness.flags import parse_settings
-from bench.harness.machine import REPOSITORY
+from bench.harness.machine import REPOSITORY, current_commit
 from bench.harness.provenance import provenance, provenance_lines
 from bench.harness.tables import ResultTable, markdown_table
 from easyspec.cli.signals import run_until_signal
@@ -48,7 +48,7 @@ class Benchmark(Generic[S]):
         """Measure as `argv` says; returns the exit code, or 128 + the number of a signal that came. Raises
         EasyspecError if the services do not come up or fail, SystemExit for bad flags."""
         settings, path = parse_settings(self.settings, self.command, self.about, argv)
-        console = Console()
+        console, commit = Console(), current_commit()
         outcome = self.measure(settings, console)
         if not isinstance(outcome, Findings):
             measuring, outcomes = outcome, []
@@ -62,7 +62,7 @@ class Benchmark(Generic[S]):
         command = shlex.join([*self.command.split(), *argv])
         report = {
             "command": command,
-            **provenance(outcome.checkpoints),
+            **provenance(outcome.checkpoints, commit),
             "settings": as_plain(settings),
             **as_plain(outcome.content),
         }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.machine import REPOSITORY, current_commit, describe_machine
+from bench.harness.machine import REPOSITORY, describe_machine
 from easyspec.checkpoint.location import is_gguf
 from models.recipe.settings import MODELS
 
@@ -18,12 +18,13 @@ _NUM_DIGITS = 12
 _BLOCK_BYTES = 1 << 22
 
 
-def provenance(checkpoints: Sequence[Path]) -> dict[str, Any]:
+def provenance(checkpoints: Sequence[Path], commit: str) -> dict[str, Any]:
     """The fields `machine`, `commit`, `date` and `weights` of a result file, the last a digest by checkpoint folder.
-    Without `checkpoints` the services were running before, and their weights are not known."""
+    Without `checkpoints` the services were running before, and their weights are not known. `commit` is that of the
+    time before measuring: a benchmark may draw its own plot into the tree."""
     return {
         "machine": describe_machine(),
-        "commit": current_commit(),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "weights": {_name(folder): weights_digest(folder) for folder in checkpoints},
     }
