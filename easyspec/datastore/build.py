@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +42,11 @@ def build_datastore(
     """
     fingerprint = tokenizer_fingerprint(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
-    wanted: list[tuple[FileBuilder, Path]] = []
-    if files.index is not None:
-        wanted.append((build_suffix_index, files.index))
-    if files.ngrams is not None:
-        wanted.append((build_ngram_table, files.ngrams))
+    builders: list[tuple[FileBuilder, Path | None]] = [
+        (build_suffix_index, files.index),
+        (build_ngram_table, files.ngrams),
+    ]
+    wanted = [(build_file, path) for build_file, path in builders if path is not None]
     for _, path in wanted:
         if not path.parent.is_dir():
             raise ConfigurationError(f"output is {str(path)!r}; allowed: a file in a folder that exists")
@@ -66,13 +66,10 @@ def _build_all(wanted: list[tuple[FileBuilder, Path]], tokens: Path, fingerprint
     *others, (build_file, path) = wanted
     # Spawned, not forked: the tokenizer has threads.
     with ProcessPoolExecutor(max(1, len(others)), multiprocessing.get_context("spawn")) as processes:
-        under_way: list[tuple[Path, Future[float]]] = [
-            (other_path, processes.submit(_build, build_other, tokens, other_path, fingerprint))
-            for build_other, other_path in others
-        ]
+        under_way = [processes.submit(_build, build_other, tokens, other, fingerprint) for build_other, other in others]
         on_stage(path.name, _build(build_file, tokens, path, fingerprint))
-        for other_path, future in under_way:
-            on_stage(other_path.name, future.result())
+        for (_, other), future in zip(others, under_way, strict=True):
+            on_stage(other.name, future.result())
 
 
 def _build(build_file: FileBuilder, tokens: Path, path: Path, fingerprint: str) -> float:

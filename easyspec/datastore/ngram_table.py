@@ -7,7 +7,7 @@ A context is looked up by a 64-bit key, its tokens mixed; two contexts of a corp
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,7 @@ def context_key(context: Sequence[int]) -> int:
     return key & _KEY_MASK
 
 
-def build_ngram_table(
-    tokens: Tokens,
-    path: Path,
-    tokenizer_fingerprint: str,
-    on_progress: Callable[[int], None] = lambda num_tokens: None,
-) -> None:
+def build_ngram_table(tokens: Tokens, path: Path, tokenizer_fingerprint: str) -> None:
     """Write the table of a corpus of documents, a separator after each; `tokens` may be memory-mapped.
 
     Contexts of two and three tokens that occur once are left out: they predict little and are most of them.
@@ -107,9 +102,7 @@ def build_ngram_table(
     with SectionWriter(path, KIND, tokenizer_fingerprint) as writer:
         writer.metadata = {"num_tokens": len(tokens)}
         for order in range(1, MAX_ORDER + 1):
-            entries, counts = _count(tokens, order)
-            _write_order(writer, order, entries, counts)
-            on_progress(order)
+            _write_order(writer, order, *_count(tokens, order))
 
 
 def _count(tokens: Tokens, order: int) -> tuple[_Keys, _Counts]:
@@ -118,7 +111,7 @@ def _count(tokens: Tokens, order: int) -> tuple[_Keys, _Counts]:
     for begin in range(0, len(tokens), _CHUNK_TOKENS):
         chunk = tokens[max(0, begin - order) : begin + _CHUNK_TOKENS]
         added = np.sort(_entries(chunk, order))
-        firsts = np.flatnonzero(np.diff(added, prepend=added[:1] + np.uint64(1)))
+        firsts = _firsts(added)
         added_counts = np.diff(firsts, append=len(added)).astype(np.uint32)
         entries, counts = _merged(entries, counts, added[firsts], added_counts)
     return entries, counts
@@ -146,41 +139,40 @@ def _context_keys(columns: Sequence[Tokens], num_contexts: int, order: int) -> _
     return keys & np.uint64(_KEY_MASK)
 
 
+def _firsts(numbers: _Keys) -> npt.NDArray[np.intp]:
+    """Where another number begins in a sorted row of them."""
+    return np.flatnonzero(np.diff(numbers, prepend=numbers[:1] + np.uint64(1)))
+
+
 def _merged(entries: _Keys, counts: _Counts, added: _Keys, added_counts: _Counts) -> tuple[_Keys, _Counts]:
     if len(entries) == 0:
         return added, added_counts
     both = np.concatenate([entries, added])
     order = np.argsort(both, kind="stable")
     both = both[order]
-    firsts = np.flatnonzero(np.diff(both, prepend=both[:1] + np.uint64(1)))
+    firsts = _firsts(both)
     totals = np.add.reduceat(np.concatenate([counts, added_counts])[order], firsts)
     return both[firsts], totals.astype(np.uint32)
 
 
 def _write_order(writer: SectionWriter, order: int, entries: _Keys, counts: _Counts) -> None:
     contexts = entries >> np.uint64(_TOKEN_BITS)
-    firsts = np.flatnonzero(np.diff(contexts, prepend=contexts[:1] + np.uint64(1)))
+    firsts = _firsts(contexts)
+    contexts, lengths = contexts[firsts], np.diff(firsts, append=len(entries))
     totals = np.add.reduceat(counts, firsts) if len(firsts) else counts
-    lengths = np.diff(firsts, append=len(entries))
     if order > 1:
-        is_kept = np.repeat(totals > 1, lengths)
-        entries, contexts, counts = entries[is_kept], contexts[is_kept], counts[is_kept]
-        totals = totals[totals > 1]
+        is_kept = totals > 1
+        is_kept_entry = np.repeat(is_kept, lengths)
+        entries, counts = entries[is_kept_entry], counts[is_kept_entry]
+        contexts, lengths, totals = contexts[is_kept], lengths[is_kept], totals[is_kept]
     # By context, then by count downwards; equal counts stay in the order of token ids.
-    is_first = np.diff(contexts, prepend=contexts[:1] + np.uint64(1)) != 0
-    by_count = np.argsort(
-        (np.cumsum(is_first).astype(np.uint64) << np.uint64(32)) | (np.uint64(2**32 - 1) - counts.astype(np.uint64)),
-        kind="stable",
-    )
-    contexts, counts = contexts[by_count], counts[by_count]
-    successors = (entries[by_count] & np.uint64(_MAX_TOKEN)).astype("<u4")
-    firsts = np.flatnonzero(np.diff(contexts, prepend=contexts[:1] + np.uint64(1)))
-    lengths = np.diff(firsts, append=len(contexts))
-    ranks = np.arange(len(contexts)) - np.repeat(firsts, lengths)
-    is_common = ranks < NUM_SUCCESSORS
+    rows = np.repeat(np.arange(len(contexts), dtype=np.uint64), lengths)
+    by_count = np.argsort((rows << np.uint64(32)) | (np.uint64(2**32 - 1) - counts.astype(np.uint64)), kind="stable")
+    ranks = np.arange(len(entries)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    common = by_count[ranks < NUM_SUCCESSORS]
     begins = np.concatenate([[0], np.cumsum(np.minimum(lengths, NUM_SUCCESSORS))])
-    writer.write(f"contexts.{order}", [contexts[firsts].astype("<u8").tobytes()])
+    writer.write(f"contexts.{order}", [contexts.astype("<u8").tobytes()])
     writer.write(f"begins.{order}", [begins.astype("<u4").tobytes()])
     writer.write(f"totals.{order}", [totals.astype("<u4").tobytes()])
-    writer.write(f"tokens.{order}", [successors[is_common].tobytes()])
-    writer.write(f"counts.{order}", [counts[is_common].astype("<u4").tobytes()])
+    writer.write(f"tokens.{order}", [(entries[common] & np.uint64(_MAX_TOKEN)).astype("<u4").tobytes()])
+    writer.write(f"counts.{order}", [counts[common].astype("<u4").tobytes()])

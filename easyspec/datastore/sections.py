@@ -93,11 +93,9 @@ class SectionReader:
         self._check(len(raw) == num_bytes and zlib.crc32(raw) == crc32, "is damaged or cut short")
         header: dict[str, Any] = json.loads(raw)
         self._check(header["kind"] == kind, f"is a {header['kind']} file, not a {kind} file")
-        made_with = header["tokenizer_fingerprint"]
-        self._check(
-            made_with == tokenizer_fingerprint,
-            f"was made with another tokenizer: {made_with[:16]}..., not {tokenizer_fingerprint[:16]}...",
-        )
+        made_with, wanted = header["tokenizer_fingerprint"], tokenizer_fingerprint
+        difference = f"{made_with[:16]}..., not {wanted[:16]}..."
+        self._check(made_with == wanted, f"was made with another tokenizer: {difference}")
         self.metadata: Mapping[str, Any] = header["metadata"]
         self._sections: Mapping[str, Mapping[str, int]] = header["sections"]
         for name, section in self._sections.items():

@@ -8,6 +8,7 @@ cut into shards, each with a suffix array of its own: building needs memory for 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,11 @@ class SuffixIndex:
         """The longest suffix of `context` in each shard that has one of at least `min_length` tokens."""
         key = np.array(context[: -max_length - 1 : -1], dtype=">u4").tobytes()
         matches = []
-        for shard in range(len(self._tokens)):
-            row = self._lower_bound(shard, key, 0, len(self._suffixes[shard]))
-            length = max(self._common_length(shard, row - 1, key), self._common_length(shard, row, key))
+        for shard, suffixes in enumerate(self._suffixes):
+            prefix = self._prefixes(shard, len(key))
+            row = bisect_left(suffixes, key, key=prefix)
+            beside = suffixes[max(0, row - 1) : row + 1]
+            length = max((_common_length(key, prefix(suffix)) for suffix in beside), default=0)
             if length >= min_length:
                 matches.append(self._range(shard, key[: length * _TOKEN_BYTES], row))
         return matches
@@ -79,67 +82,37 @@ class SuffixIndex:
         return found
 
     def _range(self, shard: int, key: bytes, row: int) -> Match:
-        """Every row that begins with `key`, given one next to which they stand."""
-        begin = self._gallop(shard, key, row, -1)
-        end = self._gallop(shard, key, row, 1)
+        """Every row that begins with `key`, given one next to which they stand; looked for in steps that double."""
+        suffixes, prefix = self._suffixes[shard], self._prefixes(shard, len(key))
+        begin, step = row, 1
+        while begin > 0 and prefix(suffixes[begin - 1]) >= key:
+            begin, step = max(0, begin - step), step * 2
+        end, step = row, 1
+        while end < len(suffixes) and prefix(suffixes[end]) <= key:
+            end, step = min(len(suffixes), end + step), step * 2
+        begin = bisect_left(suffixes, key, begin, row, key=prefix)
+        end = bisect_right(suffixes, key, row, end, key=prefix)
         return Match(shard, len(key) // _TOKEN_BYTES, begin, end)
 
-    def _gallop(self, shard: int, key: bytes, row: int, direction: int) -> int:
-        """The first row (direction -1) that begins with `key`, or the one after the last (direction 1)."""
-        bound = self._upper_bound if direction > 0 else self._lower_bound
-        num_rows, step = len(self._suffixes[shard]), 1
-        begin = end = row
-        if direction > 0:
-            while end < num_rows and self._prefix(shard, end, len(key)) <= key:
-                begin, end, step = end, min(num_rows, end + step), step * 2
-        else:
-            while begin > 0 and self._prefix(shard, begin - 1, len(key)) >= key:
-                begin, end, step = max(0, begin - step), begin, step * 2
-        return bound(shard, key, begin, end)
+    def _prefixes(self, shard: int, num_bytes: int) -> Callable[[int], bytes]:
+        """What gives the first bytes of a suffix of the shard."""
+        tokens = self._tokens[shard]
 
-    def _lower_bound(self, shard: int, key: bytes, begin: int, end: int) -> int:
-        """The first row of begin .. end that does not stand before `key`."""
-        tokens, suffixes, size = self._tokens[shard], self._suffixes[shard], len(key)
-        while begin < end:
-            middle = (begin + end) // 2
-            place = suffixes[middle] * _TOKEN_BYTES
-            if bytes(tokens[place : place + size]) < key:
-                begin = middle + 1
-            else:
-                end = middle
-        return begin
+        def prefix(suffix: int) -> bytes:
+            place = suffix * _TOKEN_BYTES
+            return bytes(tokens[place : place + num_bytes])
 
-    def _upper_bound(self, shard: int, key: bytes, begin: int, end: int) -> int:
-        """The first row of begin .. end that stands behind everything that begins with `key`."""
-        while begin < end:
-            middle = (begin + end) // 2
-            if self._prefix(shard, middle, len(key)) <= key:
-                begin = middle + 1
-            else:
-                end = middle
-        return begin
+        return prefix
 
-    def _prefix(self, shard: int, row: int, num_bytes: int) -> bytes:
-        place = self._suffixes[shard][row] * _TOKEN_BYTES
-        return bytes(self._tokens[shard][place : place + num_bytes])
 
-    def _common_length(self, shard: int, row: int, key: bytes) -> int:
-        """How many tokens of `key` the row begins with."""
-        if not 0 <= row < len(self._suffixes[shard]):
-            return 0
-        prefix = self._prefix(shard, row, len(key))
-        length = 0
-        while length < len(prefix) and prefix[length] == key[length]:
-            length += 1
-        return length // _TOKEN_BYTES
+def _common_length(key: bytes, prefix: bytes) -> int:
+    """How many tokens they begin with alike."""
+    num_bytes = next((i for i, (a, b) in enumerate(zip(key, prefix, strict=False)) if a != b), len(prefix))
+    return num_bytes // _TOKEN_BYTES
 
 
 def build_suffix_index(
-    tokens: Tokens,
-    path: Path,
-    tokenizer_fingerprint: str,
-    max_shard_tokens: int = MAX_SHARD_TOKENS,
-    on_progress: Callable[[int], None] = lambda num_tokens: None,
+    tokens: Tokens, path: Path, tokenizer_fingerprint: str, max_shard_tokens: int = MAX_SHARD_TOKENS
 ) -> None:
     """Write the index of a corpus of documents, a separator after each; `tokens` may be memory-mapped."""
     num_shards = -(-len(tokens) // max_shard_tokens)
@@ -149,7 +122,6 @@ def build_suffix_index(
             backwards = tokens[shard * max_shard_tokens : (shard + 1) * max_shard_tokens][::-1]
             writer.write(f"tokens.{shard}", _pieces(backwards, ">u4"))
             writer.write(f"suffixes.{shard}", _pieces(_suffix_array(backwards), "<u4"))
-            on_progress(min(len(tokens), (shard + 1) * max_shard_tokens))
 
 
 def _suffix_array(tokens: Tokens) -> Tokens:
