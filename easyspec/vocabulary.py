@@ -40,15 +40,18 @@ def is_mostly_shared(first: Mapping[int, str], second: Mapping[int, str]) -> boo
 
 def vocabulary_difference(first: Mapping[int, str], second: Mapping[int, str]) -> str | None:
     """How two vocabularies (token id -> token) differ, naming the first entries that do; None if they do not."""
-    differing = [
-        token_id for token_id in sorted(first.keys() | second.keys()) if first.get(token_id) != second.get(token_id)
-    ]
+    differing = differing_ids(first, second)
     if not differing:
         return None
     shown = "; ".join(
         f"{token_id} is {first.get(token_id)!r} and {second.get(token_id)!r}" for token_id in differing[:_NUM_SHOWN]
     )
     return f"of {len(differing)} differing entries the first are: {shown}"
+
+
+def differing_ids(first: Mapping[int, str], second: Mapping[int, str]) -> list[int]:
+    """Token ids that mean different tokens in two vocabularies, or are in one alone, ascending."""
+    return sorted({token_id for token_id, _ in first.items() ^ second.items()})
 
 
 def padding_note(base: Path, draft: Path) -> str | None:

@@ -4,44 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from easyspec.checkpoint.location import is_gguf, weight_bytes
 from easyspec.cli.doctor.gguf import check_gguf_file
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
-from easyspec.cli.doctor.weights import check_weights
 from easyspec.errors import ConfigurationError
 from easyspec.model.supported_models import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import read_vocabulary, tokenizer_fingerprint
+from easyspec.vocabulary import differing_ids
 
+_LOOKING_S = 300.0
 _MAX_DIFFERENCES = 3
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder and its config.json, empty if there is none that can be read."""
-
-    name: str
-    folder: Path
-    config: Mapping[str, Any]
-
-    @property
-    def context(self) -> int | None:
-        """Most positions, as far as the configuration tells."""
-        positions = self.config.get("max_position_embeddings")
-        return positions if isinstance(positions, int) else None
 
 
 def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
     """All checks of the folders, in the order of the report."""
     findings: list[Finding] = []
-    checkpoints: list[Checkpoint] = []
-    for name, folder in (("base", base), ("draft", draft)):
-        if folder is None:
-            continue
+    configs: list[Mapping[str, Any]] = []  # empty where none can be read
+    folders = [base] if draft is None else [base, draft]
+    for name, folder in zip(("base", "draft"), folders, strict=False):
         if is_gguf(folder) and folder.is_file():
             config, gguf_findings = check_gguf_file(name, folder)
             findings += gguf_findings
@@ -49,10 +35,10 @@ def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
             config, finding = _check_config(name, folder)
             findings.append(finding)
             if folder.is_dir():
-                findings += [check_weights(name, folder), _check_tokenizer(name, folder)]
-        checkpoints.append(Checkpoint(name, folder, config))
-    if len(checkpoints) == 2 and all(checkpoint.folder.exists() for checkpoint in checkpoints):
-        findings += check_pair(*checkpoints)
+                findings += [_check_weights(name, folder), _check_tokenizer(name, folder)]
+        configs.append(config)
+    if draft is not None and base.exists() and draft.exists():
+        findings += _check_pair(base, draft, *configs)
     return findings
 
 
@@ -67,17 +53,16 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, problem(check, f"no usable config.json in {folder}: {error!r}", "name the folder of a checkpoint")
     # What the decoder says at start-up, told before.
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    why = None
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        why = f"model_type is {model_type!r}"
-    elif config.get("hidden_act", "silu") not in SUPPORTED_ACTIVATIONS:
-        why = f"hidden_act is {config['hidden_act']!r}"
-    elif config.get("quantization_config") is not None and method not in QUANTIZATION_METHODS:
-        why = f"quant_method is {method!r}"
-    if why is not None:
-        families = ", ".join(SUPPORTED_MODEL_TYPES)
-        return config, problem(check, why, f"use a checkpoint of a supported family: {families}")
+    activation, method = config.get("hidden_act", "silu"), (config.get("quantization_config") or {}).get("quant_method")
+    is_quantized = config.get("quantization_config") is not None
+    for name_of, value, is_supported in (
+        ("model_type", model_type, model_type in SUPPORTED_MODEL_TYPES),
+        ("hidden_act", activation, activation in SUPPORTED_ACTIVATIONS),
+        ("quant_method", method, not is_quantized or method in QUANTIZATION_METHODS),
+    ):
+        if not is_supported:
+            advice = f"use a checkpoint of a supported family: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            return config, problem(check, f"{name_of} is {value!r}", advice)
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     drafting = ", drafts all levels in one pass (PARD)" if config.get("pard_token") is not None else ""
@@ -102,61 +87,77 @@ def _check_tokenizer(name: str, folder: Path) -> Finding:
     return ok(check, f"fast, fingerprint {fingerprint[:12]}")
 
 
-def check_pair(base: Checkpoint, draft: Checkpoint) -> list[Finding]:
+def _check_pair(
+    base: Path, draft: Path, base_config: Mapping[str, Any], draft_config: Mapping[str, Any]
+) -> Iterator[Finding]:
     """Whether the draft can guess for the base, and whether that can pay."""
-    findings = [_check_vocabularies(base, draft)]
-    base_bytes, draft_bytes = weight_bytes(base.folder), weight_bytes(draft.folder)
+    yield _check_vocabularies(base, draft, base_config.get("vocab_size"), draft_config.get("vocab_size"))
+    base_bytes, draft_bytes = weight_bytes(base), weight_bytes(draft)
     if base_bytes and draft_bytes >= base_bytes:
         message = f"the draft's weights are {draft_bytes / base_bytes:.1f} times the base's"
-        findings.append(warning("pair size", message, "a draft pays only if it is much smaller; swap the two?"))
+        yield warning("pair size", message, "a draft pays only if it is much smaller; swap the two?")
     elif base_bytes:
-        findings.append(ok("pair size", f"the base is {base_bytes / max(draft_bytes, 1):.1f} times the draft"))
-    if base.context is not None and draft.context is not None and draft.context < base.context:
-        message = f"the draft has {draft.context} positions, the base {base.context}"
-        advice = f"nothing is guessed after position {draft.context}; a draft with a longer context guesses on"
-        findings.append(warning("pair context", message, advice))
-    return findings
+        yield ok("pair size", f"the base is {base_bytes / max(draft_bytes, 1):.1f} times the draft")
+    base_context, draft_context = (config.get("max_position_embeddings") for config in (base_config, draft_config))
+    if isinstance(base_context, int) and isinstance(draft_context, int) and draft_context < base_context:
+        message = f"the draft has {draft_context} positions, the base {base_context}"
+        advice = f"nothing is guessed after position {draft_context}; a draft with a longer context guesses on"
+        yield warning("pair context", message, advice)
 
 
-def _check_vocabularies(base: Checkpoint, draft: Checkpoint) -> Finding:
+def _check_vocabularies(base: Path, draft: Path, base_size: object, draft_size: object) -> Finding:
     check = "pair tokenizer"
     try:
-        is_equal = tokenizer_fingerprint(base.folder) == tokenizer_fingerprint(draft.folder)
+        is_equal = tokenizer_fingerprint(base) == tokenizer_fingerprint(draft)
     except ConfigurationError:
         return problem(check, "cannot be compared", "see the tokenizers above")
-    sizes = base.config.get("vocab_size"), draft.config.get("vocab_size")
     if not is_equal:
         advice = "use a draft with the base's tokenizer, usually a smaller model of the same family and release"
-        return problem(check, "; ".join(explain_difference(base.folder, draft.folder)), advice)
-    if sizes[0] != sizes[1]:
-        return ok(check, f"equal; embeddings of {sizes[0]} and {sizes[1]} entries differ only by padding")
+        return problem(check, "; ".join(_explain_difference(base, draft)), advice)
+    if base_size != draft_size:
+        return ok(check, f"equal; embeddings of {base_size} and {draft_size} entries differ only by padding")
     return ok(check, "equal")
 
 
-def explain_difference(base: Path, draft: Path) -> list[str]:
+def _explain_difference(base: Path, draft: Path) -> Iterator[str]:
     """Where two tokenizers part: the first entries by id, then merges. Raises ConfigurationError for no tokenizer."""
     base_tokens, base_merges = read_vocabulary(base)
     draft_tokens, draft_merges = read_vocabulary(draft)
-    differing = [
-        token_id
-        for token_id in sorted(base_tokens.keys() | draft_tokens.keys())
-        if base_tokens.get(token_id) != draft_tokens.get(token_id)
-    ]
-    parts = []
-    if differing:
-        shown = [
+    if differing := differing_ids(base_tokens, draft_tokens):
+        shown = ", ".join(
             f"id {token_id} is {_shown(base_tokens, token_id)} in base and {_shown(draft_tokens, token_id)} in draft"
             for token_id in differing[:_MAX_DIFFERENCES]
-        ]
-        parts.append(
-            f"{len(differing)} of {max(len(base_tokens), len(draft_tokens))} entries differ: {', '.join(shown)}"
         )
+        yield f"{len(differing)} of {max(len(base_tokens), len(draft_tokens))} entries differ: {shown}"
     if base_merges != draft_merges:
         same = next((i for i, (a, b) in enumerate(zip(base_merges, draft_merges, strict=False)) if a != b), None)
         where = f"from number {same} on" if same is not None else f"in number: {len(base_merges)}, {len(draft_merges)}"
-        parts.append(f"merges differ {where}")
-    return parts
+        yield f"merges differ {where}"
 
 
 def _shown(tokens: Mapping[int, str], token_id: int) -> str:
     return repr(tokens[token_id]) if token_id in tokens else "missing"
+
+
+def _check_weights(name: str, folder: Path) -> Finding:
+    """Every safetensors file is there and whole, and together they hold the model of config.json: by their headers."""
+    if (why := layout_problem(folder)) is not None:
+        return problem(f"{name} weights", why, "get the whole checkpoint again, with its own config.json")
+    num_files, size = len([*folder.glob("*.safetensors")]), weight_bytes(folder) / 2**20
+    return ok(f"{name} weights", f"{num_files} file(s), {size:,.0f} MiB, all whole")
+
+
+def layout_problem(folder: Path) -> str | None:
+    """What the loader has against the files' headers, None if nothing.
+
+    It looks in a process of its own: the other checks must work where torch does not.
+    """
+    command = [sys.executable, "-m", "easyspec.model.layout", str(folder)]
+    try:
+        looked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LOOKING_S)
+    except subprocess.TimeoutExpired:
+        return f"the headers could not be read within {_LOOKING_S:g} s"
+    if looked.returncode == 0:
+        return None
+    last_line = (looked.stdout or looked.stderr).strip().rpartition("\n")[2]
+    return last_line or f"looking at it ended with exit code {looked.returncode}"

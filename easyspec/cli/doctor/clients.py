@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -36,6 +36,8 @@ _SERVICES = {
     "verifier": verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name,
 }
 _PeerState = generation_pb2.GetServerInfoResponse
+# Model, version, and what else there is to say.
+_Answer: TypeAlias = tuple[types_pb2.ModelInfo | None, str, list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,10 @@ async def role_at(address: str) -> str | None:
         for role in ROLES:
             try:
                 await _health(channel, role)
+                return role
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.NOT_FOUND:
                     return None
-            else:
-                return role
     return None
 
 
@@ -76,7 +77,9 @@ async def check_peer(role: str, address: str, access: GatewayAccess = ANONYMOUS)
             advice = "wait until it has loaded; its log says what it is doing"
             return PeerReport([warning(role, f"{address} answers: not serving yet, or draining", advice)])
         try:
-            return await _ASK[role](channel, address, access)
+            model, version, findings = await _ASK[role](channel, access)
+            about = await _about(role, address, channel, model or types_pb2.ModelInfo(name="no model"), version)
+            return PeerReport([*about, *findings], model)
         except grpc.aio.AioRpcError as error:
             advice = f"see the log of the {role}"
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
@@ -100,60 +103,49 @@ async def _health(channel: grpc.aio.Channel, role: str) -> bool:
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def _ask_verifier(channel: grpc.aio.Channel, address: str, _access: GatewayAccess) -> PeerReport:
+async def _ask_verifier(channel: grpc.aio.Channel, _access: GatewayAccess) -> _Answer:
     stub: verifier_pb2_grpc.VerifierServiceAsyncStub = verifier_pb2_grpc.VerifierServiceStub(channel)
     info = await stub.GetVerifierInfo(verifier_pb2.GetVerifierInfoRequest(), timeout=_TIMEOUT_S)
-    findings = await _about("verifier", address, channel, info.model, info.version)
-    if not info.row_invariant:
-        advice = "speculation may change a token now and then; float32 on this device may be exact"
-        findings.append(warning("verifier", "its passes are not bit-identical for different batches", advice))
-    return PeerReport(findings, info.model)
+    advice = "speculation may change a token now and then; float32 on this device may be exact"
+    varying = warning("verifier", "its passes are not bit-identical for different batches", advice)
+    return info.model, info.version, [] if info.row_invariant else [varying]
 
 
-async def _ask_drafter(channel: grpc.aio.Channel, address: str, _access: GatewayAccess) -> PeerReport:
+async def _ask_drafter(channel: grpc.aio.Channel, _access: GatewayAccess) -> _Answer:
     stub: drafter_pb2_grpc.DrafterServiceAsyncStub = drafter_pb2_grpc.DrafterServiceStub(channel)
     info = await stub.GetDrafterInfo(drafter_pb2.GetDrafterInfoRequest(), timeout=_TIMEOUT_S)
-    return PeerReport(await _about("drafter", address, channel, info.model, info.version), info.model)
+    return info.model, info.version, []
 
 
-async def _ask_gateway(channel: grpc.aio.Channel, address: str, access: GatewayAccess) -> PeerReport:
+async def _ask_gateway(channel: grpc.aio.Channel, access: GatewayAccess) -> _Answer:
     stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
     request = generation_pb2.GetServerInfoRequest()
     info = await stub.GetServerInfo(request, timeout=_TIMEOUT_S, metadata=access.metadata)
-    model = info.models[0] if info.models else None
     # A gateway of an older version has one model and does not list it.
     only = generation_pb2.ServedModel(verifier_state=info.verifier_state, drafter_state=info.drafter_state)
     served = list(info.served_models) or [only]
-    findings = await _about("gateway", address, channel, model or types_pb2.ModelInfo(name="no model"), info.version)
+    findings = []
     for each in served:
         whose = f" of model {each.name or 'unknown'}" if len(served) > 1 else ""
-        findings += [
-            *_behind("verifier", each.verifier_state, whose, is_vital=True),
-            *_behind("drafter", each.drafter_state, whose, is_vital=False),
-        ]
-    return PeerReport(findings, model)
+        findings += _behind("verifier", each.verifier_state, whose) + _behind("drafter", each.drafter_state, whose)
+    return info.models[0] if info.models else None, info.version, findings
 
 
-_ASK: dict[str, Callable[[grpc.aio.Channel, str, GatewayAccess], Awaitable[PeerReport]]] = {
-    "gateway": _ask_gateway,
-    "drafter": _ask_drafter,
-    "verifier": _ask_verifier,
-}
+_ASK = {"gateway": _ask_gateway, "drafter": _ask_drafter, "verifier": _ask_verifier}
 
 
-def _behind(role: str, state: int, whose: str, is_vital: bool) -> list[Finding]:
+def _behind(role: str, state: int, whose: str) -> list[Finding]:
     """What the gateway says of a service behind it, where that is not as it should be."""
-    tell = problem if is_vital else warning
     if state == _PeerState.PEER_STATE_REFUSED:
+        message = f"it refuses its {role}{whose}: another tokenizer"
         advice = f"start the {role} with a checkpoint that has the gateway's tokenizer"
-        return [tell("gateway", f"it refuses its {role}{whose}: another tokenizer", advice)]
-    if state == _PeerState.PEER_STATE_UNREACHABLE:
-        return [
-            tell("gateway", f"it cannot reach its {role}{whose}", f"see its --{role}-address, and the {role}'s log")
-        ]
-    if state == _PeerState.PEER_STATE_UNSPECIFIED:
-        return [tell("gateway", f"it has no {role}{whose}: plain decoding", f"give it --{role}-address")]
-    return []
+    elif state == _PeerState.PEER_STATE_UNREACHABLE:
+        message, advice = f"it cannot reach its {role}{whose}", f"see its --{role}-address, and the {role}'s log"
+    elif state == _PeerState.PEER_STATE_UNSPECIFIED:
+        message, advice = f"it has no {role}{whose}: plain decoding", f"give it --{role}-address"
+    else:
+        return []
+    return [problem("gateway", message, advice) if role == "verifier" else warning("gateway", message, advice)]
 
 
 async def _about(
@@ -166,14 +158,11 @@ async def _about(
         took.append((time.monotonic() - started) * 1000)
     round_trip_ms = statistics.median(took)
     message = f"{address}: {describe_model(model)}, round trip {round_trip_ms:.2f} ms"
-    if round_trip_ms > SLOW_ROUND_TRIP_MS:
-        advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
-        findings = [warning(role, message, advice)]
-    else:
-        findings = [ok(role, message)]
+    advice = "every round waits for it: put the services closer together, or wait until the machine is quiet"
+    findings = [warning(role, message, advice) if round_trip_ms > SLOW_ROUND_TRIP_MS else ok(role, message)]
     if version and version != __version__:
-        advice = "run the same version everywhere"
-        findings.append(warning(role, f"it is version {version}, this is {__version__}", advice))
+        message = f"it is version {version}, this is {__version__}"
+        findings.append(warning(role, message, "run the same version everywhere"))
     return findings
 
 

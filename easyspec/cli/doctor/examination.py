@@ -42,9 +42,8 @@ async def examine(patient: Patient) -> list[Finding]:
 
 def _compare(reports: dict[str, PeerReport], base: Path) -> list[Finding]:
     """Whether all services that answered, and the base checkpoint here, have one tokenizer."""
-    fingerprints = {
-        role: report.model.tokenizer_fingerprint for role, report in reports.items() if report.model is not None
-    }
+    answered = {role: report.model for role, report in reports.items() if report.model is not None}
+    fingerprints = {role: model.tokenizer_fingerprint for role, model in answered.items()}
     if not fingerprints:
         return []
     with contextlib.suppress(ConfigurationError):  # told before

@@ -24,20 +24,20 @@ def check_gguf_file(name: str, file: Path) -> tuple[Mapping[str, Any], list[Find
         header = read_header(file)
     except ConfigurationError as error:
         return {}, [problem(check, str(error), "download it again, or name another file")]
+    positions = header.of_model("context_length")
     if header.architecture not in GGUF_MODEL_TYPES:
         supported = f"use a model of a supported architecture: {', '.join(GGUF_MODEL_TYPES)}"
         findings = [problem(check, f"general.architecture is {header.architecture!r}", supported)]
     else:
         shape = f"{header.of_model('block_count')} layers of {header.of_model('embedding_length')}"
-        positions = header.of_model("context_length")
-        findings = [ok(check, f"GGUF, {header.architecture}, {shape}, {positions} positions")]
-        findings.append(_check_tensors(f"{name} weights", header))
+        summary = f"GGUF, {header.architecture}, {shape}, {positions} positions"
+        findings = [ok(check, summary), _check_tensors(f"{name} weights", header)]
     findings.append(_check_tokenizer(f"{name} tokenizer", header))
     embeddings = header.tensors.get("token_embd.weight")
     config = {
         "model_type": GGUF_MODEL_TYPES.get(header.architecture),
         "vocab_size": None if embeddings is None else embeddings.shape[0],
-        "max_position_embeddings": header.of_model("context_length"),
+        "max_position_embeddings": positions,
     }
     return config, findings
 
@@ -67,7 +67,5 @@ def _check_tokenizer(check: str, header: GgufHeader) -> Finding:
         message = f"fast, fingerprint {tokenizer_fingerprint(header.path)[:12]}"
     except ConfigurationError as error:
         return problem(check, str(error), "get a file with a tokenizer in it")
-    if header.chat_template:
-        return ok(check, message)
     advice = "chat requests will be refused: the file has no tokenizer.chat_template"
-    return warning(check, f"{message}, no chat template", advice)
+    return ok(check, message) if header.chat_template else warning(check, f"{message}, no chat template", advice)

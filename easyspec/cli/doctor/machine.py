@@ -29,12 +29,11 @@ _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _COMMAND_TIMEOUT_S = 5.0
 
 
-def check_python(version: str | None = None, required: str | None = None) -> Finding:
+def check_python() -> Finding:
     """This interpreter against what the package declares."""
-    version = version or platform.python_version()
+    version, required = platform.python_version(), ">=3.11"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        required = required or importlib.metadata.metadata("easyspec")["Requires-Python"]
-    required = required or ">=3.11"
+        required = importlib.metadata.metadata("easyspec")["Requires-Python"]
     if Version(version) not in SpecifierSet(required):
         return problem("python", f"{version}; needed: {required}", f"make a new environment with Python {required}")
     return ok("python", f"{version} ({sys.executable})")
@@ -47,21 +46,20 @@ def check_packages(requirements: Sequence[str] | None = None) -> list[Finding]:
             requirements = importlib.metadata.requires("easyspec") or []
         except importlib.metadata.PackageNotFoundError:
             return [warning("packages", "easyspec is not installed as a package: versions not checked", _INSTALL)]
-    findings = []
-    num_fitting = 0
+    findings, num_fitting = [], 0
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(problem("packages", f"{requirement.name} is missing; needed: {requirement}", _INSTALL))
-            continue
-        if requirement.specifier.contains(version, prereleases=True):
+        state = "missing"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            state = importlib.metadata.version(requirement.name)
+        if state != "missing" and requirement.specifier.contains(state, prereleases=True):
             num_fitting += 1
         else:
-            findings.append(problem("packages", f"{requirement.name} is {version}; needed: {requirement}", _INSTALL))
-    return [*findings, *([ok("packages", f"{num_fitting} fit")] if num_fitting else [])]
+            findings.append(problem("packages", f"{requirement.name} is {state}; needed: {requirement}", _INSTALL))
+    if num_fitting:
+        findings.append(ok("packages", f"{num_fitting} fit"))
+    return findings
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo"), cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
@@ -85,8 +83,7 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo"), cpu_max: Path = Path("/sys/
 
 def check_executor() -> Finding:
     """Whether models can be computed by the native library, and by which instructions."""
-    reason = library_problem()
-    if reason is not None:
+    if (reason := library_problem()) is not None:
         advice = "install a C++20 compiler (g++ 11, clang 14 or newer) and easyspec again, or a wheel made elsewhere"
         return warning("executor", f"reference, several times slower than native: {reason}", advice)
     try:
@@ -127,16 +124,15 @@ def check_gpu(torch_version_file: Path | None = None) -> Finding:
         torch_version_file = Path(spec.origin).with_name("version.py")
     source = "" if torch_version_file is None else _read(torch_version_file)
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", source, re.MULTILINE)
-    cuda = found.group(1) if found else None
+    built = f"torch is built for CUDA {found.group(1)}" if found else ""
     listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     if listed is None:
-        built = "" if cuda is None else f" (torch is built for CUDA {cuda})"
-        return ok("gpu", f"none found{built}; models run on the CPU")
+        return ok("gpu", f"none found{built and f' ({built})'}; models run on the CPU")
     gpus = "; ".join(line.strip() for line in listed.splitlines() if line.strip())
-    if cuda is None:
+    if not built:
         advice = "install a CUDA build: pip install torch --index-url https://download.pytorch.org/whl/cu128"
         return warning("gpu", f"{gpus}; the installed torch is a CPU build", advice)
-    return ok("gpu", f"{gpus}; torch is built for CUDA {cuda}")
+    return ok("gpu", f"{gpus}; {built}")
 
 
 def check_containers() -> Finding:
@@ -166,18 +162,15 @@ def machine_findings(num_weight_bytes: int) -> Iterator[Finding]:
 
 def _output(*command: str) -> str | None:
     """What a command prints; None if it is not there, fails or takes too long."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ended.stdout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True).stdout
+    return None
 
 
 def _read(path: Path) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
 def _size(num_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import socket
 from collections.abc import Sequence
@@ -42,13 +43,11 @@ async def _check(role: str, host: str, port: int, flag: str) -> Finding:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
+    with contextlib.suppress(OSError), socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        probe.bind((host, port))
+        return True
+    return False
 
 
 def _is_rest(host: str, port: int) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from rich.console import Console
 from rich.text import Text
@@ -31,21 +30,15 @@ class Finding:
 
 
 def ok(check: str, message: str) -> Finding:
-    """All is well."""
     return Finding(check, State.OK, message)
 
 
 def warning(check: str, message: str, advice: str) -> Finding:
-    """It runs, but not as it could."""
     return Finding(check, State.WARNING, message, advice)
 
 
 def problem(check: str, message: str, advice: str) -> Finding:
-    """It will not run."""
     return Finding(check, State.PROBLEM, message, advice)
-
-
-_STYLES: Mapping[State, str] = MappingProxyType({State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"})
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
@@ -55,9 +48,10 @@ def has_problem(findings: Sequence[Finding]) -> bool:
 def print_report(findings: Sequence[Finding]) -> None:
     """One line a finding, then the sum of them, on stdout."""
     console = Console(highlight=False, soft_wrap=True)
+    styles = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"}
     width = max((len(finding.check) for finding in findings), default=0)
     for finding in findings:
-        line = Text(f"{finding.state.value:<8}", style=_STYLES[finding.state])
+        line = Text(f"{finding.state.value:<8}", style=styles[finding.state])
         line.append(f" {finding.check:<{width}}  ", style="bold")
         line.append(finding.message, style="default")
         if finding.advice:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from easyspec.cli.doctor import weights
+from easyspec.cli.doctor import checkpoints
 from easyspec.cli.doctor.checkpoints import checkpoint_findings
 from easyspec.cli.doctor.report import Finding, State
 from easyspec.errors import ConfigurationError
@@ -46,7 +46,7 @@ def looks_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         return None
 
     if request.node.name != "test_layouts_are_looked_at_in_a_process_of_their_own":
-        monkeypatch.setattr(weights, "layout_problem", problem_here)
+        monkeypatch.setattr(checkpoints, "layout_problem", problem_here)
 
 
 def finding_of(check: str, base: Path, draft: Path | None = None) -> Finding:
