@@ -61,13 +61,6 @@ class Core(Protocol):
         """A bug broke `step`: fail every task that is waiting, so that no caller hangs."""
 
 
-def _do_nothing() -> None: ...
-
-
-def _no_patience() -> float:
-    return 0.0
-
-
 class DeviceThread:
     """Runs a core on its own thread; the event loop submits tasks and awaits their futures.
 
@@ -94,9 +87,9 @@ class DeviceThread:
         self._is_group = is_group
         self._end_process = end_process
         self._is_hung = False
-        self.patience_s: Callable[[], float] = _no_patience
-        self.when_idle: Callable[[], None] = _do_nothing
-        self.when_stopped: Callable[[], None] = _do_nothing
+        self.patience_s: Callable[[], float] = lambda: 0.0
+        self.when_idle: Callable[[], None] = lambda: None
+        self.when_stopped: Callable[[], None] = lambda: None
 
     async def start(self, build: Callable[[], Core]) -> None:
         """Build the core on the thread, which may take long, and begin to step; raises what `build` raises."""

@@ -28,22 +28,16 @@ class PrefillPace:
         """The most prompt rows for a step that has `num_decode_rows` others."""
         if not is_anyone_decoding:
             return self._most_rows
-        step_ns = self._expected_step_ns(num_decode_rows)
-        if step_ns is None or not self._row_ns.count:
-            return min(_FIRST_PROMPT_ROWS, self._most_rows)
-        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._row_ns.value)
-        return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
+        return self._affordable_rows(num_decode_rows, self._row_ns, _FIRST_PROMPT_ROWS)
 
     def observe(self, num_decode_rows: int, num_prompt_rows: int, elapsed_ns: int) -> None:
         """What a step took."""
         if num_prompt_rows == 0:
-            size = _row_class(num_decode_rows)
-            self._step_ns.setdefault(size, _average()).add(elapsed_ns)
+            self._step_ns.setdefault(_row_class(num_decode_rows), _average()).add(elapsed_ns)
             return
         without_ns = self._expected_step_ns(num_decode_rows)
         if without_ns is not None and num_prompt_rows >= MIN_PROMPT_ROWS:
-            row_ns = max(elapsed_ns - without_ns, 0.05 * elapsed_ns) / num_prompt_rows
-            self._row_ns.add(row_ns)
+            self._row_ns.add(max(elapsed_ns - without_ns, 0.05 * elapsed_ns) / num_prompt_rows)
 
     def slice_ns(self, num_decode_rows: int) -> float:
         """How long a step may compute layers of a prompt beside `num_decode_rows` others."""
@@ -51,15 +45,16 @@ class PrefillPace:
 
     def num_sliced_rows(self) -> int:
         """Rows of a piece that is computed layer by layer: as many as a layer may have within a step."""
-        step_ns = self._expected_step_ns(0)
-        if step_ns is None or not self._layer_row_ns.count:
-            return min(_FIRST_SLICED_ROWS, self._most_rows)
-        num_rows = int((self._max_slowdown - 1.0) * step_ns / self._layer_row_ns.value)
-        return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
+        return self._affordable_rows(0, self._layer_row_ns, _FIRST_SLICED_ROWS)
 
     def observe_layers(self, num_rows: int, num_layers: int, elapsed_ns: int) -> None:
         """What a slice of a piece took."""
         self._layer_row_ns.add(elapsed_ns / (num_rows * num_layers))
+
+    def _affordable_rows(self, num_decode_rows: int, row_ns: Average, first: int) -> int:
+        """Rows of this price that fit beside the others; `first` before anything was measured."""
+        num_rows = int(self.slice_ns(num_decode_rows) / row_ns.value) if self._step_ns and row_ns.count else first
+        return min(max(num_rows, MIN_PROMPT_ROWS), self._most_rows)
 
     def _expected_step_ns(self, num_rows: int) -> float | None:
         """Of the largest measured class up to that of `num_rows`, else of the smallest."""

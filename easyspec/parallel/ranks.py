@@ -89,18 +89,14 @@ class GroupRanks:
         self._device = device
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        self.num_collectives["sum"] += 1
-        self.num_bytes["sum"] += part.nbytes
-        parts = self._all_gather(part)
+        parts = self._all_gather("sum", part)
         total = parts[0].float()
         for other in parts[1:]:
             total = total + other
         return total.to(part.dtype)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        self.num_collectives["gather"] += 1
-        self.num_bytes["gather"] += part.nbytes
-        return self._all_gather(part)
+        return self._all_gather("gather", part)
 
     def share(self, payload: bytes | None) -> bytes:
         self.num_collectives["share"] += 1
@@ -121,7 +117,9 @@ class GroupRanks:
             rest = torch.frombuffer(bytearray(payload[_INLINE_BYTES:]), dtype=torch.uint8)
         return inline + self._broadcast(rest).numpy().tobytes()
 
-    def _all_gather(self, part: torch.Tensor) -> torch.Tensor:
+    def _all_gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        self.num_collectives[name] += 1
+        self.num_bytes[name] += part.nbytes
         part = part.contiguous()
         parts = part.new_empty(self.size, *part.shape)
         try:

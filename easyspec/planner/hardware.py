@@ -6,7 +6,7 @@ Nothing here is measured by the planner itself. Rates are per second, sizes in b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from easyspec.errors import InvalidRequestError
@@ -66,48 +66,38 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
     }
 )
 
-STACKS: Mapping[str, Stack] = MappingProxyType(
-    {
-        stack.name: stack
-        for stack in (
-            Stack(
-                name="graphs",
-                launch_us=0.0,
-                kernel_floor_us=2.5,
-                attention_kernels=24,
-                mlp_kernels=13,
-                collective_us=13.0,
-                memory_efficiency=0.85,
-                compute_efficiency=0.6,
-                source="an engine of captured passes with 37 kernels a layer, which this service has had; 2-4 us a "
-                "small kernel; an all-reduce on 8 GPUs takes 12-15 us in decoding; copies reach 0.9 of the datasheet",
-            ),
-            Stack(
-                name="eager",
-                launch_us=6.0,
-                kernel_floor_us=2.5,
-                attention_kernels=24,
-                mlp_kernels=13,
-                collective_us=25.0,
-                memory_efficiency=0.85,
-                compute_efficiency=0.6,
-                source="the same without captures, and about 6 us of host time a kernel (assumed)",
-            ),
-            Stack(
-                name="paper",
-                launch_us=17.5,
-                kernel_floor_us=2.5,
-                attention_kernels=35,
-                mlp_kernels=14,
-                collective_us=50.0,
-                memory_efficiency=0.8,
-                compute_efficiency=0.6,
-                source="arXiv 2502.02493, Table 2: kernels of transformers' eager Llama layer, counted; launch and "
-                "collective fitted to its drafting columns, nothing to its verification columns",
-            ),
-        )
-    }
+_GRAPHS = Stack(
+    name="graphs",
+    launch_us=0.0,
+    kernel_floor_us=2.5,
+    attention_kernels=24,
+    mlp_kernels=13,
+    collective_us=13.0,
+    memory_efficiency=0.85,
+    compute_efficiency=0.6,
+    source="an engine of captured passes with 37 kernels a layer, which this service has had; 2-4 us a small kernel; "
+    "an all-reduce on 8 GPUs takes 12-15 us in decoding; copies reach 0.9 of the datasheet",
 )
+_EAGER = replace(
+    _GRAPHS,
+    name="eager",
+    launch_us=6.0,
+    collective_us=25.0,
+    source="the same without captures, and about 6 us of host time a kernel (assumed)",
+)
+_PAPER = Stack(
+    name="paper",
+    launch_us=17.5,
+    kernel_floor_us=2.5,
+    attention_kernels=35,
+    mlp_kernels=14,
+    collective_us=50.0,
+    memory_efficiency=0.8,
+    compute_efficiency=0.6,
+    source="arXiv 2502.02493, Table 2: kernels of transformers' eager Llama layer, counted; launch and collective "
+    "fitted to its drafting columns, nothing to its verification columns",
+)
+STACKS: Mapping[str, Stack] = MappingProxyType({stack.name: stack for stack in (_GRAPHS, _EAGER, _PAPER)})
 
 
 def device_named(name: str) -> Device:

@@ -14,7 +14,7 @@ _USABLE_MEMORY = 0.9
 def fitting_verifier_ranks(memory_bytes: float, base: ModelShape, num_gpus: int, kv_tokens: int) -> list[int]:
     """Tensor-parallel sizes that fit, ascending; InvalidRequestError if there are none."""
     supported = base.supported_ranks(num_gpus)
-    needed = {ranks: _base_weight_bytes(base, ranks) + _base_kv_bytes(base, ranks, kv_tokens) for ranks in supported}
+    needed = {ranks: base.weight_bytes / ranks + _base_kv_bytes(base, ranks, kv_tokens) for ranks in supported}
     usable = _USABLE_MEMORY * memory_bytes
     fitting = [ranks for ranks in supported if needed[ranks] <= usable]
     if not fitting:
@@ -27,7 +27,7 @@ def missing_bytes(
     memory_bytes: float, base: ModelShape, draft: ModelShape, verifier_ranks: int, scheme: DraftScheme, kv_tokens: int
 ) -> float:
     """Bytes by which the busiest GPU, which runs both roles, is too small; 0 or less if it fits."""
-    needed = _base_weight_bytes(base, verifier_ranks) + _draft_weight_bytes(draft, scheme)
+    needed = base.weight_bytes / verifier_ranks + _draft_weight_bytes(draft, scheme)
     needed += _base_kv_bytes(base, verifier_ranks, kv_tokens) + _draft_kv_bytes(draft, scheme, kv_tokens)
     return needed - _USABLE_MEMORY * memory_bytes
 
@@ -36,14 +36,9 @@ def kv_tokens_that_fit(
     memory_bytes: float, base: ModelShape, draft: ModelShape, verifier_ranks: int, scheme: DraftScheme
 ) -> int:
     """Tokens for which each role has KV memory where both share their GPUs; the two pools hold equally many."""
-    free = _USABLE_MEMORY * memory_bytes - _base_weight_bytes(base, verifier_ranks) - _draft_weight_bytes(draft, scheme)
+    free = _USABLE_MEMORY * memory_bytes - base.weight_bytes / verifier_ranks - _draft_weight_bytes(draft, scheme)
     token_bytes = _base_kv_bytes(base, verifier_ranks, 1) + _draft_kv_bytes(draft, scheme, 1)
     return max(0, int(free / token_bytes))
-
-
-def _base_weight_bytes(base: ModelShape, num_ranks: int) -> float:
-    """On one of the verifier's ranks."""
-    return base.weight_bytes / num_ranks
 
 
 def _base_kv_bytes(base: ModelShape, num_ranks: int, num_tokens: int) -> float:

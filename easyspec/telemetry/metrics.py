@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -76,55 +77,45 @@ class EngineMetrics(RoleMetrics):
 
     def __init__(self, role: str) -> None:
         super().__init__(role)
-        registry = self.registry
-        self._model = Gauge(
+        gauge, counter = partial(Gauge, registry=self.registry), partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self._model = gauge(
             "easyspec_model_info",
             "Always 1; the labels tell what an engine computes with, and a drafter's default layer plan.",
             ("model", "executor", "dtype", "weights", "layer_groups"),
-            registry=registry,
         )
-        self._step_seconds = Histogram(
+        self._step_seconds = histogram(
             "easyspec_engine_step_seconds",
             "Time of one pass of the model; its sum is the time the device was in use.",
             ("kind",),
             buckets=STEP_BUCKETS,
-            registry=registry,
         )
-        self._step_rows = Histogram(
-            "easyspec_engine_step_rows", "Token rows of one pass.", ("kind",), buckets=ROW_BUCKETS, registry=registry
+        self._step_rows = histogram(
+            "easyspec_engine_step_rows", "Token rows of one pass.", ("kind",), buckets=ROW_BUCKETS
         )
-        self._step_sessions = Histogram(
-            "easyspec_engine_step_sessions",
-            "Sessions of one pass.",
-            ("kind",),
-            buckets=SESSION_BUCKETS,
-            registry=registry,
+        self._step_sessions = histogram(
+            "easyspec_engine_step_sessions", "Sessions of one pass.", ("kind",), buckets=SESSION_BUCKETS
         )
-        self._queue_seconds = Histogram(
+        self._queue_seconds = histogram(
             "easyspec_engine_queue_seconds",
             "From the arrival of a tree or calibration until a pass took it up.",
             buckets=STEP_BUCKETS,
-            registry=registry,
         )
-        self._phase_seconds = Histogram(
+        self._phase_seconds = histogram(
             "easyspec_draft_phase_seconds",
             "Time of a draft by phase: the exact calibration pass, and all fuzzy steps.",
             ("phase",),
             buckets=STEP_BUCKETS,
-            registry=registry,
         )
-        self._ahead = Counter(
+        self._ahead = counter(
             "easyspec_draft_ahead_verdicts",
             "Verdicts behind which a tree had been begun before they came, and verdicts that were guessed wrongly.",
             ("outcome",),
-            registry=registry,
         )
         for outcome in ("hit", "miss"):  # known from the first scrape on
             self._ahead.labels(outcome)
-        self._ahead_saved_seconds = Counter(
-            "easyspec_draft_ahead_saved_seconds",
-            "Time of passes of the drafter that no round waited for.",
-            registry=registry,
+        self._ahead_saved_seconds = counter(
+            "easyspec_draft_ahead_saved_seconds", "Time of passes of the drafter that no round waited for."
         )
 
     def serves(self, model: ModelInfo, layer_groups: str = "") -> None:
@@ -154,12 +145,12 @@ class EngineMetrics(RoleMetrics):
             self._ahead_saved_seconds.inc(timings.ahead_ns * _NS)
 
 
+@dataclass(eq=False)
 class _UsageCollector(Collector):
-    def __init__(self, read_usage: Callable[[], KvUsage | None]) -> None:
-        self._read_usage = read_usage
+    read_usage: Callable[[], KvUsage | None]
 
     def collect(self) -> Iterator[Metric]:
-        usage = self._read_usage()
+        usage = self.read_usage()
         if usage is None:
             return
         yield GaugeMetricFamily("easyspec_kv_slots", "Token slots of the KV pool.", usage.num_slots)
@@ -168,16 +159,10 @@ class _UsageCollector(Collector):
         yield GaugeMetricFamily("easyspec_kv_slots_free", "Slots that no session holds, cached ones included.", free)
         yield GaugeMetricFamily("easyspec_kv_slots_cached", "Free slots that keep prefixes.", usage.num_cached_slots)
         yield GaugeMetricFamily("easyspec_sessions", "Open sessions.", usage.num_sessions)
-        for name, text, total in (
-            (
-                "easyspec_prefix_query_tokens",
-                "Tokens that opening sessions brought along.",
-                usage.num_prefix_query_tokens,
-            ),
-            ("easyspec_prefix_hit_tokens", "Prompt tokens that were cached.", usage.num_prefix_hit_tokens),
-            ("easyspec_preemptions", "Sessions whose slots were taken back for older ones.", usage.num_preemptions),
-        ):
-            yield CounterMetricFamily(name, text, total)
-
-    def describe(self) -> Iterator[Metric]:
-        return iter(())
+        queried, hit = usage.num_prefix_query_tokens, usage.num_prefix_hit_tokens
+        yield CounterMetricFamily(
+            "easyspec_prefix_query_tokens", "Tokens that opening sessions brought along.", queried
+        )
+        yield CounterMetricFamily("easyspec_prefix_hit_tokens", "Prompt tokens that were cached.", hit)
+        text = "Sessions whose slots were taken back for older ones."
+        yield CounterMetricFamily("easyspec_preemptions", text, usage.num_preemptions)
