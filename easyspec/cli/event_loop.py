@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from easyspec.cli.signals import END_SIGNALS, handled_signals
 
@@ -38,53 +38,36 @@ class EventLoopThread:
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        job = _Job(self._loop, work)
-        # Exceptions out of signal handlers could come between any two lines and leave the job running.
-        with handled_signals(job.cancel, (signal.SIGINT, *END_SIGNALS)):
-            job.start()
+        started: list[asyncio.Task[_T]] = []
+        signals: list[int] = []
+        ended = threading.Event()
+
+        def start() -> None:
+            started.append(self._loop.create_task(work))
+            started[0].add_done_callback(lambda _: ended.set())
+            if signals:
+                cancel()
+
+        def cancel() -> None:
+            for task in started:
+                task.cancel()
+
+        def on_signal(number: int, _frame: object) -> None:
+            signals.append(number)
+            self._loop.call_soon_threadsafe(cancel)
+
+        # Exceptions out of signal handlers could come between any two lines and leave the work running.
+        with handled_signals(on_signal, (signal.SIGINT, *END_SIGNALS)):
+            self._loop.call_soon_threadsafe(start)
             # A signal may reach any thread, and Python's handler waits until the main one has something to do.
-            while not job.ended.wait(_POLL_S):
+            while not ended.wait(_POLL_S):
                 pass
-        end = next((number for number in job.signals if number in END_SIGNALS), None)
+        end = next((number for number in signals if number in END_SIGNALS), None)
         if end is not None:
             raise SystemExit(128 + end)
-        if job.signals and job.task.cancelled():
+        if signals and started[0].cancelled():
             raise KeyboardInterrupt
-        return job.task.result()
-
-
-class _Job(Generic[_T]):
-    """Work in the loop's thread, as the main thread sees it; `task` is valid once `ended` is set."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T]) -> None:
-        self._loop = loop
-        self._work = work
-        self._started: list[asyncio.Task[_T]] = []
-        self.ended = threading.Event()
-        self.signals: list[int] = []
-
-    @property
-    def task(self) -> asyncio.Task[_T]:
-        return self._started[0]
-
-    def start(self) -> None:
-        self._loop.call_soon_threadsafe(self._start)
-
-    def cancel(self, number: int, _frame: object) -> None:
-        """A signal handler."""
-        self.signals.append(number)
-        self._loop.call_soon_threadsafe(self._cancel)
-
-    def _start(self) -> None:
-        task = self._loop.create_task(self._work)
-        self._started.append(task)
-        task.add_done_callback(lambda _: self.ended.set())
-        if self.signals:
-            task.cancel()
-
-    def _cancel(self) -> None:
-        for task in self._started:
-            task.cancel()
+        return started[0].result()
 
 
 async def _finish(loop: asyncio.AbstractEventLoop) -> None:
