@@ -51,11 +51,11 @@ class ChatTerminal:
             shown.text = response.text.translate(_CONTROLS)
             shown.reasoning = response.reasoning.translate(_CONTROLS)
             shown.token_texts[:] = [text.translate(_CONTROLS) for text in response.token_texts]
-        if not self.is_coloured:
-            _out(shown.text)
-            return
-        thought = _THOUGHT_STYLE.render(shown.reasoning) if shown.reasoning else ""
-        _out(thought + ("\n\n" if ends_thinking else "") + coloured(shown))
+        text = shown.text
+        if self.is_coloured:
+            thought = _THOUGHT_STYLE.render(shown.reasoning) if shown.reasoning else ""
+            text = thought + ("\n\n" if ends_thinking else "") + coloured(shown)
+        print(text, end="", flush=True)
 
     def lines(self) -> Iterator[str]:
         """What is typed, until its end; Ctrl-C at the prompt drops the line."""
@@ -134,7 +134,7 @@ def _answer(
     except KeyboardInterrupt:
         is_stopped = True
     finally:
-        _out("\n" if rounds else "")
+        print(end="\n" if rounds else "", flush=True)
     answer = "".join(response.text for response in rounds)
     conversation.last_rounds = rounds
     if answer or not is_stopped:
@@ -195,15 +195,9 @@ def _joined(read: Callable[[str], str], is_interactive: bool) -> Iterator[str]:
 
 def _ask(prompt: str) -> str:
     if not sys.stdout.isatty():  # stdout is a file of answers
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        print(prompt, end="", file=sys.stderr, flush=True)
         return sys.stdin.readline()
     try:
         return input(prompt) + "\n"
     except EOFError:
         return ""
-
-
-def _out(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

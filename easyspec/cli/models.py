@@ -13,6 +13,7 @@ from easyspec.cli.packaged_models import PACKAGED_MODELS, SMOLLM2, fetch_model
 from easyspec.cli.processes import DEFAULT_BASE, DEFAULT_DRAFT
 from easyspec.cli.up import say
 from easyspec.errors import ConfigurationError, InvalidRequestError
+from easyspec.model.supported_models import BLOCK_FORMATS, GGUF_MODEL_TYPES, QUANTIZATION_METHODS, SUPPORTED_MODEL_TYPES
 from easyspec.tokenizer_fingerprint import tokenizer_fingerprint
 
 MODELS_VARIABLE = "EASYSPEC_MODELS"
@@ -23,6 +24,10 @@ BUNDLED_NOTE = (
     "no model is named: the small bundled pair, which completes Python and knows nothing else "
     f"(`easyspec fetch {SMOLLM2.name}` gets a real model, the default from then on)"
 )
+_FLOATS = ("float32", "bfloat16", "float16")
+_WITH_MXFP4 = "gpt_oss"
+# Architectures of llama.cpp that hold models of further families.
+_ALSO_IN = {"mistral": "llama", "mixtral": "llama", "gemma3": "gemma3"}
 
 
 @dataclass(frozen=True)
@@ -153,3 +158,16 @@ def _gguf_files_in(folder: Path) -> dict[str, Path]:
     """GGUF files in a folder and those below it, by name, without the parts of models that read pictures."""
     paths = sorted(path for path in folder.glob("**/*.gguf") if "mmproj" not in path.name)
     return {model_name(str(path)): path for path in paths}
+
+
+def supported_table() -> str:
+    """What checkpoints are read, as the Markdown table of docs/checkpoints.md: families by formats."""
+    rows = ["| | " + " | ".join(("safetensors", "quantized safetensors", "GGUF")) + " |", "|---|---|---|---|"]
+    for family in SUPPORTED_MODEL_TYPES:
+        architecture = next((name for name, type_ in GGUF_MODEL_TYPES.items() if type_ == family), _ALSO_IN.get(family))
+        blocks = [name for name in BLOCK_FORMATS if name != "MXFP4" or family == _WITH_MXFP4]
+        # gpt-oss keeps all experts in one tensor, which other ways of quantizing do not.
+        methods = [method for method in QUANTIZATION_METHODS if (method == "mxfp4") == (family == _WITH_MXFP4)]
+        as_gguf = "-" if architecture is None else f"`{architecture}`: F32, F16, BF16, {', '.join(blocks)}"
+        rows.append(f"| {family} | {', '.join(_FLOATS)} | {', '.join(methods)} | {as_gguf} |")
+    return "\n".join(rows)

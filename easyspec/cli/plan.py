@@ -27,17 +27,11 @@ def print_plan(plan: Plan, title: str, *, shows_all: bool) -> None:
     for column in ("calibrate ms", "step ms", "verify ms", "round ms", "ahead ms", "rate", "tokens/s", "x plain"):
         table.add_column(column, justify="right")
     for estimate in _shown(plan, shows_all):
-        table.add_row(
-            estimate.scheme.name,
-            f"{estimate.calibrate_ms:.2f}",
-            f"{estimate.fuzzy_step_ms:.2f}",
-            f"{estimate.verify_ms:.2f}",
-            f"{estimate.round_ms:.2f}",
-            f"{estimate.ahead_round_ms:.2f}",
-            f"{estimate.acceptance_rate:.2f}",
-            f"{estimate.tokens_per_s:.0f}",
-            f"{estimate.tokens_per_s * plan.plain_ms / 1e3:.2f}",
-        )
+        passes_ms = (estimate.calibrate_ms, estimate.fuzzy_step_ms, estimate.verify_ms)
+        figures = (*passes_ms, estimate.round_ms, estimate.ahead_round_ms, estimate.acceptance_rate)
+        gain = estimate.tokens_per_s * plan.plain_ms / 1e3
+        shown = *(f"{figure:.2f}" for figure in figures), f"{estimate.tokens_per_s:.0f}", f"{gain:.2f}"
+        table.add_row(estimate.scheme.name, *shown)
     console.print(table)
     console.print("ahead: a round on average if drafting ahead guesses so many verdicts as --ahead-hit-rate says")
     console.print(f"plain decoding, verifier TP-{plan.verifier_ranks}: {plan.plain_ms:.2f} ms a token")
@@ -73,13 +67,8 @@ def print_validation(comparisons: Iterable[Comparison]) -> None:
     worst = 0.0
     for comparison in comparisons:
         worst = max(worst, abs(comparison.error))
-        table.add_row(
-            comparison.data,
-            comparison.figure,
-            f"{comparison.paper_s:.2f}",
-            f"{comparison.model_s:.2f}",
-            f"{comparison.error:+.1%}",
-        )
+        shown = f"{comparison.paper_s:.2f}", f"{comparison.model_s:.2f}", f"{comparison.error:+.1%}"
+        table.add_row(comparison.data, comparison.figure, *shown)
     console = _console()
     console.print(table)
     console.print(f"largest error: {worst:.1%}")
@@ -114,8 +103,7 @@ def _recommendation(plan: Plan) -> str:
 
 def _as_dict(estimate: RoundEstimate) -> dict[str, Any]:
     scheme = estimate.scheme
-    fields = {field.name: getattr(estimate, field.name) for field in dataclasses.fields(estimate)}
-    fields["scheme"] = {
+    of_scheme = {
         "name": scheme.name,
         "num_ranks": scheme.num_ranks,
         "layer_groups": str(scheme.plan),
@@ -123,4 +111,4 @@ def _as_dict(estimate: RoundEstimate) -> dict[str, Any]:
         "is_tensor_parallel": scheme.is_tensor_parallel,
         "is_mlp_sharded": scheme.is_mlp_sharded,
     }
-    return fields
+    return vars(estimate) | {"scheme": of_scheme}

@@ -60,13 +60,11 @@ class StackSettings:
 
     `base` and `draft` are checkpoint folders or GGUF files; without `draft` there is no drafter, unless it
     `drafts_from_text` alone. `served_model_name` is what requests call the base, by default the last part of its path.
-    A port 0 takes a free one. Of
-    `num_verifiers` the first listens on `verifier_address`, the others on free ports. `also` are further base models by
-    the names that requests use, each with a verifier on a free port; the drafter serves them too. Without an
-    `http_address` there is no REST.
-    `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands` replaces what
-    follows the Python interpreter for a role; a role with more than one of `num_ranks` runs under torchrun.
-    `ready_timeout_s` bounds loading, `stop_grace_s` draining.
+    A port 0 takes a free one. Of `num_verifiers` the first listens on `verifier_address`, the others on free ports.
+    `also` are further base models by the names that requests use, each with a verifier on a free port; the drafter
+    serves them too. `flags` are further flags by role (`{"drafter": ["--layer-parallel-size", "4"]}`), `commands`
+    replaces what follows the Python interpreter for a role; a role with more than one of `num_ranks` runs under
+    torchrun. `ready_timeout_s` bounds loading, `stop_grace_s` draining.
     """
 
     base: Path = DEFAULT_BASE
@@ -281,7 +279,12 @@ class ServiceStack:
             for name, base in settings.also.items()
         }
         if self.also:
-            wiring += ["--further-models", self._further_models()]
+            further = {
+                name: {"verifier_address": process.address, "tokenizer": str(settings.also[name])}
+                | ({"drafter_address": NO_DRAFTER} if name in settings.undrafted else {})
+                for name, process in self.also.items()
+            }
+            wiring += ["--further-models", json.dumps(further)]
         is_http_on = settings.http_address != HTTP_OFF
         self.http_address = _with_port(settings.http_address) if is_http_on else None
         wiring += ["--http-address", self.http_address or HTTP_OFF]
@@ -303,20 +306,6 @@ class ServiceStack:
     def _roles(self) -> tuple[ServiceProcess, ...]:
         verifiers = (*self.verifiers, *self.also.values())
         return verifiers if self.drafter is None else (*verifiers, self.drafter)
-
-    def _further_models(self) -> str:
-        """The gateway's setting of that name."""
-        undrafted = self._settings.undrafted
-        return json.dumps(
-            {
-                name: {
-                    "verifier_address": process.address,
-                    "tokenizer": str(self._settings.also[name]),
-                    **({"drafter_address": NO_DRAFTER} if name in undrafted else {}),
-                }
-                for name, process in self.also.items()
-            }
-        )
 
     async def __aenter__(self) -> Self:
 

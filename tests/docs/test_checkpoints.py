@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from easyspec.cli.supported import supported_table
+from easyspec.cli.models import supported_table
 from easyspec.model.model_families import FAMILIES
 from easyspec.model.supported_models import (
     GGUF_MODEL_TYPES,
