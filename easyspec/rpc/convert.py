@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -51,6 +51,7 @@ from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_PlainT = TypeVar("_PlainT", bound="DataclassInstance")
 _FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
     {reason: types_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
 )
@@ -72,8 +73,8 @@ def _kinds_of_fields(plain: type[DataclassInstance], message: Descriptor) -> Seq
     return [(name, field.is_repeated, field.has_presence) for name, field in of_message]
 
 
-def _same_fields(plain: type[DataclassInstance], message: Message, **converted: Any) -> dict[str, Any]:
-    """The message's values of the dataclass's fields, apart from the `converted` ones.
+def _from_pb(plain: type[_PlainT], message: Message, **converted: Any) -> _PlainT:
+    """The dataclass with the message's values of its fields, apart from the `converted` ones.
 
     What is repeated becomes a tuple, what can be unset and is keeps the dataclass's default.
     """
@@ -81,10 +82,7 @@ def _same_fields(plain: type[DataclassInstance], message: Message, **converted: 
         if name not in converted and (not has_presence or message.HasField(name)):
             value = getattr(message, name)
             converted[name] = tuple(value) if is_repeated else value
-    return converted
-
-
-# --- parameters -------------------------------------------------------------------------------------------------
+    return plain(**converted)
 
 
 def sampling_from_pb(
@@ -119,7 +117,7 @@ def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
     if kind is None:
         allowed = ", ".join(kind.value for kind in GrammarKind)
         raise InvalidRequestError("sampling.grammar", None, f"exactly one of {allowed}")
-    thinking = Thinking(**_same_fields(Thinking, message.thinking)) if message.HasField("thinking") else None
+    thinking = _from_pb(Thinking, message.thinking) if message.HasField("thinking") else None
     return Grammar(GrammarKind(kind), getattr(message, kind), thinking)
 
 
@@ -129,7 +127,7 @@ def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
 
 
 def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
-    return StopConditions(**_same_fields(StopConditions, message, stop_token_ids=frozenset(message.stop_token_ids)))
+    return _from_pb(StopConditions, message, stop_token_ids=frozenset(message.stop_token_ids))
 
 
 def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
@@ -150,7 +148,7 @@ def finish_reason_to_pb(reason: FinishReason | None) -> types_pb2.FinishReason.V
 
 
 def budget_from_pb(message: types_pb2.TreeBudget) -> TreeBudget:
-    return TreeBudget(**_same_fields(TreeBudget, message))
+    return _from_pb(TreeBudget, message)
 
 
 def budget_to_pb(budget: TreeBudget) -> types_pb2.TreeBudget:
@@ -163,15 +161,11 @@ def layer_plan_from_pb(message: types_pb2.LayerPlan) -> LayerPlanRequest:
         if message.mlp not in _MLP_FROM_PB:
             raise InvalidRequestError("layer_plan.mlp", message.mlp, "an MlpPlacement: sequential, staged or unset")
         mlp = _MLP_FROM_PB[message.mlp]
-    return LayerPlanRequest(**_same_fields(LayerPlanRequest, message, mlp=mlp))
+    return _from_pb(LayerPlanRequest, message, mlp=mlp)
 
 
 def layer_plan_to_pb(plan: LayerPlanRequest) -> types_pb2.LayerPlan:
-    return types_pb2.LayerPlan(
-        layer_parallel_size=plan.layer_parallel_size,
-        mlp=types_pb2.LayerPlan.MLP_PLACEMENT_UNSPECIFIED if plan.mlp is None else _MLP_TO_PB[plan.mlp],
-        calibration=plan.calibration,
-    )
+    return types_pb2.LayerPlan(**vars(plan) | {"mlp": None if plan.mlp is None else _MLP_TO_PB[plan.mlp]})
 
 
 def sources_from_pb(values: Iterable[types_pb2.DraftSource.ValueType], field: str = "sources") -> DraftSources | None:
@@ -188,24 +182,18 @@ def sources_to_pb(sources: DraftSources | None) -> list[types_pb2.DraftSource.Va
     return [_SOURCE_TO_PB[source] for source in SINGLE_SOURCES if sources is not None and source in sources]
 
 
-# --- trees ------------------------------------------------------------------------------------------------------
-
-
 def tree_from_pb(message: types_pb2.TokenTree) -> TokenTree:
     """The tree as sent; whether it is one is for `TokenTree.check` to say."""
-    return TokenTree(**_same_fields(TokenTree, message))
+    return _from_pb(TokenTree, message)
 
 
 def tree_to_pb(tree: TokenTree) -> types_pb2.TokenTree:
     return types_pb2.TokenTree(token_ids=tree.token_ids, parent_rows=tree.parent_rows)
 
 
-# --- verifier ---------------------------------------------------------------------------------------------------
-
-
 def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVerification:
     sampling, stop = sampling_from_pb(message.sampling), stop_from_pb(message.stop)
-    return OpenVerification(**_same_fields(OpenVerification, message, sampling=sampling, stop=stop))
+    return _from_pb(OpenVerification, message, sampling=sampling, stop=stop)
 
 
 def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerification:
@@ -227,22 +215,21 @@ def verify_tree_to_pb(base_length: int, tree: TokenTree, num_plain_rounds: int =
 
 
 def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
-    fields = _same_fields(
+    return _from_pb(
         Verdict,
         message,
         finish_reason=finish_reason_from_pb(message.finish_reason),
-        logprobs=tuple(logprobs_from_pb(entry) for entry in message.logprobs),
-        prompt_logprobs=tuple(logprobs_from_pb(entry) for entry in message.prompt_logprobs),
+        logprobs=tuple(map(logprobs_from_pb, message.logprobs)),
+        prompt_logprobs=tuple(map(logprobs_from_pb, message.prompt_logprobs)),
     )
-    return Verdict(**fields)
 
 
 def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
     own = {
         "num_accepted": verdict.num_accepted,
         "finish_reason": finish_reason_to_pb(verdict.finish_reason),
-        "logprobs": [logprobs_to_pb(entry) for entry in verdict.logprobs],
-        "prompt_logprobs": [logprobs_to_pb(entry) for entry in verdict.prompt_logprobs],
+        "logprobs": map(logprobs_to_pb, verdict.logprobs),
+        "prompt_logprobs": map(logprobs_to_pb, verdict.prompt_logprobs),
     }
     return verifier_pb2.Verdict(**vars(verdict) | own)
 
@@ -260,25 +247,21 @@ def logprobs_to_pb(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
 
 
 def verify_timings_from_pb(message: verifier_pb2.VerifyTimings) -> VerifyTimings:
-    return VerifyTimings(**_same_fields(VerifyTimings, message))
+    return _from_pb(VerifyTimings, message)
 
 
 def verify_timings_to_pb(timings: VerifyTimings) -> verifier_pb2.VerifyTimings:
     return verifier_pb2.VerifyTimings(**vars(timings))
 
 
-# --- drafter ----------------------------------------------------------------------------------------------------
-
-
 def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpeculation:
-    fields = _same_fields(
+    return _from_pb(
         OpenSpeculation,
         message,
         sampling=sampling_from_pb(message.sampling),
         layer_plan=layer_plan_from_pb(message.layer_plan),
         sources=sources_from_pb(message.sources),
     )
-    return OpenSpeculation(**fields)
 
 
 def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculation:
@@ -294,7 +277,7 @@ def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
     """An unset budget is an InvalidRequestError."""
     if not message.HasField("budget"):
         raise InvalidRequestError("calibration.budget", None, "a tree budget, and it must be set")
-    return Calibration(**_same_fields(Calibration, message, budget=budget_from_pb(message.budget)))
+    return _from_pb(Calibration, message, budget=budget_from_pb(message.budget))
 
 
 def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
@@ -302,7 +285,7 @@ def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
 
 
 def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
-    timings = DraftTimings(**_same_fields(DraftTimings, message.timings))
+    timings = _from_pb(DraftTimings, message.timings)
     node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
     return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
 
@@ -312,11 +295,8 @@ def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
     return drafter_pb2.SpeculateResponse(**vars(draft) | own)
 
 
-# --- information ------------------------------------------------------------------------------------------------
-
-
 def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
-    return ModelInfo(**_same_fields(ModelInfo, message))
+    return _from_pb(ModelInfo, message)
 
 
 def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
@@ -324,7 +304,6 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
 
 
 def vocabulary_from_pb(message: types_pb2.Vocabulary) -> dict[int, str]:
-    """Token id -> token."""
     return dict(zip(message.token_ids, message.tokens, strict=False))
 
 
@@ -334,7 +313,7 @@ def vocabulary_to_pb(tokens_by_id: Mapping[int, str]) -> types_pb2.Vocabulary:
 
 
 def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:
-    return KvUsage(**_same_fields(KvUsage, message))
+    return _from_pb(KvUsage, message)
 
 
 def kv_usage_to_pb(usage: KvUsage) -> types_pb2.KvUsage:
