@@ -6,6 +6,7 @@ the group's timeout. The kernel knows at once of a process that ended, and by ke
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import selectors
@@ -14,7 +15,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import structlog
 
@@ -30,7 +30,6 @@ _GREETING_TIMEOUT_S = 5.0
 _GOODBYE = b"\1"
 _LOOPBACK = "127.0.0.1"
 _GREETING = struct.Struct("<16sI")  # the meeting's token, the rank
-_PLACE = struct.Struct("<16sI")  # the meeting's token, the port; the host follows
 
 OnLost = Callable[[str], None]
 
@@ -101,39 +100,23 @@ def end_soon(reason: str) -> None:
     os._exit(EXIT_LOST)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Where rank 0 waits for the others, and how it knows them."""
-
-    host: str
-    port: int
-    token: bytes
-
-    def encode(self) -> bytes:
-        return _PLACE.pack(self.token, self.port) + self.host.encode("ascii")
-
-    @staticmethod
-    def decode(payload: bytes) -> Meeting:
-        token, port = _PLACE.unpack_from(payload)
-        return Meeting(payload[_PLACE.size :].decode("ascii"), port, token)
-
-
 def open_lifeline(rank: int, size: int, share: Callable[[bytes | None], bytes], on_lost: OnLost = end_soon) -> Lifeline:
-    """Connect the ranks; all of them call it. `share` gives rank 0's bytes to the others.
+    """Connect the ranks; all of them call it. `share` gives rank 0's bytes to the others: where it waits for them, and
+    a token that they know each other by.
 
     Raises ConfigurationError if they cannot reach rank 0.
     """
     if size == 1:
         return Lifeline((), on_lost)
     if rank > 0:
-        return Lifeline([_meet(rank, Meeting.decode(share(None)))], on_lost)
+        return Lifeline([_meet(rank, *json.loads(share(None)))], on_lost)
     host = _own_host()
     # A rank that knows rank 0 by a name that means loopback here finds it by that name.
     place = ("" if host == _LOOPBACK and not is_one_machine() else host, 0)
     with socket.create_server(place, family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        meeting = Meeting(host, listener.getsockname()[1], secrets.token_bytes(16))
-        share(meeting.encode())
-        return Lifeline(_receive(listener, size - 1, meeting.token), on_lost)
+        token = secrets.token_hex(16)
+        share(json.dumps([host, listener.getsockname()[1], token]).encode())
+        return Lifeline(_receive(listener, size - 1, token), on_lost)
 
 
 def _own_host() -> str:
@@ -147,21 +130,21 @@ def _own_host() -> str:
     return _LOOPBACK if host.startswith("127.") or host == "::1" else host
 
 
-def _meet(rank: int, meeting: Meeting) -> socket.socket:
-    host = master_host() if meeting.host == _LOOPBACK and not is_one_machine() else meeting.host
+def _meet(rank: int, host: str, port: int, token: str) -> socket.socket:
+    host = master_host() if host == _LOOPBACK and not is_one_machine() else host
     try:
-        connection = socket.create_connection((host, meeting.port), _MEETING_TIMEOUT_S)
-        connection.sendall(_GREETING.pack(meeting.token, rank))
+        connection = socket.create_connection((host, port), _MEETING_TIMEOUT_S)
+        connection.sendall(_GREETING.pack(bytes.fromhex(token), rank))
     except OSError as error:
         raise ConfigurationError(
-            f"rank {rank} cannot reach rank 0 at {host}:{meeting.port}: {error}; "
+            f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}; "
             "ranks need every TCP port between their machines"
         ) from error
     connection.settimeout(None)
     return connection
 
 
-def _receive(listener: socket.socket, num_peers: int, token: bytes) -> list[socket.socket]:
+def _receive(listener: socket.socket, num_peers: int, token: str) -> list[socket.socket]:
     """A connection from every other rank; a connection without the token is closed."""
     peers: dict[int, socket.socket] = {}
     deadline_s = time.monotonic() + _MEETING_TIMEOUT_S
@@ -180,7 +163,7 @@ def _receive(listener: socket.socket, num_peers: int, token: bytes) -> list[sock
     return list(peers.values())
 
 
-def _greeted_by(connection: socket.socket, token: bytes) -> int | None:
+def _greeted_by(connection: socket.socket, token: str) -> int | None:
     """The rank at the other end; None for another program."""
     connection.settimeout(_GREETING_TIMEOUT_S)
     greeting = b""
@@ -194,4 +177,4 @@ def _greeted_by(connection: socket.socket, token: bytes) -> int | None:
         return None
     connection.settimeout(None)
     shown, rank = _GREETING.unpack(greeting)
-    return int(rank) if secrets.compare_digest(shown, token) else None
+    return int(rank) if secrets.compare_digest(shown, bytes.fromhex(token)) else None

@@ -25,11 +25,10 @@ def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S, tls: C
     options: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0)]
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
-    channel = (
-        grpc.insecure_channel(address, options=options)
-        if tls is None
-        else grpc.secure_channel(address, channel_credentials(tls), options=options)
-    )
+    if tls is None:
+        channel = grpc.insecure_channel(address, options=options)
+    else:
+        channel = grpc.secure_channel(address, channel_credentials(tls), options=options)
     with channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -41,15 +42,11 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self,
-        refusal: str,
-        authenticate: Authenticate | None = None,
-        observer: RoleMetrics | None = None,
-        tracing: Tracing | None = None,
+        self, refusal: str, authenticate: Authenticate, metrics: RoleMetrics, tracing: Tracing | None = None
     ) -> None:
         self._refusal: str | None = refusal
         self._authenticate = authenticate
-        self._observer = observer
+        self._metrics = metrics
         self._tracing = tracing
         self._num_active = 0
         self._idle = asyncio.Event()
@@ -64,12 +61,10 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """True once no RPC is running, False if `timeout_s` passed before."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+                return await self._idle.wait()
+        return False
 
     async def intercept_service(
         self,
@@ -100,12 +95,6 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         wrapped: _Handler = make(respond, deserialize, handler.response_serializer)
         return wrapped
 
-    def _count(self, method: str, outcome: Mapping[str, str]) -> None:
-        if self._observer is not None:
-            self._observer.rpc_finished(method, outcome["code"])
-            if "reason" in outcome:
-                self._observer.refused(outcome["reason"])
-
     @asynccontextmanager
     async def _rpc(self, method: str, context: _Context) -> AsyncIterator[None]:
         # gRPC runs every RPC in a task of its own, so this binds it for this RPC alone.
@@ -125,8 +114,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
         try:
             if self._refusal is not None:
                 raise UnavailableError(self._refusal)
-            authorization = _metadata(context, _AUTHORIZATION_KEY)
-            name = self._authenticate(authorization) if self._authenticate is not None else None
+            name = self._authenticate(_metadata(context, _AUTHORIZATION_KEY))
             structlog.contextvars.bind_contextvars(client=name or context.peer().rpartition(":")[0])
             yield
         except asyncio.CancelledError:
@@ -142,7 +130,7 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             outcome = {"code": row.code.name, "reason": row.reason}
             if isinstance(error, InvalidRequestError):
                 outcome["field"] = error.field
-            if mapping_of(error) is INTERNAL:
+            if row is INTERNAL:
                 _log.exception("rpc_bug", method=method)
             await abort(context, error, structlog.contextvars.get_contextvars()["request_id"])
         finally:
@@ -150,7 +138,9 @@ class RpcBoundary(grpc.aio.ServerInterceptor):
             # Services ask each other for their info every few seconds.
             log = _log.debug if outcome["code"] == "OK" and _is_routine(method) else _log.info
             log("rpc_finished", method=method, duration_ms=round(duration_ms, 3), **outcome)
-            self._count(method, outcome)
+            self._metrics.rpc_finished(method, outcome["code"])
+            if "reason" in outcome:
+                self._metrics.refused(outcome["reason"])
             if span is not None:
                 span.end({"rpc.grpc.status_code": outcome["code"]}, outcome.get("reason"))
             self._num_active -= 1
@@ -176,7 +166,5 @@ def _parsers(handler: _Handler) -> tuple[_Parser | None, _Parser]:
 
 def _metadata(context: _Context, name: str) -> str | None:
     """The first text of that name among the caller's metadata."""
-    for key, value in context.invocation_metadata() or ():
-        if key == name and isinstance(value, str):
-            return value
-    return None
+    pairs = context.invocation_metadata() or ()
+    return next((value for key, value in pairs if key == name and isinstance(value, str)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import threading
 from dataclasses import dataclass
@@ -86,11 +87,8 @@ def channel_credentials(tls: ChannelTls) -> grpc.ChannelCredentials:
         _check_ca(tls.ca)
     if tls.certificate is not None and tls.key is not None:
         _load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), tls.certificate, tls.key)
-    return grpc.ssl_channel_credentials(
-        root_certificates=_read(tls.ca) if tls.ca is not None else None,
-        private_key=_read(tls.key) if tls.key is not None else None,
-        certificate_chain=_read(tls.certificate) if tls.certificate is not None else None,
-    )
+    roots, key, chain = (_read(path) if path is not None else None for path in (tls.ca, tls.key, tls.certificate))
+    return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=chain)
 
 
 def _load(tls: ServerTls) -> _Loaded:
@@ -107,13 +105,10 @@ def _load(tls: ServerTls) -> _Loaded:
         context.verify_mode = ssl.CERT_REQUIRED
     client_ca = _read(tls.client_ca) if tls.client_ca is not None else None
     loaded = _Loaded(stamp, _read(tls.certificate), _read(tls.key), client_ca, context)
-    try:
-        is_settled = stamp == _stamp(tls)
-    except OSError:
-        is_settled = False
-    if not is_settled:
-        raise ConfigurationError(f"{tls.certificate}: changed while it was read")
-    return loaded
+    with contextlib.suppress(OSError):
+        if stamp == _stamp(tls):
+            return loaded
+    raise ConfigurationError(f"{tls.certificate}: changed while it was read")
 
 
 def _load_chain(context: ssl.SSLContext, certificate: Path, key: Path) -> None:

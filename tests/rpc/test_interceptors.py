@@ -13,6 +13,7 @@ from easyspec.rpc.channels import open_channel, request_metadata
 from easyspec.rpc.interceptors import RpcBoundary
 from easyspec.speculation.messages import OpenVerification
 from easyspec.speculation.parameters import SamplingParameters, StopConditions
+from easyspec.telemetry.metrics import RoleMetrics
 from easyspec.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc
 from tests.fakes.engines import FakeVerifierEngine
 from tests.fakes.servers import eventually, serving
@@ -143,7 +144,7 @@ async def test_a_stream_cancelled_while_it_writes_has_freed_everything_when_it_e
     async def continuation(details: object) -> grpc.RpcMethodHandler:
         return grpc.unary_stream_rpc_method_handler(behavior)
 
-    boundary = RpcBoundary(refusal="loading")
+    boundary = RpcBoundary("loading", lambda _: None, RoleMetrics("verifier"))
     boundary.admit()
     handler = await boundary.intercept_service(continuation, Details())
     with pytest.raises(asyncio.CancelledError):
