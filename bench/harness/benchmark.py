@@ -17,7 +17,7 @@ from bench.harness.flags import parse_settings
 from bench.harness.machine import REPOSITORY, current_commit
 from bench.harness.provenance import provenance, provenance_lines
 from bench.harness.tables import ResultTable, markdown_table
-from easyspec.cli.signals import run_until_signal
+from easyspec.cli.event_loop import run_until_signal
 
 S = TypeVar("S")
 

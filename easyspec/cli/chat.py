@@ -12,13 +12,11 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.style import Style
 
-from easyspec.cli.access import GatewayAccess
 from easyspec.cli.chat_commands import Conversation, obey
-from easyspec.cli.clients import GatewayClient, GenerateFlags, GenerateResponse
-from easyspec.cli.event_loop import EventLoopThread
+from easyspec.cli.clients import GatewayAccess, GatewayClient, GenerateFlags, GenerateResponse
+from easyspec.cli.event_loop import END_SIGNALS, EventLoopThread, handled_signals
 from easyspec.cli.generate import coloured
 from easyspec.cli.processes import LogSink, ServiceStack, StackSettings
-from easyspec.cli.signals import END_SIGNALS, handled_signals
 from easyspec.cli.up import say
 from easyspec.errors import EasyspecError
 

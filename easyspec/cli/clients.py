@@ -1,22 +1,25 @@
-"""The command's side of the wire."""
+"""The command's side of the wire, and how it gets into a gateway that asks for a key, or speaks TLS."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Self
 
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from easyspec.cli.access import ANONYMOUS, GatewayAccess
 from easyspec.errors import ConnectionLostError, EasyspecError, UnavailableError
 from easyspec.rpc import convert
 from easyspec.rpc.channels import open_channel
 from easyspec.rpc.errors import error_from_rpc
 from easyspec.speculation.parameters import LayerPlanRequest, StopConditions, TreeBudget
 from easyspec.speculation.sources import DraftSources
+from easyspec.tls import ChannelTls
 from easyspec.v1 import generation_pb2, generation_pb2_grpc, types_pb2, verifier_pb2, verifier_pb2_grpc
 
 GenerateResponse = generation_pb2.GenerateResponse
@@ -24,6 +27,42 @@ Completion = generation_pb2.Completion
 
 _PROBE_TIMEOUT_S = 2.0
 _Mode = generation_pb2.SpeculationParameters
+
+
+@dataclass(frozen=True)
+class GatewayAccess:
+    """What a gateway is shown, and what it is known by; by default nothing, in plaintext."""
+
+    api_key: str | None = field(default=None, repr=False)
+    tls: ChannelTls | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+
+ANONYMOUS = GatewayAccess()
+
+
+class _Variables(BaseSettings):
+    """EASYSPEC_API_KEY, EASYSPEC_TLS_CA (turns TLS on), EASYSPEC_TLS_CERTIFICATE, ..._KEY, ..._SERVER_NAME."""
+
+    model_config = SettingsConfigDict(env_prefix="EASYSPEC_", frozen=True)
+
+    api_key: SecretStr | None = None
+    tls_ca: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_server_name: str | None = None
+
+
+def access_from_environment(is_own_gateway: bool) -> GatewayAccess:
+    """As the variables say; a gateway that the command has started itself speaks plaintext on this machine."""
+    variables = _Variables()
+    tls = None
+    if variables.tls_ca is not None and not is_own_gateway:
+        tls = ChannelTls(variables.tls_ca, variables.tls_certificate, variables.tls_key, variables.tls_server_name)
+    return GatewayAccess(variables.api_key.get_secret_value() if variables.api_key else None, tls)
 
 
 @dataclass(frozen=True)
@@ -88,7 +127,6 @@ class GatewayClient:
         await self._channel.close()
 
     async def info(self) -> generation_pb2.GetServerInfoResponse:
-        """State of the gateway and the services behind it."""
         try:
             return await self._stub.GetServerInfo(
                 generation_pb2.GetServerInfoRequest(), timeout=_PROBE_TIMEOUT_S, metadata=self._access.metadata
@@ -97,7 +135,6 @@ class GatewayClient:
             raise self._named(error_from_rpc(error)) from error
 
     async def generate(self, flags: GenerateFlags) -> AsyncGenerator[GenerateResponse, None]:
-        """Yield the completion round by round."""
         request = request_of(flags, convert.budget_from_pb((await self.info()).default_budget))
         call = self._stub.Generate(request, metadata=self._access.metadata)
         try:
@@ -163,7 +200,6 @@ async def verifier_info(address: str) -> verifier_pb2.GetVerifierInfoResponse:
 
 
 async def is_serving(address: str) -> bool:
-    """Whether the service at `address` says SERVING."""
     async with open_channel(address) as channel:
         try:
             response = await health_pb2_grpc.HealthStub(channel).Check(

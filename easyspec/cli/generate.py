@@ -13,8 +13,14 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
-from easyspec.cli.access import GatewayAccess
-from easyspec.cli.clients import Completion, GatewayClient, GenerateFlags, GenerateResponse, finish_reason_name
+from easyspec.cli.clients import (
+    Completion,
+    GatewayAccess,
+    GatewayClient,
+    GenerateFlags,
+    GenerateResponse,
+    finish_reason_name,
+)
 
 _ACCEPTED_STYLE = Style(color="green")
 _BONUS_STYLE = Style(color="yellow", bold=True)

@@ -13,10 +13,10 @@ import typer
 
 from easyspec import __version__
 from easyspec.cli import flags
-from easyspec.cli.access import access_from_environment
 from easyspec.cli.bench import OWN_FLAGS, run_bench
 from easyspec.cli.chat import ChatTerminal, hold_chat
-from easyspec.cli.clients import SamplingFlags
+from easyspec.cli.clients import SamplingFlags, access_from_environment
+from easyspec.cli.event_loop import run_until_signal
 from easyspec.cli.flags import checked_address, model_and_prompt, named_folders, spread
 from easyspec.cli.generate import Display, stream_completion
 from easyspec.cli.index import index
@@ -25,7 +25,6 @@ from easyspec.cli.packaged_models import PACKAGED_MODELS, fetch_model
 from easyspec.cli.plan import plan_as_json, print_plan, print_validation
 from easyspec.cli.planning import planned
 from easyspec.cli.processes import DEFAULT_BASE, GATEWAY, HTTP_OFF, ServiceStack, StackSettings
-from easyspec.cli.signals import run_until_signal
 from easyspec.cli.up import RoleLog, say, serve_until_cancelled
 from easyspec.errors import ConfigurationError, EasyspecError, InvalidRequestError, UnknownModelError
 from easyspec.planner.acceptance import EXACT_ACCEPTANCE_RATE

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from easyspec.cli.access import ANONYMOUS, access_from_environment
-from easyspec.cli.clients import are_peers_ready
+from easyspec.cli.clients import ANONYMOUS, access_from_environment, are_peers_ready
 from easyspec.tls import ServerTls
 from gateway.service.config import GatewaySettings
 from gateway.service.server import GatewayServer

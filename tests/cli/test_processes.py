@@ -187,7 +187,7 @@ async def up(checkpoint: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process
         import sys
         from pathlib import Path
         from easyspec.cli.processes import StackSettings
-        from easyspec.cli.signals import run_until_signal
+        from easyspec.cli.event_loop import run_until_signal
         from easyspec.cli.up import serve_until_cancelled
         folder = Path({str(checkpoint)!r})
         sys.exit(run_until_signal(serve_until_cancelled(StackSettings(folder, folder, commands={FAKES!r}))))

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from easyspec.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from easyspec.checkpoint.location import is_gguf, weight_bytes
-from easyspec.cli.doctor.gguf import check_gguf_file
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.errors import ConfigurationError
-from easyspec.model.supported_models import QUANTIZATION_METHODS, SUPPORTED_ACTIVATIONS, SUPPORTED_MODEL_TYPES
+from easyspec.model.gguf_blocks import FLOAT_TYPES, format_name, row_bytes
+from easyspec.model.supported_models import (
+    BLOCK_FORMATS,
+    GGUF_MODEL_TYPES,
+    QUANTIZATION_METHODS,
+    SUPPORTED_ACTIVATIONS,
+    SUPPORTED_MODEL_TYPES,
+)
 from easyspec.tokenizer_fingerprint import read_vocabulary, tokenizer_fingerprint
 from easyspec.vocabulary import differing_ids
 
@@ -29,13 +38,13 @@ def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
     folders = [base] if draft is None else [base, draft]
     for name, folder in zip(("base", "draft"), folders, strict=False):
         if is_gguf(folder) and folder.is_file():
-            config, gguf_findings = check_gguf_file(name, folder)
+            config, gguf_findings = _check_gguf_file(name, folder)
             findings += gguf_findings
         else:
             config, finding = _check_config(name, folder)
             findings.append(finding)
             if folder.is_dir():
-                findings += [_check_weights(name, folder), _check_tokenizer(name, folder)]
+                findings += [_check_weights(name, folder), _check_tokenizer_folder(name, folder)]
         configs.append(config)
     if draft is not None and base.exists() and draft.exists():
         findings += _check_pair(base, draft, *configs)
@@ -70,21 +79,75 @@ def _check_config(name: str, folder: Path) -> tuple[Mapping[str, Any], Finding]:
     return config, ok(check, text)
 
 
-def _check_tokenizer(name: str, folder: Path) -> Finding:
-    check = f"{name} tokenizer"
+def _check_gguf_file(name: str, file: Path) -> tuple[Mapping[str, Any], list[Finding]]:
+    """Architecture, types of tensors, whether the file is whole, and its tokenizer; with it what the checks of a pair
+    look at, by the names that config.json has for it."""
+    check = f"{name} config"
     try:
-        fingerprint = tokenizer_fingerprint(folder)
+        header = read_header(file)
     except ConfigurationError as error:
-        advice = "only fast tokenizers are supported: save one with AutoTokenizer.from_pretrained(...).save_pretrained"
-        return problem(check, str(error), advice)
+        return {}, [problem(check, str(error), "download it again, or name another file")]
+    positions = header.of_model("context_length")
+    if header.architecture not in GGUF_MODEL_TYPES:
+        supported = f"use a model of a supported architecture: {', '.join(GGUF_MODEL_TYPES)}"
+        findings = [problem(check, f"general.architecture is {header.architecture!r}", supported)]
+    else:
+        shape = f"{header.of_model('block_count')} layers of {header.of_model('embedding_length')}"
+        summary = f"GGUF, {header.architecture}, {shape}, {positions} positions"
+        findings = [ok(check, summary), _check_tensors(f"{name} weights", header)]
+    without_template = "chat requests will be refused: the file has no tokenizer.chat_template"
+    advice = "get a file with a tokenizer in it"
+    findings.append(_check_tokenizer(name, file, advice, None if header.chat_template else without_template))
+    embeddings = header.tensors.get("token_embd.weight")
+    config = {
+        "model_type": GGUF_MODEL_TYPES.get(header.architecture),
+        "vocab_size": None if embeddings is None else embeddings.shape[0],
+        "max_position_embeddings": positions,
+    }
+    return config, findings
+
+
+def _check_tensors(check: str, header: GgufHeader) -> Finding:
+    kinds = Counter(format_name(tensor.kind) for tensor in header.tensors.values())
+    if unread := sorted(kinds.keys() - {*FLOAT_TYPES, *BLOCK_FORMATS}):
+        allowed = ", ".join((*FLOAT_TYPES, *BLOCK_FORMATS))
+        return problem(check, f"tensors are stored as {', '.join(unread)}", f"get the model in one of: {allowed}")
+    size = header.path.stat().st_size
+    end = max((_end(tensor) for tensor in header.tensors.values()), default=0)
+    if end > size:
+        return problem(check, f"{header.path.name} has {size:,} bytes of {end:,}", "download it again")
+    shown = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
+    return ok(check, f"{len(header.tensors)} tensors ({shown}), {size / 2**20:,.0f} MiB, all whole")
+
+
+def _end(tensor: GgufTensor) -> int:
+    try:
+        return tensor.offset + math.prod(tensor.shape[:-1]) * row_bytes(tensor.kind, tensor.shape[-1])
+    except ConfigurationError:
+        return tensor.offset
+
+
+def _check_tokenizer_folder(name: str, folder: Path) -> Finding:
     has_template = (folder / "chat_template.jinja").is_file()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         of_tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         has_template = has_template or bool(of_tokenizer.get("chat_template"))
+    without_template = None
     if name == "base" and not has_template:
-        advice = "chat requests will be refused; add the model's chat_template.jinja if it has one"
-        return warning(check, f"fast, fingerprint {fingerprint[:12]}, no chat template", advice)
-    return ok(check, f"fast, fingerprint {fingerprint[:12]}")
+        without_template = "chat requests will be refused; add the model's chat_template.jinja if it has one"
+    advice = "only fast tokenizers are supported: save one with AutoTokenizer.from_pretrained(...).save_pretrained"
+    return _check_tokenizer(name, folder, advice, without_template)
+
+
+def _check_tokenizer(name: str, path: Path, advice: str, without_template: str | None) -> Finding:
+    """`advice` is for a tokenizer that cannot be used, `without_template` for one that has no chat template."""
+    try:
+        message = f"fast, fingerprint {tokenizer_fingerprint(path)[:12]}"
+    except ConfigurationError as error:
+        return problem(f"{name} tokenizer", str(error), advice)
+    if without_template is None:
+        return ok(f"{name} tokenizer", message)
+    return warning(f"{name} tokenizer", f"{message}, no chat template", without_template)
 
 
 def _check_pair(

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from easyspec import __version__
-from easyspec.cli.access import ANONYMOUS, GatewayAccess
+from easyspec.cli.clients import ANONYMOUS, GatewayAccess
 from easyspec.cli.doctor.report import Finding, ok, problem, warning
 from easyspec.rpc.channels import open_channel
 from easyspec.v1 import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from easyspec.checkpoint.location import weight_bytes
-from easyspec.cli.access import ANONYMOUS, GatewayAccess
+from easyspec.cli.clients import ANONYMOUS, GatewayAccess
 from easyspec.cli.doctor.checkpoints import checkpoint_findings
 from easyspec.cli.doctor.clients import PeerReport, check_peer
 from easyspec.cli.doctor.machine import machine_findings

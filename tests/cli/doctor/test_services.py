@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from easyspec.cli.access import GatewayAccess
+from easyspec.cli.clients import GatewayAccess
 from easyspec.cli.doctor.clients import check_peer, describe_model, role_at
 from easyspec.cli.doctor.examination import Patient, examine
 from easyspec.cli.doctor.ports import port_findings
