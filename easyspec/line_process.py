@@ -47,7 +47,6 @@ class LineProcess:
         return answer
 
     def close(self) -> None:
-        """End the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

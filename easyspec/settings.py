@@ -94,7 +94,6 @@ class ServerSettings(BaseSettings):
 
     @property
     def server_tls(self) -> ServerTls | None:
-        """The files of the port's TLS; None for plaintext."""
         if self.tls_certificate is None or self.tls_key is None:
             return None
         return ServerTls(self.tls_certificate, self.tls_key, self.tls_client_ca)

@@ -37,7 +37,6 @@ class ChatTerminal:
     is_coloured: bool
 
     def say(self, text: str) -> None:
-        """Write something that is not part of an answer."""
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
 
     def write(self, response: GenerateResponse, ends_thinking: bool) -> None:

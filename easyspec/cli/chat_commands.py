@@ -45,11 +45,9 @@ class Conversation:
         return (*system, *self.turns)
 
     def request(self, message: str) -> GenerateFlags:
-        """What to ask for an answer to `message`."""
         return replace(self.flags, prompt=message, is_chat=True, earlier_turns=self.messages)
 
     def add(self, message: str, answer: str) -> None:
-        """Remember an answer, whole or stopped."""
         self.turns += [Turn("user", message), Turn("assistant", answer)]
 
 

@@ -92,7 +92,6 @@ class RankFlags:
 
     @property
     def wishes(self) -> Wishes:
-        """What these flags ask for; the rest is planned."""
         return Wishes(**vars(self) | {"mlp": None if self.mlp is None else self.mlp.value})
 
 

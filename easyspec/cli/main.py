@@ -318,7 +318,6 @@ def fetch(name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGED
 
 
 def _own_stack(named: str | None, stack: flags.StackFlags, wishes: Wishes) -> StackSettings:
-    """The services that a command starts for itself."""
     choice = choose_models(named, stack.base, stack.draft, no_draft=stack.no_draft)
     if choice.note is not None:
         say(choice.note)

@@ -57,7 +57,6 @@ def plan_as_json(plan: Plan, costs: CostModel) -> str:
 
 
 def print_validation(comparisons: Iterable[Comparison]) -> None:
-    """The paper's figures beside the model's."""
     title = "arXiv 2502.02493, Table 2: seconds per 100 tokens"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("data", "figure"):

@@ -90,7 +90,6 @@ class StackSettings:
 
     @property
     def has_tls(self) -> bool:
-        """Whether the gateway is told to serve TLS."""
         return "--tls-certificate" in self.flags.get(GATEWAY, ())
 
     def check(self) -> None:
@@ -251,31 +250,30 @@ class ServiceStack:
         """`say` is told what is being loaded, and when each service is ready."""
         settings.check()
         self._settings = settings
+        self._on_log = on_log
         self._say = say
         addresses = [settings.verifier_address, *[FREE_PORT] * (settings.num_verifiers - 1)]
         model = ["--model", str(settings.base)]
         if settings.served_model_name is not None:
             model += ["--served-model-name", settings.served_model_name]
-        self.verifiers = tuple(self._process(VERIFIER, address, model, on_log) for address in addresses)
+        self.verifiers = tuple(self._process(VERIFIER, address, model) for address in addresses)
         verifier_addresses = ",".join(verifier.address for verifier in self.verifiers)
         wiring = ["--tokenizer", str(settings.base), "--verifier-address", verifier_addresses]
         self.drafter: ServiceProcess | None = None
-        if settings.draft is not None:
-            notes = [check_vocabularies(settings.base, settings.draft)]
-            notes += [padding_note(base, settings.draft) for base in (settings.base, *settings.also.values())]
-            for note in filter(None, notes):
-                on_log(DRAFTER, note)
-            arguments = ["--model", str(settings.draft), "--tokenizer", str(settings.base)]
-            self.drafter = self._process(DRAFTER, settings.drafter_address, arguments, on_log)
-        elif settings.drafts_from_text:
+        if settings.draft is not None or settings.drafts_from_text:
             arguments = ["--tokenizer", str(settings.base)]
-            if "--sources" not in settings.flags.get(DRAFTER, ()):
+            if settings.draft is not None:
+                arguments += ["--model", str(settings.draft)]
+                notes = [check_vocabularies(settings.base, settings.draft)]
+                notes += [padding_note(base, settings.draft) for base in (settings.base, *settings.also.values())]
+                for note in filter(None, notes):
+                    on_log(DRAFTER, note)
+            elif "--sources" not in settings.flags.get(DRAFTER, ()):
                 arguments += ["--sources", TEXT_SOURCES]
-            self.drafter = self._process(DRAFTER, settings.drafter_address, arguments, on_log)
-        if self.drafter is not None:
+            self.drafter = self._process(DRAFTER, settings.drafter_address, arguments)
             wiring += ["--drafter-address", self.drafter.address]
         self.also = {
-            name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], on_log, name)
+            name: self._process(VERIFIER, FREE_PORT, ["--model", str(base), "--served-model-name", name], name)
             for name, base in settings.also.items()
         }
         if self.also:
@@ -288,7 +286,7 @@ class ServiceStack:
         is_http_on = settings.http_address != HTTP_OFF
         self.http_address = _with_port(settings.http_address) if is_http_on else None
         wiring += ["--http-address", self.http_address or HTTP_OFF]
-        self.gateway = self._process(GATEWAY, settings.gateway_address, wiring, on_log)
+        self.gateway = self._process(GATEWAY, settings.gateway_address, wiring)
 
     @property
     def verifier(self) -> ServiceProcess:
@@ -379,25 +377,19 @@ class ServiceStack:
             pause_s, num_restarts = min(2 * pause_s, _RESTART_MAX_S), num_restarts + 1
             await process.start()
 
-    def _process(
-        self, role: str, address: str, arguments: Sequence[str], on_log: LogSink, model: str = ""
-    ) -> ServiceProcess:
+    def _process(self, role: str, address: str, arguments: Sequence[str], model: str = "") -> ServiceProcess:
         address = _with_port(address)
         module = role if role == GATEWAY else f"{role}_service"
         launcher = torchrun_arguments(self._settings.num_ranks.get(role, 1))
         command = self._settings.commands.get(role, (*launcher, "-m", module))
-        flags = self._settings.flags.get(role, ())
-        return ServiceProcess(
-            f"{role} {model}".rstrip(), [*command, "--address", address, *arguments, *flags], address, on_log
-        )
+        whole = [*command, "--address", address, *arguments, *self._settings.flags.get(role, ())]
+        return ServiceProcess(f"{role} {model}".rstrip(), whole, address, self._on_log)
 
 
 def _with_port(address: str) -> str:
     """The address, a port 0 replaced by one that is free at present."""
     host, _, port = address.rpartition(":")
-    if port != "0":
-        return address
-    return f"{host}:{free_port(host)}"
+    return f"{host}:{free_port(host)}" if port == "0" else address
 
 
 async def _all(waits: collections.abc.Iterable[Awaitable[None]]) -> None:

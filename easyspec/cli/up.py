@@ -45,7 +45,6 @@ class RoleLog:
 
 
 def say(text: str) -> None:
-    """A line of our own on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -63,7 +62,6 @@ async def serve_until_cancelled(settings: StackSettings) -> None:
 
 
 async def _banner(settings: StackSettings, stack: ServiceStack) -> str:
-    """What is served, by which models, and where to ask."""
     info = await verifier_info(stack.verifier.address)
     if settings.draft is not None:
         guesses = f"by {settings.draft.name}, and from the text itself"

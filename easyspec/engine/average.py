@@ -23,7 +23,6 @@ class Average:
         self._max_outlier = max_outlier
 
     def add(self, number: float) -> None:
-        """One number more."""
         self.count += 1
         if self._max_outlier is not None and self.count > 1 and self.value > 0.0:
             number = min(max(number, self.value / self._max_outlier), self._max_outlier * self.value)

@@ -43,7 +43,6 @@ class DeviceWatchdog:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step."""
         self._num_begun += 1
         self._is_stepping = True
         started_s = time.monotonic()
@@ -56,7 +55,6 @@ class DeviceWatchdog:
                 self._usual.learn(duration_s)
 
     def stop(self) -> None:
-        """Watch no longer."""
         self._stopped.set()
 
     def _watch(self) -> None:

@@ -31,7 +31,6 @@ class PrefillPace:
         return self._affordable_rows(num_decode_rows, self._row_ns, _FIRST_PROMPT_ROWS)
 
     def observe(self, num_decode_rows: int, num_prompt_rows: int, elapsed_ns: int) -> None:
-        """What a step took."""
         if num_prompt_rows == 0:
             self._step_ns.setdefault(_row_class(num_decode_rows), _average()).add(elapsed_ns)
             return

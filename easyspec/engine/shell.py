@@ -37,7 +37,6 @@ class EngineShell(abc.ABC, Generic[CoreT]):
         self._built: CoreT | None = None
 
     async def start(self) -> None:
-        """Load what is needed, and warm up; raises ConfigurationError."""
         await self._thread.start(self._build_core)
 
     async def stop(self) -> None:
@@ -45,11 +44,9 @@ class EngineShell(abc.ABC, Generic[CoreT]):
         await self._thread.stop()
 
     async def wait_lost(self) -> None:
-        """Return when the device or another rank is lost; otherwise never."""
         await self._thread.wait_lost()
 
     def kv_usage(self) -> KvUsage:
-        """KV memory as it is now."""
         assert self._built is not None, "started"
         return self._built.usage()
 

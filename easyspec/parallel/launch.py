@@ -25,7 +25,6 @@ def local_rank() -> int:
 
 
 def is_one_machine() -> bool:
-    """Whether all processes of this group run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", group_size())) == group_size()
 
 

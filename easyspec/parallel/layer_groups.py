@@ -63,7 +63,6 @@ class LayerPlan:
 
 
 def sequential_plan(num_layers: int) -> LayerPlan:
-    """Every layer alone."""
     return LayerPlan(tuple(range(layer, layer + 1) for layer in range(num_layers)))
 
 

@@ -68,6 +68,5 @@ def _draft_weight_bytes(draft: ModelShape, scheme: DraftScheme) -> float:
 
 
 def _draft_kv_bytes(draft: ModelShape, scheme: DraftScheme, num_tokens: int) -> float:
-    """On one of the drafter's ranks."""
     ranks = scheme.num_ranks if scheme.is_tensor_parallel else 1
     return draft.num_layers * draft.kv_bytes(num_tokens) / min(ranks, draft.num_kv_heads)

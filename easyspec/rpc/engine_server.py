@@ -50,8 +50,6 @@ MessageT = TypeVar("MessageT")
 
 
 class EngineServer(Application, Generic[EngineT]):
-    """What is the same over either engine."""
-
     role: str
 
     def __init__(

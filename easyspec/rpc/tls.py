@@ -21,8 +21,6 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What the files held, and when."""
-
     stamp: _Stamp
     certificate: bytes
     key: bytes

@@ -46,11 +46,9 @@ class RoleMetrics:
         self._rpcs.labels(method.rpartition("/")[2], code).inc()
 
     def refused(self, reason: str) -> None:
-        """Count a request that ended with an error of this reason."""
         self._refusals.labels(reason).inc()
 
     def render(self) -> bytes:
-        """Everything, in the text format that `CONTENT_TYPE` names."""
         return generate_latest(self.registry)
 
 

@@ -45,7 +45,6 @@ class MetricsServer:
         return bound[1]
 
     async def close(self) -> None:
-        """Close the port. Idempotent."""
         if self._server is not None:
             self._server.close()
 

@@ -28,8 +28,6 @@ _SHUTDOWN_TIMEOUT_S = 5.0
 
 
 class TracedSpan:
-    """A span under way."""
-
     def __init__(self, span: Span) -> None:
         self._span = span
 
@@ -53,8 +51,6 @@ class TracedSpan:
 
 
 class Tracing:
-    """The spans of one process."""
-
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("easyspec", __version__)

@@ -32,7 +32,6 @@ _MAX_DIFFERENCES = 3
 
 
 def checkpoint_findings(base: Path, draft: Path | None) -> list[Finding]:
-    """All checks of the folders, in the order of the report."""
     findings: list[Finding] = []
     configs: list[Mapping[str, Any]] = []  # empty where none can be read
     folders = [base] if draft is None else [base, draft]

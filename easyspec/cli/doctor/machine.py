@@ -30,7 +30,6 @@ _COMMAND_TIMEOUT_S = 5.0
 
 
 def check_python() -> Finding:
-    """This interpreter against what the package declares."""
     version, required = platform.python_version(), ">=3.11"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         required = importlib.metadata.metadata("easyspec")["Requires-Python"]
@@ -150,7 +149,6 @@ def check_containers() -> Finding:
 
 
 def machine_findings(num_weight_bytes: int) -> Iterator[Finding]:
-    """All checks of the machine, in the order of the report."""
     yield check_python()
     yield from check_packages()
     yield check_cpu()

@@ -46,7 +46,6 @@ def has_problem(findings: Sequence[Finding]) -> bool:
 
 
 def print_report(findings: Sequence[Finding]) -> None:
-    """One line a finding, then the sum of them, on stdout."""
     console = Console(highlight=False, soft_wrap=True)
     styles = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "bold red"}
     width = max((len(finding.check) for finding in findings), default=0)
