@@ -19,31 +19,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from easyspec.errors import InvalidRequestError
-from easyspec.speculation.messages import (
-    Calibration,
-    Draft,
-    DraftTimings,
-    KvUsage,
-    ModelInfo,
-    OpenSpeculation,
-    OpenVerification,
-    TokenLogprobs,
-    Verdict,
-    VerifyTimings,
-)
-from easyspec.speculation.parameters import (
-    MAX_PLAIN_ROUNDS,
-    MAX_SEED,
-    FinishReason,
-    Grammar,
-    GrammarKind,
-    LayerPlanRequest,
-    MlpPlacement,
-    SamplingParameters,
-    StopConditions,
-    Thinking,
-    TreeBudget,
-)
+from easyspec.speculation import messages, parameters
 from easyspec.speculation.sources import ALL_SOURCES, NO_SOURCES, SINGLE_SOURCES, DraftSources
 from easyspec.speculation.token_tree import TokenTree
 from easyspec.v1 import drafter_pb2, types_pb2, verifier_pb2
@@ -52,12 +28,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _PlainT = TypeVar("_PlainT", bound="DataclassInstance")
-_FINISH_REASON_TO_PB: Mapping[FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
-    {reason: types_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
+_FINISH_REASON_TO_PB: Mapping[parameters.FinishReason, types_pb2.FinishReason.ValueType] = MappingProxyType(
+    {reason: types_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in parameters.FinishReason}
 )
 _FINISH_REASON_FROM_PB = MappingProxyType({value: key for key, value in _FINISH_REASON_TO_PB.items()})
-_MLP_TO_PB: Mapping[MlpPlacement, types_pb2.LayerPlan.MlpPlacement.ValueType] = MappingProxyType(
-    {mlp: types_pb2.LayerPlan.MlpPlacement.Value(f"MLP_PLACEMENT_{mlp.name}") for mlp in MlpPlacement}
+_MLP_TO_PB: Mapping[parameters.MlpPlacement, types_pb2.LayerPlan.MlpPlacement.ValueType] = MappingProxyType(
+    {mlp: types_pb2.LayerPlan.MlpPlacement.Value(f"MLP_PLACEMENT_{mlp.name}") for mlp in parameters.MlpPlacement}
 )
 _MLP_FROM_PB = MappingProxyType({value: key for key, value in _MLP_TO_PB.items()})
 _SOURCE_TO_PB: Mapping[DraftSources, types_pb2.DraftSource.ValueType] = MappingProxyType(
@@ -89,7 +65,7 @@ def sampling_from_pb(
     message: types_pb2.SamplingParameters,
     default_seed: int | None = None,
     defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> SamplingParameters:
+) -> parameters.SamplingParameters:
     """Unset fields take `defaults`, else those documented in `types.proto`.
 
     `default_seed` stands in for an unset seed; without one (at the services behind the gateway) an unset seed is an
@@ -97,44 +73,44 @@ def sampling_from_pb(
     """
     seed = message.seed if message.HasField("seed") else default_seed
     if seed is None:
-        raise InvalidRequestError("sampling.seed", None, f"0 to {MAX_SEED}, and it must be set")
+        raise InvalidRequestError("sampling.seed", None, f"0 to {parameters.MAX_SEED}, and it must be set")
     others = ("seed", "logit_bias", "grammar")
     present = {field.name: value for field, value in message.ListFields() if field.name not in others}
     grammar = grammar_from_pb(message.grammar) if message.HasField("grammar") else None
-    return SamplingParameters(
+    return parameters.SamplingParameters(
         seed=seed, logit_bias=dict(sorted(message.logit_bias.items())), grammar=grammar, **{**defaults, **present}
     )
 
 
-def sampling_to_pb(sampling: SamplingParameters) -> types_pb2.SamplingParameters:
+def sampling_to_pb(sampling: parameters.SamplingParameters) -> types_pb2.SamplingParameters:
     grammar = None if sampling.grammar is None else grammar_to_pb(sampling.grammar)
     return types_pb2.SamplingParameters(**vars(sampling) | {"grammar": grammar})
 
 
-def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
+def grammar_from_pb(message: types_pb2.Grammar) -> parameters.Grammar:
     """A grammar of no kind is an InvalidRequestError."""
     kind = message.WhichOneof("kind")
     if kind is None:
-        allowed = ", ".join(kind.value for kind in GrammarKind)
+        allowed = ", ".join(kind.value for kind in parameters.GrammarKind)
         raise InvalidRequestError("sampling.grammar", None, f"exactly one of {allowed}")
-    thinking = _from_pb(Thinking, message.thinking) if message.HasField("thinking") else None
-    return Grammar(GrammarKind(kind), getattr(message, kind), thinking)
+    thinking = _from_pb(parameters.Thinking, message.thinking) if message.HasField("thinking") else None
+    return parameters.Grammar(parameters.GrammarKind(kind), getattr(message, kind), thinking)
 
 
-def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
+def grammar_to_pb(grammar: parameters.Grammar) -> types_pb2.Grammar:
     thinking = types_pb2.Thinking(**vars(grammar.thinking)) if grammar.thinking is not None else None
     return types_pb2.Grammar(**{grammar.kind.value: grammar.text}, thinking=thinking)
 
 
-def stop_from_pb(message: types_pb2.StopConditions) -> StopConditions:
-    return _from_pb(StopConditions, message, stop_token_ids=frozenset(message.stop_token_ids))
+def stop_from_pb(message: types_pb2.StopConditions) -> parameters.StopConditions:
+    return _from_pb(parameters.StopConditions, message, stop_token_ids=frozenset(message.stop_token_ids))
 
 
-def stop_to_pb(stop: StopConditions) -> types_pb2.StopConditions:
+def stop_to_pb(stop: parameters.StopConditions) -> types_pb2.StopConditions:
     return types_pb2.StopConditions(**vars(stop) | {"stop_token_ids": sorted(stop.stop_token_ids)})
 
 
-def finish_reason_from_pb(value: types_pb2.FinishReason.ValueType) -> FinishReason | None:
+def finish_reason_from_pb(value: types_pb2.FinishReason.ValueType) -> parameters.FinishReason | None:
     """None while decoding goes on."""
     if value == types_pb2.FINISH_REASON_UNSPECIFIED:
         return None
@@ -143,28 +119,28 @@ def finish_reason_from_pb(value: types_pb2.FinishReason.ValueType) -> FinishReas
     return _FINISH_REASON_FROM_PB[value]
 
 
-def finish_reason_to_pb(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
+def finish_reason_to_pb(reason: parameters.FinishReason | None) -> types_pb2.FinishReason.ValueType:
     return types_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASON_TO_PB[reason]
 
 
-def budget_from_pb(message: types_pb2.TreeBudget) -> TreeBudget:
-    return _from_pb(TreeBudget, message)
+def budget_from_pb(message: types_pb2.TreeBudget) -> parameters.TreeBudget:
+    return _from_pb(parameters.TreeBudget, message)
 
 
-def budget_to_pb(budget: TreeBudget) -> types_pb2.TreeBudget:
+def budget_to_pb(budget: parameters.TreeBudget) -> types_pb2.TreeBudget:
     return types_pb2.TreeBudget(**vars(budget))
 
 
-def layer_plan_from_pb(message: types_pb2.LayerPlan) -> LayerPlanRequest:
-    mlp: MlpPlacement | None = None
+def layer_plan_from_pb(message: types_pb2.LayerPlan) -> parameters.LayerPlanRequest:
+    mlp: parameters.MlpPlacement | None = None
     if message.mlp != types_pb2.LayerPlan.MLP_PLACEMENT_UNSPECIFIED:
         if message.mlp not in _MLP_FROM_PB:
             raise InvalidRequestError("layer_plan.mlp", message.mlp, "an MlpPlacement: sequential, staged or unset")
         mlp = _MLP_FROM_PB[message.mlp]
-    return _from_pb(LayerPlanRequest, message, mlp=mlp)
+    return _from_pb(parameters.LayerPlanRequest, message, mlp=mlp)
 
 
-def layer_plan_to_pb(plan: LayerPlanRequest) -> types_pb2.LayerPlan:
+def layer_plan_to_pb(plan: parameters.LayerPlanRequest) -> types_pb2.LayerPlan:
     return types_pb2.LayerPlan(**vars(plan) | {"mlp": None if plan.mlp is None else _MLP_TO_PB[plan.mlp]})
 
 
@@ -191,12 +167,12 @@ def tree_to_pb(tree: TokenTree) -> types_pb2.TokenTree:
     return types_pb2.TokenTree(token_ids=tree.token_ids, parent_rows=tree.parent_rows)
 
 
-def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> OpenVerification:
+def open_verification_from_pb(message: verifier_pb2.OpenVerification) -> messages.OpenVerification:
     sampling, stop = sampling_from_pb(message.sampling), stop_from_pb(message.stop)
-    return _from_pb(OpenVerification, message, sampling=sampling, stop=stop)
+    return _from_pb(messages.OpenVerification, message, sampling=sampling, stop=stop)
 
 
-def open_verification_to_pb(request: OpenVerification) -> verifier_pb2.OpenVerification:
+def open_verification_to_pb(request: messages.OpenVerification) -> verifier_pb2.OpenVerification:
     own = {"sampling": sampling_to_pb(request.sampling), "stop": stop_to_pb(request.stop)}
     return verifier_pb2.OpenVerification(**vars(request) | own)
 
@@ -205,8 +181,9 @@ def verify_tree_from_pb(message: verifier_pb2.VerifyTree) -> tuple[int, TokenTre
     """(base length, tree, plain rounds behind it); raises InvalidRequestError for an unset tree, which is not empty."""
     if not message.HasField("tree"):
         raise InvalidRequestError("tree.tree", None, "a tree, which may be empty but must be set")
-    if message.num_plain_rounds > MAX_PLAIN_ROUNDS:
-        raise InvalidRequestError("tree.num_plain_rounds", message.num_plain_rounds, f"at most {MAX_PLAIN_ROUNDS}")
+    if message.num_plain_rounds > parameters.MAX_PLAIN_ROUNDS:
+        allowed = f"at most {parameters.MAX_PLAIN_ROUNDS}"
+        raise InvalidRequestError("tree.num_plain_rounds", message.num_plain_rounds, allowed)
     return message.base_length, tree_from_pb(message.tree), message.num_plain_rounds
 
 
@@ -214,9 +191,9 @@ def verify_tree_to_pb(base_length: int, tree: TokenTree, num_plain_rounds: int =
     return verifier_pb2.VerifyTree(base_length=base_length, tree=tree_to_pb(tree), num_plain_rounds=num_plain_rounds)
 
 
-def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
+def verdict_from_pb(message: verifier_pb2.Verdict) -> messages.Verdict:
     return _from_pb(
-        Verdict,
+        messages.Verdict,
         message,
         finish_reason=finish_reason_from_pb(message.finish_reason),
         logprobs=tuple(map(logprobs_from_pb, message.logprobs)),
@@ -224,7 +201,7 @@ def verdict_from_pb(message: verifier_pb2.Verdict) -> Verdict:
     )
 
 
-def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
+def verdict_to_pb(verdict: messages.Verdict) -> verifier_pb2.Verdict:
     own = {
         "num_accepted": verdict.num_accepted,
         "finish_reason": finish_reason_to_pb(verdict.finish_reason),
@@ -234,11 +211,11 @@ def verdict_to_pb(verdict: Verdict) -> verifier_pb2.Verdict:
     return verifier_pb2.Verdict(**vars(verdict) | own)
 
 
-def logprobs_from_pb(message: types_pb2.TokenLogprobs) -> TokenLogprobs:
-    return TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+def logprobs_from_pb(message: types_pb2.TokenLogprobs) -> messages.TokenLogprobs:
+    return messages.TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
 
 
-def logprobs_to_pb(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
+def logprobs_to_pb(logprobs: messages.TokenLogprobs) -> types_pb2.TokenLogprobs:
     return types_pb2.TokenLogprobs(
         logprob=logprobs.logprob,
         top_token_ids=[token_id for token_id, _ in logprobs.top],
@@ -246,17 +223,17 @@ def logprobs_to_pb(logprobs: TokenLogprobs) -> types_pb2.TokenLogprobs:
     )
 
 
-def verify_timings_from_pb(message: verifier_pb2.VerifyTimings) -> VerifyTimings:
-    return _from_pb(VerifyTimings, message)
+def verify_timings_from_pb(message: verifier_pb2.VerifyTimings) -> messages.VerifyTimings:
+    return _from_pb(messages.VerifyTimings, message)
 
 
-def verify_timings_to_pb(timings: VerifyTimings) -> verifier_pb2.VerifyTimings:
+def verify_timings_to_pb(timings: messages.VerifyTimings) -> verifier_pb2.VerifyTimings:
     return verifier_pb2.VerifyTimings(**vars(timings))
 
 
-def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpeculation:
+def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> messages.OpenSpeculation:
     return _from_pb(
-        OpenSpeculation,
+        messages.OpenSpeculation,
         message,
         sampling=sampling_from_pb(message.sampling),
         layer_plan=layer_plan_from_pb(message.layer_plan),
@@ -264,7 +241,7 @@ def open_speculation_from_pb(message: drafter_pb2.OpenSpeculation) -> OpenSpecul
     )
 
 
-def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculation:
+def open_speculation_to_pb(request: messages.OpenSpeculation) -> drafter_pb2.OpenSpeculation:
     own = {
         "sampling": sampling_to_pb(request.sampling),
         "layer_plan": layer_plan_to_pb(request.layer_plan),
@@ -273,33 +250,33 @@ def open_speculation_to_pb(request: OpenSpeculation) -> drafter_pb2.OpenSpeculat
     return drafter_pb2.OpenSpeculation(**vars(request) | own)
 
 
-def calibration_from_pb(message: drafter_pb2.Calibration) -> Calibration:
+def calibration_from_pb(message: drafter_pb2.Calibration) -> messages.Calibration:
     """An unset budget is an InvalidRequestError."""
     if not message.HasField("budget"):
         raise InvalidRequestError("calibration.budget", None, "a tree budget, and it must be set")
-    return _from_pb(Calibration, message, budget=budget_from_pb(message.budget))
+    return _from_pb(messages.Calibration, message, budget=budget_from_pb(message.budget))
 
 
-def calibration_to_pb(calibration: Calibration) -> drafter_pb2.Calibration:
+def calibration_to_pb(calibration: messages.Calibration) -> drafter_pb2.Calibration:
     return drafter_pb2.Calibration(**vars(calibration) | {"budget": budget_to_pb(calibration.budget)})
 
 
-def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> Draft:
-    timings = _from_pb(DraftTimings, message.timings)
+def draft_from_pb(message: drafter_pb2.SpeculateResponse) -> messages.Draft:
+    timings = _from_pb(messages.DraftTimings, message.timings)
     node_sources = tuple(DraftSources(bits) for bits in message.node_sources)
-    return Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
+    return messages.Draft(message.base_length, tree_from_pb(message.tree), timings, node_sources)
 
 
-def draft_to_pb(draft: Draft) -> drafter_pb2.SpeculateResponse:
+def draft_to_pb(draft: messages.Draft) -> drafter_pb2.SpeculateResponse:
     own = {"tree": tree_to_pb(draft.tree), "timings": drafter_pb2.DraftTimings(**vars(draft.timings))}
     return drafter_pb2.SpeculateResponse(**vars(draft) | own)
 
 
-def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
-    return _from_pb(ModelInfo, message)
+def model_info_from_pb(message: types_pb2.ModelInfo) -> messages.ModelInfo:
+    return _from_pb(messages.ModelInfo, message)
 
 
-def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
+def model_info_to_pb(info: messages.ModelInfo) -> types_pb2.ModelInfo:
     return types_pb2.ModelInfo(**vars(info))
 
 
@@ -312,9 +289,9 @@ def vocabulary_to_pb(tokens_by_id: Mapping[int, str]) -> types_pb2.Vocabulary:
     return types_pb2.Vocabulary(token_ids=token_ids, tokens=[tokens_by_id[token_id] for token_id in token_ids])
 
 
-def kv_usage_from_pb(message: types_pb2.KvUsage) -> KvUsage:
-    return _from_pb(KvUsage, message)
+def kv_usage_from_pb(message: types_pb2.KvUsage) -> messages.KvUsage:
+    return _from_pb(messages.KvUsage, message)
 
 
-def kv_usage_to_pb(usage: KvUsage) -> types_pb2.KvUsage:
+def kv_usage_to_pb(usage: messages.KvUsage) -> types_pb2.KvUsage:
     return types_pb2.KvUsage(**vars(usage))

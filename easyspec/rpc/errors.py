@@ -31,24 +31,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from easyspec.errors import (
-    BrokenModelError,
-    CapacityError,
-    ConnectionLostError,
-    DeadlineError,
-    EasyspecError,
-    EngineLostError,
-    InvalidRequestError,
-    InvalidTreeError,
-    PromptTooLongError,
-    RequestTooLargeError,
-    StalePositionError,
-    UnauthenticatedError,
-    UnavailableError,
-    UnknownModelError,
-    UnsupportedFieldError,
-    WrongModelError,
-)
+from easyspec import errors
 
 ERROR_DOMAIN = "easyspec"
 # The message travels three times in the trailers (status, details, violation), which gRPC caps at 8 KiB.
@@ -60,35 +43,35 @@ _FULL_FOR_S = 1.0
 class ErrorMapping:
     """How one exception appears on both wires; `reason` is stable, for programs."""
 
-    error: type[EasyspecError]
+    error: type[errors.EasyspecError]
     code: grpc.StatusCode
     http_status: int
     reason: str
 
 
 ERROR_TABLE = (
-    ErrorMapping(InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
-    ErrorMapping(UnsupportedFieldError, grpc.StatusCode.INVALID_ARGUMENT, 400, "UNSUPPORTED_FIELD"),
-    ErrorMapping(InvalidTreeError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_TREE"),
-    ErrorMapping(PromptTooLongError, grpc.StatusCode.OUT_OF_RANGE, 400, "PROMPT_TOO_LONG"),
-    ErrorMapping(RequestTooLargeError, grpc.StatusCode.INVALID_ARGUMENT, 413, "REQUEST_TOO_LARGE"),
-    ErrorMapping(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, 401, "UNAUTHENTICATED"),
-    ErrorMapping(UnknownModelError, grpc.StatusCode.NOT_FOUND, 404, "UNKNOWN_MODEL"),
-    ErrorMapping(StalePositionError, grpc.StatusCode.FAILED_PRECONDITION, 409, "STALE_POSITION"),
-    ErrorMapping(CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "CAPACITY"),
-    ErrorMapping(UnavailableError, grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
-    ErrorMapping(WrongModelError, grpc.StatusCode.UNAVAILABLE, 503, "WRONG_MODEL"),
-    ErrorMapping(EngineLostError, grpc.StatusCode.UNAVAILABLE, 503, "ENGINE_LOST"),
-    ErrorMapping(ConnectionLostError, grpc.StatusCode.UNAVAILABLE, 503, "CONNECTION_LOST"),
-    ErrorMapping(DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
-    ErrorMapping(BrokenModelError, grpc.StatusCode.DATA_LOSS, 500, "BROKEN_MODEL"),
+    ErrorMapping(errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
+    ErrorMapping(errors.UnsupportedFieldError, grpc.StatusCode.INVALID_ARGUMENT, 400, "UNSUPPORTED_FIELD"),
+    ErrorMapping(errors.InvalidTreeError, grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_TREE"),
+    ErrorMapping(errors.PromptTooLongError, grpc.StatusCode.OUT_OF_RANGE, 400, "PROMPT_TOO_LONG"),
+    ErrorMapping(errors.RequestTooLargeError, grpc.StatusCode.INVALID_ARGUMENT, 413, "REQUEST_TOO_LARGE"),
+    ErrorMapping(errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, 401, "UNAUTHENTICATED"),
+    ErrorMapping(errors.UnknownModelError, grpc.StatusCode.NOT_FOUND, 404, "UNKNOWN_MODEL"),
+    ErrorMapping(errors.StalePositionError, grpc.StatusCode.FAILED_PRECONDITION, 409, "STALE_POSITION"),
+    ErrorMapping(errors.CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "CAPACITY"),
+    ErrorMapping(errors.UnavailableError, grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
+    ErrorMapping(errors.WrongModelError, grpc.StatusCode.UNAVAILABLE, 503, "WRONG_MODEL"),
+    ErrorMapping(errors.EngineLostError, grpc.StatusCode.UNAVAILABLE, 503, "ENGINE_LOST"),
+    ErrorMapping(errors.ConnectionLostError, grpc.StatusCode.UNAVAILABLE, 503, "CONNECTION_LOST"),
+    ErrorMapping(errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE"),
+    ErrorMapping(errors.BrokenModelError, grpc.StatusCode.DATA_LOSS, 500, "BROKEN_MODEL"),
 )
-INTERNAL = ErrorMapping(EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")
+INTERNAL = ErrorMapping(errors.EasyspecError, grpc.StatusCode.INTERNAL, 500, "INTERNAL")
 
 
 def mapping_of(error: BaseException) -> ErrorMapping:
     """The row of the table for `error`; INTERNAL for what is not in it. Full memory is not a bug, and passes."""
-    kind = CapacityError if isinstance(error, MemoryError) else type(error)
+    kind = errors.CapacityError if isinstance(error, MemoryError) else type(error)
     return next((row for row in ERROR_TABLE if row.error is kind), INTERNAL)
 
 
@@ -96,16 +79,16 @@ def public_message(error: BaseException) -> str:
     """What a client is told; how a service or a rank inside was lost names addresses, which are not for clients."""
     if isinstance(error, MemoryError):
         return "memory is full"
-    if isinstance(error, ConnectionLostError):
+    if isinstance(error, errors.ConnectionLostError):
         return "the connection to a service was lost"
-    return "the device of a service was lost" if isinstance(error, EngineLostError) else str(error)
+    return "the device of a service was lost" if isinstance(error, errors.EngineLostError) else str(error)
 
 
 def retry_hint_s(error: BaseException) -> float | None:
     """After how many seconds a client should come again; None where that is in vain."""
     if isinstance(error, MemoryError):
         return _FULL_FOR_S
-    return error.retry_after_s if isinstance(error, CapacityError | UnavailableError) else None
+    return error.retry_after_s if isinstance(error, errors.CapacityError | errors.UnavailableError) else None
 
 
 def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
@@ -116,7 +99,7 @@ def error_to_status(error: BaseException, request_id: str) -> grpc.Status:
         message = f"internal error; request id {request_id}"
     info = error_details_pb2.ErrorInfo(reason=row.reason, domain=ERROR_DOMAIN, metadata={"request_id": request_id})
     details: list[Message] = [info]
-    if isinstance(error, InvalidRequestError):
+    if isinstance(error, errors.InvalidRequestError):
         shown = str(error).removeprefix(f"{error.field} is ").removesuffix(f"; allowed: {error.allowed}")
         info.metadata.update({"field": error.field, "value": shown, "allowed": error.allowed})
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
@@ -140,7 +123,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     await context.abort(status.code, status.details, status.trailing_metadata)
 
 
-def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
+def error_from_rpc(error: grpc.aio.AioRpcError) -> errors.EasyspecError:
     """The exception that the peer raised, as far as its status tells; ConnectionLostError if it is not the peer's.
 
     A peer's INTERNAL (and any status outside the table) becomes a plain EasyspecError, which maps to INTERNAL again.
@@ -151,19 +134,19 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EasyspecError:
         detail.Unpack(retry)
     row = _row_of(error, info)
     message = error.details() or row.reason
-    if issubclass(row.error, InvalidRequestError):
+    if issubclass(row.error, errors.InvalidRequestError):
         metadata = info.metadata
         if "field" not in metadata:
             # Not refused by our own code (say, by gRPC): all that is known is the message.
             return row.error("request", _RemoteValue("refused"), message)
         return row.error(metadata["field"], _RemoteValue(metadata["value"]), metadata["allowed"])
     delay_s = retry.retry_delay.ToNanoseconds() / 1e9
-    if row.error is CapacityError:
-        return CapacityError(message, delay_s) if delay_s > 0 else CapacityError(message)
+    if row.error is errors.CapacityError:
+        return errors.CapacityError(message, delay_s) if delay_s > 0 else errors.CapacityError(message)
     # The other classes compose their message from parts we do not have: take it as the peer composed it.
     rebuilt = row.error.__new__(row.error, message)
-    assert isinstance(rebuilt, EasyspecError)
-    if isinstance(rebuilt, UnavailableError) and info.domain == ERROR_DOMAIN and rebuilt.retry_after_s != delay_s:
+    assert isinstance(rebuilt, errors.EasyspecError)
+    if isinstance(rebuilt, errors.UnavailableError) and info.domain == ERROR_DOMAIN:
         rebuilt.retry_after_s = delay_s or None
     return rebuilt
 
@@ -198,5 +181,5 @@ def _row_of(error: grpc.aio.AioRpcError, info: error_details_pb2.ErrorInfo) -> E
     if code is grpc.StatusCode.CANCELLED:  # by the peer or by a broken connection: our own cancellation never gets here
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.UNAVAILABLE:
-        return mapping_of(ConnectionLostError())
+        return mapping_of(errors.ConnectionLostError())
     return next((row for row in ERROR_TABLE if row.code is code), INTERNAL)
