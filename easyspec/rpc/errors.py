@@ -146,7 +146,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> errors.EasyspecError:
     # The other classes compose their message from parts we do not have: take it as the peer composed it.
     rebuilt = row.error.__new__(row.error, message)
     assert isinstance(rebuilt, errors.EasyspecError)
-    if isinstance(rebuilt, errors.UnavailableError) and info.domain == ERROR_DOMAIN:
+    is_ours = info.domain == ERROR_DOMAIN
+    if is_ours and isinstance(rebuilt, errors.UnavailableError) and rebuilt.retry_after_s != delay_s:
         rebuilt.retry_after_s = delay_s or None
     return rebuilt
 
